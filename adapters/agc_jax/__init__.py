@@ -1,0 +1,38 @@
+"""Adaptive gradient clipping for JAX: an optax transformation, and the same by hand.
+
+>>> import optax
+>>> from agc import AGC
+>>> tx = optax.chain(adaptive_grad_clip(AGC(clipping=0.01)), optax.sgd(0.1, 0.9, nesterov=True))
+"""
+
+try:
+    import flax  # noqa: F401
+    import jax  # noqa: F401
+    import optax  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f'agc_jax needs JAX, optax and Flax ({error}): pip install "agc-sam[jax]"'
+    ) from error
+
+from agc_jax.clip import adaptive_clip_gradients
+from agc_jax.optimizer import AdaptiveGradClipState, adaptive_grad_clip, stats
+from agc_jax.sam import SamStats, Verification, sam_value_and_grad, verify_sam
+from agc_jax.telemetry import Columns, Stats
+from agc_jax.units import ModelUnits, plan, register_units, units
+
+__all__ = [
+    "AdaptiveGradClipState",
+    "Columns",
+    "ModelUnits",
+    "SamStats",
+    "Stats",
+    "Verification",
+    "adaptive_clip_gradients",
+    "adaptive_grad_clip",
+    "plan",
+    "register_units",
+    "sam_value_and_grad",
+    "stats",
+    "units",
+    "verify_sam",
+]

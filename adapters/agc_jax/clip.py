@@ -1,0 +1,514 @@
+"""The numerics: clip a tree of gradients by the norms of its parameters' units.
+
+Shapes are written as suffixes: ``_V`` a parameter's view with split axes taken apart, ``_U`` one number a unit,
+``_KU`` the same of K parameters with equally many units.
+
+The numbers of the units are float64 wherever that is cheap. JAX has no float64 unless it is switched on for
+the whole process, so it is switched on around these few operations; nothing of it is seen from outside. How
+the squares are added up depends on where the program runs, which is settled when it is lowered:
+
+* CPU: in float64, or where there are many, short runs in float32 and the sums of the runs in float64. That
+  goes as fast as memory does, and its error does not grow with the fan-in.
+* GPU: in float64; memory is the bound all the same.
+* TPU: in float32, the widest that the hardware has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Final, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from agc import AGC, Plan, PlanEntry, Schedule
+from agc.errors import (
+    ConfigError,
+    DTypeError,
+    MissingGradientError,
+    NonFiniteError,
+    ParameterError,
+    ShapeError,
+)
+from agc.units import UnitAxes
+from agc_jax.telemetry import Columns, Stats, no_stats
+from agc_jax.units import ModelUnits, PyTree, flatten, is_absent, plan_tree
+
+__all__ = ["Clipper", "adaptive_clip_gradients", "clipper"]
+
+
+def adaptive_clip_gradients(
+    gradients: PyTree,
+    params: PyTree,
+    rule: AGC,
+    *,
+    units: ModelUnits | None = None,
+    step: int | jax.Array = 0,
+) -> tuple[PyTree, Stats]:
+    """Clip gradients by hand, for a loop without optax (AGC-1 to AGC-12).
+
+    Parameters
+    ----------
+    gradients : tree of arrays
+        Gradients. None, ``optax.MaskedNode`` and ``float0`` leaves are left alone.
+    params : tree of arrays
+        Their parameters, with the same names and shapes; it may have more leaves than the gradients.
+    rule : AGC
+        The configuration.
+    units : ModelUnits, optional
+        What ``agc_jax.units(model)`` returned. Without it the types or names in ``params`` decide.
+    step : int or scalar array, default 0
+        The optimizer step, for schedules (AGC-10).
+
+    Returns
+    -------
+    gradients : tree of arrays
+        The same tree, each array in the dtype it came in. Units that are not clipped keep their bits.
+    stats : Stats
+        Telemetry, on the device (AGC-11).
+
+    Raises
+    ------
+    ParameterError
+        If ``params`` is None or lacks a parameter that has a gradient.
+    ShapeError
+        If a gradient and its parameter differ in shape.
+    DTypeError
+        If either is neither floating point nor complex.
+    MissingGradientError
+        If no leaf is a gradient.
+    NonFiniteError
+        If ``rule.nonfinite`` is ``"raise"`` and a norm is not finite. Inside ``jax.jit`` the error surfaces
+        as JAX's own runtime error, whose message holds this one.
+    SelectorError, AmbiguousUnitsError, UnitsError
+        As :func:`agc.plan.make_plan`.
+
+    Notes
+    -----
+    Works inside and outside ``jax.jit``, ``vmap``, ``scan`` and ``grad``; the factor that a unit is scaled by
+    counts as a constant in derivatives. Outside it is compiled on first use.
+
+    Examples
+    --------
+    >>> params = {"dense": {"kernel": jnp.array([[10.0, 0.1], [0.0, 0.1], [0.0, 0.1]])}}
+    >>> clipped, stats = adaptive_clip_gradients(jax.tree.map(jnp.ones_like, params), params, AGC())
+    >>> print(clipped["dense"]["kernel"].round(5))
+    [[0.05774 0.001  ]
+     [0.05774 0.001  ]
+     [0.05774 0.001  ]]
+    >>> int(stats.clipped), int(stats.units)
+    (2, 2)
+    """
+    return clipper(rule, units)(gradients, params, step)
+
+
+class Clipper:
+    """A rule with the units of a model, and what was prepared for the trees that came by.
+
+    Parameters
+    ----------
+    rule : AGC
+        The configuration.
+    units : ModelUnits, optional
+        What ``agc_jax.units(model)`` returned.
+    """
+
+    def __init__(self, rule: AGC, units: ModelUnits | None) -> None:
+        self.rule = rule
+        self.units = units
+        self._plans: dict[Any, Plan] = {}
+        self._programs: dict[Any, Any] = {}
+
+    def plan(self, params: PyTree) -> Plan:
+        """Return the plan of a tree of parameters, made once for each structure."""
+        _, leaves, structure = flatten(params)
+        key = (
+            structure,
+            tuple((getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves),
+        )
+        if key not in self._plans:
+            self._plans[key] = plan_tree(params, self.rule, self.units)
+        return self._plans[key]
+
+    def __call__(
+        self,
+        gradients: PyTree,
+        params: PyTree,
+        step: int | jax.Array,
+        clipping: jax.Array | None = None,
+    ) -> tuple[PyTree, Stats]:
+        """Clip; ``clipping``, if given, stands for every threshold that is not None."""
+        if params is None:
+            raise ParameterError(
+                "AGC compares gradients with parameters, and params is None: "
+                "call update(gradients, state, params)"
+            )
+        plan = self.plan(params)
+        names, leaves, structure = flatten(gradients)
+        weights = dict(zip(*flatten(params)[:2], strict=True))
+        places = {entry.name: place for place, entry in enumerate(plan)}
+        work: dict[int, tuple[int, Any, Any]] = {}  # place in the plan -> (place in the tree, G, W)
+        present = False
+        for index, (name, gradient) in enumerate(zip(names, leaves, strict=True)):
+            if is_absent(gradient) or getattr(gradient, "dtype", None) == jax.dtypes.float0:
+                continue
+            present = True
+            if is_absent(weights.get(name)):
+                raise ParameterError(f"{name!r} has a gradient, but there is no such parameter")
+            gradient, weight = (
+                _array(name, "gradient", gradient),
+                _array(name, "weight", weights[name]),
+            )
+            if gradient.shape != weight.shape:
+                raise ShapeError(
+                    f"parameter {name!r} has shape {weight.shape}, its gradient {gradient.shape}"
+                )
+            if plan.entries[places[name]].clipped:
+                work[places[name]] = (index, gradient, weight)
+        if not present and not any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+            raise MissingGradientError(
+                "no parameter has a gradient; compute gradients before clipping them"
+            )
+        if not work:
+            return gradients, no_stats(len(plan))
+        clipped, stats = self._run(
+            plan,
+            tuple(work),
+            [gradient for _, gradient, _ in work.values()],
+            [weight for _, _, weight in work.values()],
+            step,
+            clipping,
+        )
+        for (index, _, _), gradient in zip(work.values(), clipped, strict=True):
+            leaves[index] = gradient
+        return jax.tree.unflatten(structure, leaves), stats
+
+    def _run(
+        self,
+        plan: Plan,
+        places: tuple[int, ...],
+        gradients: list[jax.Array],
+        weights: list[jax.Array],
+        step: Any,
+        clipping: Any,
+    ) -> tuple[list[jax.Array], Stats]:
+        """Clip the parameters at these places of the plan; compile that unless it is being traced."""
+        scheduled = clipping is None and any(callable(plan.entries[p].clipping) for p in places)
+        step = jax.device_put(np.int32(step)) if scheduled and isinstance(step, int) else step
+        arguments = (gradients, weights, step if scheduled else None, clipping)
+        program = partial(_clip, self.rule, plan, places)
+        watch = self.rule.nonfinite == "raise"
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+            clipped, stats = program(*arguments)
+            if watch:
+                jax.debug.callback(partial(_raise_if_any, plan), stats.columns.nonfinite)
+            return clipped, stats
+        key = (id(plan), places)  # the plan is kept in self._plans
+        if key not in self._programs:
+            self._programs[key] = jax.jit(program)
+        clipped, stats = self._programs[key](*arguments)
+        if watch:
+            _raise_if_any(plan, stats.columns.nonfinite)
+        return clipped, stats
+
+
+@lru_cache(maxsize=32)
+def clipper(rule: AGC, units: ModelUnits | None) -> Clipper:
+    """Return the clipper of a rule, the same one each time, so that nothing is prepared twice."""
+    return Clipper(rule, units)
+
+
+def _array(name: str, what: str, leaf: Any) -> jax.Array:
+    array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        raise DTypeError(
+            f"parameter {name!r}: the {what} has dtype {array.dtype}; "
+            "AGC needs floating point or complex"
+        )
+    return array
+
+
+def _raise_if_any(plan: Plan, nonfinite: Any) -> None:
+    counts = np.asarray(nonfinite)
+    if counts.ndim == 1 and (found := np.flatnonzero(counts)).size:
+        entry = plan.entries[found[0]]
+        others = f", and so of {found.size - 1} other parameters" if found.size > 1 else ""
+        raise NonFiniteError(
+            f"parameter {entry.name!r}: {counts[found[0]]} of {entry.count} units have a norm "
+            f"that is not finite{others}"
+        )
+
+
+# --- what is compiled --------------------------------------------------------------------------------
+
+Platform: TypeAlias = Literal["cpu", "gpu", "tpu"]
+
+_RUN: Final = 16  # squares added up in float32, one after the other
+_ROW: Final = 64  # the same where they lie next to each other and are added in vector lanes
+_MANY: Final = 512  # squares in a unit from which on the errors of its runs average out
+_LARGE: Final = 1 << 15  # squares in an array from which on their number matters at all
+_SAFE_EPS: Final = 1e-8  # floor from which on what float32 cannot hold does not matter
+
+
+def _clip(
+    rule: AGC,
+    plan: Plan,
+    places: tuple[int, ...],
+    gradients: list[jax.Array],
+    weights: list[jax.Array],
+    step: jax.Array | None,
+    clipping: jax.Array | None,
+) -> tuple[list[jax.Array], Stats]:
+    """Clip the parameters at these places of the plan, and say what was done to all of them."""
+    entries = [plan.entries[place] for place in places]
+    given = _call_schedules(entries, step) if clipping is None else [clipping] * len(entries)
+    fixed = [None if isinstance(value, jax.Array) else value for value in given]
+    traced = [value if isinstance(value, jax.Array) else None for value in given]
+    cpu, gpu, tpu = (
+        partial(_clip_on, name, rule, entries, fixed) for name in ("cpu", "gpu", "tpu")
+    )
+    clipped, rows = lax.platform_dependent(
+        gradients, weights, traced, step, cpu=cpu, tpu=tpu, default=gpu
+    )
+    return clipped, Stats.of(_columns(plan, places, rows))
+
+
+def _call_schedules(entries: Sequence[PlanEntry], step: jax.Array | None) -> list[Any]:
+    """Replace callables by what they return for the traced step; a Schedule is left for later."""
+    known: dict[int, jax.Array] = {}
+    values: list[Any] = []
+    for entry in entries:
+        value = entry.clipping
+        if callable(value) and not isinstance(value, Schedule):
+            if id(value) not in known:
+                known[id(value)] = _call(entry.name, value, step)
+            value = known[id(value)]
+        values.append(value)
+    return values
+
+
+def _call(name: str, schedule: Callable[[Any], Any], step: jax.Array | None) -> jax.Array:
+    try:
+        found = jnp.asarray(schedule(step), float)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"clipping of {name!r}: the schedule {schedule!r} must return a number for a traced step: {error}"
+        ) from error
+    if found.shape != ():
+        raise ConfigError(
+            f"clipping of {name!r}: the schedule {schedule!r} must return a scalar, got the shape {found.shape}"
+        )
+    return found
+
+
+def _columns(plan: Plan, places: tuple[int, ...], rows: Rows) -> Columns:
+    """Put the numbers of the parameters that were clipped at their places in the plan."""
+    units = np.zeros(len(plan), np.int32)
+    units[list(places)] = [plan.entries[place].count for place in places]
+    if places != tuple(range(len(plan))):
+        where = np.full(len(plan), len(places))  # the others take what is appended
+        where[list(places)] = np.arange(len(places))
+        clipped, nonfinite, max_ratio, min_scale = (
+            jnp.append(column, np.array(idle, column.dtype))[where]
+            for column, idle in zip(rows, (0, 0, 0, 1), strict=True)
+        )
+        rows = clipped, nonfinite, max_ratio, min_scale
+    return Columns(jnp.asarray(units), *rows)
+
+
+Rows: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""Clipped and non-finite units, largest ratio and smallest scale of some parameters."""
+
+
+def _clip_on(
+    platform: Platform,
+    rule: AGC,
+    entries: Sequence[PlanEntry],
+    fixed: Sequence[float | Schedule | None],
+    gradients: list[jax.Array],
+    weights: list[jax.Array],
+    traced: Sequence[jax.Array | None],
+    step: jax.Array | None,
+) -> tuple[list[jax.Array], Rows]:
+    """Clip in the way of one platform."""
+    real = jnp.zeros((), float).dtype
+    outputs: list[jax.Array] = []
+    groups: dict[Any, list[tuple[int, jax.Array, jax.Array, Any]]] = {}
+    with nullcontext() if platform == "tpu" else jax.enable_x64(True):
+        for index, (entry, gradient, weight) in enumerate(
+            zip(entries, gradients, weights, strict=True)
+        ):
+            double = any(array.dtype in (np.float64, np.complex128) for array in (gradient, weight))
+            wide = np.dtype(np.float64 if double or platform != "tpu" else np.float32)
+            clipping = _threshold(fixed[index], traced[index], step, wide)
+            how = _How(entry.axes, platform, rule.eps, rule.div_eps, rule.nonfinite)
+            out, ratio_U, factor_U = _clip_parameter(gradient, weight, clipping, how=how)
+            outputs.append(out)
+            groups.setdefault((entry.count, double), []).append(
+                (index, ratio_U, factor_U, clipping)
+            )
+        # Parameters with equally many units are counted together: few small operations for a whole model.
+        parts = [_count(*zip(*members, strict=True)) for members in groups.values()]
+        clipped, nonfinite, max_ratio, min_scale = (
+            jnp.concatenate(column) for column in zip(*parts, strict=True)
+        )
+        order = np.argsort([member[0] for members in groups.values() for member in members])
+        if (order != np.arange(len(order))).any():
+            clipped, nonfinite, max_ratio, min_scale = (
+                column[order] for column in (clipped, nonfinite, max_ratio, min_scale)
+            )
+        return outputs, (
+            clipped,
+            nonfinite,
+            lax.convert_element_type(jnp.sqrt(max_ratio), real),
+            lax.convert_element_type(min_scale, real),
+        )
+
+
+def _count(_: Any, ratios: Any, factors: Any, clippings: Any) -> Rows:
+    """Numbers of K parameters with U units each, all in one reduction."""
+    ratio_KU, factor_KU = jnp.stack(ratios), jnp.stack(factors)
+    limit_K1 = jnp.stack(clippings)[:, None]
+    wide = ratio_KU.dtype.type
+    bad_KU = jnp.isnan(ratio_KU)
+    rows = (
+        lax.convert_element_type(ratio_KU > limit_K1 * limit_K1, np.int32),
+        lax.convert_element_type(bad_KU, np.int32),
+        jnp.where(bad_KU, wide(0), ratio_KU),
+        jnp.where(bad_KU, wide(1), lax.convert_element_type(factor_KU, wide)),
+    )
+    start = (np.int32(0), np.int32(0), wide(0), wide(1))
+    return lax.reduce(rows, start, _combine, (1,))  # type: ignore[no-any-return]
+
+
+def _combine(a: Rows, b: Rows) -> Rows:
+    return a[0] + b[0], a[1] + b[1], lax.max(a[2], b[2]), lax.min(a[3], b[3])
+
+
+def _threshold(
+    fixed: float | Schedule | None,
+    traced: jax.Array | None,
+    step: jax.Array | None,
+    wide: np.dtype[Any],
+) -> Any:
+    if traced is not None:
+        return lax.convert_element_type(traced, wide)
+    if isinstance(fixed, Schedule):
+        steps, values = (np.array(column, wide) for column in zip(*fixed.points, strict=True))
+        return jnp.interp(lax.convert_element_type(step, wide), steps, values)
+    return np.array(fixed, wide)
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is known of the arithmetic of one parameter before it is compiled."""
+
+    axes: UnitAxes
+    platform: Platform
+    eps: float
+    div_eps: float
+    nonfinite: str
+
+
+@partial(jax.jit, static_argnames="how")
+def _clip_parameter(
+    gradient: jax.Array, weight: jax.Array, clipping: jax.Array, *, how: _How
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Clip one gradient; also its squared ratio, NaN where that is not finite, and factor of every unit.
+
+    Squared norms are compared with squared limits, so that only the factors need a root. A sum that float32
+    cannot hold counts as infinite on every platform.
+    """
+    double = any(array.dtype in (np.float64, np.complex128) for array in (gradient, weight))
+    wide, narrow = clipping.dtype.type, np.dtype(np.float64 if double else np.float32)
+    clipping = lax.stop_gradient(clipping)
+    g_U = _sum_of_squares(lax.stop_gradient(gradient), how=how, wide=clipping.dtype)
+    w_U = _sum_of_squares(lax.stop_gradient(weight), how=how, wide=clipping.dtype)
+    largest = wide(float(jnp.finfo(narrow).max))
+    usable = (clipping > 0) & (clipping < np.inf)  # a schedule may return anything
+    bad_U = ~((g_U <= largest) & (w_U <= largest) & usable)  # AGC-4
+    silent_U = bad_U | (g_U == 0)
+    floor_U = jnp.maximum(w_U, wide(max(how.eps**2, float(jnp.finfo(wide).tiny)) if how.eps else 0))
+    floor_U = jnp.where(silent_U, wide(1), floor_U)
+    # Divisions come last: XLA fuses anything cheaper into all that follows, at worst into every element.
+    ratio_U = jnp.where(bad_U, wide(np.nan), g_U) / floor_U
+    norm_U = ratio_U
+    if how.div_eps:
+        norm_U = jnp.maximum(g_U, wide(how.div_eps**2)) / floor_U
+    poison = wide(np.inf if how.nonfinite == "zero" else np.nan)
+    rest_U = jnp.where(bad_U, poison, wide(1))
+    clipped_U = ratio_U > clipping * clipping  # AGC-1, AGC-2: strictly
+    excess_U = jnp.where(clipped_U, jnp.sqrt(norm_U) / clipping, rest_U)
+    if how.eps >= _SAFE_EPS:  # then float32 can hold every factor
+        excess_U = lax.convert_element_type(excess_U, narrow)
+    factor_U = excess_U.dtype.type(1) / excess_U
+    g_V, factor_V = gradient.reshape(how.axes.view), factor_U.reshape(how.axes.unit_shape)
+    out_V = _times(g_V, factor_V)
+    if how.nonfinite == "zero":
+        out_V = jnp.where(factor_V == 0, jnp.zeros((), gradient.dtype), out_V)
+    out_V = jnp.where(factor_V == 1, g_V, out_V)  # keeps the bits
+    return out_V.reshape(gradient.shape), ratio_U, factor_U
+
+
+def _times(array: jax.Array, factor: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(array):
+        return lax.complex(_times(lax.real(array), factor), _times(lax.imag(array), factor))
+    return lax.convert_element_type(
+        lax.convert_element_type(array, factor.dtype) * factor, array.dtype
+    )
+
+
+def _sum_of_squares(array: jax.Array, how: _How, wide: np.dtype[Any]) -> jax.Array:
+    """Sum of the squared magnitudes of every unit, in a row (AGC-3)."""
+    axes = how.axes
+    if jnp.iscomplexobj(array):
+        real, imaginary = lax.real(array), lax.imag(array)
+        return _sum_of_squares(real, how, wide) + _sum_of_squares(imaginary, how, wide)
+    runs = how.platform == "cpu" and how.eps >= _SAFE_EPS and array.dtype != np.float64
+    split = _split_into_runs(axes) if runs else None
+    if split is None:
+        array_V = lax.convert_element_type(array.reshape(axes.view), wide)
+        return jnp.sum(array_V * array_V, axis=axes.reduce).ravel()
+    shape, inside, between = split
+    # Without the barrier XLA moves the reshape behind the product, where its fused kernel for sums of
+    # squares no longer sees it.
+    pieces = lax.optimization_barrier(array.reshape(shape))
+    pieces = lax.convert_element_type(pieces, np.float32)
+    sums = jnp.sum(pieces * pieces, axis=inside, keepdims=True)
+    return jnp.sum(lax.convert_element_type(sums, wide), axis=(*inside, *between)).ravel()
+
+
+@lru_cache(maxsize=4096)
+def _split_into_runs(
+    axes: UnitAxes,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """Split the reduced axes into runs of elements that lie next to each other.
+
+    Returns a shape, its axes inside a run, and its axes from run to run; None if the sizes leave only
+    short runs, or there are too few to be worth it.
+    """
+    view, reduce = axes.view, axes.reduce
+    if axes.fan_in < _MANY or math.prod(view) < _LARGE:
+        return None
+    axis, length = max(reduce), 1
+    longest = _ROW if axis == len(view) - 1 else _RUN
+    while axis in reduce and length * view[axis] <= longest:
+        length *= view[axis]
+        axis -= 1
+    part = 1
+    if axis in reduce:
+        part = max(size for size in range(1, longest // length + 1) if view[axis] % size == 0)
+    if part * length < longest // 4:
+        return None
+    if part == 1:
+        return view, tuple(a for a in reduce if a > axis), tuple(a for a in reduce if a <= axis)
+    shape = (*view[:axis], view[axis] // part, part, *view[axis + 1 :])
+    inside = (axis + 1, *(a + 1 for a in reduce if a > axis))
+    return shape, inside, tuple(a for a in reduce if a <= axis)

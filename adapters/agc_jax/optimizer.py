@@ -1,0 +1,173 @@
+"""The optax transformation: one line in front of any optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from agc import AGC
+from agc.config import Clipping
+from agc.errors import ParameterError
+from agc_jax.clip import clipper
+from agc_jax.telemetry import Stats, no_stats
+from agc_jax.units import ModelUnits, PyTree, flatten
+
+__all__ = ["AdaptiveGradClipState", "adaptive_grad_clip", "stats"]
+
+
+def adaptive_grad_clip(
+    rule: AGC,
+    *,
+    units: ModelUnits | None = None,
+    clipping: Clipping | jax.Array = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clip gradients unit by unit, as a transformation in front of an optimizer (AGC-1 to AGC-12).
+
+    Parameters
+    ----------
+    rule : AGC
+        The configuration.
+    units : ModelUnits, optional
+        What ``agc_jax.units(model)`` returned. Without it the types or names in the parameters decide.
+    clipping : float, scalar array or callable, optional
+        Takes the place of every threshold of the rule that is not None, so that it can be a
+        hyper-parameter of ``optax.inject_hyperparams``.
+
+    Returns
+    -------
+    optax.GradientTransformationExtraArgs
+        Its ``update`` needs the parameters. Its state is an :class:`AdaptiveGradClipState`.
+
+    Raises
+    ------
+    ParameterError
+        By ``update``, if it is called without parameters.
+    SelectorError, AmbiguousUnitsError, UnitsError
+        By ``init``, as :func:`agc.plan.make_plan`.
+    ShapeError, DTypeError, MissingGradientError, NonFiniteError
+        By ``update``, as :func:`agc_jax.adaptive_clip_gradients`.
+
+    Notes
+    -----
+    *Order* (AGC-7). Put it first in ``optax.chain``: after gradients are averaged and unscaled, before
+    ``optax.add_decayed_weights`` and the optimizer. ``optax.MultiSteps`` and ``optax.apply_if_finite``
+    go around the chain.
+
+    *Sharding* (AGC-8). Under ``jax.jit`` the result does not depend on how arrays are sharded. Inside
+    ``shard_map`` and ``pmap`` code sees one shard: average the gradients first (``lax.pmean``), and keep the
+    parameters whole there; a parameter that is split is an error if ``units`` is given.
+
+    *Schedules* (AGC-10). ``agc.Schedule`` is evaluated on the device; any other callable is given the traced
+    step. A threshold that is not a finite number above 0 makes every unit it applies to fall under the
+    non-finite policy.
+
+    *Masks*. What ``optax.masked`` and ``optax.partition`` leave out is left alone. Give ``units`` there, so
+    that the name patterns of the rule are verified with the whole model.
+
+    Examples
+    --------
+    >>> from flax import nnx
+    >>> import agc_jax
+    >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    >>> tx = optax.chain(
+    ...     agc_jax.adaptive_grad_clip(AGC(), units=agc_jax.units(model)),
+    ...     optax.sgd(0.1, 0.9, nesterov=True),
+    ... )
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    A threshold that changes from step to step:
+
+    >>> decay = optax.linear_schedule(0.04, 0.01, 1000)
+    >>> tx = optax.inject_hyperparams(agc_jax.adaptive_grad_clip)(AGC(), clipping=decay)
+    >>> params = {"kernel": jax.numpy.ones((3, 2))}
+    >>> print(tx.init(params).hyperparams["clipping"])
+    0.04
+    """
+    dynamic = None
+    if isinstance(clipping, jax.Array | np.ndarray):
+        dynamic = jax.numpy.asarray(clipping)
+        if dynamic.shape != ():
+            raise ParameterError(f"clipping must be a scalar, got the shape {dynamic.shape}")
+    elif clipping is not None:
+        rule = _with_clipping(rule, clipping)
+    clip = clipper(rule, units)
+
+    def init(params: PyTree) -> AdaptiveGradClipState:
+        # optax asks for the state of a tree without leaves to learn which of its parts are like parameters.
+        length = len(clip.plan(params)) if flatten(params)[1] else 0
+        return AdaptiveGradClipState(jax.numpy.zeros((), np.int32), no_stats(length))
+
+    def update(
+        updates: PyTree, state: AdaptiveGradClipState, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, AdaptiveGradClipState]:
+        del extra
+        clipped, found = clip(updates, params, state.count, dynamic)
+        return clipped, AdaptiveGradClipState(optax.safe_increment(state.count), found)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class AdaptiveGradClipState(NamedTuple):
+    """State of :func:`adaptive_grad_clip`: arrays only, so it is saved and sharded like any other.
+
+    Attributes
+    ----------
+    count : array of int32
+        Steps taken, for schedules (AGC-10).
+    stats : Stats
+        Telemetry of the last step (AGC-11).
+    """
+
+    count: jax.Array
+    stats: Stats
+
+
+def stats(opt_state: PyTree) -> Stats:
+    """Return the telemetry inside an optimizer state, however deep it lies (AGC-11).
+
+    Parameters
+    ----------
+    opt_state : tree
+        State of a transformation that has one ``adaptive_grad_clip`` in it.
+
+    Returns
+    -------
+    Stats
+        Still on the device: nothing waits until its numbers are read.
+
+    Raises
+    ------
+    ParameterError
+        If there is none, or more than one.
+
+    Examples
+    --------
+    >>> import agc_jax
+    >>> params = {"kernel": jax.numpy.ones((3, 2))}
+    >>> tx = optax.chain(agc_jax.adaptive_grad_clip(AGC()), optax.sgd(0.1))
+    >>> _, opt_state = tx.update(params, tx.init(params), params)
+    >>> stats = agc_jax.stats(opt_state)
+    >>> print(stats.clipped, stats.units, stats.max_ratio)
+    2 2 1.0
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AdaptiveGradClipState))
+    found = [node for node in nodes if isinstance(node, AdaptiveGradClipState)]
+    if len(found) != 1:
+        raise ParameterError(
+            f"this optimizer state holds {len(found)} states of adaptive_grad_clip; with several, "
+            "give the part that belongs to one of them"
+        )
+    return found[0].stats
+
+
+def _with_clipping(rule: AGC, clipping: Clipping) -> AGC:
+    if isinstance(rule.clipping, Mapping):
+        return replace(
+            rule, clipping={name: old and clipping for name, old in rule.clipping.items()}
+        )
+    return replace(rule, clipping=rule.clipping and clipping)

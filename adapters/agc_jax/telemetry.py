@@ -1,0 +1,105 @@
+"""Telemetry: what one clipping did, on the device until somebody reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agc import Plan, reference
+
+__all__ = ["Columns", "Stats", "no_stats"]
+
+
+class Columns(NamedTuple):
+    """The numbers of every parameter, in the plan's order; each an array of shape ``(parameters,)``.
+
+    Attributes
+    ----------
+    units : array of int32
+        Units looked at; 0 for a parameter that was not clipped or had no gradient.
+    clipped : array of int32
+        Units whose gradient was scaled down.
+    nonfinite : array of int32
+        Units that fell under the non-finite policy (AGC-4).
+    max_ratio : array of float
+        Largest ``norm(G_i) / max(norm(W_i), eps)`` of the finite units; 0 if there are none.
+    min_scale : array of float
+        Smallest factor applied to a finite unit; 1 if none was clipped.
+    """
+
+    units: jax.Array
+    clipped: jax.Array
+    nonfinite: jax.Array
+    max_ratio: jax.Array
+    min_scale: jax.Array
+
+
+class Stats(NamedTuple):
+    """What one clipping did (AGC-11): five scalars on the device, and the same per parameter.
+
+    :meth:`total` and :meth:`parameters` bring the numbers to the host; nothing else waits for the device.
+
+    Attributes
+    ----------
+    units, clipped, nonfinite, max_ratio, min_scale : scalar array
+        Over all parameters, as in :class:`Columns`.
+    columns : Columns
+        The same numbers of every parameter.
+    """
+
+    units: jax.Array
+    clipped: jax.Array
+    nonfinite: jax.Array
+    max_ratio: jax.Array
+    min_scale: jax.Array
+    columns: Columns
+
+    @classmethod
+    def of(cls, columns: Columns) -> Stats:
+        """Add the totals to the numbers of the parameters."""
+        return cls(
+            units=jnp.sum(columns.units, dtype=np.int32),
+            clipped=jnp.sum(columns.clipped, dtype=np.int32),
+            nonfinite=jnp.sum(columns.nonfinite, dtype=np.int32),
+            max_ratio=jnp.max(columns.max_ratio, initial=0),
+            min_scale=jnp.min(columns.min_scale, initial=1),
+            columns=columns,
+        )
+
+    def total(self) -> reference.Stats:
+        """Return the numbers of all parameters together."""
+        return _read(self[:5])
+
+    def parameters(self, plan: Plan) -> dict[str, reference.Stats]:
+        """Return the numbers of every parameter that AGC acts on and that had a gradient.
+
+        Parameters
+        ----------
+        plan : Plan
+            The plan of the parameters, which has their names: ``agc_jax.plan(params, rule, units=units)``.
+        """
+        rows = zip(*(np.asarray(column).tolist() for column in self.columns), strict=True)
+        return {
+            entry.name: reference.Stats(*row)
+            for entry, row in zip(plan, rows, strict=True)
+            if row[0]
+        }
+
+
+def no_stats(parameters: int) -> Stats:
+    """Return the numbers before anything was clipped."""
+    count = np.zeros(parameters, np.int32)
+    real = np.zeros(parameters, jnp.zeros((), float).dtype)
+    arrays = (count, count, count, real, real + 1)
+    return Stats.of(Columns(*(jnp.asarray(array) for array in arrays)))
+
+
+def _read(row: Sequence[Any]) -> reference.Stats:
+    units, clipped, nonfinite, max_ratio, min_scale = row
+    return reference.Stats(
+        int(units), int(clipped), int(nonfinite), float(max_ratio), float(min_scale)
+    )

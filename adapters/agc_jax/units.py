@@ -1,0 +1,276 @@
+"""Units by layer type or leaf name: what every leaf of a parameter tree means, and the plan made from it.
+
+JAX has no single layout: Flax and Haiku put the output last, Equinox first. So the units of a leaf come from
+the module that owns it (Flax NNX, Equinox; :mod:`agc_jax.layers`), or from its name in the tree (Flax Linen,
+Haiku: ``kernel``, ``w``, ``embedding``, ``bias``; :mod:`agc_jax.names`), never from its rank alone. The types
+are a registry, looked up along the class hierarchy; :func:`register_units` adds a layer of your own.
+
+A parameter is called by the keys on its path with dots between them: ``conv1.kernel``, ``layers.0.weight``.
+The boxes that Flax puts around an array (``nnx.Variable``, ``nn.Partitioned``) are not part of the name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen, nnx
+from flax.core.meta import AxisMetadata
+
+from agc import AGC, Plan, Units
+from agc.errors import ParameterError, ShapeError
+from agc.plan import Parameter, canonical_name, make_plan
+from agc_jax.layers import by_type, register_units
+from agc_jax.names import by_name
+
+__all__ = [
+    "ModelUnits",
+    "PyTree",
+    "flatten",
+    "is_absent",
+    "plan",
+    "plan_tree",
+    "register_units",
+    "units",
+]
+
+PyTree: TypeAlias = Any
+"""A tree of arrays or of their shapes, or a model that is such a tree."""
+
+
+def plan(model: PyTree, rule: AGC, *, units: ModelUnits | None = None) -> Plan:
+    """Say what will happen to every parameter, before any number is touched (AGC-5, AGC-6).
+
+    Parameters
+    ----------
+    model : nnx.Module, equinox.Module, or tree of arrays
+        A model whose module types settle the units, or parameters (Flax Linen, Haiku, a plain tree)
+        whose names do. The results of ``jax.eval_shape`` and ``nnx.eval_shape`` do as well.
+    rule : AGC
+        The configuration.
+    units : ModelUnits, optional
+        What :func:`units` said of the model that these parameters belong to.
+
+    Returns
+    -------
+    Plan
+        One entry a floating-point or complex leaf, in the tree's order.
+
+    Raises
+    ------
+    SelectorError, AmbiguousUnitsError, UnitsError
+        As :func:`agc.plan.make_plan`; the message names the parameter.
+    ParameterError, ShapeError
+        If ``units`` lacks a parameter or has it with another shape.
+
+    Notes
+    -----
+    A model declares its classifier by an attribute: ``model.agc_head = "fc"``. The selector ``"@head"``
+    then excludes it.
+
+    Examples
+    --------
+    >>> up = dict(kernel_size=(2, 2), use_bias=False, transpose_kernel=True, rngs=nnx.Rngs(0))
+    >>> model = nnx.Sequential(nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.ConvTranspose(8, 4, **up))
+    >>> print(plan(model, AGC(exclude=["*.bias"])))
+    parameter        shape    units         count  clipping
+    ---------------  -------  ------------  -----  --------
+    layers.0.bias    8        ... ->            1  excluded
+    layers.0.kernel  3x3x3x8  ... i o -> o      8  0.01
+    layers.1.kernel  2x2x4x8  ... o i -> o      4  0.01
+    3 parameters, 2 clipped, 12 units
+    """
+    return plan_tree(model, rule, units)
+
+
+def units(model: PyTree, *, wrt: Any = nnx.Param) -> ModelUnits:
+    """Return what the module types or leaf names say of every parameter (AGC-5).
+
+    Parameters
+    ----------
+    model : nnx.Module, equinox.Module, or tree of arrays
+        A model, or parameters.
+    wrt : filter, default nnx.Param
+        Which variables of an NNX module are its parameters; the filter that ``nnx.Optimizer`` and
+        ``nnx.grad`` are given.
+
+    Returns
+    -------
+    ModelUnits
+        A mapping of name to units, None where nothing settles them.
+
+    Raises
+    ------
+    ParameterError
+        If the model is a Linen module, which holds no parameters.
+
+    Notes
+    -----
+    NNX and Equinox layers that ``vmap`` or ``scan`` stacked are told by their sizes: the axes in front
+    become unit axes. In Linen and Haiku trees the shape of a layer's bias tells stacked layers and
+    transposed kernels from plain ones. Where that leaves doubt, or there is no bias and the rank is 3,
+    there are no units, and the plan asks to declare them.
+
+    Examples
+    --------
+    >>> model = linen.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)
+    >>> shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 3, 6)))
+    >>> found = units(shapes["params"])
+    >>> str(found["query.kernel"]), str(found["out.kernel"]), str(found["query.bias"])
+    ('i h d -> h d', 'h d o -> o', '... ->')
+    """
+    if isinstance(model, linen.Module):
+        raise ParameterError(
+            f"the Linen module {type(model).__name__} holds no parameters; give the tree that its init "
+            'returned, for example units(variables["params"])'
+        )
+    tree = nnx.state(model, wrt) if isinstance(model, nnx.Module) else model
+    named = [(name, keys, leaf) for name, keys, leaf in _named(tree) if _is_inexact(leaf)]
+    shapes = {name: tuple(leaf.shape) for name, _, leaf in named}
+    parameters = tuple(
+        by_type(model, keys, name, shapes[name]) or by_name(name, shapes) for name, keys, _ in named
+    )
+    return ModelUnits(parameters, getattr(model, "agc_head", None))
+
+
+class ModelUnits(Mapping[str, Units | None]):
+    """Name to units of a model's parameters, as :func:`units` found them.
+
+    Attributes
+    ----------
+    parameters : tuple of Parameter
+        Name, shape, units and owner of every parameter, in the tree's order.
+    head : str or None
+        The classifier layer that the model declares in its attribute ``agc_head``.
+    """
+
+    def __init__(self, parameters: tuple[Parameter, ...], head: str | None = None) -> None:
+        self.parameters = parameters
+        self.head = head
+        self._by_name = {parameter.name: parameter for parameter in parameters}
+
+    def __getitem__(self, name: str) -> Units | None:
+        return self._by_name[canonical_name(name)].units
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    # Equal by identity, so that what was prepared for a model is found again without comparing it.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
+        return self._by_name[name].shape
+
+    def __repr__(self) -> str:
+        return f"<units of {len(self)} parameters>"
+
+
+def plan_tree(model: PyTree, rule: AGC, units: ModelUnits | None) -> Plan:
+    """Make the plan of a model or of a tree of parameters, some of which may be masked out.
+
+    With ``units``, the patterns of the rule are matched with all of the model's parameters. Without them, a
+    pattern that can only mean what ``optax.masked`` left out is passed over.
+    """
+    if units is None:
+        found = _units(model)
+        masked = [name for name, _, leaf in _named(model) if isinstance(leaf, optax.MaskedNode)]
+        return make_plan(found.parameters, _without(rule, masked, found), head=found.head)
+    if not isinstance(units, ModelUnits):
+        raise ParameterError(f"units= takes what agc_jax.units(model) returns, got {units!r}")
+    shapes = _units(model)
+    for name in shapes:
+        if name not in units:
+            listing = ", ".join(list(units)[:8]) + (", ..." if len(units) > 8 else "")
+            raise ParameterError(
+                f"parameter {name!r} is not in the units given; the names there are: {listing}"
+            )
+        if shapes.shape(name) != units.shape(name):
+            raise ShapeError(
+                f"parameter {name!r} has shape {shapes.shape(name)}, the units given are for the shape "
+                f"{units.shape(name)}. If this is one shard of it (shard_map, pmap), so would be its norms; "
+                "clip where the whole parameter is seen, under jit"
+            )
+    whole = make_plan(units.parameters, rule, head=units.head)
+    return Plan(tuple(entry for entry in whole if entry.name in shapes))
+
+
+def flatten(tree: PyTree) -> tuple[tuple[str, ...], list[Any], Any]:
+    """Return the names, the leaves and the structure of a tree; None and ``MaskedNode`` are leaves."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_absent)
+    return _leaf_names(structure), leaves, structure
+
+
+def is_absent(leaf: Any) -> bool:
+    """Tell whether a leaf stands for no array: None, or what ``optax.masked`` left out."""
+    return leaf is None or isinstance(leaf, optax.MaskedNode)
+
+
+_units = units  # where an argument has that name
+
+
+@lru_cache(maxsize=256)
+def _leaf_names(structure: Any) -> tuple[str, ...]:
+    tree = jax.tree.unflatten(structure, range(structure.num_leaves))
+    return tuple(name for name, _, _ in _named(tree))
+
+
+def _named(tree: PyTree) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
+    """Yield the name, the keys and the value of every leaf, the boxes around arrays taken off."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
+        inside = jax.tree_util.tree_flatten_with_path(leaf, is_leaf=is_absent)[0]
+        for inner, value in inside:
+            keys = tuple(_key(part) for part in (path if len(inside) == 1 else path + inner))
+            yield canonical_name(".".join(map(str, keys))), keys, value
+
+
+def _is_leaf(node: Any) -> bool:
+    return is_absent(node) or isinstance(node, nnx.Variable | AxisMetadata)
+
+
+def _key(part: Any) -> Any:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(part, attribute):
+            return getattr(part, attribute)
+    return str(part)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _without(rule: AGC, masked: list[str], found: ModelUnits) -> AGC:
+    """Drop the patterns of a rule that match nothing but what was masked out."""
+    if not masked:
+        return rule
+    head = rule.head or found.head
+
+    def means_masked(pattern: str) -> bool:
+        wanted = canonical_name(f"{head}.*" if pattern.startswith("@") and head else pattern)
+        if any(fnmatchcase(name, wanted) for name in found):
+            return False
+        parts = wanted.split(".")  # a whole subtree may be masked, under the name of its root
+        return any(
+            fnmatchcase(name, wanted) or fnmatchcase(name, ".".join(parts[: name.count(".") + 1]))
+            for name in masked
+        )
+
+    changes: dict[str, Any] = {
+        "exclude": [pattern for pattern in rule.exclude if not means_masked(pattern)],
+        "units": {key: value for key, value in rule.units.items() if not means_masked(key)},
+    }
+    if isinstance(rule.clipping, Mapping):
+        kept = {key: value for key, value in rule.clipping.items() if not means_masked(key)}
+        changes["clipping"] = kept or rule.clipping
+    return replace(rule, **changes)

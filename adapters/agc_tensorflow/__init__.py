@@ -1,0 +1,47 @@
+"""Adaptive gradient clipping for TensorFlow and Keras 3: in ``compile`` and ``fit``, and in loops of your own."""
+
+import os as _os
+
+_WRONG_BACKEND = (
+    "agc_tensorflow needs Keras on TensorFlow, but its backend is {!r}; set the environment variable "
+    "KERAS_BACKEND=tensorflow before keras is imported (for JAX and PyTorch there are agc_jax and agc_torch)"
+)
+# Asked first: Keras fails to import where the framework of its backend is not installed.
+if (_backend := _os.environ.get("KERAS_BACKEND", "tensorflow")) != "tensorflow":
+    raise ImportError(_WRONG_BACKEND.format(_backend))
+
+try:
+    import keras as _keras
+    import tensorflow as tf  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f'agc_tensorflow needs TensorFlow and Keras 3 ({error}): pip install "agc-sam[tensorflow]"'
+    ) from error
+
+if (_backend := _keras.config.backend()) != "tensorflow":
+    raise ImportError(_WRONG_BACKEND.format(_backend))
+
+from agc_tensorflow.clip import Stats, adaptive_clip_gradients
+from agc_tensorflow.optimizer import AdaptiveGradClip
+from agc_tensorflow.sam import (
+    SamStats,
+    SharpnessAwareModel,
+    Verification,
+    sam_value_and_gradients,
+    verify_sam,
+)
+from agc_tensorflow.units import plan, register_units, units
+
+__all__ = [
+    "AdaptiveGradClip",
+    "SamStats",
+    "SharpnessAwareModel",
+    "Stats",
+    "Verification",
+    "adaptive_clip_gradients",
+    "plan",
+    "register_units",
+    "sam_value_and_gradients",
+    "units",
+    "verify_sam",
+]

@@ -1,0 +1,258 @@
+"""The numerics: one norm per unit, one comparison for all units, scaling in place.
+
+The norms of all units stand in one flat buffer for the weights and one for the gradients, so limits,
+decisions and scales are a handful of small operations, whatever the number of parameters. Then
+
+* on the CPU, where looking at a value costs nothing, only tensors with a clipped unit are written;
+* elsewhere every gradient is multiplied by its scales (1 keeps its bits), and the host never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Final, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from agc import AGC, Plan, Schedule
+from agc.config import Clipping
+from agc.errors import MissingGradientError, NonFiniteError
+from agc.plan import PlanEntry
+from agc_torch.norms import all_norms, on_host, wide
+from agc_torch.parts import Part, Place, check, parts
+from agc_torch.stats import Numbers, Stats
+from agc_torch.units import Model, resolve
+
+__all__ = ["adaptive_clip_grad_", "clip_"]
+
+Step: TypeAlias = int | Tensor
+
+_PIECE: Final = 1 << 16  # elements that a CPU copies at a time
+_SMALLEST: Final = 2.0**-100  # factors down to here are accurate in float32
+
+
+def adaptive_clip_grad_(
+    model: Model, rule: AGC, *, plan: Plan | None = None, step: Step = 0
+) -> Stats:
+    r"""Clip the gradients of a model in place, as ``clip_grad_norm_`` does (AGC-1 to AGC-12).
+
+    Parameters
+    ----------
+    model : Module, mapping of name to tensor, or iterable of (name, tensor)
+        Whose ``.grad`` are clipped: dense, row-sparse (COO) or ``DTensor``; floating point or complex; in
+        the parameter's dtype or another. A parameter without a gradient is left alone.
+    rule : AGC
+        The configuration.
+    plan : Plan, optional
+        A plan made before, by :func:`agc_torch.plan`. A module's plan is remembered anyway.
+    step : int or integer tensor, default 0
+        The optimizer step, for schedules. Inside ``torch.compile`` give a tensor: it is traced, and does
+        not recompile.
+
+    Returns
+    -------
+    Stats
+        Telemetry; reading it waits for the device, making it does not.
+
+    Raises
+    ------
+    MissingGradientError
+        If no parameter has a gradient.
+    ShapeError, DTypeError, UnitsError, NonFiniteError
+        If a gradient and its parameter differ in shape, are not floating point or complex, if a sparse
+        gradient does not fit its units, or if a norm is not finite and ``nonfinite="raise"``. The message
+        names the parameter; no gradient has been changed.
+    SelectorError, AmbiguousUnitsError, ParameterError
+        As :func:`agc_torch.plan`.
+
+    Notes
+    -----
+    Call it where ``clip_grad_norm_`` would stand: after ``GradScaler.unscale_``, accumulation and
+    reduction across replicas, before the optimizer's step (AGC-7). :func:`agc_torch.attach` does that
+    by itself.
+
+    .. math:: G_i \leftarrow \lambda \frac{\max(\|W_i\|, \epsilon)}{\|G_i\|} G_i
+        \quad\text{if}\quad \|G_i\| > \lambda \max(\|W_i\|, \epsilon)
+
+    References
+    ----------
+    Brock, De, Smith, Simonyan, arXiv:2102.06171, Eq. 3.
+
+    Examples
+    --------
+    >>> layer = torch.nn.Linear(2, 1, bias=False)
+    >>> layer.weight.data = torch.tensor([[3.0, 4.0]])
+    >>> layer.weight.grad = torch.tensor([[0.0, 1.0]])
+    >>> stats = adaptive_clip_grad_(layer, AGC(clipping=0.01))
+    >>> layer.weight.grad
+    tensor([[0.0000, 0.0500]])
+    >>> stats.total()
+    Stats(units=1, clipped=1, nonfinite=0, max_ratio=0.2, min_scale=0.05)
+    """
+    return clip_(resolve(model, rule, plan)[1], rule, step=step)
+
+
+def clip_(
+    pairs: Iterable[tuple[PlanEntry, Tensor]],
+    rule: AGC,
+    *,
+    step: Step = 0,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Stats:
+    """Clip parameters that are paired with their entries of a plan; see :func:`adaptive_clip_grad_`.
+
+    Parameters
+    ----------
+    pairs : iterable of (PlanEntry, Tensor)
+        What :func:`agc_torch.units.resolve` returns, or some of it.
+    rule, step
+        As in :func:`adaptive_clip_grad_`.
+    grad_scale : scalar tensor, optional
+        What the gradients are still multiplied by, if a fused optimizer is going to unscale them.
+    found_inf : scalar tensor, optional
+        Not 0 if that optimizer is going to skip the step; then ``nonfinite="raise"`` does not raise.
+    """
+    with torch.no_grad():
+        jobs = _jobs(pairs)
+        places: dict[Place, list[_Job]] = {}
+        for job in jobs:
+            places.setdefault(job.gradient.place, []).append(job)
+        groups = [_decide(some, rule, step, grad_scale) for some in places.values()]
+        numbers = [one for _, one in groups]
+        if rule.nonfinite == "raise" and not (found_inf is not None and found_inf.any()):
+            _raise_nonfinite(numbers)
+        for some, one in groups:
+            _scale(some, one, zero=rule.nonfinite == "zero")
+    return Stats([job.entry.name for job in jobs], numbers)
+
+
+class _Job(NamedTuple):
+    """One gradient to clip."""
+
+    entry: PlanEntry
+    weight: Part
+    gradient: Part
+
+
+def _jobs(pairs: Iterable[tuple[PlanEntry, Tensor]]) -> list[_Job]:
+    jobs = []
+    missing = True
+    for entry, parameter in pairs:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        missing = False
+        check(entry, parameter, gradient)
+        if entry.clipped:
+            if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():
+                parameter.grad = gradient = gradient.coalesce()
+            jobs.append(_Job(entry, *parts(entry, parameter, gradient)))
+    if missing:
+        raise MissingGradientError(
+            "no parameter has a gradient; call backward() before clipping gradients"
+        )
+    return jobs
+
+
+def _decide(
+    jobs: list[_Job], rule: AGC, step: Step, grad_scale: Tensor | None
+) -> tuple[list[_Job], Numbers]:
+    """Norms and limits of all units that are in one place (AGC-1)."""
+    runs, jobs = _runs(jobs, step)
+    least = min([value if isinstance(value, float) else 0.0 for value, _ in runs])
+    floor = all_norms([job.weight for job in jobs], rule.eps).clamp(min=rule.eps)
+    limit = torch.cat(
+        [
+            part * value
+            for part, (value, _) in zip(floor.split([n for _, n in runs]), runs, strict=True)
+        ]
+    )
+    norm = all_norms([job.gradient for job in jobs], least * rule.eps)
+    if grad_scale is not None:
+        norm = norm / grad_scale.to(norm.device, non_blocking=True)
+    counts = [(job.entry.name, job.gradient.count) for job in jobs]
+    return jobs, Numbers(counts, floor, limit, norm, rule.div_eps)
+
+
+def _runs(jobs: list[_Job], step: Step) -> tuple[list[tuple[float | Tensor, int]], list[_Job]]:
+    """Sort jobs by threshold; return each threshold with its number of units, and the jobs (AGC-10)."""
+    kinds: list[tuple[Clipping, list[_Job]]] = []
+    for job in jobs:
+        some = next((some for kind, some in kinds if kind == job.entry.clipping), None)
+        if some is None:
+            kinds.append((job.entry.clipping, [job]))
+        else:
+            some.append(job)
+    runs = [
+        (_threshold(some[0].entry, step), sum(job.gradient.count for job in some))
+        for _, some in kinds
+    ]
+    return runs, [job for _, some in kinds for job in some]
+
+
+def _threshold(entry: PlanEntry, step: Step) -> float | Tensor:
+    """Return the threshold at a step; a step on the device stays there if a schedule lets it."""
+    clipping = entry.clipping
+    if isinstance(step, Tensor) and callable(clipping):
+        compiling = torch.compiler.is_compiling()
+        if isinstance(clipping, Schedule) and (compiling or step.device.type != "cpu"):
+            now = step.to(wide(step.device))
+            value = torch.full_like(now, clipping.points[0][1])
+            for (start, low), (end, high) in pairwise(clipping.points):
+                value = value + (high - low) * ((now - start) / (end - start)).clamp(0, 1)
+            return value
+        if compiling:
+            return clipping(step)
+        step = int(step)
+    threshold = entry.threshold(step)
+    assert threshold is not None  # only what is clipped becomes a job
+    return threshold
+
+
+def _scale(jobs: list[_Job], numbers: Numbers, *, zero: bool) -> None:
+    """Multiply every gradient by its scales, in place and with one rounding (AGC-2 to AGC-4)."""
+    sizes = [count for _, count in numbers.counts]
+    touched: Iterable[int] = range(len(jobs))
+    host = on_host(numbers.norm.device)
+    if host:
+        calm = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
+        if calm.all():
+            return
+        touched = [index for index, units in enumerate(calm.split(sizes)) if not units.all()]
+    factors = narrow = torch.where(numbers.bad, torch.nan, numbers.scale)
+    if host and not (factors < _SMALLEST).any():
+        # Float64 factors make a float64 copy of the gradient on a CPU. Only factors that float32 cannot
+        # hold are worth that: of gradients 1e30 times too large.
+        narrow = factors.float()
+    wide_factors, narrow_factors, bad = (x.split(sizes) for x in (factors, narrow, numbers.bad))
+    for index in touched:
+        gradient = jobs[index].gradient
+        chosen = wide_factors if gradient.tensor.dtype == torch.float64 else narrow_factors
+        for piece, factor in _pieces(gradient.tensor, gradient.spread(chosen[index]), host):
+            piece.mul_(factor)
+        if zero:
+            gradient.tensor.masked_fill_(gradient.spread(bad[index]), 0)
+
+
+def _pieces(tensor: Tensor, factor: Tensor, host: bool) -> Iterable[tuple[Tensor, Tensor]]:
+    """Cut a multiplication of two dtypes, for which a CPU copies the tensor, into small ones."""
+    if not host or tensor.dtype == factor.dtype or tensor.numel() <= _PIECE:
+        return [(tensor, factor)]
+    rows = max(1, _PIECE * len(tensor) // tensor.numel())
+    factor = factor.expand(len(tensor), *factor.shape[1:])
+    return zip(tensor.split(rows), factor.split(rows), strict=True)
+
+
+def _raise_nonfinite(numbers: list[Numbers]) -> None:
+    for one in numbers:
+        if one.bad.any():
+            sizes = [count for _, count in one.counts]
+            for (name, count), bad in zip(one.counts, one.bad.split(sizes), strict=True):
+                if bad.any():
+                    raise NonFiniteError(
+                        f"parameter {name!r}: {int(bad.sum())} of {count} units have a norm that is not "
+                        "finite"
+                    )

@@ -1,0 +1,130 @@
+"""Telemetry: what one clipping did, on the device until somebody reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agc import reference
+
+__all__ = ["Numbers", "Stats"]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers behind a clipping, one a unit, of all parameters that are in one place.
+
+    Attributes
+    ----------
+    counts : list of (str, int)
+        Parameters and their number of units, in the order of the buffers.
+    floor, limit, norm : Tensor of float64, shape (units,)
+        ``max(norm(W_i), eps)``, the limit that follows from it, and ``norm(G_i)`` (AGC-1).
+    div_eps : float
+        Floor of ``norm`` in the division.
+    """
+
+    counts: list[tuple[str, int]]
+    floor: Tensor
+    limit: Tensor
+    norm: Tensor
+    div_eps: float
+
+    @property
+    def bad(self) -> Tensor:
+        """Whether a norm of the unit is not finite (AGC-4)."""
+        return ((self.norm < torch.inf) & (self.floor < torch.inf)).logical_not()
+
+    @property
+    def clipped(self) -> Tensor:
+        """Whether the unit is scaled down (AGC-2)."""
+        return (self.norm > self.limit) & self.bad.logical_not()
+
+    @property
+    def scale(self) -> Tensor:
+        """Factor of the unit; 1 if it is not clipped, and if it is not finite."""
+        return torch.where(self.clipped, self.limit / self.norm.clamp(min=self.div_eps), 1.0)
+
+    @property
+    def ratio(self) -> Tensor:
+        """``norm(G_i) / max(norm(W_i), eps)``; 0 for a zero gradient and for units that are not finite."""
+        return torch.where(self.bad | (self.norm == 0), 0.0, self.norm / self.floor)
+
+
+class Stats:
+    """What one clipping did (AGC-11).
+
+    The four properties are scalars on the device: they cost a few small kernels, and nobody waits.
+    :meth:`total` and :meth:`parameters` bring the numbers to the host.
+
+    Attributes
+    ----------
+    units : int
+        Units looked at.
+    """
+
+    def __init__(self, names: Sequence[str], numbers: Sequence[Numbers]) -> None:
+        self._names = names
+        self._numbers = numbers
+        self.units = sum(count for one in numbers for _, count in one.counts)
+
+    @property
+    def clipped(self) -> Tensor:
+        """Number of units that were scaled down."""
+        return _over(torch.sum, [one.clipped for one in self._numbers], 0)
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Number of units that fell under the non-finite policy (AGC-4)."""
+        return _over(torch.sum, [one.bad for one in self._numbers], 0)
+
+    @property
+    def max_ratio(self) -> Tensor:
+        """Largest ``norm(G_i) / max(norm(W_i), eps)`` of the finite units; 0 if there are none."""
+        return _over(torch.amax, [one.ratio for one in self._numbers], 0.0)
+
+    @property
+    def min_scale(self) -> Tensor:
+        """Smallest factor applied to a finite unit; 1 if none was clipped."""
+        return _over(torch.amin, [one.scale for one in self._numbers], 1.0)
+
+    def total(self) -> reference.Stats:
+        """Return the numbers of all parameters together."""
+        return reference.Stats(
+            units=self.units,
+            clipped=int(self.clipped),
+            nonfinite=int(self.nonfinite),
+            max_ratio=float(self.max_ratio),
+            min_scale=float(self.min_scale),
+        )
+
+    def parameters(self) -> dict[str, reference.Stats]:
+        """Return the numbers of every parameter that AGC acts on and that had a gradient."""
+        found = {}
+        for one in self._numbers:
+            sizes = [count for _, count in one.counts]
+            columns = (one.clipped, one.bad, one.ratio, one.scale)
+            rows = zip(*(column.cpu().split(sizes) for column in columns), strict=True)
+            for (name, count), (clipped, bad, ratio, scale) in zip(one.counts, rows, strict=True):
+                found[name] = reference.Stats(
+                    units=count,
+                    clipped=int(clipped.sum()),
+                    nonfinite=int(bad.sum()),
+                    max_ratio=float(_over(torch.amax, [ratio], 0.0)),
+                    min_scale=float(_over(torch.amin, [scale], 1.0)),
+                )
+        return {name: found[name] for name in self._names}
+
+    def __repr__(self) -> str:
+        return f"<Stats of {len(self._names)} parameters, {self.units} units; total() reads it>"
+
+
+def _over(reduce: Callable[[Tensor], Tensor], columns: list[Tensor], empty: float) -> Tensor:
+    """Reduce over all columns, on the device of the first."""
+    found = [reduce(column) for column in columns if column.numel()]
+    if not found:
+        return torch.tensor(empty)
+    return reduce(torch.stack([value.to(found[0].device) for value in found]))

@@ -1,0 +1,376 @@
+"""What a conformance backend is: an implementation of AGC, SAM or both, asked in NumPy arrays.
+
+The suite hands a backend *problems* and compares its *outcomes* with :mod:`agc.reference`. AGC asks
+:meth:`Backend.clip` first, SAM :meth:`Backend.sharpen`; every question may be left at
+:class:`Unsupported`, and the report says so. Backends register in the entry-point group ``agc.backends`` or are named on the command
+line as ``package.module:object``, where the object is a subclass of :class:`Backend`, or any callable
+that takes ``device=`` and returns one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import numpy.typing as npt
+
+from agc.config import AGC, SAM
+from agc.plan import Plan
+from agc.reference import RowSparse, Stats
+from agc.units import Units
+
+__all__ = [
+    "Backend",
+    "Examples",
+    "Layer",
+    "Optimizer",
+    "Outcome",
+    "Problem",
+    "SharpnessOutcome",
+    "SharpnessProblem",
+    "Task",
+    "TrainStep",
+    "Unavailable",
+    "Unsupported",
+]
+
+Array = npt.NDArray[Any]
+Gradient = Array | RowSparse | None
+
+
+class Unsupported(Exception):
+    """The backend does not offer what was asked; the reason is reported, never counted as passed."""
+
+
+class Unavailable(Exception):
+    """The backend or the device is not there on this machine."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Gradients to clip.
+
+    Attributes
+    ----------
+    rule : AGC
+        The configuration, without the units of this problem.
+    parameters : mapping of name to array
+        Weights, in the backend's layout and the dtype to compute in (bfloat16 is ml_dtypes').
+    gradients : mapping of name to array, RowSparse or None
+        Their gradients.
+    units : mapping of name to Units
+        Units of every parameter in the backend's layout.
+    step : int
+        Optimizer step, for schedules.
+    """
+
+    rule: AGC
+    parameters: Mapping[str, Array]
+    gradients: Mapping[str, Gradient]
+    units: Mapping[str, Units] = field(default_factory=dict)
+    step: int = 0
+
+    @property
+    def declared_rule(self) -> AGC:
+        """The configuration with this problem's units as explicit declarations."""
+        return replace(self.rule, units={**self.rule.units, **self.units})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a backend made of a problem.
+
+    Attributes
+    ----------
+    gradients : mapping of name to array, RowSparse or None
+        Clipped gradients in the dtype they came in.
+    stats : mapping of name to Stats, optional
+        Telemetry per parameter, if the backend has it.
+    """
+
+    gradients: Mapping[str, Gradient]
+    stats: Mapping[str, Stats] | None = None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A batch for SAM, and with it the loss.
+
+    Example ``b`` has the loss ``sum over parameters p of 0.5 * sum(a_b * (w_p - c_b)**2)``, where ``a_b``
+    is row ``b`` of the parameter's curvatures and ``c_b`` of its centers; the loss of a batch is the mean
+    over its examples. It is computed in the dtype of these arrays, float32 or float64, to which weights in
+    float16 and bfloat16 are cast.
+
+    Attributes
+    ----------
+    curvatures, centers : mapping of name to array, shape (examples, *shape of the parameter)
+        In the backend's layout. A parameter that is not here takes part in no loss.
+    """
+
+    curvatures: Mapping[str, Array]
+    centers: Mapping[str, Array]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.centers.values())))
+
+
+@dataclass(frozen=True)
+class SharpnessProblem:
+    """Weights and a batch whose sharpness-aware gradient is asked for.
+
+    Attributes
+    ----------
+    rule : SAM
+        The configuration.
+    parameters : mapping of name to array
+        Weights, in the backend's layout and the dtype to compute in.
+    examples : Examples
+        The batch and its loss.
+    step : int
+        Optimizer step, for schedules and ``every``.
+    clipping : AGC, optional
+        AGC behind SAM, with the units of this problem declared; only in trajectories.
+    """
+
+    rule: SAM
+    parameters: Mapping[str, Array]
+    examples: Examples
+    step: int = 0
+    clipping: AGC | None = None
+
+
+@dataclass(frozen=True)
+class SharpnessOutcome:
+    """What a backend made of a :class:`SharpnessProblem`.
+
+    Attributes
+    ----------
+    gradients : mapping of name to array or None
+        What the optimizer receives, in the dtype of the weights. For a parameter in no loss None, or
+        zeros where the framework knows no missing gradients. Empty if the step is skipped.
+    weights : mapping of name to array
+        The weights afterwards, which must have the bits they had before.
+    loss, perturbed_loss, norm : float, optional
+        Clean loss of the ascent pass, loss at the perturbed weights, and norm of the ascent gradient (the
+        largest, if there were several); None if the implementation does not tell. In a plain step only
+        the loss is compared.
+    skipped : bool
+        Whether the policy for non-finite norms skips the optimizer's step.
+    """
+
+    gradients: Mapping[str, Array | None]
+    weights: Mapping[str, Array]
+    loss: float | None = None
+    perturbed_loss: float | None = None
+    norm: float | None = None
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer type of DESIGN's table of units, with sizes.
+
+    Attributes
+    ----------
+    kind : str
+        ``dense``, ``conv1d``, ``conv2d``, ``conv3d``, ``grouped_conv2d``, ``depthwise_conv2d``,
+        ``conv_transpose1d``, ``conv_transpose2d``, ``grouped_conv_transpose2d``, ``embedding``,
+        ``attention``, ``einsum``, ``lstm``, ``gru``, ``rnn``, ``bilinear``, ``hf_conv1d``,
+        ``layer_norm``, ``stacked_dense``.
+    sizes : mapping of str to int
+        Sizes by axis name: ``i`` inputs and ``o`` outputs of the layer (all groups together), ``g``
+        groups, and the kernel's ``w`` (1-D), ``h w`` (2-D) or ``t h w`` (3-D). Depthwise: ``c``
+        channels, ``m`` multiplier. Embedding: ``v d``. Attention: ``i`` and ``o`` (both ``h * d``),
+        ``h`` heads of ``d``. Einsum: ``i`` inputs to ``h d`` outputs (``...i,ihd->...hd``).
+        Recurrent: ``o`` is the hidden size. Bilinear: ``i j o``. Layer norm: ``o``. Stacked:
+        ``l`` layers of ``i o``.
+    """
+
+    kind: str
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer that every framework has and that means the same in each.
+
+    ``sgd``: ``u = g + weight_decay * w`` (if coupled), ``m = momentum * m + u``,
+    ``w -= lr * (u + momentum * m if nesterov else m)``; decoupled decay subtracts
+    ``lr * weight_decay * w`` (the weights before the step) as well.
+    """
+
+    lr: float
+    name: Literal["sgd"] = "sgd"
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    decoupled: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training of the suite's small convolutional classifier on real images.
+
+    The network, in the order of its parameters; weights are given out-first, ``(o, i, h, w)``:
+    ``conv1`` (3x3, stride 1, zero padding 1 on every side), SiLU (``x * sigmoid(x)``), ``conv2`` (3x3,
+    stride 2, zero padding 1 on every side), SiLU, mean over height and width, ``head`` (dense). Each has
+    ``weight`` and ``bias``. The loss is the mean softmax cross-entropy. (SiLU, because its slope is
+    continuous: with ReLU, rounding decides which pixels near zero count, and runs part for no fault.)
+
+    Attributes
+    ----------
+    rule : AGC
+        The configuration, on the names ``conv1.weight``, ``conv1.bias``, ... , ``head.bias``.
+    optimizer : Optimizer
+        The optimizer behind AGC.
+    weights : mapping of name to array of float32
+        Initial weights, out-first.
+    batches : sequence of (images, labels)
+        float32 images of shape ``(n, channels, height, width)`` and int64 labels; one batch a step.
+    sharpness : SAM, optional
+        SAM in front of AGC and the optimizer.
+    """
+
+    rule: AGC
+    optimizer: Optimizer
+    weights: Mapping[str, Array]
+    batches: Sequence[tuple[Array, Array]]
+    sharpness: SAM | None = None
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """One step of a :class:`Task`, under its names and in its layout (out-first).
+
+    Attributes
+    ----------
+    loss : float
+        Mean loss of the batch before the step; with SAM the clean loss, of the ascent pass.
+    before, gradients, clipped, after : mapping of name to array
+        Weights before the step, raw gradients (with SAM those at the perturbed weights), gradients as the optimizer received them, and weights
+        after the step.
+    plan : Plan, optional
+        The plan that the step was clipped by, under the task's names; its units are in the
+        framework's own layout.
+    """
+
+    loss: float
+    before: Mapping[str, Array]
+    gradients: Mapping[str, Array]
+    clipped: Mapping[str, Array]
+    after: Mapping[str, Array]
+    plan: Plan | None = None
+
+
+class Backend:
+    """Base class of conformance backends; override what your implementation has.
+
+    Parameters
+    ----------
+    device : str, default "cpu"
+        ``"cpu"``, ``"cuda"`` or ``"tpu"``. Raise :class:`Unavailable` if it is not there.
+
+    Attributes
+    ----------
+    name : str
+        Name in reports.
+    layout : {"torch", "flax", "keras"}
+        Axis order in which the suite hands over each layer type's weights.
+    dtypes : frozenset of str
+        Dtypes the implementation takes.
+    """
+
+    name: ClassVar[str] = "unnamed"
+    layout: ClassVar[Literal["torch", "flax", "keras"]] = "torch"
+    dtypes: ClassVar[frozenset[str]] = frozenset({"float32"})
+
+    def __init__(self, device: str = "cpu") -> None:
+        if device != "cpu":
+            raise Unavailable(f"{self.name} runs on the CPU only, not on {device!r}")
+        self.device = device
+
+    def versions(self) -> dict[str, str]:
+        """Return package name to version, for the report."""
+        return {}
+
+    def device_name(self) -> str:
+        """Return the hardware's own name, for the report."""
+        return self.device
+
+    def clip(self, problem: Problem) -> Outcome:
+        """Clip a problem's gradients. Errors of :mod:`agc.errors` are expected where AGC defines them."""
+        raise Unsupported(f"{self.name} does not clip")
+
+    def layer_plan(self, layer: Layer, rule: AGC) -> Plan:
+        """Build the framework's own layer and return the plan made for it."""
+        raise Unsupported(f"{self.name} makes no plans")
+
+    def trajectory(
+        self, problem: Problem, optimizer: Optimizer, gradients: Sequence[Mapping[str, Gradient]]
+    ) -> list[Mapping[str, Array]]:
+        """Return the weights after each step, clipping inside the framework's optimizer.
+
+        ``problem.parameters`` are the initial weights; ``gradients`` are the raw gradients, one mapping
+        a step (the steps count from 0).
+        """
+        raise Unsupported(f"{self.name} has no optimizer")
+
+    def scenario(self, name: str, problem: Problem, settings: Mapping[str, Any]) -> Outcome:
+        """Clip in one of the settings of real training; the outcome is what the optimizer receives.
+
+        ``accumulate``
+            ``settings["micro"]`` is a list of gradient mappings; their mean is to be clipped
+            (``problem.gradients`` holds that mean).
+        ``unscale``
+            ``problem.gradients`` were multiplied by ``settings["scale"]`` (a power of two) by a loss
+            scaler; undo that with the framework's own scaler before clipping.
+        ``compiled``
+            Clip inside a compiled step (``torch.compile``, ``jax.jit``, ``tf.function``).
+        ``sharded``
+            Split every parameter whose first axis ``settings["shards"]`` divides over that many
+            devices or processes; gather the outcome.
+        ``optimizer``
+            Clip through the wrapped optimizer's own step rather than by the plain function.
+        """
+        raise Unsupported(f"{self.name} has no scenario {name!r}")
+
+    def sharpen(self, problem: SharpnessProblem) -> SharpnessOutcome:
+        """Compute a sharpness-aware gradient. Errors of :mod:`agc.errors` are expected where SAM defines them."""
+        raise Unsupported(f"{self.name} has no SAM")
+
+    def sharpness_trajectory(
+        self,
+        problem: SharpnessProblem,
+        optimizer: Optimizer,
+        batches: Sequence[Examples],
+        *,
+        restart: int | None = None,
+    ) -> list[Mapping[str, Array]]:
+        """Return the weights after each step of SAM, AGC (if asked for) and the framework's optimizer.
+
+        ``problem.parameters`` are the initial weights; there is one batch a step (the steps count from
+        0), and ``problem.examples`` is the first. After ``restart`` steps everything that training needs
+        is saved as the framework does it, and training goes on from there with new objects (SAM-13).
+        """
+        raise Unsupported(f"{self.name} has no SAM in front of an optimizer")
+
+    def sharpness_scenario(
+        self, name: str, problem: SharpnessProblem, settings: Mapping[str, Any]
+    ) -> SharpnessOutcome:
+        """Compute a sharpness-aware gradient in one of the settings of real training.
+
+        ``compiled``
+            Inside a compiled step (``torch.compile``, ``jax.jit``, ``tf.function``).
+        ``scaled``
+            The loss is multiplied by ``settings["scale"]`` (a power of two) before it is differentiated, as
+            loss scalers do; the gradients are those that the optimizer receives, without it.
+        ``replicas``
+            On ``settings["replicas"]`` data-parallel replicas, each with an equal part of the batch, in
+            order (SAM-9).
+        """
+        raise Unsupported(f"{self.name} has no scenario {name!r} for SAM")
+
+    def train(self, task: Task) -> Iterator[TrainStep]:
+        """Train on real images, yielding every step."""
+        raise Unsupported(f"{self.name} does not train")

@@ -1,0 +1,57 @@
+"""The ``agc`` command. Other packages add subcommands through the entry-point group ``agc.commands``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+from agc import __version__
+from agc.errors import AGCError, MissingPackageError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0, or 1 if something failed, or 2 for misuse.
+
+    Every entry point in ``agc.commands`` is a function that takes argparse's subparsers, adds one
+    command, and sets ``run`` to a function of the parsed arguments that returns the exit status.
+    """
+    parser = argparse.ArgumentParser(
+        prog="agc", description="Adaptive gradient clipping, proven equal."
+    )
+    parser.add_argument("--version", action="version", version=f"agc-sam {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for entry_point in sorted(entry_points(group="agc.commands"), key=lambda found: found.name):
+        try:
+            entry_point.load()(commands)
+        except ImportError as error:
+            _add_missing(commands, entry_point.name, error)
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except AGCError as error:
+        print(f"agc: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _add_missing(commands: Any, name: str, cause: ImportError) -> None:
+    """Add a command whose packages are not installed: it says so when it is called."""
+
+    def explain(_: argparse.Namespace) -> int:
+        raise MissingPackageError(
+            f"'agc {name}' needs packages that are not installed ({cause}); "
+            f'try: pip install "agc-sam[{name}]"'
+        )
+
+    command = commands.add_parser(name, help="(needs packages that are not installed)")
+    command.add_argument("rest", nargs=argparse.REMAINDER)
+    command.set_defaults(run=explain)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Every error this project raises on purpose, under one base class."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AGCError",
+    "AmbiguousUnitsError",
+    "ConfigError",
+    "DTypeError",
+    "FormatError",
+    "MissingGradientError",
+    "MissingPackageError",
+    "NonFiniteError",
+    "OrderError",
+    "ParameterError",
+    "SelectorError",
+    "ShapeError",
+    "UnitsError",
+]
+
+
+class AGCError(Exception):
+    """Base class of every error raised on purpose by this project."""
+
+
+class ConfigError(AGCError, ValueError):
+    """A hyper-parameter has a value that the specification does not define."""
+
+
+class SelectorError(ConfigError):
+    """A parameter-name pattern matches no parameter, or a parameter matches none."""
+
+
+class UnitsError(AGCError, ValueError):
+    """A units pattern cannot be parsed, or does not fit the shape it is used on."""
+
+
+class AmbiguousUnitsError(UnitsError):
+    """Nothing says which axes of a parameter name its units."""
+
+
+class ShapeError(AGCError, ValueError):
+    """A gradient and its parameter do not have the same shape."""
+
+
+class DTypeError(AGCError, TypeError):
+    """A gradient or parameter is neither floating point nor complex."""
+
+
+class NonFiniteError(AGCError, ArithmeticError):
+    """A unit's norm is NaN or infinite, and the policy is ``"raise"`` (AGC-4)."""
+
+
+class MissingGradientError(AGCError, ValueError):
+    """No parameter has a gradient, so there is nothing to clip."""
+
+
+class OrderError(AGCError, RuntimeError):
+    """Something was called at a moment when it cannot be done, such as saving perturbed weights."""
+
+
+class MissingPackageError(AGCError, ImportError):
+    """An optional package that a feature needs is not installed."""
+
+
+class ParameterError(AGCError, ValueError):
+    """An optimizer's, plan's or caller's parameters are not those of the model."""
+
+
+class FormatError(AGCError, ValueError):
+    """A file or document is truncated, of another version, or not what it claims to be."""

@@ -1,0 +1,398 @@
+"""The executable definition of adaptive gradient clipping.
+
+Source: Brock, De, Smith, Simonyan, arXiv:2102.06171, Eq. 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from agc.config import AGC
+from agc.errors import (
+    DTypeError,
+    MissingGradientError,
+    NonFiniteError,
+    ParameterError,
+    ShapeError,
+    UnitsError,
+)
+from agc.plan import Plan, PlanEntry, canonical_name
+from agc.units import UnitAxes, Units
+
+__all__ = [
+    "Clipped",
+    "Result",
+    "RowSparse",
+    "Stats",
+    "adaptive_clip",
+    "clip_units",
+    "unit_norms",
+    "widen",
+]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class RowSparse:
+    """A gradient that is zero outside some rows: torch's sparse COO, TensorFlow's IndexedSlices.
+
+    Attributes
+    ----------
+    indices : array of int, shape (n,)
+        Rows; a row that appears more than once is the sum of its values.
+    values : array, shape (n, ...)
+        The rows' values.
+    shape : tuple of int
+        Shape of the dense gradient.
+    """
+
+    indices: Array
+    values: Array
+    shape: tuple[int, ...]
+
+    def coalesce(self) -> RowSparse:
+        """Return the same gradient with ascending indices, each once."""
+        rows, inverse = np.unique(np.asarray(self.indices), return_inverse=True)
+        values = np.zeros((len(rows), *self.shape[1:]), np.asarray(self.values).dtype)
+        np.add.at(values, inverse, self.values)
+        return RowSparse(rows, values, self.shape)
+
+    def to_dense(self) -> Array:
+        """Return the dense gradient."""
+        dense = np.zeros(self.shape, np.asarray(self.values).dtype)
+        np.add.at(dense, self.indices, self.values)
+        return dense
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one clipping did (AGC-11).
+
+    Attributes
+    ----------
+    units : int
+        Units looked at.
+    clipped : int
+        Units whose gradient was scaled down.
+    nonfinite : int
+        Units that fell under the non-finite policy.
+    max_ratio : float
+        Largest ``norm(G_i) / max(norm(W_i), eps)`` of the finite units; 0 if there are none.
+    min_scale : float
+        Smallest factor applied to a finite unit; 1 if none was clipped.
+    """
+
+    units: int
+    clipped: int
+    nonfinite: int
+    max_ratio: float
+    min_scale: float
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """One clipped gradient and the numbers behind it, per unit (reduced axes kept with size 1)."""
+
+    gradient: Array
+    weight_norm: Array
+    gradient_norm: Array
+    limit: Array
+    scale: Array
+    clipped: npt.NDArray[np.bool_]
+    nonfinite: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Result:
+    """All clipped gradients (float64 or complex128), and what was done, per parameter and in total."""
+
+    gradients: dict[str, Array | RowSparse | None]
+    clipped: dict[str, Clipped]
+    stats: dict[str, Stats]
+    total: Stats
+
+
+def unit_norms(array: Array, units: Units) -> Array:
+    r"""L2 norm of every unit (AGC-3).
+
+    Parameters
+    ----------
+    array : array, any shape, floating point or complex
+        Weights or gradient.
+    units : Units
+        Which axes name a unit.
+
+    Returns
+    -------
+    array of float64
+        Norms, shaped like ``units.bind(array.shape).unit_shape``. NaN if the unit holds a NaN, else
+        infinity if it holds an infinity.
+
+    Raises
+    ------
+    DTypeError
+        If the dtype is neither floating point nor complex.
+
+    Notes
+    -----
+    Each unit is divided by its largest magnitude before squaring, so that a finite unit has a finite
+    norm wherever float64 can hold it.
+
+    Examples
+    --------
+    >>> unit_norms(np.array([[3.0, 4.0], [0.0, 2.0]]), Units("o i -> o")).ravel()
+    array([5., 2.])
+    """
+    wide = widen("array", array)
+    axes = units.bind(wide.shape)
+    view = np.abs(wide.reshape(axes.view))
+    if view.size == 0:
+        return np.zeros(axes.unit_shape)
+    largest = np.max(view, axis=axes.reduce, keepdims=True)
+    divisor = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
+    # An overflow here is an honest infinity, which the policy of AGC-4 deals with.
+    with np.errstate(over="ignore"):
+        squares = np.sum((view / divisor) ** 2, axis=axes.reduce, keepdims=True)
+        norms: Array = divisor * np.sqrt(squares)
+    return norms
+
+
+def clip_units(
+    gradient: Array,
+    weight: Array,
+    units: Units,
+    *,
+    clipping: float = 0.01,
+    eps: float = 1e-3,
+    nonfinite: str = "propagate",
+    div_eps: float = 0.0,
+) -> Clipped:
+    r"""Clip one dense gradient (AGC-1 to AGC-4).
+
+    Parameters
+    ----------
+    gradient, weight : array, same shape, floating point or complex
+        The gradient G and the parameter W.
+    units : Units
+        Which axes name a unit.
+    clipping, eps, nonfinite, div_eps
+        As in :class:`agc.AGC`.
+
+    Returns
+    -------
+    Clipped
+        The gradient in float64 or complex128, and norms, limits and scales per unit.
+
+    Raises
+    ------
+    ShapeError
+        If gradient and weight differ in shape.
+    DTypeError
+        If either is neither floating point nor complex.
+    NonFiniteError
+        If ``nonfinite="raise"`` and the norm of any unit is not finite.
+
+    Examples
+    --------
+    >>> weight = np.array([[10.0, 0.0, 0.0], [0.1, 0.1, 0.1]])
+    >>> clip_units(np.ones((2, 3)), weight, Units("o i -> o")).gradient.round(5)
+    array([[0.05774, 0.05774, 0.05774],
+           [0.001  , 0.001  , 0.001  ]])
+    """
+    g, w = widen("gradient", gradient), widen("weight", weight)
+    if g.shape != w.shape:
+        raise ShapeError(f"the gradient has shape {g.shape}, the weight {w.shape}")
+    axes = units.bind(w.shape)
+    return _clip(
+        g, axes, unit_norms(g, units), unit_norms(w, units), clipping, eps, nonfinite, div_eps
+    )
+
+
+def _clip(
+    g: Array,
+    axes: UnitAxes,
+    g_norm: Array,
+    w_norm: Array,
+    clipping: float,
+    eps: float,
+    nonfinite: str,
+    div_eps: float,
+) -> Clipped:
+    bad = ~(np.isfinite(g_norm) & np.isfinite(w_norm))  # AGC-4
+    if nonfinite == "raise" and bad.any():
+        raise NonFiniteError(f"{int(bad.sum())} of {bad.size} units have a norm that is not finite")
+    limit = clipping * np.maximum(w_norm, eps)  # AGC-1
+    clipped = (g_norm > limit) & ~bad  # AGC-2: strictly
+    scale = np.ones_like(limit)
+    np.divide(limit, np.maximum(g_norm, div_eps), out=scale, where=clipped)
+    view = g.reshape(axes.view)
+    out = np.where(clipped, view * scale, view)
+    if bad.any():
+        out = np.where(bad, 0.0 if nonfinite == "zero" else np.nan * np.ones_like(view), out)
+    return Clipped(out.reshape(g.shape), w_norm, g_norm, limit, scale, clipped, bad)
+
+
+def adaptive_clip(
+    parameters: Mapping[str, Array],
+    gradients: Mapping[str, Array | RowSparse | None],
+    plan: Plan,
+    rule: AGC,
+    *,
+    step: int = 0,
+) -> Result:
+    """Clip the gradients of a whole model (AGC-1 to AGC-12).
+
+    Parameters
+    ----------
+    parameters : mapping of name to array
+        Every parameter of the plan.
+    gradients : mapping of name to array, RowSparse or None
+        Gradients; None or a missing name means that the parameter has none (AGC-5).
+    plan : Plan
+        What happens to every parameter.
+    rule : AGC
+        For ``eps``, ``nonfinite`` and ``div_eps``.
+    step : int, default 0
+        The optimizer step, for schedules (AGC-10).
+
+    Returns
+    -------
+    Result
+        Clipped gradients under the names given, and telemetry (AGC-11).
+
+    Raises
+    ------
+    ParameterError
+        If the names differ from the plan's.
+    MissingGradientError
+        If no parameter has a gradient.
+    ShapeError, DTypeError, UnitsError, NonFiniteError
+        As :func:`clip_units`, with the parameter's name.
+    """
+    planned = {entry.name for entry in plan}
+    for kind, names in (("parameter", parameters), ("gradient", gradients)):
+        strange = [name for name in names if canonical_name(name) not in planned]
+        if strange:
+            raise ParameterError(f"{kind} {strange[0]!r} is not in the plan")
+    weights = {canonical_name(name): value for name, value in parameters.items()}
+    missing = sorted(planned - set(weights))
+    if missing:
+        raise ParameterError(f"parameter {missing[0]!r} of the plan is missing")
+    if all(gradient is None for gradient in gradients.values()):
+        raise MissingGradientError(
+            "no parameter has a gradient; compute gradients before clipping them"
+        )
+    out: dict[str, Array | RowSparse | None] = {}
+    details: dict[str, Clipped] = {}
+    for name, gradient in gradients.items():
+        entry = plan[name]
+        weight = weights[entry.name]
+        if gradient is None:
+            out[name] = None
+            continue
+        if tuple(gradient.shape) != entry.shape or tuple(weight.shape) != entry.shape:
+            raise ShapeError(
+                f"parameter {entry.name!r} has shape {tuple(weight.shape)}, its gradient "
+                f"{tuple(gradient.shape)}, and the plan says {entry.shape}"
+            )
+        try:
+            sparse = isinstance(gradient, RowSparse)
+            done = _clip_sparse if isinstance(gradient, RowSparse) else _clip_dense
+            found = done(gradient, weight, entry, rule, step)  # type: ignore[arg-type]
+        except (DTypeError, NonFiniteError, UnitsError) as error:
+            raise type(error)(f"parameter {entry.name!r}: {error}") from None
+        if found is None:
+            out[name] = gradient
+        elif sparse:
+            assert isinstance(gradient, RowSparse)
+            out[name] = RowSparse(gradient.coalesce().indices, found.gradient, entry.shape)
+        else:
+            out[name] = found.gradient
+        if found is not None:
+            details[name] = found
+    stats = {name: _stats(found, rule.eps) for name, found in details.items()}
+    return Result(out, details, stats, _total(list(stats.values())))
+
+
+def _clip_dense(
+    gradient: Array, weight: Array, entry: PlanEntry, rule: AGC, step: int
+) -> Clipped | None:
+    widen("gradient", gradient), widen("weight", weight)
+    threshold = entry.threshold(step)
+    if threshold is None:
+        return None
+    return clip_units(
+        gradient,
+        weight,
+        entry.units,
+        clipping=threshold,
+        eps=rule.eps,
+        nonfinite=rule.nonfinite,
+        div_eps=rule.div_eps,
+    )
+
+
+def _clip_sparse(
+    gradient: RowSparse, weight: Array, entry: PlanEntry, rule: AGC, step: int
+) -> Clipped | None:
+    """Clip the rows that a sparse gradient has; no other row is read (AGC-9)."""
+    rows = gradient.coalesce()
+    widen("gradient", rows.values), widen("weight", weight)
+    threshold = entry.threshold(step)
+    if threshold is None:
+        return None
+    if entry.units.whole:
+        axes = entry.units.bind(rows.values.shape)
+        g, w_norm = widen("gradient", rows.values), unit_norms(weight, entry.units)
+        g_norm = unit_norms(g, entry.units)
+    elif 0 in entry.axes.keep and entry.axes.view == entry.axes.shape:
+        axes = entry.units.bind(rows.values.shape)
+        g, w_norm = widen("gradient", rows.values), unit_norms(weight[rows.indices], entry.units)
+        g_norm = unit_norms(g, entry.units)
+    else:
+        raise UnitsError(
+            f"the gradient of shape {gradient.shape} is row-sparse, but the rows are not units "
+            f"of {entry.units}; declare row units such as 'v d -> v', or make the gradient dense"
+        )
+    return _clip(g, axes, g_norm, w_norm, threshold, rule.eps, rule.nonfinite, rule.div_eps)
+
+
+def _stats(found: Clipped, eps: float) -> Stats:
+    good = ~found.nonfinite
+    floor = np.maximum(found.weight_norm[good], eps)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(found.gradient_norm[good] == 0, 0.0, found.gradient_norm[good] / floor)
+    return Stats(
+        units=int(found.scale.size),
+        clipped=int(found.clipped.sum()),
+        nonfinite=int(found.nonfinite.sum()),
+        max_ratio=float(np.max(ratio, initial=0.0)),
+        min_scale=float(np.min(found.scale[good], initial=1.0)),
+    )
+
+
+def _total(stats: list[Stats]) -> Stats:
+    return Stats(
+        units=sum(one.units for one in stats),
+        clipped=sum(one.clipped for one in stats),
+        nonfinite=sum(one.nonfinite for one in stats),
+        max_ratio=max((one.max_ratio for one in stats), default=0.0),
+        min_scale=min((one.min_scale for one in stats), default=1.0),
+    )
+
+
+def widen(what: str, array: Array) -> Array:
+    """Return the array in float64 or complex128; float16 and bfloat16 widen without rounding."""
+    array = np.asarray(array)
+    if np.issubdtype(array.dtype, np.complexfloating):
+        return array.astype(np.complex128)
+    # bfloat16 comes from ml_dtypes, whose kind is "V" to NumPy.
+    if np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16":
+        return array.astype(np.float64)
+    raise DTypeError(f"the {what} has dtype {array.dtype}; AGC needs floating point or complex")

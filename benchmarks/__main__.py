@@ -1,0 +1,35 @@
+"""Run everything: ``python -m benchmarks [torch] [jax] [tensorflow]``, then report and check."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from benchmarks import report
+
+
+def main(arguments: list[str]) -> int:
+    """Measure each framework in a process of its own; return 1 if a test fails or a target is missed."""
+    frameworks = arguments or list(report.FRAMEWORKS)
+    unknown = sorted(set(frameworks) - set(report.FRAMEWORKS))
+    if unknown:
+        print(f"unknown framework {unknown[0]!r}; there are {', '.join(report.FRAMEWORKS)}")
+        return 2
+    folder = report.HERE / "results"
+    folder.mkdir(exist_ok=True)
+    failed = False
+    for framework in frameworks:
+        out = folder / f"{framework}.json"
+        out.unlink(missing_ok=True)  # an old result must not stand in for one that fails to appear
+        test = f"benchmarks/test_{framework}.py"
+        command = [sys.executable, "-m", "pytest", "benchmarks/test_shapes.py", test]
+        failed |= bool(
+            subprocess.run(
+                [*command, f"--benchmark-json={out}"], cwd=report.HERE.parent, check=False
+            ).returncode
+        )
+    return int(bool(report.main(["--check"])) or failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

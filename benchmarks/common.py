@@ -1,0 +1,59 @@
+"""What is common to the three frameworks: the numbers that are clipped, and the bound of reading them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+__all__ = ["CONDITIONS", "SAM_CONTESTANTS", "Measure", "draw", "read", "sam_batch"]
+
+CONDITIONS = ("all", "none")
+"""Every unit is clipped, or no unit is."""
+
+SAM_CONTESTANTS = ("plain", "sam", "fraction")
+"""A training step without SAM, with it, and with the ascent on a fifth of the batch."""
+
+Measure = Callable[..., None]
+"""Type of the fixture ``measure``."""
+
+
+def draw(shape: tuple[int, ...], condition: str, seed: int) -> tuple[Any, Any]:
+    """Weights, and gradients that are far above every limit or far below."""
+    random = np.random.default_rng(seed)
+    weight, gradient = (np.asarray(random.random(shape, np.float32)) for _ in range(2))
+    # Kept away from 0: a scalar near it would have another limit than its neighbours.
+    weight = np.float32(0.05) + np.float32(0.1) * weight
+    gradient = np.float32(1e2 if condition == "all" else 1e-6) * (np.float32(0.5) + gradient)
+    return np.asarray(weight), np.asarray(gradient)
+
+
+def read(arrays: Sequence[Any]) -> Callable[[], None]:
+    """Return a function that reads all arrays once, with every core, and does next to nothing else."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    pool = ThreadPoolExecutor(cores)
+    step = 1 << 20
+    pieces = [
+        flat[start : start + step]
+        for flat in (np.asarray(array).reshape(-1) for array in arrays)
+        for start in range(0, flat.size, step)
+    ]
+    shares = [pieces[core::cores] for core in range(cores)]
+
+    def work(share: Sequence[Any]) -> None:
+        for piece in share:
+            np.add.reduce(piece)
+
+    return lambda: list(pool.map(work, shares)) and None
+
+
+def sam_batch() -> tuple[Any, Any]:
+    """Return 100 images of shape (32, 32, 3), channels last, and their labels."""
+    random = np.random.default_rng(0)
+    images = random.normal(size=(100, 32, 32, 3))
+    return images.astype(np.float32), random.integers(0, 10, 100)

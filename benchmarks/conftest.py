@@ -1,0 +1,85 @@
+"""The cases, the clock, and what a result file says."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import pytest
+
+from benchmarks.common import CONDITIONS, Measure
+from benchmarks.shapes import MODELS
+
+TURNS = 8
+"""The contestants take turns, so that a slow minute of the machine hits them all."""
+ROUNDS = 4
+PACKAGES = (
+    "agc-sam", "numpy", "torch", "timm", "pytorch_optimizer", "jax", "optax", "tensorflow-cpu",
+    "tensorflow", "keras",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A run that fails before its first number is to show that failure, not this complaint."""
+    config.addinivalue_line("filterwarnings", "default:Not saving anything")
+
+
+@pytest.fixture
+def measure(benchmark: Any) -> Measure:
+    """Time one contestant: ``measure(run, setup, framework=..., model=..., ...)``."""
+
+    def timed(run: Callable[..., Any], setup: Callable[[], Any] | None = None, **case: Any) -> None:
+        benchmark.group = f"{case['framework']} {case['model']} {case['condition']}"
+        benchmark.extra_info.update(case)
+        benchmark.pedantic(run, setup=setup, rounds=ROUNDS, warmup_rounds=1)
+
+    return timed
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Order: model, condition, turn, contestant; the last changes fastest."""
+    if "turn" in metafunc.fixturenames:
+        metafunc.parametrize("contestant", metafunc.module.CONTESTANTS)
+        metafunc.parametrize("turn", range(TURNS))
+    if "condition" in metafunc.fixturenames:
+        metafunc.parametrize("condition", CONDITIONS, scope="module")
+        metafunc.parametrize("model", MODELS, scope="module")
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Keep what a reader needs to judge the numbers; a machine's own name is not among it."""
+    cpu = machine_info.get("cpu", {})
+    kept = {
+        "cpu": cpu.get("brand_raw"),
+        "cores": cpu.get("count"),
+        "machine": machine_info.get("machine"),
+        "system": machine_info.get("system"),
+        "python": machine_info.get("python_version"),
+        "command": shlex.join(["python", "-m", "pytest", *_arguments()]),
+        "packages": {},
+    }
+    for name in PACKAGES:
+        try:
+            kept["packages"][name] = version(name)
+        except PackageNotFoundError:
+            continue
+    machine_info.clear()
+    machine_info.update(kept)
+
+
+def _arguments() -> list[str]:
+    return [argument for argument in sys.argv[1:] if not argument.startswith("--benchmark-json")]
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Leave out every single round; the statistics stay."""
+    for one in output_json["benchmarks"]:
+        one["stats"].pop("data", None)
+        for key in ("fullname", "params", "param", "options"):
+            one.pop(key, None)
+    output_json["commit_info"] = {
+        key: output_json["commit_info"].get(key) for key in ("id", "time", "dirty")
+    }

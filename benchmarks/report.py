@@ -1,0 +1,229 @@
+"""Turn result files into a table, a figure and a verdict.
+
+``python -m benchmarks.report`` reads ``benchmarks/results/*.json`` and writes ``README.md`` and
+``speed.svg`` beside them; with ``--check`` it exits with 1 if a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TARGETS", "Results", "main", "verdicts"]
+
+HERE = Path(__file__).parent
+FRAMEWORKS = ("torch", "jax", "tensorflow")
+TITLES = {
+    "torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow",
+    "nfnet-f0": "NFNet-F0", "gpt2-small": "GPT-2 small",
+    "all": "all clipped", "none": "none clipped",
+    "timm": "timm", "pytorch_optimizer": "pytorch_optimizer", "optax": "optax", "read": "*read once*",
+    "naive": "naive port", "ours": "**agc**", "ours xla": "**agc**, XLA", "naive xla": "naive port, XLA",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """A peer's time must be at least ``ratio`` times ours, for every model."""
+
+    framework: str
+    peer: str
+    condition: str
+    ratio: float
+
+
+TARGETS = (
+    Target("torch", "timm", "all", 2.5),
+    Target("torch", "timm", "none", 4.0),
+    Target("jax", "optax", "all", 1.0),
+    Target("jax", "optax", "none", 1.0),
+    Target("tensorflow", "naive", "all", 2.5),
+    Target("tensorflow", "naive", "none", 2.5),
+)
+NOISE = 0.03
+"""Two identical programs differ by this much from run to run; a ratio this close to its target meets it."""
+MEMORY = 0.05
+"""Largest peak of extra memory in PyTorch, as a share of the parameters."""
+
+Case = tuple[str, str, str]
+
+
+class Results:
+    """Times by framework, model and condition, from one run of all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.machines: dict[str, dict[str, Any]] = {}
+        self.commits: dict[str, dict[str, Any]] = {}
+        self.memory: dict[tuple[str, str, str], float] = {}
+        self._turns: dict[Case, dict[str, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
+        for framework in FRAMEWORKS:
+            path = folder / f"{framework}.json"
+            if not path.exists():
+                continue
+            data = json.loads(path.read_text(encoding="utf-8"))
+            self.machines[framework] = data["machine_info"]
+            self.commits[framework] = {**data["commit_info"], "date": data["datetime"][:16]}
+            for one in data["benchmarks"]:
+                case = one["extra_info"]
+                if "peak_memory" in case:
+                    key = case["model"], case["condition"], case["contestant"]
+                    self.memory[key] = case["peak_memory"]
+                    continue
+                place = framework, case["model"], case["condition"]
+                self._turns[place][case["contestant"]][case["turn"]] = one["stats"]
+
+    def cases(self, framework: str) -> list[Case]:
+        """Return the cases of a framework in the order they were run."""
+        return [case for case in self._turns if case[0] == framework]
+
+    def contestants(self, framework: str) -> list[str]:
+        """Return the contestants of a framework in the order they were run."""
+        return list(dict.fromkeys(c for case in self.cases(framework) for c in self._turns[case]))
+
+    def milliseconds(self, case: Case, contestant: str) -> float:
+        """Return the fastest round of all turns."""
+        return 1e3 * min(turn["min"] for turn in self._turns[case][contestant].values())
+
+    def ratio(self, case: Case, peer: str) -> float:
+        """Return how many times our time a peer takes: fastest rounds of a turn; then the median of turns."""
+        ours, theirs = self._turns[case]["ours"], self._turns[case][peer]
+        return statistics.median(theirs[turn]["min"] / ours[turn]["min"] for turn in ours)
+
+
+def verdicts(results: Results) -> list[tuple[str, bool]]:
+    """Return each target in words, with the number reached, and whether it is met."""
+    found = []
+    for target in TARGETS:
+        for case in results.cases(target.framework):
+            if case[2] == target.condition:
+                ratio = results.ratio(case, target.peer)
+                text = (
+                    f"{_label(case)}: {target.peer} takes {ratio:.2f} times as long "
+                    f"(at least {target.ratio:g})"
+                )
+                found.append((text, ratio >= target.ratio * (1 - NOISE)))
+    for (model, condition, contestant), share in results.memory.items():
+        if contestant == "ours":
+            text = (
+                f"{_label(('torch', model, condition))}: extra memory {100 * share:.2f} % of the "
+                f"parameters (at most {100 * MEMORY:g} %)"
+            )
+            found.append((text, share <= MEMORY))
+    return found
+
+
+def _label(case: Case) -> str:
+    return ", ".join(TITLES[part] for part in case)
+
+
+def table(results: Results, framework: str) -> str:
+    """Return a Markdown table: milliseconds, and in brackets how many times our time that is."""
+    cases = results.cases(framework)
+    rows = [
+        [TITLES[framework], *(f"{TITLES[model]}, {TITLES[c]}" for _, model, c in cases)],
+        ["---", *("---:" for _ in cases)],
+    ]
+    for contestant in results.contestants(framework):
+        row = [TITLES[contestant]]
+        for case in cases:
+            time = f"{results.milliseconds(case, contestant):.1f} ms"
+            peer = contestant not in ("ours", "read")
+            row.append(f"{time} ({results.ratio(case, contestant):.2f}x)" if peer else time)
+        rows.append(row)
+    if framework == "torch" and results.memory:
+        for contestant in ("ours", "timm", "pytorch_optimizer"):
+            shares = [results.memory.get((*case[1:], contestant)) for case in cases]
+            cells = ["" if share is None else f"{100 * share:.1f} %" for share in shares]
+            rows.append([f"extra memory, {TITLES[contestant]}", *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def document(results: Results) -> str:
+    """Return the whole Markdown page."""
+    parts = [
+        "# Results",
+        "Written by `python -m benchmarks.report`. Times are the fastest round; in brackets, how many "
+        "times our time a peer takes (fastest rounds of a turn; median over the turns). *Read once* reads every "
+        "weight and gradient once with all cores and does nothing with them: no implementation can be "
+        "faster.",
+        "![Time relative to ours](speed.svg)",
+    ]
+    parts += [table(results, framework) for framework in results.machines]
+    marks = {True: "met", False: "**missed**"}
+    rows = [f"| {text} | {marks[met]} |" for text, met in verdicts(results)]
+    parts.append("## Targets\n\n" + "\n".join(["| target | |", "| --- | --- |", *rows]))
+    parts.append("## Provenance")
+    for framework, machine in results.machines.items():
+        commit = results.commits[framework]
+        versions = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
+        changed = ", with changes" if commit["dirty"] else ""
+        parts.append(
+            f"**{TITLES[framework]}** ({commit['date']}): {machine['cpu']}, {machine['cores']} cores, "
+            f"{machine['system']} {machine['machine']}; Python {machine['python']}, {versions}; "
+            f"commit {str(commit['id'])[:12]}{changed}; `{machine['command']}`"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def figure(results: Results) -> str:
+    """Return an SVG: for every case, the peers' time relative to ours."""
+    import io
+
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    bars = [
+        (f"{_label(case)}: {peer}", results.ratio(case, peer))
+        for framework in results.machines
+        for case in results.cases(framework)
+        for peer in results.contestants(framework)
+        if not peer.startswith(("ours", "read"))
+    ]
+    with mpl.rc_context({"svg.hashsalt": "agc", "svg.fonttype": "none", "font.size": 8}):
+        drawing = Figure(figsize=(7, 0.5 + 0.2 * len(bars)), layout="constrained")
+        axes = drawing.subplots()
+        labels, ratios = zip(*bars, strict=True)
+        axes.barh(range(len(bars)), ratios, color="#4477aa")
+        axes.axvline(1, color="black", lw=1)
+        axes.set_yticks(range(len(bars)), labels)
+        axes.invert_yaxis()
+        axes.set_xlabel("time, relative to agc")
+        for row, ratio in enumerate(ratios):
+            axes.text(ratio, row, f" {ratio:.1f}", va="center")
+        axes.spines[["top", "right"]].set_visible(False)
+        buffer = io.StringIO()
+        FigureCanvasSVG(drawing).print_svg(buffer, metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the report; return 1 if ``--check`` was asked for and a target is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    parser.add_argument("--results", type=Path, default=HERE / "results", metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    results = Results(options.results)
+    if not results.machines:
+        print(f"there are no results in {options.results}; run: python -m benchmarks")
+        return 1
+    (options.results / "README.md").write_text(document(results), encoding="utf-8")
+    (options.results / "speed.svg").write_text(figure(results), encoding="utf-8")
+    found = verdicts(results)
+    for text, met in found:
+        print("met   " if met else "MISSED", text)
+    absent = [framework for framework in FRAMEWORKS if framework not in results.machines]
+    if absent:
+        print("MISSED no results of", ", ".join(absent))
+    return int(options.check and (bool(absent) or not all(met for _, met in found)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

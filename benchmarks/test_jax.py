@@ -1,0 +1,86 @@
+"""JAX: ours and ``optax.adaptive_grad_clip``, both under jit with the gradients donated, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import agc_jax
+from agc import AGC
+from benchmarks.common import Measure, draw, read
+from benchmarks.shapes import MODELS, out_last
+
+CONTESTANTS = ("ours", "optax", "read")
+
+
+class Tensors:
+    """A model's parameters as a Flax tree, and the gradients that they get before every round."""
+
+    def __init__(self, model: str, condition: str) -> None:
+        self.parameters: dict[str, Any] = {}
+        self.gradients: dict[str, Any] = {}
+        for seed, (name, shape) in enumerate(MODELS[model]().items()):
+            for tree, array in zip(
+                (self.parameters, self.gradients),
+                draw(out_last(name, shape), condition, seed),
+                strict=True,
+            ):
+                *path, leaf = name.split(".")
+                for key in path:
+                    tree = tree.setdefault(key, {})
+                tree[leaf.replace("weight", "kernel")] = jax.numpy.asarray(array)
+        self.steps: dict[str, tuple[Any, Any]] = {}
+        for contestant, clip in {
+            "ours": agc_jax.adaptive_grad_clip(
+                AGC(clipping=0.01), units=agc_jax.units(self.parameters)
+            ),
+            "optax": optax.adaptive_grad_clip(0.01),
+        }.items():
+            step = jax.jit(clip.update, donate_argnums=0)
+            self.steps[contestant] = step, clip.init(self.parameters)
+
+    def fresh(self) -> Any:
+        """Return gradients that may be donated."""
+        return jax.block_until_ready(jax.tree.map(lambda g: g.copy(), self.gradients))
+
+    def run(self, contestant: str, gradients: Any) -> Any:
+        step, state = self.steps[contestant]
+        return jax.block_until_ready(step(gradients, state, self.parameters))
+
+
+@pytest.fixture(scope="module")
+def tensors(model: str, condition: str) -> Tensors:
+    return Tensors(model, condition)
+
+
+def test_speed(
+    measure: Measure, tensors: Tensors, model: str, condition: str, turn: int, contestant: str
+) -> None:
+    case = {"framework": "jax", "model": model, "condition": condition, "contestant": contestant}
+    run: Callable[..., Any]
+    if contestant == "read":
+        run, setup = read(jax.tree.leaves((tensors.parameters, tensors.gradients))), None
+    else:
+        run, setup = tensors.run, lambda: ((contestant, tensors.fresh()), {})
+    measure(run, setup, **case, turn=turn)
+
+
+def test_contestants_do_the_same_work(tensors: Tensors, condition: str) -> None:
+    ours, _ = tensors.run("ours", tensors.fresh())
+    theirs, _ = tensors.run("optax", tensors.fresh())
+    gradients = dict(jax.tree_util.tree_leaves_with_path(tensors.gradients))
+    compared = 0
+    for (path, mine), other in zip(
+        jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
+    ):
+        changed = np.asarray(mine != gradients[path])
+        assert changed.all() if condition == "all" else not changed.any()
+        if "embedding" not in str(path):  # optax's units of an embedding are its columns
+            np.testing.assert_allclose(mine, other, rtol=1e-5)
+            compared += 1
+    assert compared > 140

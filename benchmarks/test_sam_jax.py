@@ -1,0 +1,74 @@
+"""What SAM costs in JAX: a jitted training step of a small convolutional network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+from agc import SAM
+from agc_jax.sam import sam_value_and_grad
+from benchmarks.common import SAM_CONTESTANTS, Measure, sam_batch
+
+CONTESTANTS = SAM_CONTESTANTS
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.conv1 = nnx.Conv(3, 32, (3, 3), rngs=rngs)
+        self.conv2 = nnx.Conv(32, 64, (3, 3), strides=2, padding=1, rngs=rngs)
+        self.conv3 = nnx.Conv(64, 128, (3, 3), strides=2, padding=1, rngs=rngs)
+        self.head = nnx.Linear(128, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for conv in (self.conv1, self.conv2, self.conv3):
+            x = nnx.relu(conv(x))
+        return self.head(x.mean((1, 2)))
+
+
+class Training:
+    """The network's parameters, its optimizer and one batch."""
+
+    def __init__(self) -> None:
+        self.graph, self.params = nnx.split(Net(nnx.Rngs(0)), nnx.Param)
+        images, labels = sam_batch()
+        self.batch = (jnp.asarray(images), jnp.asarray(labels))
+        self.tx = optax.sgd(0.01, 0.9)
+        self.state = self.tx.init(self.params)
+        self.steps: dict[str, Callable[..., Any]] = {}
+
+    def loss(self, params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = nnx.merge(self.graph, params)(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def contestant(self, name: str) -> Callable[[], Any]:
+        if name not in self.steps:
+            function = jax.value_and_grad(self.loss)
+            if name != "plain":
+                rule = SAM(fraction=0.2 if name == "fraction" else 1.0)
+                function = sam_value_and_grad(self.loss, rule, batch_argnums=(1, 2))
+
+            @jax.jit
+            def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
+                _, gradients = function(params, images, labels)
+                updates, state = self.tx.update(gradients, state, params)
+                return optax.apply_updates(params, updates), state
+
+            self.steps[name] = step
+        step = self.steps[name]
+        return lambda: jax.block_until_ready(step(self.params, self.state, *self.batch))
+
+
+@pytest.fixture(scope="module")
+def training() -> Training:
+    return Training()
+
+
+def test_cost(measure: Measure, training: Training, turn: int, contestant: str) -> None:
+    case = {"framework": "jax", "model": "convnet", "condition": "step"}
+    measure(training.contestant(contestant), **case, turn=turn, contestant=contestant)

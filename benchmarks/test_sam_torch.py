@@ -1,0 +1,94 @@
+"""What SAM costs in PyTorch: a training step of a small convolutional network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from agc import SAM
+from agc_torch.sam import SharpnessAware
+from benchmarks.common import SAM_CONTESTANTS, Measure, sam_batch
+
+CONTESTANTS = SAM_CONTESTANTS
+
+
+class Training:
+    """The network, its optimizer and one batch."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 128, 3, stride=2, padding=1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10),
+        )  # fmt: skip
+        images, labels = sam_batch()
+        self.batch = (
+            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+            torch.from_numpy(labels),
+        )
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+
+    def closure(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(images), labels)
+        loss.backward()
+        return loss
+
+    def contestant(self, name: str) -> Callable[[], Any]:
+        if name == "plain":
+
+            def plain() -> None:
+                self.closure(*self.batch)
+                self.optimizer.step()
+
+            return plain
+        sam = SharpnessAware(self.model, SAM(fraction=0.2 if name == "fraction" else 1.0))
+        return lambda: sam.step(self.optimizer, self.closure, batch=self.batch)
+
+
+@pytest.fixture(scope="module")
+def training() -> Training:
+    return Training()
+
+
+def test_cost(measure: Measure, training: Training, turn: int, contestant: str) -> None:
+    case = {"framework": "torch", "model": "convnet", "condition": "step"}
+    measure(training.contestant(contestant), **case, turn=turn, contestant=contestant)
+
+
+def test_peak_memory(benchmark: Any) -> None:
+    """Extra memory of SAM between its passes, as a share of the parameters: one copy of the weights."""
+    size = 1 << 22  # one parameter, so that the network's activations do not hide its copies
+    weight = nn.Parameter(torch.randn(size))
+    model = nn.Module()
+    model.weight = weight
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    gradient = torch.randn(size)
+    weight.grad = torch.zeros(size)
+
+    def closure() -> torch.Tensor:
+        weight.grad.copy_(gradient)
+        return torch.zeros(())
+
+    sam = SharpnessAware(model, SAM())
+    benchmark.group = "torch sam peak memory"
+    benchmark.extra_info.update(
+        framework="torch", model="vector", condition="step", contestant="sam"
+    )
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        benchmark.pedantic(lambda: sam.step(optimizer, closure), rounds=1)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert peak > 0, "the profiler saw no allocation"
+    benchmark.extra_info["peak_memory"] = peak / (4 * size)

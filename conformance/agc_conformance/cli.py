@@ -1,0 +1,136 @@
+"""``agc conformance``: run, report, teeth, vectors, list."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from agc_conformance.records import Role
+from agc_conformance.vectors import CLAUSES, lint, load_vectors, vector_counts
+
+__all__ = ["register"]
+
+
+def register(subparsers: Any) -> None:
+    """Add the command ``conformance`` to ``agc`` (entry-point group ``agc.commands``)."""
+    parser = subparsers.add_parser(
+        "conformance", help="test an implementation against the published vectors"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    run = commands.add_parser("run", help="run the suite on one backend and write a result file")
+    run.add_argument(
+        "--backend",
+        required=True,
+        metavar="NAME",
+        help="a registered name, package.module:object or path/to/file.py:object",
+    )
+    run.add_argument("--device", default="cpu", help="cpu, cuda or tpu (default: cpu)")
+    run.add_argument("--out", type=Path, required=True, help="result file (JSON lines)")
+    run.add_argument("--select", metavar="GLOB", help="only these ids, clauses or flags")
+    run.add_argument("--full", action="store_true", help="also the dtypes that say little new")
+    run.add_argument("--xfail", type=Path, metavar="FILE", help="expected failures with reasons")
+    run.add_argument("--role", choices=get_args(Role), help="'subject': only look, never fail")
+    run.add_argument("--no-train", action="store_true", help="leave out training on real images")
+    run.add_argument(
+        "--allow-unavailable", action="store_true", help="an absent backend is not a failure"
+    )
+    run.set_defaults(run=_run)
+
+    report = commands.add_parser("report", help="present result files")
+    report.add_argument("files", type=Path, nargs="+", help="files of run, teeth and TPU records")
+    report.add_argument(
+        "--out", type=Path, metavar="DIR", help="also write HTML, Markdown, JUnit, JSON"
+    )
+    report.set_defaults(run=_report)
+
+    teeth = commands.add_parser("teeth", help="run wrong implementations; each must fail")
+    teeth.add_argument("--out", type=Path, help="result file (JSON lines)")
+    teeth.set_defaults(run=_teeth)
+
+    vectors = commands.add_parser("vectors", help="check the vector files, or write them")
+    vectors.add_argument("--write", action="store_true", help="write what the generator makes")
+    vectors.set_defaults(run=_vectors)
+
+    listing = commands.add_parser("list", help="list vectors, backends and mutants")
+    listing.add_argument("--select", metavar="GLOB", help="only these ids, clauses or flags")
+    listing.set_defaults(run=_list)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from agc_conformance.suite import run
+
+    # An installed script does not see the folder that it is called in.
+    if ":" in options.backend and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return run(
+        options.backend,
+        options.out,
+        device=options.device,
+        select=options.select,
+        full=options.full,
+        xfail=options.xfail,
+        role=options.role,
+        train=not options.no_train,
+        allow_unavailable=options.allow_unavailable,
+    )
+
+
+def _report(options: argparse.Namespace) -> int:
+    from agc_conformance.reporting import report
+
+    return report(options.files, options.out)
+
+
+def _teeth(options: argparse.Namespace) -> int:
+    from agc_conformance.suite import teeth
+
+    return teeth(options.out)
+
+
+def _vectors(options: argparse.Namespace) -> int:
+    from agc_conformance.generator import check, write
+
+    console = Console()
+    if options.write:
+        changed = write()
+        load_vectors.cache_clear()
+        console.print(f"written: {', '.join(changed) or 'nothing had changed'}", highlight=False)
+    problems = lint() + [
+        f"{name} is not what the generator makes; run: agc conformance vectors --write"
+        for name in check()
+    ]
+    for problem in problems:
+        console.print(f"[red]{problem}[/]", highlight=False)
+    vectors = load_vectors()
+    levels = vector_counts(vectors)["level"]
+    shown = ", ".join(f"{levels[level]} {level}" for level in sorted(levels))
+    console.print(f"{len(vectors)} vectors ({shown}), {len(problems)} problems", highlight=False)
+    return int(bool(problems))
+
+
+def _list(options: argparse.Namespace) -> int:
+    from agc_conformance.mutants import all_mutants
+    from agc_conformance.runner import backend_names, cases
+
+    console = Console()
+    table = Table("vector", "clause", "dtypes", "flags", "what", box=None)
+    seen: set[str] = set()
+    for vector, _ in cases(load_vectors(), select=options.select):
+        if vector.id not in seen:
+            seen.add(vector.id)
+            dtypes = " ".join(vector.dtypes())
+            flags = " ".join(vector.flags)
+            table.add_row(vector.id, vector.clause, dtypes, flags, str(vector.data["comment"]))
+    console.print(table)
+    if options.select is None:
+        for name, what in CLAUSES.items():
+            console.print(f"{name:7} {what}", highlight=False)
+        console.print(f"backends: {', '.join(backend_names())}", highlight=False)
+        console.print(f"mutants: {', '.join(m.name for m in all_mutants())}", highlight=False)
+    return 0

@@ -1,0 +1,408 @@
+"""Records: what a run writes, one JSON object a line, and the only way to write and read it.
+
+A file starts with a header, ends with a footer that counts what lies between, and appears under its
+name only when it is complete. Collecting results and presenting them share nothing but this format.
+
+========== ==========================================================================
+``type``   holds
+========== ==========================================================================
+header     what ran, where, with which versions; ``kind`` is ``run``, ``teeth`` or ``tpu``
+result     one vector in one dtype on one backend
+train      one step of training on real images: numbers per layer, for the figures
+unavailable a backend or device that is not on this machine, and why
+mutant     one wrong implementation and the vectors that catch it
+tpu        one program compiled ahead of time for a TPU: ``compiled``, never ``passed``
+footer     counts by status
+========== ==========================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, NotRequired, TypedDict, get_args
+
+import agc
+from agc.errors import FormatError
+
+__all__ = [
+    "FORMAT",
+    "ULP_BINS",
+    "VERSION",
+    "Footer",
+    "Header",
+    "Kind",
+    "MutantRecord",
+    "Record",
+    "ResultFile",
+    "ResultRecord",
+    "Role",
+    "Status",
+    "TpuRecord",
+    "TrainRecord",
+    "UnavailableRecord",
+    "Writer",
+    "bad_statuses",
+    "make_header",
+    "make_result",
+    "read_results",
+]
+
+FORMAT: Final = "agc-results"
+VERSION: Final = 1
+
+Kind = Literal["run", "teeth", "tpu"]
+Role = Literal["backend", "subject"]
+"""A *backend* must conform. A *subject* is somebody else's code that is only looked at; a backend class
+says so with ``role = "subject"``."""
+Status = Literal["passed", "failed", "error", "unsupported", "xfail", "xpass", "compiled"]
+
+bad_statuses: Final[frozenset[str]] = frozenset({"failed", "error", "xpass"})
+"""Statuses that make a backend's run a failure."""
+
+ULP_BINS: Final[tuple[float, ...]] = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0)
+"""Upper edges of a result's error histogram; one more bin holds everything above the last."""
+
+
+class Header(TypedDict):
+    """First line: what ran, where, with which versions."""
+
+    type: Literal["header"]
+    format: str
+    version: int
+    kind: Kind
+    suite: str
+    vectors: NotRequired[str]
+    backend: NotRequired[str]
+    role: NotRequired[Role]
+    layout: NotRequired[str]
+    device: NotRequired[str]
+    device_name: NotRequired[str]
+    versions: dict[str, str]
+    python: str
+    platform: str
+    commit: str | None
+    date: str
+    full: NotRequired[bool]
+    select: NotRequired[str | None]
+
+
+class ResultRecord(TypedDict):
+    """One vector in one dtype on one backend.
+
+    ``max_ulp`` is the largest error of a clipped element in units in the last place, or None where
+    nothing was measured; ``histogram`` counts elements by error, bins as :data:`ULP_BINS`.
+    """
+
+    type: Literal["result"]
+    id: str
+    clause: str
+    level: str
+    flags: list[str]
+    dtype: str
+    status: Status
+    max_ulp: float | None
+    histogram: list[int]
+    detail: str
+    seconds: NotRequired[float]
+
+
+class TrainRecord(TypedDict):
+    """One step of training on real images, numbers per layer."""
+
+    type: Literal["train"]
+    task: str
+    step: int
+    layers: dict[str, Any]
+
+
+class UnavailableRecord(TypedDict):
+    """A backend or device that is not on this machine."""
+
+    type: Literal["unavailable"]
+    backend: str
+    device: str
+    reason: str
+
+
+class MutantRecord(TypedDict):
+    """One wrong implementation and the results that catch it (``id:dtype``)."""
+
+    type: Literal["mutant"]
+    name: str
+    flag: str
+    comment: str
+    status: Literal["killed", "survived"]
+    killed_by: list[str]
+
+
+class TpuRecord(TypedDict):
+    """One program compiled ahead of time for a TPU topology; other fields are shown as they are."""
+
+    type: Literal["tpu"]
+    id: str
+    status: Literal["compiled", "failed", "unavailable"]
+    topology: str
+    detail: str
+    bytes_accessed: float | None
+    minimum_bytes: NotRequired[float | None]
+    flops: NotRequired[float | None]
+
+
+class Footer(TypedDict):
+    """Last line: counts by status (or by record type where there is none)."""
+
+    type: Literal["footer"]
+    counts: dict[str, int]
+    seconds: float
+
+
+Record = Mapping[str, Any]
+
+
+def make_result(
+    id: str,  # noqa: A002
+    *,
+    clause: str,
+    level: str,
+    status: Status,
+    dtype: str = "-",
+    flags: Iterable[str] = (),
+    max_ulp: float | None = None,
+    histogram: Sequence[int] = (),
+    detail: str = "",
+    seconds: float | None = None,
+) -> ResultRecord:
+    """Return a result record; a non-finite ``max_ulp`` becomes the largest float."""
+    if max_ulp is not None and not math.isfinite(max_ulp):
+        max_ulp = sys.float_info.max
+    record: ResultRecord = {
+        "type": "result",
+        "id": id,
+        "clause": clause,
+        "level": level,
+        "flags": list(flags),
+        "dtype": dtype,
+        "status": status,
+        "max_ulp": max_ulp,
+        "histogram": [int(count) for count in histogram],
+        "detail": detail,
+    }
+    if seconds is not None:
+        record["seconds"] = round(seconds, 4)
+    return record
+
+
+def make_header(kind: Kind, **more: Any) -> Header:
+    """Return a header for this machine and moment.
+
+    Parameters
+    ----------
+    kind : {"run", "teeth", "tpu"}
+        What the file holds.
+    **more
+        Further fields of :class:`Header`, for example ``backend="torch"``.
+    """
+    header: dict[str, Any] = {
+        "type": "header",
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": kind,
+        "suite": agc.__version__,
+        "versions": {},
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True) + " " + platform.machine(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    return {**header, **more}  # type: ignore[typeddict-item]
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this module lies in, with ``+`` if it has been changed; else None."""
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", Path(__file__).name],
+            cwd=here,
+            capture_output=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None  # not a checkout, or no git: the versions have to do
+    return found.stdout.strip() if tracked.returncode == 0 else None
+
+
+class Writer:
+    """Streams records to ``path + ".part"`` and renames it when the footer is written.
+
+    Use it as a context manager; leaving it by an exception writes no footer and keeps the ``.part``
+    file, which no reader accepts.
+
+    Parameters
+    ----------
+    path : path
+        Where the complete file shall be.
+    header : Header
+        First record; see :func:`make_header`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
+        self.path = Path(path)
+        self.part = self.path.with_name(self.path.name + ".part")
+        self.counts: Counter[str] = Counter()
+        self._start = datetime.now(UTC)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.part.open("w", encoding="utf-8")
+        self._line(header)
+
+    def _line(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+    def write(self, record: Record) -> None:
+        """Write one record, at once."""
+        self._line(record)
+        self.counts[_counted(record)] += 1
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            seconds = round((datetime.now(UTC) - self._start).total_seconds(), 3)
+            self._line({"type": "footer", "counts": dict(self.counts), "seconds": seconds})
+        self._file.close()
+        if kind is None:
+            self.part.replace(self.path)
+
+
+def _counted(record: Record) -> str:
+    kind = str(record["type"])
+    return str(record["status"]) if "status" in record else kind
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """A complete file of records, sorted by type."""
+
+    path: str
+    header: Header
+    results: list[ResultRecord] = field(default_factory=list)
+    train: list[TrainRecord] = field(default_factory=list)
+    unavailable: list[UnavailableRecord] = field(default_factory=list)
+    mutants: list[MutantRecord] = field(default_factory=list)
+    tpu: list[TpuRecord] = field(default_factory=list)
+    footer: Footer | None = None
+
+    @property
+    def role(self) -> Role:
+        """Whether this must conform (``backend``) or is only looked at (``subject``)."""
+        return self.header.get("role", "backend")
+
+
+_FIELDS: Final[dict[str, str]] = {
+    "result": "results",
+    "train": "train",
+    "unavailable": "unavailable",
+    "mutant": "mutants",
+    "tpu": "tpu",
+}
+_NEEDED: Final[dict[str, tuple[str, ...]]] = {
+    "result": tuple(k for k in ResultRecord.__annotations__ if k != "seconds"),
+    "train": tuple(TrainRecord.__annotations__),
+    "unavailable": tuple(UnavailableRecord.__annotations__),
+    "mutant": tuple(MutantRecord.__annotations__),
+    "tpu": ("type", "id", "status", "topology", "detail"),
+}
+
+
+def read_results(path: str | os.PathLike[str]) -> ResultFile:
+    """Read a complete file of records.
+
+    Raises
+    ------
+    FormatError
+        If the file is not there, is not JSON lines of this format and version, or ends without the
+        footer that counts its records; the message names the line.
+    """
+    place = Path(path)
+    try:
+        text = place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{place}: cannot be read as text: {error}") from None
+    lines = text.splitlines()
+    if not lines:
+        raise FormatError(f"{place}: the file is empty")
+    header = _parse(place, 1, lines[0])
+    if header.get("type") != "header" or header.get("format") != FORMAT:
+        raise FormatError(f"{place}, line 1: not a header of the format {FORMAT!r}")
+    if header.get("version") != VERSION:
+        raise FormatError(
+            f"{place}, line 1: version {header.get('version')!r}; this suite reads version {VERSION}"
+        )
+    if header.get("kind") not in get_args(Kind):
+        raise FormatError(f"{place}, line 1: unknown kind {header.get('kind')!r}")
+    found = ResultFile(str(place), header)  # type: ignore[arg-type]
+    counts: Counter[str] = Counter()
+    footer: dict[str, Any] | None = None
+    for number, line in enumerate(lines[1:], start=2):
+        if footer is not None:
+            raise FormatError(f"{place}, line {number}: something follows the footer")
+        record = _parse(place, number, line)
+        kind = record.get("type")
+        if kind == "footer":
+            footer = record
+            continue
+        if kind not in _FIELDS:
+            raise FormatError(f"{place}, line {number}: unknown record type {kind!r}")
+        for name in _NEEDED[kind]:
+            if name not in record:
+                raise FormatError(f"{place}, line {number}: the {kind} record has no {name!r}")
+        getattr(found, _FIELDS[kind]).append(record)
+        counts[_counted(record)] += 1
+    if footer is None:
+        raise FormatError(
+            f"{place}, line {len(lines)}: the file ends without a footer, so the run was not finished"
+        )
+    if footer.get("counts") != dict(counts):
+        raise FormatError(
+            f"{place}, line {len(lines)}: the footer counts {footer.get('counts')}, "
+            f"the file holds {dict(counts)}: records are missing"
+        )
+    object.__setattr__(found, "footer", footer)
+    return found
+
+
+def _parse(place: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise FormatError(f"{place}, line {number}: not JSON, or truncated: {error}") from None
+    if not isinstance(record, dict):
+        raise FormatError(f"{place}, line {number}: not a JSON object")
+    return record

@@ -1,0 +1,275 @@
+"""The float64 reference as a backend: rounded to the gradient's dtype, and the suite's own self-test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from agc.backend import (
+    Backend,
+    Examples,
+    Gradient,
+    Layer,
+    Optimizer,
+    Outcome,
+    Problem,
+    SharpnessOutcome,
+    SharpnessProblem,
+    Task,
+    TrainStep,
+)
+from agc.config import AGC
+from agc.plan import Parameter, Plan, make_plan
+from agc.reference import RowSparse, SharpnessAware, adaptive_clip, sharpness_aware_gradients
+from agc.units import Units
+from agc_conformance.compare import round_to
+
+__all__ = ["ReferenceBackend", "layer_parameters", "to_dtype"]
+
+Array = npt.NDArray[Any]
+
+
+def to_dtype(values: Array, dtype: np.dtype[Any]) -> Array:
+    """Round float64 or complex128 values to a dtype; bfloat16 correctly, which a cast does not."""
+    if dtype.name == "bfloat16":
+        values = round_to(values, "bfloat16")
+    return np.asarray(values).astype(dtype)
+
+
+_LAYERS: Final[dict[str, Callable[[Mapping[str, int]], list[tuple[str, tuple[int, ...], str]]]]] = {
+    "dense": lambda n: [("weight", (n["o"], n["i"]), "o i -> o")],
+    "conv1d": lambda n: [("weight", (n["o"], n["i"], n["w"]), "o i ... -> o")],
+    "conv2d": lambda n: [("weight", (n["o"], n["i"], n["h"], n["w"]), "o i ... -> o")],
+    "conv3d": lambda n: [("weight", (n["o"], n["i"], n["t"], n["h"], n["w"]), "o i ... -> o")],
+    "grouped_conv2d": lambda n: [
+        ("weight", (n["o"], n["i"] // n["g"], n["h"], n["w"]), "o i ... -> o")
+    ],
+    "depthwise_conv2d": lambda n: [
+        ("weight", (n["c"] * n["m"], 1, n["h"], n["w"]), "o i ... -> o")
+    ],
+    "conv_transpose1d": lambda n: [("weight", (n["i"], n["o"], n["w"]), "i o ... -> o")],
+    "conv_transpose2d": lambda n: [("weight", (n["i"], n["o"], n["h"], n["w"]), "i o ... -> o")],
+    "grouped_conv_transpose2d": lambda n: [
+        (
+            "weight",
+            (n["i"], n["o"] // n["g"], n["h"], n["w"]),
+            f"(g={n['g']} i) o ... -> g o",
+        )
+    ],
+    "embedding": lambda n: [("weight", (n["v"], n["d"]), "v d -> v")],
+    "attention": lambda n: [
+        ("in.weight", (3 * n["h"] * n["d"], n["i"]), "o i -> o"),
+        ("out.weight", (n["o"], n["h"] * n["d"]), "o i -> o"),
+    ],
+    "einsum": lambda n: [("weight", (n["i"], n["h"], n["d"]), "i h d -> h d")],
+    "lstm": lambda n: _recurrent(n, 4),
+    "gru": lambda n: _recurrent(n, 3),
+    "rnn": lambda n: _recurrent(n, 1),
+    "bilinear": lambda n: [("weight", (n["o"], n["i"], n["j"]), "o i j -> o")],
+    "hf_conv1d": lambda n: [("weight", (n["i"], n["o"]), "i o -> o")],
+    "layer_norm": lambda n: [("weight", (n["o"],), "... ->")],
+    "stacked_dense": lambda n: [("weight", (n["l"], n["o"], n["i"]), "l o i -> l o")],
+}
+
+
+def _recurrent(n: Mapping[str, int], gates: int) -> list[tuple[str, tuple[int, ...], str]]:
+    return [
+        ("input.weight", (gates * n["o"], n["i"]), "o i -> o"),
+        ("state.weight", (gates * n["o"], n["o"]), "o i -> o"),
+    ]
+
+
+def layer_parameters(layer: Layer) -> list[Parameter]:
+    """Parameters of a layer type as PyTorch would store them, with a bias."""
+    weights = [
+        Parameter(name, shape, Units(pattern), "out-first", layer.kind)
+        for name, shape, pattern in _LAYERS[layer.kind](layer.sizes)
+    ]
+    return [*weights, Parameter("bias", (layer.sizes.get("o", 3),))]
+
+
+class ReferenceBackend(Backend):
+    """:mod:`agc.reference` behind the protocol of backends."""
+
+    name: ClassVar[str] = "reference"
+    layout: ClassVar[Literal["torch", "flax", "keras"]] = "torch"
+    dtypes: ClassVar[frozenset[str]] = frozenset(
+        {"float16", "bfloat16", "float32", "float64", "complex64", "complex128"}
+    )
+
+    def versions(self) -> dict[str, str]:
+        """Return NumPy's version."""
+        return {"numpy": np.__version__}
+
+    def plan(self, problem: Problem) -> Plan:
+        """Make the plan of a problem."""
+        return make_plan(
+            [
+                Parameter(name, tuple(value.shape), None, "out-first")
+                for name, value in problem.parameters.items()
+            ],
+            problem.declared_rule,
+        )
+
+    def clip(self, problem: Problem) -> Outcome:
+        """Clip in float64 and round."""
+        result = adaptive_clip(
+            problem.parameters,
+            problem.gradients,
+            self.plan(problem),
+            problem.rule,
+            step=problem.step,
+        )
+        gradients: dict[str, Gradient] = {}
+        for name, clipped in result.gradients.items():
+            raw = problem.gradients[name]
+            if clipped is None or raw is None:
+                gradients[name] = None
+            elif isinstance(clipped, RowSparse):
+                assert isinstance(raw, RowSparse)
+                values = to_dtype(clipped.values, raw.values.dtype)
+                gradients[name] = replace(clipped, values=values)
+            else:
+                assert not isinstance(raw, RowSparse)
+                gradients[name] = to_dtype(clipped, raw.dtype)
+        return Outcome(gradients, result.stats)
+
+    def layer_plan(self, layer: Layer, rule: AGC) -> Plan:
+        """Plan a layer as PyTorch stores it."""
+        return make_plan(layer_parameters(layer), rule)
+
+    def trajectory(
+        self, problem: Problem, optimizer: Optimizer, gradients: Sequence[Mapping[str, Gradient]]
+    ) -> list[Mapping[str, Array]]:
+        """Follow the optimizer in float64; weights are rounded only where they are handed out."""
+        dtypes = {name: value.dtype for name, value in problem.parameters.items()}
+        weights = {name: value.astype(np.float64) for name, value in problem.parameters.items()}
+        momenta = {name: np.zeros_like(value) for name, value in weights.items()}
+        out: list[Mapping[str, Array]] = []
+        for step, raw in enumerate(gradients):
+            wide = {
+                name: value.astype(np.float64)
+                for name, value in raw.items()
+                if value is not None and not isinstance(value, RowSparse)
+            }
+            weights, momenta = self.update(problem, optimizer, weights, momenta, wide, step)
+            out.append({name: to_dtype(value, dtypes[name]) for name, value in weights.items()})
+        return out
+
+    def update(
+        self,
+        problem: Problem,
+        optimizer: Optimizer,
+        weights: Mapping[str, Array],
+        momenta: Mapping[str, Array],
+        gradients: Mapping[str, Array],
+        step: int,
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """One step: clip, decay, momentum, move (AGC-7)."""
+        now = replace(problem, parameters=weights, gradients=gradients, step=step)
+        clipped = self.clip(now).gradients
+        after, buffers = {}, {}
+        for name, w in weights.items():
+            g = clipped[name]
+            assert g is not None
+            assert not isinstance(g, RowSparse)
+            decay = optimizer.weight_decay * w
+            u = g if optimizer.decoupled else g + decay
+            buffers[name] = m = optimizer.momentum * momenta[name] + u
+            move = u + optimizer.momentum * m if optimizer.nesterov else m
+            after[name] = w - optimizer.lr * (move + decay if optimizer.decoupled else move)
+        return after, buffers
+
+    def scenario(self, name: str, problem: Problem, settings: Mapping[str, Any]) -> Outcome:
+        """Clip what the scenario leaves to be clipped."""
+        if name == "unscale":
+            scale = settings["scale"]
+            unscaled = {
+                key: None if value is None or isinstance(value, RowSparse) else value / scale
+                for key, value in problem.gradients.items()
+            }
+            return self.clip(replace(problem, gradients=unscaled))
+        if name in ("accumulate", "compiled", "sharded", "optimizer"):
+            return self.clip(problem)
+        return super().scenario(name, problem, settings)
+
+    def sharpen(self, problem: SharpnessProblem) -> SharpnessOutcome:
+        """Compute in float64 and round."""
+        found = self.sharpness(problem)
+        gradients = {
+            name: None if value is None else to_dtype(value, problem.parameters[name].dtype)
+            for name, value in found.gradients.items()
+        }
+        return SharpnessOutcome(
+            gradients,
+            problem.parameters,
+            found.loss,
+            found.perturbed_loss,
+            max(found.norms, default=None),
+            found.skipped,
+        )
+
+    def sharpness(self, problem: SharpnessProblem, replicas: int = 1) -> SharpnessAware:
+        """Return the reference's own result."""
+        from agc_conformance.sharpness.problems import as_batch, gradient_function
+
+        examples = problem.examples
+        return sharpness_aware_gradients(
+            gradient_function(list(problem.parameters), list(examples.curvatures)),
+            problem.parameters,
+            as_batch(examples),
+            problem.rule,
+            step=problem.step,
+            replicas=replicas,
+        )
+
+    def sharpness_trajectory(
+        self,
+        problem: SharpnessProblem,
+        optimizer: Optimizer,
+        batches: Sequence[Examples],
+        *,
+        restart: int | None = None,  # noqa: ARG002
+    ) -> list[Mapping[str, Array]]:
+        """Follow SAM, AGC and the optimizer in float64."""
+        dtypes = {name: value.dtype for name, value in problem.parameters.items()}
+        weights = {name: value.astype(np.float64) for name, value in problem.parameters.items()}
+        momenta = {name: np.zeros_like(value) for name, value in weights.items()}
+        behind = Problem(problem.clipping or AGC(clipping=None), weights, {})
+        out: list[Mapping[str, Array]] = []
+        for step, examples in enumerate(batches):
+            now = replace(problem, parameters=weights, examples=examples, step=step)
+            found = self.sharpness(now)
+            if not found.skipped:
+                gradients = {name: g for name, g in found.gradients.items() if g is not None}
+                weights, momenta = self.update(behind, optimizer, weights, momenta, gradients, step)
+            out.append({name: to_dtype(value, dtypes[name]) for name, value in weights.items()})
+        return out
+
+    def sharpness_scenario(
+        self, name: str, problem: SharpnessProblem, settings: Mapping[str, Any]
+    ) -> SharpnessOutcome:
+        """Do what the scenario leaves to be done."""
+        if name in ("compiled", "scaled"):
+            return self.sharpen(problem)
+        if name == "replicas":
+            found = self.sharpness(problem, settings["replicas"])
+            gradients = {
+                key: None if value is None else to_dtype(value, problem.parameters[key].dtype)
+                for key, value in found.gradients.items()
+            }
+            return SharpnessOutcome(
+                gradients, problem.parameters, found.loss, skipped=found.skipped
+            )
+        return super().sharpness_scenario(name, problem, settings)
+
+    def train(self, task: Task) -> Iterator[TrainStep]:
+        """Train by the suite's own float64 trajectory."""
+        from agc_conformance.real_images import reference_run  # scikit-learn is heavy
+
+        for step, _ in reference_run(task):
+            yield step

@@ -1,0 +1,71 @@
+"""Figures: inline SVG, the same bytes for the same numbers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from agc_conformance.compare import LIMITS
+from agc_conformance.records import ULP_BINS
+
+__all__ = ["histograms", "svg"]
+
+
+def svg(figure: Any) -> str:
+    """Return a matplotlib figure as an ``<svg>`` element."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "agc", "svg.fonttype": "none"}):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def histograms(title: str, found: Mapping[str, Sequence[int]]) -> str:
+    """Draw how the clipped elements of one run are distributed over errors.
+
+    Parameters
+    ----------
+    title : str
+        The run.
+    found : mapping of dtype to counts
+        Elements by error; bins as :data:`agc_conformance.records.ULP_BINS` and one above.
+
+    Returns
+    -------
+    str
+        A row a dtype and a column a bin; what lies right of the line is not allowed.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    labels = ["0", *(f"≤ {edge:g}" for edge in ULP_BINS[1:]), f"> {ULP_BINS[-1]:g}"]
+    counts = np.array([list(row) for row in found.values()], float)
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    style = {"font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none"}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(5.2, 0.62 + 0.27 * len(found)), layout="constrained")
+        plot = figure.subplots()
+        x, y = np.arange(len(labels) + 1) - 0.5, np.arange(len(found) + 1) - 0.5
+        plot.pcolormesh(x, y, np.sqrt(shares), cmap="Blues", vmin=0, vmax=1.25)
+        plot.invert_yaxis()
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            share = shares[row, column]
+            shown = f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1g} %"
+            colour = "white" if share > 0.5 else "#16202c"
+            plot.text(column, row, shown, ha="center", va="center", fontsize=7, color=colour)
+        for row, dtype in enumerate(found):
+            edge = ULP_BINS.index(LIMITS[dtype]) + 0.5
+            plot.plot([edge, edge], [row - 0.5, row + 0.5], color="#b3161b", lw=1.5)
+        plot.set_xticks(range(len(labels)), labels)
+        plot.set_yticks(range(len(found)), list(found))
+        plot.set_xlabel(f"error in ULP, {int(counts.sum()):,} clipped elements")
+        plot.set_title(title, fontsize=9, loc="left", fontweight="bold")
+        plot.tick_params(length=0)
+        plot.spines[:].set_visible(False)
+        return svg(figure)

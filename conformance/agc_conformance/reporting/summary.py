@@ -1,0 +1,256 @@
+"""Summary: what all result files say together; every presentation is made from this."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from agc_conformance.compare import LIMITS
+from agc_conformance.records import ULP_BINS, ResultFile, ResultRecord, Role, bad_statuses
+from agc_conformance.vectors import CLAUSES
+
+__all__ = ["Cell", "Column", "Summary", "Verdict", "summarize"]
+
+Verdict = Literal["passed", "failed", "expected", "unsupported", "none"]
+
+_ORDER = ["-", "float32", "float64", "bfloat16", "float16", "complex64", "complex128"]
+
+
+@dataclass
+class Cell:
+    """Results of one clause, or of one clause in one dtype."""
+
+    results: list[ResultRecord] = field(default_factory=list)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Results by status."""
+        return Counter(result["status"] for result in self.results)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Worst status that matters."""
+        counts = self.counts
+        if any(counts[status] for status in bad_statuses):
+            return "failed"
+        if counts["xfail"]:
+            return "expected"
+        if counts["passed"]:
+            return "passed"
+        return "unsupported" if counts else "none"
+
+    @property
+    def bad(self) -> int:
+        """Number of failures."""
+        return sum(self.counts[status] for status in bad_statuses)
+
+    @property
+    def asked(self) -> int:
+        """Number of results that are not unsupported."""
+        return len(self.results) - self.counts["unsupported"]
+
+    @property
+    def max_ulp(self) -> float | None:
+        """Largest error measured in a result that passed."""
+        return max(
+            (
+                r["max_ulp"]
+                for r in self.results
+                if r["max_ulp"] is not None and r["status"] == "passed"
+            ),
+            default=None,
+        )
+
+    @property
+    def dtypes(self) -> dict[str, Cell]:
+        """The same by dtype, plain dtypes first."""
+        cells: dict[str, Cell] = {}
+        for result in self.results:
+            cells.setdefault(result["dtype"], Cell()).results.append(result)
+        names = sorted(
+            cells, key=lambda n: (n not in _ORDER, _ORDER.index(n) if n in _ORDER else 0, n)
+        )
+        return {name: cells[name] for name in names}
+
+
+@dataclass
+class Column:
+    """One run: a backend on a device."""
+
+    file: ResultFile
+    key: str
+    cells: dict[str, Cell]
+
+    @property
+    def name(self) -> str:
+        """Backend."""
+        return self.file.header.get("backend", "?")
+
+    @property
+    def device(self) -> str:
+        """Device asked for."""
+        return self.file.header.get("device", "cpu")
+
+    @property
+    def title(self) -> str:
+        """Backend and device."""
+        return f"{self.name} on {self.device}"
+
+    @property
+    def role(self) -> Role:
+        """Backend or subject."""
+        return self.file.role
+
+    @property
+    def total(self) -> Cell:
+        """All results."""
+        return Cell(self.file.results)
+
+    @property
+    def histograms(self) -> dict[str, list[int]]:
+        """Elements by error in ULP, per dtype of the gradient, of the results that passed."""
+        found: dict[str, list[int]] = {}
+        for result in self.file.results:
+            if result["histogram"] and result["status"] == "passed" and result["level"] != "L2":
+                name = result["dtype"].partition("/")[0]
+                mine = found.setdefault(name, [0] * (len(ULP_BINS) + 1))
+                for index, count in enumerate(result["histogram"]):
+                    mine[index] += count
+        return {name: found[name] for name in _ORDER if name in found}
+
+    @property
+    def errors(self) -> list[tuple[str, float, float]]:
+        """Dtype, largest error and limit, of the results that passed."""
+        out = []
+        for name in self.histograms:
+            values = [
+                r["max_ulp"]
+                for r in self.file.results
+                if r["dtype"].partition("/")[0] == name
+                and r["max_ulp"] is not None
+                and r["status"] == "passed"
+                and r["level"] != "L2"
+            ]
+            out.append((name, max(values, default=0.0), LIMITS[name]))
+        return out
+
+
+@dataclass
+class Summary:
+    """Everything that is presented."""
+
+    backends: list[Column]
+    subjects: list[Column]
+    teeth: list[ResultFile]
+    tpu: list[ResultFile]
+    unavailable: list[dict[str, Any]]
+    files: list[ResultFile]
+    notices: list[str]
+
+    @property
+    def columns(self) -> list[Column]:
+        """Backends, then subjects."""
+        return [*self.backends, *self.subjects]
+
+    @property
+    def failures(self) -> list[tuple[Column, ResultRecord]]:
+        """Results that make this report a failure."""
+        return [
+            (column, result)
+            for column in self.backends
+            for result in column.file.results
+            if result["status"] in bad_statuses
+        ]
+
+    @property
+    def mutants(self) -> list[dict[str, Any]]:
+        """Mutants of all files of teeth."""
+        return [dict(mutant) for file in self.teeth for mutant in file.mutants]
+
+    @property
+    def survivors(self) -> list[str]:
+        """Mutants that nothing catches."""
+        return [m["name"] for m in self.mutants if m["status"] != "killed"]
+
+    @property
+    def programs(self) -> list[dict[str, Any]]:
+        """Programs compiled for TPU topologies."""
+        return [dict(program) for file in self.tpu for program in file.tpu]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed."""
+        broken = any(program["status"] == "failed" for program in self.programs)
+        return not self.failures and not self.survivors and not broken
+
+    @property
+    def mood(self) -> Literal["ok", "partly", "no"]:
+        """Colour of the headline: green only if everything asked for was there and passed."""
+        if not self.ok:
+            return "no"
+        complete = self.backends and not self.unavailable and not self.notices
+        return "ok" if complete else "partly"
+
+    @property
+    def headline(self) -> str:
+        """One sentence."""
+        counts = Cell([r for c in self.backends for r in c.file.results]).counts
+        good = [c for c in self.backends if not c.total.bad and c.total.results]
+        asked = len(self.backends) + len(self.unavailable)
+        parts = [f"{len(good)} of {asked} backend{'s' * (asked != 1)} conform{'s' * (asked == 1)}"]
+        parts += [
+            f"{counts[s]} {s}" for s in ("passed", *sorted(bad_statuses), "xfail") if counts[s]
+        ]
+        if counts["unsupported"]:
+            parts.append(f"{counts['unsupported']} unsupported")
+        if self.unavailable:
+            parts.append(f"{len(self.unavailable)} unavailable")
+        if self.mutants:
+            killed = len(self.mutants) - len(self.survivors)
+            parts.append(f"{killed} of {len(self.mutants)} mutants killed")
+        return ", ".join(parts)
+
+
+def summarize(files: Iterable[ResultFile]) -> Summary:
+    """Put result files together."""
+    files = list(files)
+    columns: list[Column] = []
+    unavailable: list[dict[str, Any]] = []
+    for file in files:
+        if file.header["kind"] != "run":
+            continue
+        unavailable += [{**record, "path": file.path} for record in file.unavailable]
+        if file.unavailable and not file.results:
+            continue
+        cells = {clause: Cell() for clause in CLAUSES}
+        for result in file.results:
+            cells.setdefault(result["clause"], Cell()).results.append(result)
+        columns.append(Column(file, f"run{len(columns)}", cells))
+    return Summary(
+        backends=[column for column in columns if column.role == "backend"],
+        subjects=[column for column in columns if column.role == "subject"],
+        teeth=[file for file in files if file.header["kind"] == "teeth"],
+        tpu=[file for file in files if file.header["kind"] == "tpu"],
+        unavailable=unavailable,
+        files=files,
+        notices=_notices(files, columns),
+    )
+
+
+def _notices(files: Sequence[ResultFile], columns: Sequence[Column]) -> list[str]:
+    """List what a reader must know before believing the matrix."""
+    notices = []
+    digests = {file.header.get("vectors") for file in files if file.header["kind"] != "tpu"}
+    if len(digests) > 1:
+        notices.append("These runs used different vectors; run them again with the same suite.")
+    for column in columns:
+        selected = column.file.header.get("select")
+        if selected is not None:
+            notices.append(f"{column.title} ran only {selected!r}.")
+        if not column.file.results:
+            notices.append(f"{column.title} has no results at all.")
+    names = Counter(column.title for column in columns)
+    notices += [f"{name} appears {count} times." for name, count in names.items() if count > 1]
+    return notices

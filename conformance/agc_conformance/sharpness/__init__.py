@@ -1,0 +1,1 @@
+"""SAM in the suite: problems, comparison, wrong implementations."""

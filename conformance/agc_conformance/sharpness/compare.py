@@ -1,0 +1,132 @@
+"""Comparison of SAM: how far a sharpness-aware gradient may be from the float64 reference.
+
+Every number comes with its *magnitude*, the sum of the magnitudes of all terms that go into it, since
+rounding errs by a fraction of the terms and not of what is left when they cancel: for a gradient the mean of
+``|a| (|w + e| + |c| + de)``, where ``de`` is what rounding of the ascent gradient may do to ``e``. An
+error is measured in units in the last place of the magnitude, in the dtype of the weights: that dtype has to
+hold ``w + e``. Allowed are 4 in float32 and float64 and 2 in float16 and bfloat16 (the rounding of
+``w + e`` and of the gradient, half a unit each, doubled where the magnitude is just above a power of two).
+
+The weights themselves must come back bit for bit (SAM-3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from agc.backend import SharpnessOutcome, Unsupported
+from agc_conformance.compare import Verdict, accumulation_dtype, same_bits, ulp
+from agc_conformance.data import decode_numbers, decode_values, dtype_of
+from agc_conformance.sharpness.problems import BoundSharpness
+
+__all__ = ["SHARPNESS_LIMITS", "compare_sharpness"]
+
+Array = npt.NDArray[Any]
+
+SHARPNESS_LIMITS: Final[dict[str, float]] = {
+    "float16": 2.0,
+    "bfloat16": 2.0,
+    "float32": 4.0,
+    "float64": 4.0,
+}
+"""Largest error of a sharpness-aware gradient in ULP of its magnitude."""
+
+
+def compare_sharpness(bound: BoundSharpness, outcome: SharpnessOutcome) -> Verdict:
+    """Compare an outcome with the expectation of its vector."""
+    verdict = Verdict()
+    expect = bound.vector.data["expect"]
+    for name, weight in bound.problem.parameters.items():
+        verdict.add(_compare_weight(name, outcome.weights.get(name), weight))
+    if outcome.skipped != expect["skipped"]:
+        what = "skipped" if outcome.skipped else "not skipped"
+        verdict.add(Verdict(f"the step was {what}"))
+    if not verdict.problem and not expect["skipped"]:
+        for name, expected in expect["gradients"].items():
+            got = outcome.gradients.get(name)
+            verdict.add(_compare_gradient(bound, name, got, expected))
+    told = False
+    for kind in ("loss", "perturbed_loss", "norm"):
+        value, expected = getattr(outcome, kind), expect.get(kind)
+        if expected is not None and value is not None:
+            told = True
+            verdict.add(_compare_number(kind, float(value), expected, bound.dtype))
+    if not told and bound.vector.clause == "SAM-12" and not verdict.problem:
+        raise Unsupported("tells no loss")
+    return verdict
+
+
+def _compare_weight(name: str, got: Any, want: Array) -> Verdict:
+    if got is None:
+        return Verdict(f"{name}: no weights came back")
+    got = np.asarray(got)
+    if got.dtype != want.dtype or got.shape != want.shape:
+        return Verdict(
+            f"{name}: the weights came back as {got.dtype}{list(got.shape)}, "
+            f"not {want.dtype}{list(want.shape)}"
+        )
+    wrong = ~same_bits(got, want)
+    if wrong.any():
+        return Verdict(
+            f"{name}: {int(wrong.sum())} of {wrong.size} weights are not what they were before"
+        )
+    return Verdict()
+
+
+def _compare_gradient(
+    bound: BoundSharpness, name: str, got: Any, expected: Mapping[str, Any] | str
+) -> Verdict:
+    if expected == "absent":
+        there = got is not None and np.asarray(got).any()
+        return Verdict(f"{name}: is in no loss, and got a gradient" if there else "")
+    if got is None:
+        return Verdict(f"{name}: no gradient came back")
+    assert not isinstance(expected, str)
+    got, dtype = np.asarray(got), bound.dtype
+    shape = tuple(bound.parameter(name)["axes"].values())
+    if got.dtype != dtype_of(dtype) or got.shape != bound.problem.parameters[name].shape:
+        return Verdict(f"{name}: the gradient came back as {got.dtype}{list(got.shape)}")
+    verdict = Verdict()
+    want = decode_values({"values": expected["values"]}, shape).ravel()
+    size = decode_values({"values": expected["magnitudes"]}, shape).ravel()
+    have = bound.canonical(name, got).astype(np.float64).ravel()
+    errors = _errors(have, want, size, dtype)
+    verdict.measure(errors)
+    worst = int(errors.argmax())
+    if errors[worst] > SHARPNESS_LIMITS[dtype]:
+        verdict.problem = (
+            f"{name}, element {worst}: got {have[worst]:.9g}, not {want[worst]:.9g}: "
+            f"{errors[worst]:.3g} ULP, {SHARPNESS_LIMITS[dtype]:g} allowed"
+        )
+    return verdict
+
+
+def _compare_number(kind: str, got: float, expected: Mapping[str, Any], dtype: str) -> Verdict:
+    """Compare a loss or norm; losses at ``w + e`` are as exact as the weights' dtype is."""
+    want, size = decode_numbers([expected["value"], expected["magnitude"]])
+    exact = kind == "loss"
+    kept = accumulation_dtype(dtype) if exact else dtype
+    error = float(_errors(np.array([got]), np.array([want]), np.array([size]), kept)[0])
+    limit = 2 * SHARPNESS_LIMITS[kept]
+    if error > limit:
+        name = kind.replace("_", " ")
+        return Verdict(
+            f"the {name} is {got:.9g}, not {want:.9g}: {error:.3g} ULP, {limit:g} allowed"
+        )
+    return Verdict()
+
+
+def _errors(got: Array, want: Array, magnitude: Array, dtype: str) -> Array:
+    """Errors in ULP of the magnitude; 0 where both are the same infinity or NaN, else infinite."""
+    smallest, at_one = ulp(np.array([0.0, 1.0]), dtype)
+    # A magnitude may be beyond the largest number of the dtype: its terms cancel.
+    unit = np.maximum(smallest, np.ldexp(at_one, np.frexp(magnitude)[1] - 1))
+    with np.errstate(invalid="ignore"):
+        error = np.abs(got - want) / unit
+    same = (np.isnan(got) & np.isnan(want)) | (got == want)
+    error = np.where(same, 0.0, error)
+    return np.asarray(np.where(np.isnan(error), np.inf, error))

@@ -1,0 +1,223 @@
+"""A whole run: from a backend's name to a complete file of records, with a progress bar."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from agc.backend import Backend, Unavailable
+from agc_conformance.flags import FLAGS, NO_MUTANT
+from agc_conformance.mutants import all_mutants, run_mutant
+from agc_conformance.records import (
+    MutantRecord,
+    Record,
+    ResultRecord,
+    Role,
+    UnavailableRecord,
+    Writer,
+    bad_statuses,
+    make_header,
+)
+from agc_conformance.runner import cases, load_backend, role_of, run_case
+from agc_conformance.vectors import digest, load_vectors
+from agc_conformance.xfail import apply, default_file, read_xfail, unused
+
+__all__ = ["run", "teeth"]
+
+
+def run(
+    spec: str,
+    out: Path,
+    *,
+    device: str = "cpu",
+    select: str | None = None,
+    full: bool = False,
+    xfail: Path | None = None,
+    role: Role | None = None,
+    train: bool = True,
+    allow_unavailable: bool = False,
+    console: Console | None = None,
+) -> int:
+    """Run the suite on one backend and write a file of records.
+
+    Parameters
+    ----------
+    spec : str
+        Backend, as :func:`agc_conformance.runner.load_backend` takes it.
+    out : path
+        The file.
+    device : str
+        Device.
+    select : str, optional
+        Glob on ids, clauses or flags.
+    full : bool
+        Also the dtypes that say little new.
+    xfail : path, optional
+        Expected failures; by default ``conformance/xfail/<backend>.txt``.
+    role : {"backend", "subject"}, optional
+        Overrides what the backend says.
+    train : bool
+        Also train on real images.
+    allow_unavailable : bool
+        Whether an absent backend or device is a success.
+    console : Console, optional
+        For progress and summary.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 1 if something failed or was not there.
+    """
+    console = console or Console(stderr=True)
+    common: dict[str, Any] = {"vectors": digest(), "full": full, "select": select, "device": device}
+    try:
+        backend = load_backend(spec, device)
+    except Unavailable as reason:
+        absent: UnavailableRecord = {
+            "type": "unavailable",
+            "backend": spec,
+            "device": device,
+            "reason": str(reason),
+        }
+        with Writer(
+            out, make_header("run", backend=spec, role=role or "backend", **common)
+        ) as file:
+            file.write(absent)
+        console.print(f"[yellow]{spec} on {device}: unavailable[/]: {reason}", highlight=False)
+        return 0 if allow_unavailable else 1
+    role = role or role_of(backend)
+    path = xfail or default_file(backend.name)
+    expected = read_xfail(path) if path else []
+    chosen = cases(load_vectors(), select=select, full=full, core=role == "backend")
+    header = make_header(
+        "run",
+        backend=backend.name,
+        role=role,
+        layout=backend.layout,
+        device_name=backend.device_name(),
+        versions=backend.versions(),
+        **common,
+    )
+    counts: Counter[str] = Counter()
+    problems: list[ResultRecord] = []
+    with Writer(out, header) as file, _progress(console) as bar:
+        label = f"{backend.name} on {device}"
+        task = bar.add_task(label, total=len(chosen))
+
+        def keep(record: Record) -> None:
+            if record["type"] == "result":
+                result = apply(cast(ResultRecord, record), expected)
+                counts[result["status"]] += 1
+                if result["status"] in bad_statuses:
+                    problems.append(result)
+                record = result
+            file.write(record)
+
+        for vector, dtype in chosen:
+            keep(run_case(backend, vector, dtype))
+            bar.advance(task)
+        if train:
+            for record in _training(backend, select, bar):
+                keep(record)
+    for bad in problems[:20]:
+        console.print(
+            f"[red]{bad['status']}[/] {bad['id']}:{bad['dtype']} {escape(bad['detail'])}",
+            highlight=False,
+        )
+    stale = unused(expected) if select is None else []
+    for line in stale:
+        console.print(f"[red]stale[/] {line}", highlight=False)
+    shown = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    console.print(
+        f"{backend.name} on {device}: {shown or 'nothing was run'} -> {out}", highlight=False
+    )
+    if not counts:
+        return 1
+    return int(role == "backend" and bool(problems)) or int(bool(stale))
+
+
+def _training(backend: Backend, select: str | None, bar: Progress) -> Iterator[Mapping[str, Any]]:
+    """Train on real images and yield the records."""
+    from agc_conformance.real_images import TASKS, run_task  # scikit-learn is heavy
+
+    for name in TASKS:
+        ids = [f"real-{name}-{kind}" for kind in ("plan", "clip", "update", "run")]
+        if select is not None and not any(fnmatchcase(one, select) for one in ids):
+            continue
+        task = bar.add_task(f"{backend.name} trains on {name}", total=None)
+
+        def show(done: int, total: int, task: Any = task) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield from run_task(backend, name, progress=show)
+
+
+def teeth(out: Path | None = None, *, console: Console | None = None) -> int:
+    """Run every mutant against the vectors and, if ``out`` is given, write a file of records.
+
+    Returns
+    -------
+    int
+        Exit status: 1 if a mutant survives, or a flag has no mutant that its vectors kill.
+    """
+    console = console or Console(stderr=True)
+    vectors, mutants = load_vectors(), all_mutants()
+    survivors: list[str] = []
+    killed_flags: set[str] = set()
+    flags = {vector.id: set(vector.flags) for vector in vectors}
+    header = make_header("teeth", vectors=digest())
+    with ExitStack() as stack:
+        file = stack.enter_context(Writer(out, header)) if out else None
+        bar = stack.enter_context(_progress(console))
+        task = bar.add_task("mutants", total=len(mutants))
+        for mutant in mutants:
+            killed_by = run_mutant(mutant, vectors)
+            record: MutantRecord = {
+                "type": "mutant",
+                "name": mutant.name,
+                "flag": mutant.flag,
+                "comment": mutant.comment,
+                "status": "killed" if killed_by else "survived",
+                "killed_by": killed_by,
+            }
+            if file is not None:
+                file.write(record)
+            if not killed_by:
+                survivors.append(mutant.name)
+            if any(mutant.flag in flags[key.rpartition(":")[0]] for key in killed_by):
+                killed_flags.add(mutant.flag)
+            bar.advance(task)
+    for name in survivors:
+        console.print(f"[red]survived[/] {name}", highlight=False)
+    toothless = sorted(set(FLAGS) - killed_flags - set(NO_MUTANT))
+    for flag in toothless:
+        console.print(
+            f"[red]toothless[/] no vector with the flag {flag} kills a mutant of that flag",
+            highlight=False,
+        )
+    console.print(
+        f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed, "
+        f"{len(killed_flags)} of {len(FLAGS)} flags proven" + (f" -> {out}" if out else ""),
+        highlight=False,
+    )
+    return int(bool(survivors or toothless))
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield bar

@@ -1,0 +1,167 @@
+"""Everything this project runs. ``nox -l`` lists the sessions; each has an environment of its own.
+
+A framework's session installs that framework alone, so an adapter that secretly needs another one fails.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["conformance"]
+
+ROOT = Path(__file__).parent
+REPORT = ROOT / "report"
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+FRAMEWORKS = ("torch", "jax", "tensorflow")
+PEERS = {"torch": ("timm", "pytorch_optimizer"), "jax": ("optax",), "tensorflow": ()}  # modules
+PACKAGES = ("agc", "agc_torch", "agc_jax", "agc_tensorflow", "agc_conformance")
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
+
+
+def install(session: nox.Session, *extras: str, groups: tuple[str, ...] = ()) -> None:
+    """Install this project with extras, and dependency groups, in one resolution."""
+    requirements = [
+        requirement
+        for group in groups
+        for requirement in nox.project.dependency_groups(PYPROJECT, group)
+    ]
+    session.install("-e", f".[{','.join(extras)}]" if extras else ".", *requirements)
+
+
+def install_peers(session: nox.Session) -> None:
+    """Install the PyTorch peers without what they ask for: timm's torchvision brings another torch."""
+    session.install("--no-deps", *nox.project.dependency_groups(PYPROJECT, "peers-torch"))
+
+
+def frameworks(*others: str) -> list[object]:
+    """Parametrize a session by framework, with readable names."""
+    return [nox.param(name, id=name, tags=[name]) for name in (*others, *FRAMEWORKS)]
+
+
+@nox.session
+@nox.parametrize("framework", frameworks())
+def conformance(session: nox.Session, framework: str) -> None:
+    """Prove every adapter equal to the reference, then write report/index.html (the main job)."""
+    install(session, framework, "conformance", groups=(f"pinned-{framework}",))
+    if framework == "torch":
+        install_peers(session)
+    REPORT.mkdir(exist_ok=True)
+    session.notify("report")
+    run = ("agc", "conformance", "run", *session.posargs)
+    # A result of an earlier day must not stand in for one that fails to appear today.
+    for stale in REPORT.glob(f"{framework}-*.jsonl"):
+        stale.unlink()
+    for peer in PEERS[framework]:
+        target = f"report/{framework}-peer-{peer}.jsonl"
+        session.run(*run, "--backend", f"agc_conformance.peers.{peer}:backend", "--out", target)
+    target = f"report/{framework}-cpu.jsonl"
+    session.run(*run, "--backend", framework, "--device", "cpu", "--out", target, env=QUIET)
+
+
+@nox.session(default=False)
+def report(session: nox.Session) -> None:
+    """Present the result files in report/ (runs by itself after ``conformance``)."""
+    install(session, "conformance")
+    session.run("agc", "conformance", "teeth", "--out", "report/teeth.jsonl")
+    results = sorted(str(path) for path in REPORT.glob("*.jsonl"))
+    committed = sorted(str(path) for path in (ROOT / "conformance" / "results").glob("*.json*"))
+    session.run("agc", "conformance", "report", *results, *committed, "--out", "report")
+
+
+@nox.session
+@nox.parametrize("framework", frameworks("core"))
+def tests(session: nox.Session, framework: str) -> None:
+    """Unit and integration tests, each framework alone."""
+    if framework == "core":
+        install(session, "conformance", groups=("test",))
+        session.run("pytest", "tests/core", "tests/conformance", *session.posargs)
+        return
+    groups = ("test", f"pinned-{framework}", f"test-{framework}")
+    install(session, framework, "conformance", groups=groups)
+    if framework == "torch":
+        install_peers(session)
+    session.run("pytest", f"tests/{framework}", *session.posargs, env=QUIET)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style: ruff's formatter and linter."""
+    session.install(*nox.project.dependency_groups(PYPROJECT, "lint"))
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Types: mypy, strict."""
+    install(session, "conformance", groups=("typing",))
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def teeth(session: nox.Session) -> None:
+    """Let wrong implementations loose on the vectors: each must be caught."""
+    install(session, "conformance")
+    session.run("agc", "conformance", "teeth", *session.posargs)
+
+
+@nox.session(default=False)
+def conformance_tpu(session: nox.Session) -> None:
+    """Compile every AGC program for a TPU topology, on a machine that need not have one."""
+    install(session, "jax", "conformance", groups=("pinned-jax",))
+    session.install("libtpu")
+    out = "conformance/results/tpu-aot.json"
+    session.run("python", "-m", "agc_conformance.tpu", "--out", out, *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Speed, side by side with the peers, in one environment and one run."""
+    pinned = tuple(f"pinned-{framework}" for framework in FRAMEWORKS)
+    install(session, *FRAMEWORKS, "conformance", groups=("test", "bench", *pinned))
+    install_peers(session)
+    session.run("python", "-m", "benchmarks", *session.posargs, env=QUIET)
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """Build the documentation as HTML in docs/_build."""
+    install(session, groups=("docs",))
+    session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Sdist, then wheel, then a clean environment that imports it from another folder."""
+    session.install("build")
+    with tempfile.TemporaryDirectory() as folder:
+        # Without flags, ``build`` makes the wheel from the sdist: what a user's machine would do.
+        session.run("python", "-m", "build", "--outdir", folder, ".")
+        (wheel,) = Path(folder).glob("*.whl")
+        (sdist,) = Path(folder).glob("*.tar.gz")
+        session.log(f"{sdist.name} and {wheel.name}")
+        session.install("--force-reinstall", f"{wheel}[conformance]")
+        session.chdir(folder)
+        session.run("agc", "--version")
+        session.run("agc", "conformance", "run", "--backend", "reference", "--out", "r.jsonl")
+        session.run("python", "-c", CHECK_WHEEL, *PACKAGES)
+
+
+CHECK_WHEEL = """
+import importlib.util, pathlib, sys
+for name in sys.argv[1:]:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None, f"{name} is not in the wheel"
+    folder = pathlib.Path(spec.origin).parent
+    assert "site-packages" in folder.parts, f"{name} was imported from {folder}"
+    assert (folder / "py.typed").exists(), f"{name} has no py.typed"
+    if name == "agc_conformance":
+        assert list(folder.glob("vectors/v1/*.json")), "no vectors in the wheel"
+print("the wheel holds", *sys.argv[1:])
+"""

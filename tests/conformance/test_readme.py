@@ -1,0 +1,34 @@
+"""conformance/README.md says what is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from agc_conformance.flags import FLAGS
+from agc_conformance.mutants import all_mutants
+from agc_conformance.vectors import load_vectors
+
+FOLDER = Path(__file__).parents[2] / "conformance"
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+EXAMPLE = (FOLDER / "examples" / "my_backend.py").read_text(encoding="utf-8")
+
+
+def test_the_example_is_the_file() -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert code == EXAMPLE
+
+
+def test_the_example_is_short() -> None:
+    assert EXAMPLE.count("\n") < 40
+
+
+def test_the_counts_are_right() -> None:
+    assert f"{len(load_vectors())} published vectors" in README
+    assert f"the {len(FLAGS)} bug classes" in README
+    assert f"runs {len(all_mutants())} wrong implementations" in README
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (FOLDER / target).exists(), target

@@ -1,0 +1,143 @@
+"""Result files: streamed, complete or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agc.errors import FormatError
+from agc_conformance.records import Writer, make_header, make_result, read_results
+
+RESULT = make_result("L1-a", clause="AGC-1", level="L1", status="passed", dtype="float32")
+
+
+def write(path: Path, *records: Any, **header: Any) -> Path:
+    with Writer(path, make_header("run", backend="mine", **header)) as file:
+        for record in records:
+            file.write(record)
+    return path
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write(tmp_path / "r.jsonl", RESULT, {**RESULT, "id": "L1-b", "status": "failed"})
+
+
+def test_round_trip(file: Path) -> None:
+    found = read_results(file)
+    assert found.header["backend"] == "mine"
+    assert [result["id"] for result in found.results] == ["L1-a", "L1-b"]
+    assert found.footer is not None
+    assert found.footer["counts"] == {"passed": 1, "failed": 1}
+    assert found.role == "backend"
+
+
+def test_a_file_appears_only_when_complete(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "r.jsonl"
+    with Writer(path, make_header("run")) as file:
+        file.write(RESULT)
+        assert not path.exists()
+        assert file.part.read_text().count("\n") == 2, "every record is written at once"
+    assert path.exists()
+    assert not file.part.exists()
+
+
+def test_a_run_that_breaks_off_leaves_no_result(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(KeyboardInterrupt), Writer(path, make_header("run")) as file:
+        raise KeyboardInterrupt
+    assert not path.exists()
+    with pytest.raises(FormatError, match="ends without a footer"):
+        read_results(file.part)
+
+
+def test_header_has_provenance() -> None:
+    header = make_header("run")
+    assert {"suite", "python", "platform", "date", "commit"} <= set(header)
+    assert json.dumps(header)
+
+
+def lines(file: Path) -> list[str]:
+    return file.read_text().splitlines()
+
+
+def edit(file: Path, *, line: int, **changes: Any) -> None:
+    text = lines(file)
+    record = {**json.loads(text[line - 1]), **changes}
+    text[line - 1] = json.dumps({key: value for key, value in record.items() if value != "gone"})
+    file.write_text("\n".join(text) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "changes", "message"),
+    [
+        (1, {"version": 2}, r"line 1: version 2; this suite reads version 1"),
+        (1, {"format": "other"}, r"line 1: not a header of the format 'agc-results'"),
+        (1, {"kind": "walk"}, r"line 1: unknown kind 'walk'"),
+        (2, {"type": "resultat"}, r"line 2: unknown record type 'resultat'"),
+        (2, {"clause": "gone"}, r"line 2: the result record has no 'clause'"),
+        (4, {"counts": {"passed": 3}}, r"line 4: the footer counts .* records are missing"),
+    ],
+    ids=["version", "format", "kind", "type", "field", "counts"],
+)
+def test_a_wrong_line_is_named(
+    file: Path, line: int, changes: dict[str, Any], message: str
+) -> None:
+    edit(file, line=line, **changes)
+    with pytest.raises(FormatError, match=message):
+        read_results(file)
+
+
+def test_a_missing_footer(file: Path) -> None:
+    file.write_text("\n".join(lines(file)[:-1]) + "\n")
+    with pytest.raises(FormatError, match=r"r\.jsonl, line 3: the file ends without a footer"):
+        read_results(file)
+
+
+def test_a_truncated_line(file: Path) -> None:
+    file.write_text(file.read_text()[:-150])
+    with pytest.raises(FormatError, match=r"line \d: not JSON, or truncated"):
+        read_results(file)
+
+
+def test_a_lost_line(file: Path) -> None:
+    text = lines(file)
+    file.write_text("\n".join([text[0], *text[2:]]) + "\n")
+    with pytest.raises(FormatError, match="records are missing"):
+        read_results(file)
+
+
+def test_something_after_the_footer(file: Path) -> None:
+    file.write_text(file.read_text() + lines(file)[1] + "\n")
+    with pytest.raises(FormatError, match="line 5: something follows the footer"):
+        read_results(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"hello\n", "line 1: not JSON"),
+        (b"[1]\n", "line 1: not a JSON object"),
+        (b"\xff\xfe\n", "cannot be read as text"),
+    ],
+    ids=["empty", "text", "list", "binary"],
+)
+def test_something_else(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=message):
+        read_results(path)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"none\.jsonl: cannot be read"):
+        read_results(tmp_path / "none.jsonl")
+
+
+def test_infinite_errors_are_json() -> None:
+    record = make_result("a", clause="AGC-1", level="L1", status="failed", max_ulp=float("inf"))
+    assert json.loads(json.dumps(record, allow_nan=False))["max_ulp"] > 1e300

@@ -1,0 +1,280 @@
+"""The report: every presentation says the same, and none says more than was run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+from rich.console import Console
+
+from agc.errors import FormatError
+from agc_conformance.records import Writer, make_header, make_result, read_results
+from agc_conformance.reporting import Summary, html, junit, markdown, report, summarize, terminal
+from agc_conformance.reporting.figures import histograms
+
+EVIL = "<script>alert('x')</script> | \x01"
+
+
+def result(name: str, status: str = "passed", **more: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {"clause": "AGC-2", "level": "L1", "dtype": "float32", **more}
+    return dict(make_result(name, status=status, **fields))  # type: ignore[arg-type]
+
+
+def train(step: int) -> dict[str, Any]:
+    names = ("conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias", "head.weight", "head.bias")
+    layers = {name: {"units": 4, "clipped": step % 4} for name in names}
+    return {
+        "type": "train",
+        "task": "digits",
+        "step": step,
+        "loss": 1.0,
+        "reference_loss": 1.0,
+        "layers": layers,
+    }
+
+
+def write(path: Path, kind: str, *records: Any, **header: Any) -> Path:
+    with Writer(path, make_header(kind, vectors="v", **header)) as file:  # type: ignore[arg-type]
+        for record in records:
+            file.write(record)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    measured = {"max_ulp": 1.5, "histogram": [3, 1, 0, 1, 0, 0, 0, 0]}
+    mutant = {
+        "type": "mutant",
+        "name": "squeeze",
+        "flag": "Squeeze",
+        "comment": "drops axes",
+        "status": "killed",
+        "killed_by": ["L1-a:float32"],
+    }
+    return {
+        "good": write(
+            tmp_path / "good.jsonl",
+            "run",
+            result("L1-a", **measured),
+            result("L0-b", dtype="-", level="L0", clause="AGC-6"),
+            result("L1-c", "unsupported", clause="AGC-9", detail="no sparse gradients"),
+            result("real-digits-clip", level="L2", flags=["RealImages"]),
+            *(train(step) for step in range(3)),
+            backend="good",
+            role="backend",
+            device="cpu",
+            versions={"numpy": "2"},
+        ),
+        "bad": write(
+            tmp_path / "bad.jsonl",
+            "run",
+            result("L1-a", "failed", detail=EVIL),
+            result("L1-d", "error", detail="ZeroDivisionError"),
+            result("L1-e", "xfail", clause="AGC-3"),
+            backend="bad",
+            role="backend",
+            device="cuda",
+        ),
+        "peer": write(
+            tmp_path / "peer.jsonl",
+            "run",
+            result("L1-a", "failed", detail="wrong axis"),
+            backend="peer",
+            role="subject",
+            device="cpu",
+        ),
+        "absent": write(
+            tmp_path / "absent.jsonl",
+            "run",
+            {"type": "unavailable", "backend": "jax", "device": "tpu", "reason": "no TPU here"},
+            backend="jax",
+            device="tpu",
+        ),
+        "teeth": write(tmp_path / "teeth.jsonl", "teeth", mutant),
+        "survivor": write(
+            tmp_path / "survivor.jsonl", "teeth", {**mutant, "status": "survived", "killed_by": []}
+        ),
+        "tpu": write(
+            tmp_path / "tpu.jsonl",
+            "tpu",
+            {
+                "type": "tpu",
+                "id": "clip",
+                "status": "compiled",
+                "topology": "v5e:2x2",
+                "detail": "",
+                "bytes_accessed": 123456.0,
+            },
+        ),
+    }
+
+
+def summary(files: dict[str, Path], *names: str) -> Summary:
+    return summarize([read_results(files[name]) for name in names])
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "status"),
+    [
+        (["good"], 0),
+        (["good", "peer"], 0),
+        (["good", "absent"], 0),
+        (["good", "tpu", "teeth"], 0),
+        (["good", "bad"], 1),
+        (["good", "survivor"], 1),
+    ],
+    ids=["right", "with-subject", "with-absent", "with-teeth", "failed", "survivor"],
+)
+def test_exit_status(files: dict[str, Path], names: list[str], status: int) -> None:
+    assert report([files[name] for name in names], console=quiet()) == status
+
+
+def test_headline_and_mood(files: dict[str, Path]) -> None:
+    everything = summary(files, "good", "bad", "peer", "absent", "teeth", "tpu")
+    assert everything.headline == (
+        "1 of 3 backends conform, 3 passed, 1 error, 1 failed, 1 xfail, 1 unsupported, "
+        "1 unavailable, 1 of 1 mutants killed"
+    )
+    assert everything.mood == "no"
+    assert summary(files, "good").mood == "ok"
+    assert summary(files, "good", "absent").mood == "partly"
+
+
+def test_four_files_are_written(files: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    assert report([files["good"], files["bad"]], out, console=quiet()) == 1
+    assert {p.name for p in out.iterdir()} == {
+        "index.html",
+        "report.md",
+        "report.json",
+        "junit.xml",
+    }
+    data = json.loads((out / "report.json").read_text())
+    assert data["ok"] is False
+    assert data["runs"][0]["clauses"]["AGC-2"]["max_ulp"] == 1.5
+    assert [failure["id"] for failure in data["failures"]] == ["L1-a", "L1-d"]
+
+
+def test_html_is_self_contained(files: dict[str, Path]) -> None:
+    page = html(summary(files, *files))
+    assert re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*\"", page) == []
+    assert "<script" not in page
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+
+
+def test_html_escapes_what_backends_say(files: dict[str, Path]) -> None:
+    page = html(summary(files, "bad"))
+    assert "&lt;script&gt;" in page
+
+
+def test_html_links_lead_somewhere(files: dict[str, Path]) -> None:
+    page = html(summary(files, *files))
+    targets = set(re.findall(r' id="([^"]+)"', page))
+    links = set(re.findall(r'<a [^>]*href="#([^"]+)"', page))
+    assert "matrix" in links
+    assert links <= targets
+
+
+def test_html_shows_every_part(files: dict[str, Path]) -> None:
+    page = html(summary(files, *files))
+    for part in (
+        "no TPU here",
+        "v5e:2x2",
+        "Compiled is not passed",
+        "squeeze",
+        "survived",
+        "wrong axis",
+    ):
+        assert part in page
+    assert page.count("<svg") == 2, "one histogram, one training figure"
+
+
+def test_html_does_not_change(files: dict[str, Path]) -> None:
+    assert html(summary(files, *files)) == html(summary(files, *files))
+
+
+def test_junit(files: dict[str, Path]) -> None:
+    root = ET.fromstring(junit(summary(files, "good", "bad", "peer", "absent", "survivor")))
+    suites = {suite.get("name"): suite for suite in root}
+    assert suites["good on cpu"].get("failures") == "0"
+    assert suites["good on cpu"].get("skipped") == "1"
+    assert (suites["bad on cuda"].get("failures"), suites["bad on cuda"].get("errors")) == (
+        "1",
+        "1",
+    )
+    assert suites["peer on cpu"].get("failures") == "0", "subjects are only looked at"
+    assert suites["jax on tpu"].get("skipped") == "1"
+    assert suites["mutants"].get("failures") == "1"
+    for suite in root:
+        cases = suite.findall("testcase")
+        assert suite.get("tests") == str(len(cases))
+        assert suite.get("skipped") == str(len(suite.findall("testcase/skipped")))
+        assert suite.get("failures") == str(len(suite.findall("testcase/failure")))
+
+
+def test_markdown(files: dict[str, Path]) -> None:
+    text = markdown(summary(files, *files))
+    assert "✗ 0/2" in text
+    assert "✓ 2/2 1.5 ULP" in text
+    assert "compiled" in text
+    assert "**survived**" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in tables)
+
+
+def test_terminal(files: dict[str, Path]) -> None:
+    console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    terminal(summary(files, *files), console)
+    console.file.close()
+    text = console.export_text()
+    assert "FAILED 0/2" in text
+    assert "unavailable jax on tpu: no TPU here" in text
+    assert "survived squeeze" in text
+    assert "1 of 1 programs compiled for a TPU (not run)" in text
+
+
+def test_compiled_is_never_passed(files: dict[str, Path]) -> None:
+    found = summary(files, "tpu")
+    assert found.headline == "0 of 0 backends conform"
+    assert found.mood == "partly"
+
+
+def test_other_vectors_are_noticed(files: dict[str, Path], tmp_path: Path) -> None:
+    header = make_header("run", backend="other", device="cpu", vectors="w", select="L1-*")
+    with Writer(tmp_path / "other.jsonl", header) as file:
+        file.write(result("L1-a"))
+    files["other"] = tmp_path / "other.jsonl"
+    notices = " ".join(summary(files, "good", "other").notices)
+    assert "different vectors" in notices
+    assert "other on cpu ran only 'L1-*'" in notices
+
+
+def test_an_empty_run_is_noticed(files: dict[str, Path], tmp_path: Path) -> None:
+    files["empty"] = write(tmp_path / "empty.jsonl", "run", backend="empty", device="cpu")
+    found = summary(files, "empty")
+    assert found.mood == "partly"
+    assert found.headline.startswith("0 of 1 backend conforms")
+
+
+def test_a_damaged_file_stops_the_report(files: dict[str, Path]) -> None:
+    path = files["good"]
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+    with pytest.raises(FormatError, match=r"good\.jsonl, line \d+: the file ends without a footer"):
+        report([path], console=quiet())
+
+
+def test_histogram_is_the_same_svg_every_time() -> None:
+    counts = {"float32": [5, 3, 2, 0, 0, 0, 0, 0], "bfloat16": [9, 0, 1, 0, 0, 0, 0, 0]}
+    first = histograms("a", counts)
+    assert first.startswith("<svg")
+    assert "10 %" in first
+    assert first == histograms("a", counts)

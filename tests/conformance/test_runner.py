@@ -1,0 +1,393 @@
+"""Runs: the reference conforms in every layout, and whatever a backend does becomes a record."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import agc
+from agc.backend import Outcome, Problem, Unavailable, Unsupported
+from agc.cli import main
+from agc.errors import ConfigError, FormatError, ShapeError
+from agc_conformance import mutants, runner, suite, xfail
+from agc_conformance.bind import bind
+from agc_conformance.records import make_result, read_results
+from agc_conformance.reference_backend import ReferenceBackend
+from agc_conformance.runner import cases, load_backend, run_case
+from agc_conformance.sharpness.mutants import SharpEngine
+from agc_conformance.vectors import Vector, load_vectors
+
+EXAMPLE = Path(__file__).parents[2] / "conformance" / "examples" / "my_backend.py"
+VECTORS = {vector.id: vector for vector in load_vectors()}
+
+
+@pytest.mark.parametrize("layout", ["torch", "flax", "keras"])
+@pytest.mark.parametrize("backend", [ReferenceBackend, SharpEngine])
+def test_right_implementations_pass_everything(
+    backend: type[ReferenceBackend], layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "layout", layout)
+    records = [run_case(backend(), *case) for case in cases(load_vectors(), full=True)]
+    assert len(records) > 500
+    assert [r for r in records if r["status"] != "passed"] == []
+
+
+@pytest.mark.parametrize("mutant", mutants.all_mutants(), ids=lambda mutant: mutant.name)
+def test_every_mutant_is_killed_by_its_own_flag(mutant: mutants.Mutant) -> None:
+    """The command ``teeth`` shows all vectors that kill it; those that claim to must."""
+    flagged = [vector for vector in load_vectors() if mutant.flag in vector.flags]
+    assert flagged
+    assert mutants.run_mutant(mutant, flagged)
+
+
+def test_mutants_are_many_and_have_different_names() -> None:
+    names = [mutant.name for mutant in mutants.all_mutants()]
+    assert sum(mutant.method == "AGC" for mutant in mutants.all_mutants()) >= 20
+    assert sum(mutant.method == "SAM" for mutant in mutants.all_mutants()) >= 12
+    assert len(set(names)) == len(names)
+
+
+class Broken(ReferenceBackend):
+    """Does what it is told to do wrong."""
+
+    name = "broken"
+    dtypes = frozenset({"float32"})
+    do: Any = None
+
+    def clip(self, problem: Problem) -> Outcome:
+        return self.do(super().clip, problem)  # type: ignore[no-any-return]
+
+
+def broken(do: Any, vector: str = "L1-none-gradient", dtype: str = "float32") -> dict[str, Any]:
+    backend = Broken()
+    backend.do = do
+    return dict(run_case(backend, VECTORS[vector], dtype))
+
+
+def test_an_exception_is_an_error() -> None:
+    def fail(clip: Any, problem: Problem) -> Outcome:
+        raise ZeroDivisionError("by zero")
+
+    record = broken(fail)
+    assert record["status"] == "error"
+    assert record["detail"].startswith("ZeroDivisionError: by zero (test_runner.py:")
+
+
+def test_unsupported_is_not_passed() -> None:
+    def refuse(clip: Any, problem: Problem) -> Outcome:
+        raise Unsupported("not here")
+
+    record = broken(refuse)
+    assert (record["status"], record["detail"]) == ("unsupported", "not here")
+
+
+def test_an_unknown_dtype_is_unsupported() -> None:
+    record = broken(lambda clip, problem: clip(problem), dtype="bfloat16")
+    assert (record["status"], record["detail"]) == (
+        "unsupported",
+        "the backend does not take bfloat16",
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: {k: v for k, v in g.items() if k != "weight"}, "weight: no gradient came back"),
+        (lambda g: {**g, "more": g["weight"]}, "came back for ['more']"),
+        (lambda g: {**g, "frozen": np.zeros(4, np.float32)}, "frozen: had no gradient"),
+        (lambda g: {**g, "weight": g["weight"].T}, "came back with shape"),
+        (lambda g: {**g, "weight": g["weight"].astype(np.float64)}, "came back in float64"),
+        (lambda g: {**g, "weight": g["weight"] * 0}, "unit 0"),
+    ],
+    ids=["lost", "more", "made-up", "transposed", "promoted", "zero"],
+)
+def test_wrong_outcomes_fail(change: Any, message: str) -> None:
+    record = broken(lambda clip, problem: Outcome(change(clip(problem).gradients)))
+    assert record["status"] == "failed"
+    assert message in record["detail"]
+
+
+def test_a_backend_that_clips_in_place_cannot_hide() -> None:
+    """What comes back is compared with what went in, not with an array that was overwritten."""
+
+    def wipe(clip: Any, problem: Problem) -> Outcome:
+        for gradient in problem.gradients.values():
+            if gradient is not None:
+                gradient[...] = 0  # type: ignore[index]
+        return Outcome(problem.gradients)
+
+    assert broken(wipe)["status"] == "failed"
+
+
+def test_another_error_than_the_right_one_fails() -> None:
+    def complain(clip: Any, problem: Problem) -> Outcome:
+        raise ConfigError("no")
+
+    record = broken(complain, "L1-error-shape")
+    assert record["status"] == "failed"
+    assert "ShapeError was expected, not ConfigError" in record["detail"]
+
+
+def test_an_error_must_name_the_parameter() -> None:
+    def complain(clip: Any, problem: Problem) -> Outcome:
+        raise ShapeError("shapes differ")
+
+    assert "does not name ['weight']" in broken(complain, "L1-error-shape")["detail"]
+
+
+def test_silence_where_an_error_is_expected() -> None:
+    record = broken(lambda clip, problem: Outcome(problem.gradients), "L1-error-shape")
+    assert (record["status"], record["detail"]) == (
+        "failed",
+        "ShapeError was expected; nothing was raised",
+    )
+
+
+def test_no_telemetry_is_unsupported() -> None:
+    def mute(clip: Any, problem: Problem) -> Outcome:
+        return replace(clip(problem), stats=None)
+
+    assert broken(mute, "L1-stats")["status"] == "unsupported"
+    assert broken(mute, "L1-tie")["status"] == "passed"
+
+
+def test_trajectories_are_compared_at_every_step() -> None:
+    class Short(ReferenceBackend):
+        def trajectory(self, *arguments: Any) -> Any:
+            return super().trajectory(*arguments)[:-1]
+
+    class Wrong(ReferenceBackend):
+        def trajectory(self, *arguments: Any) -> Any:
+            steps = super().trajectory(*arguments)
+            steps[2] = {**steps[2], "conv.bias": steps[2]["conv.bias"] * np.float32(1.0001)}
+            return steps
+
+    vector = VECTORS["L2-sgd"]
+    assert "4 steps came back, not 5" in run_case(Short(), vector, "float32")["detail"]
+    assert "conv.bias, step 3" in run_case(Wrong(), vector, "float32")["detail"]
+
+
+def test_the_same_numbers_reach_every_layout() -> None:
+    vector = VECTORS["L1-layer-conv-transpose2d"]
+    arrays = {
+        layout: bind(vector, layout, "float32").problem.parameters["weight"]
+        for layout in ("torch", "flax", "keras")
+    }
+    assert [a.shape for a in arrays.values()] == [(4, 5, 3, 3), (3, 3, 4, 5), (3, 3, 5, 4)]
+    assert np.array_equal(arrays["torch"].transpose(2, 3, 0, 1), arrays["flax"])
+    assert np.array_equal(arrays["torch"].transpose(2, 3, 1, 0), arrays["keras"])
+
+
+def test_select_by_id_clause_and_flag() -> None:
+    def ids(select: str) -> set[str]:
+        return {vector.id for vector, _ in cases(load_vectors(), select=select)}
+
+    assert ids("L1-tie") == {"L1-tie"}
+    assert all(VECTORS[i].clause == "AGC-9" for i in ids("AGC-9"))
+    assert all("Squeeze" in VECTORS[i].flags for i in ids("Squeeze"))
+    assert ids("nothing") == set()
+
+
+def test_subjects_are_not_asked_about_our_core() -> None:
+    kinds = {vector.kind for vector, _ in cases(load_vectors(), core=False)}
+    sharp = {"sharpen", "sharpness-trajectory", "sharpness-scenario"}
+    assert kinds == {"layer", "clip", "trajectory", "scenario"} | sharp
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nobody", "not registered; there are reference"),
+        ("no_such_package.module:Thing", "there is no module 'no_such_package'"),
+        ("agc.units:Thing", "agc.units has no 'Thing'"),
+        ("nowhere.py:Thing", "no such Python file"),
+        ("agc_conformance.data:dtype_of", "."),
+    ],
+)
+def test_backends_that_do_not_exist(spec: str, message: str) -> None:
+    with pytest.raises((ConfigError, TypeError), match=message):
+        load_backend(spec, "cpu")
+
+
+def test_a_missing_framework_is_unavailable(tmp_path: Path) -> None:
+    file = tmp_path / "needs.py"
+    file.write_text("import a_framework_that_is_not_there\n")
+    with pytest.raises(Unavailable, match="a_framework_that_is_not_there"):
+        load_backend(f"{file}:Thing", "cpu")
+
+
+def test_a_missing_device_is_unavailable() -> None:
+    with pytest.raises(Unavailable, match="reference runs on the CPU only"):
+        load_backend("reference", "cuda")
+
+
+def agc_command(*arguments: object) -> int:
+    return main(["conformance", *map(str, arguments)])
+
+
+def test_the_command_writes_a_complete_file(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    status = agc_command("run", "--backend", "reference", "--out", out, "--select", "L1-n*")
+    found = read_results(out)
+    assert status == 0
+    assert found.header["backend"] == "reference"
+    assert found.header["device"] == "cpu"
+    assert found.header["select"] == "L1-n*"
+    assert found.header["versions"] == {"numpy": np.__version__}
+    assert found.header["suite"] == agc.__version__
+    assert {r["status"] for r in found.results} == {"passed"}
+
+
+def test_an_absent_device_is_listed_and_fails(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    asked = ("run", "--backend", "reference", "--device", "cuda", "--out", out)
+    assert agc_command(*asked) == 1
+    assert "CPU only" in read_results(out).unavailable[0]["reason"]
+    assert agc_command(*asked, "--allow-unavailable") == 0
+
+
+def test_selecting_nothing_fails(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    assert agc_command("run", "--backend", "reference", "--out", out, "--select", "L7-*") == 1
+
+
+def test_misuse_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert agc_command("run", "--backend", "nobody", "--out", tmp_path / "r.jsonl") == 2
+    assert "agc: --backend nobody: not registered" in capsys.readouterr().err
+
+
+def test_the_example_finds_what_the_readme_says(tmp_path: Path) -> None:
+    out = tmp_path / "mine.jsonl"
+    asked = ("run", "--backend", f"{EXAMPLE}:MyBackend", "--out", out, "--no-train")
+    assert agc_command(*asked) == 1
+    found = read_results(out)
+    bad = {r["id"] for r in found.results if r["status"] in ("failed", "error")}
+    assert bad == {
+        "L1-error-shape",
+        "L1-error-rank",
+        "L1-error-integer-gradient",
+        "L1-error-boolean-gradient",
+        "L1-error-no-gradients",
+    }
+    assert sum(r["status"] == "passed" for r in found.results) > 150
+    assert agc_command(*asked, "--role", "subject") == 0
+
+
+def test_a_backend_by_module_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLE.parent)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(Path.cwd()))])
+    out = tmp_path / "mine.jsonl"
+    asked = ("run", "--backend", "my_backend:MyBackend", "--out", out)
+    assert agc_command(*asked, "--select", "L1-layer-*") == 0
+
+
+def expected_failures(tmp_path: Path, text: str) -> int:
+    file = tmp_path / "mine.txt"
+    file.write_text(text)
+    out = tmp_path / "mine.jsonl"
+    return agc_command(
+        "run", "--backend", f"{EXAMPLE}:MyBackend", "--out", out, "--no-train", "--xfail", file
+    )
+
+
+def test_expected_failures_pass(tmp_path: Path) -> None:
+    text = "# known\nL1-error-[!u]*  accepts bad input\n"
+    assert expected_failures(tmp_path, text) == 0
+    counts = read_results(tmp_path / "mine.jsonl").footer
+    assert counts is not None
+    assert counts["counts"]["xfail"] == 5
+
+
+def test_an_unexpected_success_is_an_error(tmp_path: Path) -> None:
+    assert expected_failures(tmp_path, "L1-error-*  accepts bad input\n") == 1
+    results = read_results(tmp_path / "mine.jsonl").results
+    assert [r["id"] for r in results if r["status"] == "xpass"] == ["L1-error-units-misfit"]
+
+
+def test_an_expectation_that_means_nothing_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "L1-error-[!u]*  accepts bad input\nL1-oops-*  gone\n"
+    assert expected_failures(tmp_path, text) == 1
+    assert "'L1-oops-*' matches no result that fails" in capsys.readouterr().err
+
+
+def test_an_expectation_without_a_reason(tmp_path: Path) -> None:
+    file = tmp_path / "x.txt"
+    file.write_text("\nL1-*\n")
+    with pytest.raises(FormatError, match=r"x\.txt, line 2: 'L1-\*' gives no reason"):
+        xfail.read_xfail(file)
+
+
+def test_an_expectation_may_name_a_dtype() -> None:
+    line = xfail.Expected("L1-a:float16", "slow", "here")
+    for dtype, status in (("float16", "xfail"), ("float32", "failed")):
+        record = make_result("L1-a", clause="AGC-1", level="L1", status="failed", dtype=dtype)
+        assert xfail.apply(record, [line])["status"] == status
+    assert line.hits == 1
+
+
+def test_teeth_fail_if_a_mutant_survives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    survivor = mutants.Mutant("harmless", "Squeeze", "does nothing wrong", mutants.Engine)
+    monkeypatch.setattr(suite, "all_mutants", lambda: [survivor])
+    monkeypatch.setattr(suite, "FLAGS", {"Squeeze": ""})
+    out = tmp_path / "teeth.jsonl"
+    assert agc_command("teeth", "--out", out) == 1
+    assert [m["status"] for m in read_results(out).mutants] == ["survived"]
+    error = capsys.readouterr().err
+    assert "survived harmless" in error
+    assert "no vector with the flag Squeeze" in error
+
+
+def test_teeth_pass_if_all_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = next(m for m in mutants.all_mutants() if m.flag == "GroupedSplit")
+    monkeypatch.setattr(suite, "all_mutants", lambda: [killed])
+    monkeypatch.setattr(suite, "FLAGS", {"GroupedSplit": ""})
+    out = tmp_path / "teeth.jsonl"
+    assert agc_command("teeth", "--out", out) == 0
+    (mutant,) = read_results(out).mutants
+    assert "L1-layer-conv-transpose2d-grouped:float32" in mutant["killed_by"]
+
+
+def test_vectors_and_list_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert agc_command("vectors") == 0
+    assert agc_command("list", "--select", "AGC-8") == 0
+    assert "L3-sharded" in capsys.readouterr().out
+
+
+def test_a_vector_file_can_be_read_without_this_library() -> None:
+    """The README's promise: JSON and a little arithmetic are enough."""
+    vector: Vector = VECTORS["L1-layer-dense"]
+    data = json.loads(json.dumps(vector.data))
+    (p,) = data["parameters"]
+    rows, columns = p["axes"].values()
+    gradient = p["gradient"]["values"]
+    clipped = data["expect"]["gradients"]["weight"]
+    for row in range(rows):
+        part = gradient[row * columns : (row + 1) * columns]
+        norm = sum(x * x for x in part) ** 0.5
+        assert norm == pytest.approx(clipped["gradient_norm"][row], rel=1e-14)
+        scale = min(1.0, clipped["limit"][row] / norm)
+        want = clipped["gradient"]["values"][row * columns : (row + 1) * columns]
+        assert [x * scale for x in part] == pytest.approx(want, rel=1e-14)
+
+
+def test_the_core_is_asked_through_one_object() -> None:
+    assert runner.CORE.config({}) == agc.AGC()
+
+
+def test_training_can_be_selected(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    asked = ("run", "--backend", "reference", "--out", out, "--select", "real-digits-*")
+    assert agc_command(*asked) == 0
+    found = read_results(out)
+    assert {record["task"] for record in found.train} == {"digits"}
+    assert len(found.results) == 4

@@ -1,0 +1,164 @@
+import dataclasses
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from agc import AGC, Schedule, Units
+from agc.errors import AGCError, ConfigError, UnitsError
+from agc.profiles import PROFILES
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_defaults_are_the_papers():
+    rule = AGC()
+    assert (rule.clipping, rule.eps) == (0.01, 1e-3)
+    assert (rule.nonfinite, rule.granularity, rule.exclude) == ("propagate", "unit", ())
+
+
+@pytest.mark.parametrize("value", [0, -0.1, NAN, INF, True, "0.01", [0.01]], ids=repr)
+def test_clipping_must_be_finite_and_positive(value):
+    with pytest.raises(ConfigError, match=r"clipping must be a finite number > 0 \(None switches"):
+        AGC(clipping=value)
+
+
+def test_clipping_in_a_mapping_names_its_pattern():
+    with pytest.raises(ConfigError, match=r"clipping\['stem.\*'\] must be a finite number > 0"):
+        AGC(clipping={"stem.*": 0, "*": 0.01})
+    with pytest.raises(ConfigError, match="empty mapping"):
+        AGC(clipping={})
+
+
+@pytest.mark.parametrize("value", [-1e-3, NAN, INF, None, "0"], ids=repr)
+@pytest.mark.parametrize("field", ["eps", "div_eps"])
+def test_eps_must_be_finite_and_not_negative(field, value):
+    with pytest.raises(ConfigError, match=f"{field} must be a finite number >= 0"):
+        AGC(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"nonfinite": "ignore"}, "nonfinite must be one of 'propagate', 'zero', 'raise'"),
+        ({"granularity": "row"}, "granularity must be one of 'unit', 'tensor'"),
+        ({"unit_rule": "guess"}, "unit_rule must be one of 'declared'"),
+        ({"exclude": [3]}, "exclude needs non-empty strings"),
+        ({"exclude": 3}, "exclude must be a list"),
+        ({"exclude": [""]}, "exclude needs non-empty strings"),
+        ({"units": "o i -> o"}, "units must map name patterns"),
+        ({"head": ""}, "head needs non-empty strings"),
+    ],
+)
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        AGC(**fields)
+
+
+def test_bad_units_pattern_points_at_the_place():
+    with pytest.raises(UnitsError, match="not an axis"):
+        AGC(units={"w": "o i -> x"})
+
+
+def test_one_pattern_may_be_given_as_text():
+    assert AGC(exclude="head.*") == AGC(exclude=["head.*"])
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        AGC(),
+        AGC(clipping=None),
+        AGC(clipping={"stem.*": 0.02, "neck.*": None, "*": Schedule([(0, 0.04), (10, 0.01)])}),
+        AGC(clipping=Schedule([(5, 0.5)])),
+        AGC(units={"pos": "n d -> n", "up": Units("(g i) o -> g o", g=2)}, exclude=["a", "b.*"]),
+        *PROFILES.values(),
+    ],
+)
+def test_round_trips(rule):
+    data = json.loads(json.dumps(rule.to_dict()))
+    again = AGC.from_dict(data)
+    assert again == rule
+    assert hash(again) == hash(rule)
+    assert pickle.loads(pickle.dumps(rule)) == rule
+    assert dataclasses.replace(rule) == rule
+
+
+def test_order_of_patterns_is_part_of_the_value():
+    assert AGC(clipping={"a": 0.1, "*": 0.2}) != AGC(clipping={"*": 0.2, "a": 0.1})
+
+
+def test_numpy_numbers_become_floats():
+    assert json.dumps(AGC(clipping=np.float32(0.5)).to_dict()["clipping"]) == "0.5"
+
+
+def test_a_callable_cannot_be_written():
+    with pytest.raises(ConfigError, match=r"use agc\.Schedule"):
+        AGC(clipping=lambda step: 0.01).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"clip": 1}, "unknown AGC field 'clip'; the fields are clipping, eps"),
+        ([], "is a mapping, got list"),
+        ({"eps": -1}, "eps must be"),
+    ],
+)
+def test_from_dict_refuses(data, message):
+    with pytest.raises(ConfigError, match=message):
+        AGC.from_dict(data)
+
+
+def test_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        AGC().eps = 1.0
+    with pytest.raises(TypeError):
+        AGC(clipping={"*": 0.1}).clipping["*"] = 0.2
+
+
+class TestSchedule:
+    def test_straight_lines_between_points(self):
+        schedule = Schedule([(10, 1.0), (20, 2.0), (30, 1.0)])
+        values = [schedule(step) for step in (0, 10, 15, 20, 25, 30, 99)]
+        assert values == [1.0, 1.0, 1.5, 2.0, 1.5, 1.0, 1.0]
+
+    @pytest.mark.parametrize(
+        ("points", "message"),
+        [
+            ([], "at least one point"),
+            ([(0, 1.0), (0, 2.0)], "ascending integers"),
+            ([(-1, 1.0)], "ascending integers"),
+            ([(0.5, 1.0)], "ascending integers"),
+            ([(0, 0.0)], "Schedule value must be a finite number > 0"),
+            ([(0, NAN)], "Schedule value"),
+            ([1, 2], "pairs"),
+        ],
+    )
+    def test_bad_points(self, points, message):
+        with pytest.raises(ConfigError, match=message):
+            Schedule(points)
+
+
+class TestProfiles:
+    def test_fields_can_be_changed(self):
+        rule = AGC.profile("paper", head="fc", clipping=0.02)
+        assert (rule.head, rule.clipping, rule.exclude) == ("fc", 0.02, ("@head",))
+
+    def test_unknown_name(self):
+        with pytest.raises(
+            ConfigError, match="unknown profile 'nfnet'; the profiles are paper, deep"
+        ):
+            AGC.profile("nfnet")
+
+    def test_unknown_field(self):
+        with pytest.raises(ConfigError, match="clip"):
+            AGC.profile("paper", clip=1)
+
+
+def test_every_error_has_one_base():
+    import agc.errors
+
+    for name in agc.errors.__all__:
+        assert issubclass(getattr(agc.errors, name), AGCError)

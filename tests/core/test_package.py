@@ -1,0 +1,66 @@
+import subprocess
+import sys
+
+import pytest
+
+import agc
+
+FRAMEWORKS = ["torch", "jax", "tensorflow", "keras", "optax", "flax"]
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_core_loads_no_framework():
+    """Not even where all of them are installed."""
+    loaded = python(
+        "import sys, agc, agc.reference, agc.backend, agc.cli, agc.profiles;"
+        "print(*{name.split('.')[0] for name in sys.modules})"
+    ).split()
+    assert "numpy" in loaded
+    assert not set(loaded) & {*FRAMEWORKS, "agc_torch", "agc_jax", "agc_tensorflow"}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "framework"),
+    [("agc_torch", "torch"), ("agc_jax", "jax"), ("agc_tensorflow", "tensorflow")],
+)
+def test_missing_framework_names_the_extra(adapter, framework):
+    message = python(
+        f"import sys; sys.modules['{framework}'] = None\n"  # what an absent package looks like
+        f"try:\n    import {adapter}\nexcept ImportError as error:\n    print(error)\n"
+    )
+    assert f'pip install "agc-sam[{framework}]"' in message
+
+
+@pytest.mark.parametrize("name", agc.__all__)
+def test_public_names_exist(name):
+    assert getattr(agc, name)
+
+
+def test_command_line_knows_its_version():
+    out = python("from agc.cli import main\ntry:\n    main(['--version'])\nexcept SystemExit: pass")
+    assert out.strip() == f"agc-sam {agc.__version__}"
+
+
+def test_command_line_needs_a_command(capsys):
+    from agc.cli import main
+
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert "required: COMMAND" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "conformance" in capsys.readouterr().out
+
+
+def test_command_without_its_packages_says_what_to_install(capsys, monkeypatch):
+    from agc.cli import main
+
+    monkeypatch.setitem(sys.modules, "agc_conformance.cli", None)
+    assert main(["conformance", "run", "--backend", "x"]) == 2
+    assert 'pip install "agc-sam[conformance]"' in capsys.readouterr().err

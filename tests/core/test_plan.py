@@ -1,0 +1,287 @@
+import json
+import pickle
+
+import pytest
+
+from agc import AGC, Plan, Schedule, Units
+from agc.errors import (
+    AmbiguousUnitsError,
+    ConfigError,
+    FormatError,
+    ParameterError,
+    SelectorError,
+    UnitsError,
+)
+from agc.plan import WHOLE, Parameter, make_plan
+
+DENSE = Units("o i -> o")
+
+
+def model(**changes):
+    """A small model, stored out-first."""
+    parameters = {
+        "stem.weight": Parameter("stem.weight", (8, 3, 3, 3), Units("o i ... -> o"), "out-first"),
+        "stem.bias": Parameter("stem.bias", (8,), None, "out-first"),
+        "fc.weight": Parameter("fc.weight", (10, 8), DENSE, "out-first"),
+        "fc.bias": Parameter("fc.bias", (10,), None, "out-first"),
+    }
+    return list((parameters | changes).values())
+
+
+def ambiguous(shape, **fields):
+    return Parameter("pos", shape, **fields)
+
+
+def test_units_come_from_layers_and_vectors_are_one_unit():
+    plan = make_plan(model(), AGC())
+    assert [entry.count for entry in plan] == [8, 1, 10, 1]
+    assert plan.count == 20
+    assert plan["fc.weight"].units == DENSE
+    assert plan["fc/weight"] is plan["fc.weight"]
+
+
+def test_explicit_pattern_wins_over_the_layer():
+    plan = make_plan(model(), AGC(units={"fc.*t": "o i -> i"}))
+    assert plan["fc.weight"].count == 8
+
+
+def test_slashes_count_as_dots_in_names_and_patterns():
+    plan = make_plan([Parameter("a/kernel", (2, 3), DENSE)], AGC(exclude=["a/*"]))
+    assert plan["a.kernel"].excluded
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "units"),
+    [
+        ("out-first", (5, 4), "o i -> o"),
+        ("out-first", (5, 4, 3, 3), "o i h w -> o"),
+        ("out-last", (4, 5), "i o -> o"),
+        ("out-last", (3, 3, 4, 5), "h w i o -> o"),
+        ("out-last", (3, 3, 3, 4, 5), "d h w i o -> o"),
+    ],
+)
+def test_convention_for_ranks_2_4_5(layout, shape, units):
+    plan = make_plan([ambiguous(shape, layout=layout)], AGC())
+    assert plan["pos"].axes == Units(units).bind(shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((5, 4, 3), "out-first"), ((5, 4, 3), "out-last"), ((5, 4), None), ((1,) * 6, "out-last")],
+)
+def test_ambiguous_shapes_are_errors_that_say_the_way_out(shape, layout):
+    with pytest.raises(AmbiguousUnitsError) as caught:
+        make_plan([ambiguous(shape, layout=layout, owner="PositionTable")], AGC())
+    message = str(caught.value)
+    assert "'pos' of PositionTable" in message
+    assert str(shape) in message
+    assert "AGC(units={'pos': '" in message
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        AGC(exclude=["pos"]),
+        AGC(clipping=None),
+        AGC(granularity="tensor"),
+        AGC(units={"pos": "... ->"}),
+    ],
+    ids=["excluded", "off", "tensor", "declared"],
+)
+def test_ambiguity_does_not_matter_where_units_do_not(rule):
+    assert make_plan([ambiguous((5, 4, 3))], rule)["pos"].units == WHOLE
+
+
+def test_granularity_tensor_is_one_unit_a_parameter():
+    assert make_plan(model(), AGC(granularity="tensor")).count == 4
+
+
+def test_pattern_that_does_not_fit_names_the_parameter():
+    with pytest.raises(UnitsError, match=r"parameter 'fc.bias': units pattern 'o i -> o' is for 2"):
+        make_plan(model(), AGC(units={"fc.*": "o i -> o"}))
+
+
+class TestSelectors:
+    def test_exclusion(self):
+        plan = make_plan(model(), AGC(exclude=["fc.*"]))
+        assert [entry.excluded for entry in plan] == [False, False, True, True]
+        assert plan.count == 9
+        assert plan["fc.weight"].threshold() is None
+
+    @pytest.mark.parametrize("field", ["exclude", "units", "clipping"])
+    def test_pattern_that_matches_nothing(self, field):
+        rule = {
+            "exclude": AGC(exclude=["head.*"]),
+            "units": AGC(units={"head.*": "... ->"}),
+            "clipping": AGC(clipping={"head.*": 0.1, "*": 0.01}),
+        }[field]
+        with pytest.raises(SelectorError) as caught:
+            make_plan(model(), rule)
+        assert f"{field}: the pattern 'head.*' matches no parameter" in str(caught.value)
+        assert "stem.weight" in str(caught.value)
+
+    def test_patterns_match_whole_names_and_case(self):
+        with pytest.raises(SelectorError):
+            make_plan(model(), AGC(exclude=["fc"]))
+        with pytest.raises(SelectorError):
+            make_plan(model(), AGC(exclude=["FC.*"]))
+
+    @pytest.mark.parametrize(
+        ("profile", "excluded"),
+        [("paper", ["fc.weight", "fc.bias"]), ("deepmind", ["fc.weight"])],
+    )
+    @pytest.mark.parametrize("declared", [True, False], ids=["by-the-model", "by-the-rule"])
+    def test_head(self, profile, excluded, declared):
+        if declared:
+            plan = make_plan(model(), AGC.profile(profile), head="fc")
+        else:
+            plan = make_plan(model(), AGC.profile(profile, head="fc"))
+        assert [entry.name for entry in plan if entry.excluded] == excluded
+
+    def test_unknown_head(self):
+        with pytest.raises(SelectorError, match="give it in the rule, for example head='fc'"):
+            make_plan(model(), AGC.profile("paper"))
+        with pytest.raises(SelectorError, match=r"'nothere\.\*' matches no parameter"):
+            make_plan(model(), AGC.profile("paper", head="nothere"))
+        with pytest.raises(SelectorError, match="unknown selector '@tail'"):
+            make_plan(model(), AGC(exclude=["@tail"]))
+
+
+class TestThresholds:
+    def test_first_pattern_decides(self):
+        plan = make_plan(model(), AGC(clipping={"*.bias": None, "fc.*": 0.5, "*": 0.01}))
+        assert [entry.clipping for entry in plan] == [0.01, None, 0.5, None]
+        assert [entry.clipped for entry in plan] == [True, False, True, False]
+
+    def test_every_parameter_must_match(self):
+        with pytest.raises(
+            SelectorError, match=r"parameter 'stem.weight' matches none .*'\*': 0.01"
+        ):
+            make_plan(model(), AGC(clipping={"fc.*": 0.5}))
+
+    def test_schedule_and_callable(self):
+        plan = make_plan(model(), AGC(clipping=Schedule([(0, 0.1), (10, 0.2)])))
+        assert plan["fc.bias"].threshold(5) == pytest.approx(0.15)
+        plan = make_plan(model(), AGC(clipping=lambda step: 1.0 / (1 + step)))
+        assert plan["fc.bias"].threshold(3) == 0.25
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+    def test_schedule_must_return_positive_numbers(self, value):
+        plan = make_plan(model(), AGC(clipping=lambda step: value))
+        with pytest.raises(ConfigError, match=r"clipping of 'fc.bias': the schedule returned"):
+            plan["fc.bias"].threshold(0)
+
+
+class TestRankRules:
+    """The published guesses, on the shapes where they are known to differ."""
+
+    @pytest.mark.parametrize(
+        ("rule", "shape", "reduce"),
+        [
+            ("optax", (1, 5), (0, 1)),
+            ("optax", (6, 5), (0,)),
+            ("optax", (3, 4, 5), (0,)),
+            ("optax", (3, 3, 4, 5), (0, 1, 2)),
+            ("optax", (3, 3, 3, 4, 5), (0, 1, 2, 3)),
+            ("optax", (1, 1, 7), (0, 1, 2)),
+            ("deepmind", (1, 1, 1, 5), (0, 1, 2, 3)),
+            ("timm", (1, 5), (1,)),
+            ("timm", (4, 5, 3, 3), (1, 2, 3)),
+            ("timm", (2, 3, 4), (1, 2)),
+            ("pytorch_optimizer", (2, 3, 4), (1,)),
+            ("pytorch_optimizer", (2, 3, 4, 5), (1, 2, 3)),
+        ],
+    )
+    def test_native_layout(self, rule, shape, reduce):
+        plan = make_plan([ambiguous(shape)], AGC(unit_rule=rule))
+        assert plan["pos"].axes.reduce == reduce
+
+    @pytest.mark.parametrize("rule", ["optax", "deepmind"])
+    def test_undefined_ranks_raise(self, rule):
+        with pytest.raises(
+            UnitsError, match=f"parameter 'pos': the unit rule '{rule}' is not defined"
+        ):
+            make_plan([ambiguous((2,) * 6)], AGC(unit_rule=rule))
+
+    def test_ported_to_the_other_layout(self):
+        """optax reduces only the kernel axis of a 1-D convolution; so it does when ported."""
+        conv = Parameter("w", (5, 4, 3), Units("o i ... -> o"), "out-first")
+        assert make_plan([conv], AGC(unit_rule="optax"))["w"].axes.reduce == (2,)
+        conv = Parameter("w", (3, 4, 5), Units("... i o -> o"), "out-last")
+        assert make_plan([conv], AGC(unit_rule="timm"))["w"].axes.reduce == (0, 1)
+        transposed = Parameter("w", (4, 5, 3), Units("i o ... -> o"), "out-first")
+        assert make_plan([transposed], AGC(unit_rule="optax"))["w"].axes.reduce == (0,)
+
+
+class TestDocument:
+    def plan(self):
+        rule = AGC(clipping={"fc.*": Schedule([(0, 0.1)]), "*": 0.01}, exclude=["stem.bias"])
+        return make_plan(model(), rule)
+
+    def test_round_trips(self):
+        plan = self.plan()
+        assert Plan.from_json(plan.to_json()) == plan
+        assert hash(Plan.from_json(plan.to_json())) == hash(plan)
+        assert pickle.loads(pickle.dumps(plan)) == plan
+
+    def test_plans_differ_when_anything_does(self):
+        assert make_plan(model(), AGC()) != make_plan(model(), AGC(clipping=0.02))
+        assert make_plan(model(), AGC()) != make_plan(model(), AGC(exclude=["fc.bias"]))
+
+    def test_table(self):
+        text = str(self.plan())
+        lines = text.splitlines()
+        assert lines[0].split() == ["parameter", "shape", "units", "count", "clipping"]
+        assert lines[2].split() == [
+            *("stem.weight", "8x3x3x3", "o", "i", "...", "->", "o", "8", "0.01"),
+        ]
+        assert lines[3].endswith("excluded")
+        assert lines[4].endswith("schedule")
+        assert lines[-1] == "4 parameters, 3 clipped, 19 units"
+
+    def test_decisions_do_not_depend_on_the_layout(self):
+        last = make_plan([Parameter("w", (3, 3, 4, 5), Units("... i o -> o"))], AGC())
+        first = make_plan([Parameter("w", (5, 4, 3, 3), Units("o i ... -> o"))], AGC())
+        assert last != first
+        assert last.decisions() == first.decisions() == {"w": (5, 0.01, False)}
+
+    def test_empty_parameters_are_planned_and_left_alone(self):
+        plan = make_plan([Parameter("w", (0, 4), DENSE)], AGC())
+        assert (plan.count, plan["w"].clipped) == (0, False)
+        assert "empty" in str(plan)
+
+    def test_two_parameters_of_one_name(self):
+        with pytest.raises(ParameterError, match="two parameters are called 'w'"):
+            make_plan([Parameter("w", (3,)), Parameter("w", (4,))], AGC())
+
+    def test_unknown_name(self):
+        with pytest.raises(KeyError):
+            self.plan()["nothere"]
+        assert "nothere" not in self.plan()
+        assert "fc.bias" in self.plan()
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda d: d.update(format="x"), "not an AGC plan"),
+            (lambda d: d.update(version=99), "of version 99, this library reads 1"),
+            (lambda d: d["parameters"][1].pop("shape"), "entry 1 is damaged"),
+            (lambda d: d["parameters"][0].update(count=7), "says 7 units, but"),
+            (lambda d: d["parameters"][0].update(units="o -> x"), "entry 0 is damaged"),
+            (lambda d: d.pop("parameters"), "damaged"),
+        ],
+    )
+    def test_damaged_documents(self, damage, message):
+        data = json.loads(self.plan().to_json())
+        damage(data)
+        with pytest.raises(FormatError, match=message):
+            Plan.from_dict(data)
+
+    @pytest.mark.parametrize("text", ["", "[1, 2", "nonsense"])
+    def test_not_json(self, text):
+        with pytest.raises(FormatError, match="not JSON, or is truncated"):
+            Plan.from_json(text)
+
+    def test_not_a_mapping(self):
+        with pytest.raises(FormatError, match="not an AGC plan"):
+            Plan.from_json("[]")

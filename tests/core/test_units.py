@@ -1,0 +1,147 @@
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agc import Units
+from agc.errors import UnitsError
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "count", "view", "reduce"),
+    [
+        pytest.param("o i -> o", (5, 3), 5, (5, 3), (1,), id="dense-out-first"),
+        pytest.param("i o -> o", (3, 5), 5, (3, 5), (0,), id="dense-out-last"),
+        pytest.param("i o -> o", (3, 1), 1, (3, 1), (0,), id="one-output"),
+        pytest.param("i o -> o", (1, 5), 5, (1, 5), (0,), id="one-input-is-not-squeezed"),
+        pytest.param("o i ... -> o", (5, 4, 3), 5, (5, 4, 3), (1, 2), id="conv1d"),
+        pytest.param("o i ... -> o", (5, 4), 5, (5, 4), (1,), id="empty-ellipsis"),
+        pytest.param("... i o -> o", (3, 3, 4, 5), 5, (3, 3, 4, 5), (0, 1, 2), id="conv2d-last"),
+        pytest.param("... c m -> c m", (3, 3, 5, 2), 10, (3, 3, 5, 2), (0, 1), id="depthwise"),
+        pytest.param("i h d -> h d", (6, 2, 4), 8, (6, 2, 4), (0,), id="attention-in"),
+        pytest.param("h d o -> o", (2, 4, 6), 6, (2, 4, 6), (0, 1), id="attention-out"),
+        pytest.param("(g=2 i) o ... -> g o", (6, 5, 3), 10, (2, 3, 5, 3), (1, 3), id="split"),
+        pytest.param("... ->", (4, 3), 1, (4, 3), (0, 1), id="whole"),
+        pytest.param("... ->", (), 1, (), (), id="scalar"),
+        pytest.param("l o -> l", (4, 3), 4, (4, 3), (1,), id="stacked-bias"),
+        pytest.param("... -> ...", (2, 3), 6, (2, 3), (), id="per-element"),
+        pytest.param("o i -> o", (0, 3), 0, (0, 3), (1,), id="no-outputs"),
+        pytest.param("o i -> o", (3, 0), 0, (3, 0), (1,), id="no-inputs"),
+    ],
+)
+def test_bind(pattern, shape, count, view, reduce):
+    axes = Units(pattern).bind(shape)
+    assert (axes.count, axes.view, axes.reduce) == (count, view, reduce)
+    assert Units(pattern).count(shape) == count
+    assert Units(pattern).reduce_axes(shape) == reduce
+    assert axes.keep == tuple(axis for axis in range(len(view)) if axis not in reduce)
+
+
+def test_sizes_by_keyword_and_inline_are_the_same():
+    by_keyword = Units("(g i) o ... -> g o", g=2)
+    assert by_keyword == Units("(g=2 i) o ... -> g o")
+    assert str(by_keyword) == "(g=2 i) o ... -> g o"
+    assert by_keyword != Units("(g=4 i) o ... -> g o")
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "same"),
+    [
+        ("o i -> o", "row column -> row", True),
+        ("a b c -> a b", "a b c -> b a", True),
+        ("o  i->o", "o i -> o", True),
+        ("o i -> o", "o i -> i", False),
+        ("o i -> o", "o ... -> o", False),
+        ("... ->", "a ->", False),
+    ],
+)
+def test_equality_is_by_meaning(left, right, same):
+    assert (Units(left) == Units(right)) is same
+    assert not same or hash(Units(left)) == hash(Units(right))
+
+
+def test_is_not_equal_to_its_text():
+    assert Units("o i -> o") != "o i -> o"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "place", "problem"),
+    [
+        ("o i", 3, "'->' is missing"),
+        ("o i -> x", 7, "'x' is not an axis on the left"),
+        ("o (i -> o", 2, "never closed"),
+        ("o i) -> o", 3, "never opened"),
+        ("o o -> o", 2, "'o' appears twice on the left"),
+        ("o i -> o o", 9, "'o' appears twice on the right"),
+        ("o i -> o -> i", 9, "a second '->'"),
+        ("o ! -> o", 2, "unexpected character '!'"),
+        ("o () -> o", 3, "empty parentheses"),
+        ("((a b) c) -> a", 1, "a '(' inside another"),
+        ("... ... -> ...", 4, "'...' appears twice on the left"),
+        ("(... a) -> a", 1, "'...' inside parentheses"),
+        ("o i -> (o)", 7, "parentheses are not allowed on the right"),
+        ("o i -> o=3", 7, "sizes belong on the left"),
+        ("o=0 i -> o", 0, "the size of 'o' must be positive"),
+    ],
+)
+def test_parse_errors_point_at_the_place(pattern, place, problem):
+    with pytest.raises(UnitsError) as caught:
+        Units(pattern)
+    message, shown, caret = str(caught.value).split("\n")
+    assert problem in message
+    assert shown.strip() == pattern
+    assert caret.index("^") - 4 == place
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "message"),
+    [
+        ("o i -> o", (5,), "is for 2 axes, the shape (5,) has 1"),
+        ("o i ... -> o", (5,), "is for at least 2 axes, the shape (5,) has 1"),
+        ("(g=3 i) o -> g", (4, 5), "its size 4 is not divisible by 3"),
+        ("o=4 i -> o", (5, 5), "axis 0 of the shape (5, 5)"),
+        ("(g i) o -> g", (4, 5), "give the size of all but one"),
+    ],
+)
+def test_bind_errors(pattern, shape, message):
+    with pytest.raises(UnitsError, match="units pattern") as caught:
+        Units(pattern).bind(shape)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"x": 2}, "names no axis"),
+        ({"g": 0}, "must be a positive integer"),
+        ({"g": True}, "must be a positive integer"),
+        ({"g": 3}, "contradicts g=2"),
+    ],
+)
+def test_size_errors(sizes, message):
+    with pytest.raises(UnitsError, match=message):
+        Units("(g=2 i) o -> g o", **sizes)
+
+
+def test_pattern_must_be_text():
+    with pytest.raises(UnitsError, match="got int"):
+        Units(3)
+
+
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    st.data(),
+)
+def test_every_element_belongs_to_exactly_one_unit(shape, data):
+    names = "abcde"[: len(shape)]
+    kept = data.draw(st.sets(st.sampled_from(names)))
+    units = Units(f"{' '.join(names)} -> {' '.join(sorted(kept))}")
+    axes = units.bind(tuple(shape))
+    size = 1
+    for length in shape:
+        size *= length
+    assert axes.count * axes.fan_in == size
+    assert sorted(axes.keep + axes.reduce) == list(range(len(axes.view)))
+    assert pickle.loads(pickle.dumps(units)) == units
+    assert Units(str(units)) == units

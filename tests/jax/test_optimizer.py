@@ -1,0 +1,418 @@
+"""The optax transformation inside everything that optax and Flax put around one."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import agc_jax
+from agc import AGC, Schedule
+from agc.errors import ConfigError, NonFiniteError, ParameterError, SelectorError, ShapeError
+from agc.reference import adaptive_clip
+
+RULE = AGC()
+
+
+def draw(seed: int, scale: float = 1.0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> Any:
+        return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
+
+    return {"body": {"kernel": normal(4, 3), "bias": normal(3)}, "head": {"kernel": normal(3, 2)}}
+
+
+@pytest.fixture
+def params() -> Any:
+    return draw(1)
+
+
+@pytest.fixture
+def gradients() -> Any:
+    return draw(2)
+
+
+def expected(gradients: Any, params: Any, rule: AGC = RULE, step: int = 0) -> Any:
+    """Return what the reference says, as a tree of float64."""
+    flat = [
+        {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in
+         jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, gradients)
+    ]  # fmt: skip
+    clipped = adaptive_clip(flat[0], flat[1], agc_jax.plan(params, rule), rule, step=step).gradients
+    return jax.tree.unflatten(jax.tree.structure(gradients), [clipped[name] for name in flat[1]])
+
+
+def close(actual: Any, wanted: Any) -> bool:
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True)
+    return all(np.allclose(a, b, rtol=5e-7, atol=0) for a, b in pairs)
+
+
+def update(tx: Any, gradients: Any, params: Any, steps: int = 1) -> tuple[Any, Any]:
+    state = tx.init(params)
+    for _ in range(steps):
+        updates, state = jax.jit(tx.update)(gradients, state, params)
+    return updates, state
+
+
+def test_in_a_chain(params: Any, gradients: Any) -> None:
+    tx = optax.chain(agc_jax.adaptive_grad_clip(RULE), optax.sgd(0.5))
+    updates, state = update(tx, gradients, params, steps=3)
+    assert close(updates, jax.tree.map(lambda g: -0.5 * g, expected(gradients, params)))
+    assert state[0].count == 3
+    assert agc_jax.stats(state).total().units == 6
+
+
+def test_params_are_needed(params: Any, gradients: Any) -> None:
+    tx = agc_jax.adaptive_grad_clip(RULE)
+    with pytest.raises(ParameterError, match=r"call update\(gradients, state, params\)"):
+        tx.update(gradients, tx.init(params))
+
+
+def test_errors_come_early(params: Any, gradients: Any) -> None:
+    with pytest.raises(SelectorError, match="matches no parameter"):
+        agc_jax.adaptive_grad_clip(AGC(exclude=["fc.*"])).init(params)
+    with pytest.raises(ConfigError, match="clipping must be a finite number > 0"):
+        agc_jax.adaptive_grad_clip(RULE, clipping=-0.1)
+    with pytest.raises(ParameterError, match=r"must be a scalar, got the shape \(2,\)"):
+        agc_jax.adaptive_grad_clip(RULE, clipping=jnp.ones(2))
+
+
+def test_weight_decay_comes_after(params: Any, gradients: Any) -> None:
+    """AGC sees the weights before the decay, and the decay is not clipped (AGC-7)."""
+    tx = optax.chain(
+        agc_jax.adaptive_grad_clip(RULE), optax.add_decayed_weights(0.1), optax.sgd(1.0)
+    )
+    updates, _ = update(tx, gradients, params)
+    want = jax.tree.map(
+        lambda g, p: -(g + 0.1 * np.asarray(p, np.float64)), expected(gradients, params), params
+    )
+    assert all(
+        np.allclose(a, b, rtol=1e-6, atol=1e-8)
+        for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(want), strict=True)
+    )
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["units", "no units"])
+@pytest.mark.parametrize("pattern", ["head.*", "head.kernel", "*kernel"])
+def test_masked(params: Any, gradients: Any, known: bool, pattern: str) -> None:
+    """A pattern may mean what is masked out; one that means nothing at all is still an error."""
+    rule = AGC(exclude=[pattern])
+    units = agc_jax.units(params) if known else None
+    tx = optax.masked(agc_jax.adaptive_grad_clip(rule, units=units), {"body": True, "head": False})
+    updates, state = update(tx, gradients, params)
+    want = expected(
+        gradients, params, AGC(exclude=["head.*"] if pattern != "*kernel" else ["*kernel"])
+    )
+    assert close(updates, want)
+    assert len(agc_jax.stats(state).columns.units) == 2
+    wrong = AGC(exclude=["haed.*"])
+    with pytest.raises(SelectorError, match=r"'haed\.\*' matches no parameter"):
+        optax.masked(
+            agc_jax.adaptive_grad_clip(wrong, units=units), {"body": True, "head": False}
+        ).init(params)
+
+
+def test_masked_patterns_of_other_fields(params: Any, gradients: Any) -> None:
+    rule = AGC(
+        clipping={"head.*": 0.5, "*": 0.01},
+        units={"head.kernel": "... ->"},
+        head="head",
+        exclude=["@head"],
+    )
+    mask = {"body": True, "head": False}
+    updates, _ = update(optax.masked(agc_jax.adaptive_grad_clip(rule), mask), gradients, params)
+    assert close(updates, expected(gradients, params, AGC(exclude=["head.*"])))
+
+
+def test_everything_masked(params: Any, gradients: Any) -> None:
+    tx = optax.masked(agc_jax.adaptive_grad_clip(RULE), jax.tree.map(lambda _: False, params))
+    updates, _ = update(tx, gradients, params)
+    assert close(updates, gradients)
+
+
+def test_partition(params: Any, gradients: Any) -> None:
+    units = agc_jax.units(params)
+    tx = optax.partition(
+        {
+            "tight": optax.chain(
+                agc_jax.adaptive_grad_clip(AGC(clipping=0.001), units=units), optax.identity()
+            ),
+            "loose": agc_jax.adaptive_grad_clip(AGC(clipping=0.1), units=units),
+            "unused": agc_jax.adaptive_grad_clip(RULE),
+        },
+        {"body": "tight", "head": "loose"},
+    )
+    updates, state = update(tx, gradients, params)
+    assert close(updates, expected(gradients, params, AGC(clipping={"body.*": 0.001, "*": 0.1})))
+    with pytest.raises(ParameterError, match="holds 3 states of adaptive_grad_clip"):
+        agc_jax.stats(state)
+    assert agc_jax.stats(state.inner_states["loose"]).total().units == 2
+
+
+def test_injected_hyperparameter(params: Any, gradients: Any) -> None:
+    schedule = optax.piecewise_interpolate_schedule("linear", 0.04, {4: 0.25})
+    tx = optax.inject_hyperparams(agc_jax.adaptive_grad_clip)(
+        RULE, units=agc_jax.units(params), clipping=schedule
+    )
+    state = tx.init(params)
+    for step in range(4):
+        updates, state = jax.jit(tx.update)(gradients, state, params)
+        value = float(state.hyperparams["clipping"])
+        assert value == pytest.approx(0.04 - 0.0075 * step)
+        assert close(updates, expected(gradients, params, AGC(clipping=value)))
+    fixed = optax.inject_hyperparams(agc_jax.adaptive_grad_clip)(RULE, clipping=0.02)
+    state = fixed.init(params)
+    state.hyperparams["clipping"] = jnp.float32(0.03)
+    updates, _ = fixed.update(gradients, state, params)
+    assert close(updates, expected(gradients, params, AGC(clipping=float(np.float32(0.03)))))
+
+
+def test_an_override_spares_what_is_switched_off(params: Any, gradients: Any) -> None:
+    rule = AGC(clipping={"head.*": None, "*": 0.5})
+    want = expected(gradients, params, AGC(clipping={"head.*": None, "*": 0.02}))
+    for value in (0.02, jnp.float32(0.02), lambda step: jnp.float32(0.02)):
+        updates, _ = update(agc_jax.adaptive_grad_clip(rule, clipping=value), gradients, params)
+        assert close(updates, want)
+    off = agc_jax.adaptive_grad_clip(AGC(clipping=None), clipping=0.02)
+    assert close(update(off, gradients, params)[0], gradients)
+
+
+def test_schedules_count_steps(params: Any, gradients: Any) -> None:
+    rule = AGC(
+        clipping={"body.*": Schedule([(0, 0.04), (4, 0.01)]), "*": lambda step: 0.1 / (1 + step)}
+    )
+    tx = agc_jax.adaptive_grad_clip(rule)
+    state = tx.init(params)
+    for step in range(4):
+        updates, state = jax.jit(tx.update)(gradients, state, params)
+        assert close(updates, expected(gradients, params, rule, step))
+
+
+def test_multi_steps_clips_the_mean(params: Any) -> None:
+    micro = [draw(seed) for seed in (5, 6)]
+    tx = optax.MultiSteps(optax.chain(agc_jax.adaptive_grad_clip(RULE), optax.identity()), 2)
+    state = tx.init(params)
+    for gradients in micro:
+        updates, state = jax.jit(tx.update)(gradients, state, params)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *micro)
+    assert close(updates, expected(mean, params))
+    assert agc_jax.stats(state).total().units == 6
+    assert state.inner_opt_state[0].count == 1
+
+
+def test_apply_if_finite_sees_the_poison(params: Any, gradients: Any) -> None:
+    tx = optax.apply_if_finite(optax.chain(agc_jax.adaptive_grad_clip(RULE), optax.sgd(1.0)), 3)
+    gradients["body"]["kernel"] = gradients["body"]["kernel"].at[0, 0].set(jnp.nan)
+    updates, state = update(tx, gradients, params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+    assert state.total_notfinite == 1
+
+
+def test_raise_policy_outside_jit(params: Any, gradients: Any) -> None:
+    tx = agc_jax.adaptive_grad_clip(AGC(nonfinite="raise"))
+    state = tx.init(params)
+    tx.update(gradients, state, params)
+    gradients["head"]["kernel"] = jnp.full((3, 2), jnp.inf)
+    with pytest.raises(NonFiniteError, match=r"parameter 'head\.kernel': 2 of 2 units"):
+        tx.update(gradients, state, params)
+
+
+def test_a_whole_training_loop_in_scan(params: Any, gradients: Any) -> None:
+    tx = optax.chain(agc_jax.adaptive_grad_clip(RULE), optax.sgd(0.1, 0.9, nesterov=True))
+
+    def step(carry: Any, _: Any) -> Any:
+        params, state = carry
+        updates, state = tx.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), agc_jax.stats(state).clipped
+
+    (scanned, _), clipped = jax.jit(lambda c: jax.lax.scan(step, c, length=3))(
+        (params, tx.init(params))
+    )
+    carry = (params, tx.init(params))
+    for _ in range(3):
+        carry, _ = step(carry, None)
+    assert close(scanned, carry[0])
+    assert clipped.tolist() == [6, 6, 6]
+
+
+def test_the_state_is_saved_and_restored(params: Any, gradients: Any) -> None:
+    tx = optax.chain(
+        agc_jax.adaptive_grad_clip(AGC(clipping=Schedule([(0, 0.04), (4, 0.01)]))), optax.adam(0.1)
+    )
+    _, state = update(tx, gradients, params, steps=2)
+    data = flax.serialization.msgpack_serialize(flax.serialization.to_state_dict(state))
+    restored = flax.serialization.from_state_dict(
+        tx.init(params), flax.serialization.msgpack_restore(data)
+    )
+    for other in (restored, pickle.loads(pickle.dumps(state))):
+        assert close(tx.update(gradients, other, params)[0], tx.update(gradients, state, params)[0])
+        assert agc_jax.stats(other).total() == agc_jax.stats(state).total()
+
+
+def test_the_state_is_told_from_parameters(params: Any) -> None:
+    tx = optax.chain(agc_jax.adaptive_grad_clip(AGC(exclude=["head.*"])), optax.adam(0.1))
+    mapped = optax.tree_utils.tree_map_params(
+        tx, lambda _: "like a parameter", tx.init(params), transform_non_params=lambda _: "other"
+    )
+    assert set(jax.tree.leaves(mapped[0])) == {"other"}
+    assert jax.tree.leaves(mapped[1][0].mu) == ["like a parameter"] * 3
+    shapes = jax.eval_shape(tx.init, params)
+    assert jax.tree.structure(shapes) == jax.tree.structure(tx.init(params))
+
+
+class Model(nnx.Module):
+    agc_head = "head"
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+        self.tied = self.head
+
+    def __call__(self, x: Any) -> Any:
+        return self.head(self.norm(self.conv(x)).mean((1, 2)))
+
+
+def test_nnx_optimizer() -> None:
+    model = Model(nnx.Rngs(0))
+    rule = AGC(clipping=1e-3, exclude=["@head"])
+    tx = optax.chain(agc_jax.adaptive_grad_clip(rule, units=agc_jax.units(model)), optax.sgd(1.0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any) -> Any:
+        gradients = nnx.grad(lambda model: (model(jnp.ones((2, 5, 5, 2))) ** 2).sum())(model)
+        optimizer.update(model, gradients)
+        return gradients
+
+    before = jax.tree.map(jnp.array, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    gradients = nnx.to_pure_dict(step(model, optimizer))
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    moved = jax.tree.map(lambda b, a: np.asarray(b, np.float64) - np.asarray(a), before, after)
+    want = expected(gradients, before, AGC(clipping=1e-3, exclude=["head.*"]))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(want):
+        got = dict(jax.tree_util.tree_leaves_with_path(moved))[path]
+        np.testing.assert_allclose(got, leaf, atol=2e-7, err_msg=str(path))
+    plan = agc_jax.plan(model, rule)
+    stats = agc_jax.stats(optimizer.opt_state)
+    assert set(stats.parameters(plan)) == {"conv.kernel", "conv.bias", "norm.scale", "norm.bias"}
+    assert stats.total().units == plan.count == 7
+
+
+def test_linen_train_state() -> None:
+    module = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, nn.Dense(3)])
+    x = jnp.ones((2, 5, 5, 2))
+    params = module.init(jax.random.key(0), x)["params"]
+    tx = optax.chain(agc_jax.adaptive_grad_clip(RULE), optax.sgd(1.0))
+    state = TrainState.create(apply_fn=module.apply, params=params, tx=tx)
+    gradients = jax.grad(lambda p: (module.apply({"params": p}, x) ** 2).sum())(params)
+    after = jax.jit(lambda s, g: s.apply_gradients(grads=g))(state, gradients)
+    moved = jax.tree.map(
+        lambda b, a: np.asarray(b, np.float64) - np.asarray(a), params, after.params
+    )
+    for got, want in zip(
+        jax.tree.leaves(moved), jax.tree.leaves(expected(gradients, params)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-7)
+
+
+def mesh(*axes: str, shape: tuple[int, ...]) -> Any:
+    auto = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.make_mesh(
+        shape, axes, axis_types=auto, devices=jax.devices("cpu")[: int(np.prod(shape))]
+    )
+
+
+SPECS = {
+    "units": (("d", None), (None, "d")),
+    "reduced": (("d", None), ("d", None)),
+    "both": (("d", "m"), ("d", "m")),
+    "gradient otherwise": ((None, "d"), ("d", None)),
+    "replicated": ((None, None), (None, None)),
+}
+
+
+@pytest.mark.parametrize("layout", SPECS)
+def test_sharded_equals_unsharded(layout: str) -> None:
+    """GSPMD on eight devices (AGC-8), large enough for every way of adding squares."""
+    rng = np.random.default_rng(3)
+    shapes = {"kernel": (1024, 64), "bias": (64,)}
+    params, gradients = (
+        {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        for _ in range(2)
+    )
+    tx = optax.chain(agc_jax.adaptive_grad_clip(RULE), optax.sgd(0.1))
+    whole, state = update(tx, gradients, params)
+    devices = mesh("d", "m", shape=(4, 2))
+
+    def place(tree: Any, spec: tuple[str | None, ...]) -> Any:
+        def put(x: Any) -> Any:
+            axes = spec if x.ndim == 2 else spec[1:]
+            return jax.device_put(x, jax.sharding.NamedSharding(devices, jax.P(*axes)))
+
+        return jax.tree.map(put, tree)
+
+    of_gradient, of_weight = SPECS[layout]
+    split, split_state = update(tx, place(gradients, of_gradient), place(params, of_weight))
+    for name in shapes:
+        np.testing.assert_allclose(np.asarray(split[name]), np.asarray(whole[name]), rtol=4e-7)
+    assert agc_jax.stats(split_state).total() == agc_jax.stats(state).total()
+
+
+def test_data_parallel_shard_map(params: Any) -> None:
+    """Average over the replicas, then clip: every replica gets the answer for the whole batch."""
+    gradients = jax.tree.map(lambda *g: jnp.stack(g), *[draw(seed) for seed in range(8)])
+    units = agc_jax.units(params)
+
+    def replica(gradients: Any, params: Any) -> Any:
+        mean = jax.lax.pmean(jax.tree.map(lambda g: g[0], gradients), "batch")
+        return agc_jax.adaptive_clip_gradients(mean, params, RULE, units=units)[0]
+
+    run = jax.jit(
+        jax.shard_map(
+            replica,
+            mesh=mesh("batch", shape=(8,)),
+            in_specs=(jax.P("batch"), jax.P()),
+            out_specs=jax.P(),
+        )
+    )
+    mean = jax.tree.map(lambda g: g.mean(0), gradients)
+    for got, want in zip(
+        jax.tree.leaves(run(gradients, params)),
+        jax.tree.leaves(expected(mean, params)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_split_parameters_in_shard_map_are_an_error(params: Any, gradients: Any) -> None:
+    units = agc_jax.units(params)
+    run = jax.shard_map(
+        lambda g, p: agc_jax.adaptive_clip_gradients(g, p, RULE, units=units)[0],
+        mesh=mesh("d", shape=(2,)),
+        in_specs=jax.P(None, None),
+        out_specs=jax.P(),
+    )
+    split = jax.shard_map(
+        lambda g, p: agc_jax.adaptive_clip_gradients(g, p, RULE, units=units)[0],
+        mesh=mesh("d", shape=(2,)),
+        in_specs=jax.P("d", None),
+        out_specs=jax.P("d"),
+    )
+    tree = {"body": {"kernel": params["body"]["kernel"]}}
+    assert close(jax.jit(run)(tree, tree), expected(tree, tree))
+    with pytest.raises(
+        ShapeError, match=r"has shape \(2, 3\), the units given are for the shape \(4, 3\)"
+    ):
+        jax.jit(split)(tree, tree)

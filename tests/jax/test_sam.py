@@ -1,0 +1,360 @@
+"""SAM as a value_and_grad, against the float64 reference and the failures of other code."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from agc.config import SAM, Schedule
+from agc.errors import ConfigError, NonFiniteError, SelectorError
+from agc.reference import sharpness_aware_gradients
+from agc_jax.sam import sam_value_and_grad, verify_sam
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def make_weights(seed=0, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    shapes = {"inner": {"kernel": (6, 8), "bias": (8,)}, "outer": {"kernel": (8, 3), "bias": (3,)}}
+    return jax.tree.map(
+        lambda shape: jnp.asarray(0.5 * rng.normal(size=shape), dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def data(n=20):
+    rng = np.random.default_rng(7)
+    return jnp.asarray(rng.normal(size=(n, 6))), jnp.asarray(rng.integers(0, 3, n))
+
+
+def loss_fn(weights, x, y):
+    hidden = jnp.tanh(x @ weights["inner"]["kernel"] + weights["inner"]["bias"])
+    logits = hidden @ weights["outer"]["kernel"] + weights["outer"]["bias"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def by_reference(weights, batch, rule, step=0, replicas=1):
+    flat = {f"{a}.{b}": np.asarray(v) for a, layer in weights.items() for b, v in layer.items()}
+
+    def gradients(point, part):
+        tree = {a: {b: jnp.asarray(point[f"{a}.{b}"]) for b in weights[a]} for a in weights}
+        value, grads = jax.value_and_grad(loss_fn)(tree, *part)
+        return float(value), {
+            f"{a}.{b}": np.asarray(v) for a, layer in grads.items() for b, v in layer.items()
+        }
+
+    arrays = [np.asarray(array) for array in batch]
+    return sharpness_aware_gradients(gradients, flat, arrays, rule, step=step, replicas=replicas)
+
+
+RULES = {
+    "plain": SAM(rho=0.1),
+    "fraction": SAM(rho=0.1, fraction=0.2),
+    "microbatches": SAM(rho=0.1, microbatches=3),
+    "equal-microbatches": SAM(rho=0.1, microbatches=4),
+    "both": SAM(rho=0.1, microbatches=3, fraction=0.5),
+    "adaptive": SAM(rho=0.5, adaptive=True),
+    "only": SAM(rho=0.1, only=["outer.*"]),
+    "exclude": SAM(rho=0.1, exclude=["*.bias"]),
+    "schedule": SAM(rho=Schedule([(0, 0.3), (6, 0.1)])),
+    "every": SAM(rho=0.1, every=2),
+    "davda54": SAM.profile("davda54"),
+}
+
+
+@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_gradients_equal_the_reference(rule, step):
+    weights, batch = make_weights(), data()
+    want = by_reference(weights, batch, rule, step)
+    function = sam_value_and_grad(loss_fn, rule, batch_argnums=(1, 2), has_stats=True)
+    value, gradients, stats = jax.jit(function)(weights, *batch, step=step)
+    assert float(value) == pytest.approx(want.loss, rel=1e-13)
+    assert float(stats.perturbed_loss) == pytest.approx(want.perturbed_loss, rel=1e-13)
+    assert float(stats.norm) == pytest.approx(max(want.norms, default=0), rel=1e-13)
+    for a, layer in gradients.items():
+        for b, g in layer.items():
+            np.testing.assert_allclose(g, want.gradients[f"{a}.{b}"], rtol=1e-11, atol=1e-15)
+
+
+def test_has_the_signature_of_value_and_grad():
+    weights, (x, y) = make_weights(), data()
+    value, gradients = sam_value_and_grad(loss_fn, SAM())(weights, x, y)
+    plain_value, plain = jax.value_and_grad(loss_fn)(weights, x, y)
+    assert value == plain_value
+    assert jax.tree.structure(gradients) == jax.tree.structure(plain)
+
+    def two(x, weights, other):
+        return loss_fn(weights, x, y) + jnp.sum(other**2), {"seen": jnp.mean(x)}
+
+    function = sam_value_and_grad(two, SAM(), argnums=(1, 2), has_aux=True)
+    (_, aux), (g, other) = function(x, weights, jnp.ones(2))
+    assert aux["seen"] == jnp.mean(x)
+    assert jax.tree.structure(g) == jax.tree.structure(plain)
+    assert other.shape == (2,)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.2])
+def test_aux_comes_from_the_clean_or_the_whole_pass(fraction):
+    """Statistics at the clean weights, unless that pass saw a part of the batch only."""
+    weights, (x, y) = make_weights(), data()
+
+    def with_aux(w, x, y):
+        return loss_fn(w, x, y), {"w": w["outer"]["bias"], "n": jnp.asarray(x.shape[0])}
+
+    function = sam_value_and_grad(
+        with_aux, SAM(fraction=fraction), has_aux=True, batch_argnums=(1, 2)
+    )
+    (_, aux), _ = function(weights, x, y)
+    assert aux["n"] == 20
+    assert jnp.array_equal(aux["w"], weights["outer"]["bias"]) == (fraction == 1)
+
+
+def test_the_same_random_numbers_in_both_passes():
+    seen = []
+
+    def noisy(w, key):
+        mask = jax.random.bernoulli(key, 0.5, w.shape)
+        jax.debug.callback(lambda m: seen.append(np.asarray(m)), mask)
+        return jnp.sum(mask * w**2)
+
+    sam_value_and_grad(noisy, SAM())(jnp.ones(50), jax.random.key(3))
+    jax.effects_barrier()
+    assert len(seen) == 2
+    assert np.array_equal(seen[0], seen[1])
+
+
+def test_zero_gradient_is_a_plain_step():
+    value, g = sam_value_and_grad(lambda w: jnp.sum(w**2), SAM())(jnp.zeros(3))
+    assert value == 0
+    assert g.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_norms_do_not_overflow_in_low_precision(dtype):
+    weights = jnp.zeros(4, dtype)
+    seen = []
+
+    def linear(w):
+        jax.debug.callback(lambda point: seen.append(np.asarray(point, np.float64)), w)
+        return jnp.sum(w.astype(jnp.float32) * 60000.0)
+
+    _, gradients = sam_value_and_grad(linear, SAM(rho=1.0))(weights)
+    jax.effects_barrier()
+    assert gradients.dtype == weights.dtype
+    assert seen[-1].tolist() == [0.5] * 4
+
+
+class TestNonFinite:
+    @staticmethod
+    def poisoned(w, x):
+        return jnp.sum(w * x)
+
+    def test_skip_step_is_nan_and_apply_if_finite_skips(self):
+        weights = jnp.ones(3)
+        _, g = jax.jit(sam_value_and_grad(self.poisoned, SAM()))(
+            weights, jnp.array([1, jnp.inf, 1])
+        )
+        assert jnp.isnan(g).all()
+        tx = optax.apply_if_finite(optax.sgd(0.1, 0.9), 100)
+        updates, _ = tx.update(g, tx.init(weights), weights)
+        assert jnp.array_equal(optax.apply_updates(weights, updates), weights)
+
+    def test_skip_perturb_takes_the_plain_gradient(self):
+        def loss(w, x):
+            return jnp.sum(w * x)
+
+        rule = SAM(fraction=0.5, nonfinite="skip_perturb")
+        x = jnp.array([[jnp.inf, 1.0], [1.0, 1.0]])
+        w = jnp.ones(2)
+        _, g = sam_value_and_grad(lambda w, x: loss(w, x[-1]), rule, batch_argnums=1)(w, x)
+        assert g.tolist() == [1, 1]
+
+    def test_raise(self):
+        function = sam_value_and_grad(self.poisoned, SAM(nonfinite="raise"))
+        with pytest.raises(NonFiniteError, match="norm of the ascent gradient is inf"):
+            function(jnp.ones(1), jnp.array([jnp.inf]))
+        with pytest.raises(
+            ConfigError, match=r"use nonfinite='skip_step' with optax\.apply_if_finite"
+        ):
+            jax.jit(function)(jnp.ones(1), jnp.ones(1))
+
+
+def test_in_a_scan_with_optax():
+    weights, (x, y) = make_weights(), data()
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.3, 0.9, nesterov=True))
+    function = sam_value_and_grad(loss_fn, SAM(rho=Schedule([(0, 0.1), (50, 0.01)]), every=2))
+
+    def body(carry, step):
+        weights, state = carry
+        value, gradients = function(weights, x, y, step=step)
+        updates, state = tx.update(gradients, state, weights)
+        return (optax.apply_updates(weights, updates), state), value
+
+    run = jax.jit(functools.partial(jax.lax.scan, body))
+    _, losses = run((weights, tx.init(weights)), jnp.arange(50))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_flax_train_state_and_nnx_optimizer_agree():
+    from flax import nnx
+    from flax.training.train_state import TrainState
+
+    x, y = data()
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.inner = nnx.Linear(6, 8, rngs=rngs, param_dtype=jnp.float64)
+            self.outer = nnx.Linear(8, 3, rngs=rngs, param_dtype=jnp.float64)
+
+        def __call__(self, x):
+            return self.outer(jnp.tanh(self.inner(x)))
+
+    model = Net(nnx.Rngs(0))
+    graph, params = nnx.split(model, nnx.Param)
+    state = TrainState.create(
+        apply_fn=None, params=jax.tree.map(jnp.copy, params), tx=optax.sgd(0.1, 0.9)
+    )
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1, 0.9), wrt=nnx.Param)
+
+    def loss(params, x, y):
+        logits = nnx.merge(graph, params)(x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    function = sam_value_and_grad(loss, SAM(exclude=["outer.bias*"]))
+    before = float(loss(params, x, y))
+    for _ in range(5):
+        state = state.apply_gradients(grads=function(state.params, x, y)[1])
+        optimizer.update(model, function(nnx.state(model, nnx.Param), x, y)[1])
+    assert loss(state.params, x, y) < before
+    for a, b in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(nnx.state(model, nnx.Param)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+class TestErrors:
+    def test_batch(self):
+        with pytest.raises(ConfigError, match=r"fraction=0.2 .* batch_argnums=\(1, 2\)"):
+            sam_value_and_grad(loss_fn, SAM(fraction=0.2))
+        with pytest.raises(ConfigError, match="argument 0 is in both"):
+            sam_value_and_grad(loss_fn, SAM(), batch_argnums=(0, 1))
+        weights, (x, y) = make_weights(), data()
+        function = sam_value_and_grad(loss_fn, SAM(microbatches=21), batch_argnums=(1, 2))
+        with pytest.raises(ConfigError, match="microbatches=21 is more than the 20 examples"):
+            function(weights, x, y)
+        with pytest.raises(ConfigError, match=r"share their first axis, got \[19, 20\]"):
+            function(weights, x, y[1:])
+
+    @pytest.mark.parametrize(
+        "rule", [SAM(every=2), SAM(rho=lambda step: 0.1)], ids=["every", "rho"]
+    )
+    def test_step_is_needed(self, rule):
+        weights, (x, y) = make_weights(), data()
+        with pytest.raises(ConfigError, match="call with step="):
+            sam_value_and_grad(loss_fn, rule)(weights, x, y)
+
+    def test_empty_set(self):
+        weights, (x, y) = make_weights(), data()
+        with pytest.raises(SelectorError, match="no parameter is left to perturb"):
+            sam_value_and_grad(loss_fn, SAM(exclude=["*"]))(weights, x, y)
+        with pytest.raises(
+            SelectorError, match=r"matches no parameter; the names are: inner\.bias"
+        ):
+            sam_value_and_grad(loss_fn, SAM(only=["head.*"]))(weights, x, y)
+
+
+class TestVerify:
+    def test_ours(self):
+        weights, (x, y) = make_weights(), data()
+        found = verify_sam(lambda f: sam_value_and_grad(f, SAM(rho=0.05)), loss_fn, weights, x, y)
+        assert found.ok
+        assert found.perturbation == pytest.approx(0.05, rel=1e-12)
+        assert found.cosine == pytest.approx(1, rel=1e-12)
+
+    def test_a_plain_gradient_is_not_sam(self):
+        weights, (x, y) = make_weights(), data()
+        found = verify_sam(jax.value_and_grad, loss_fn, weights, x, y)
+        assert not found.ok
+        assert found.passes == 1
+
+    def test_the_first_gradient_used_twice(self):
+        def wrong(f):
+            def function(weights, *args):
+                value, first = jax.value_and_grad(f)(weights, *args)
+                f(jax.tree.map(lambda w, g: w + 0.01 * g, weights, first), *args)
+                return value, first
+
+            return function
+
+        weights, (x, y) = make_weights(), data()
+        found = verify_sam(wrong, loss_fn, weights, x, y)
+        assert not found.ok
+        assert found.gradient_error > 1e-3
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+jax.config.update("jax_enable_x64", True)
+import test_sam as t
+from agc.config import SAM
+from agc_jax.sam import sam_value_and_grad
+
+assert jax.device_count() == 8
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+weights, batch = t.make_weights(), t.data(32)
+
+def check(gradients, want):
+    for a, layer in gradients.items():
+        for b, g in layer.items():
+            np.testing.assert_allclose(g, want.gradients[f"{a}.{b}"], rtol=1e-11, atol=1e-15)
+
+for scope in ("local", "global"):
+    rule = SAM(rho=0.3, scope=scope, fraction=0.5)
+    f = sam_value_and_grad(t.loss_fn, rule, batch_argnums=(1, 2), axis_name="data")
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P(), P()))
+    value, gradients = jax.jit(sharded)(weights, *batch)
+    want = t.by_reference(weights, batch, rule, replicas=8)
+    check(gradients, want)
+    np.testing.assert_allclose(value, want.loss, rtol=1e-12)
+    print("shard_map", scope)
+
+rule = SAM(rho=0.3)
+placed = [jax.device_put(a, NamedSharding(mesh, P("data"))) for a in batch]
+_, gradients = jax.jit(sam_value_and_grad(t.loss_fn, rule))(weights, *placed)
+check(gradients, t.by_reference(weights, batch, rule))
+print("gspmd")
+"""
+
+
+def test_eight_devices():
+    """Local and global scope under shard_map, and GSPMD, equal the reference's replicas."""
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        env={
+            **os.environ,
+            "XLA_FLAGS": flags,
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:3] == ["shard_map local", "shard_map global", "gspmd"]

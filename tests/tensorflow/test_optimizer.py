@@ -1,0 +1,551 @@
+"""AdaptiveGradClip: every optimizer, compile and fit, saving, accumulation, loss scaling, distribution."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, optimizers
+
+import agc_tensorflow
+from agc import AGC, Schedule
+from agc.errors import (
+    AmbiguousUnitsError,
+    ConfigError,
+    MissingGradientError,
+    NonFiniteError,
+    ParameterError,
+)
+from agc_tensorflow import AdaptiveGradClip, adaptive_clip_gradients
+
+RULE = AGC(clipping=0.02)
+MODES = {
+    "eager": {"run_eagerly": True},
+    "graph": {"jit_compile": False},
+    "xla": {"jit_compile": True},
+}
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def data(batches: int = 4) -> tuple[Any, Any]:
+    random = np.random.RandomState(0)
+    return random.randn(8 * batches, 6).astype("float32"), random.randint(0, 3, 8 * batches)
+
+
+def network() -> Any:
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(5, activation="tanh", name="body"),
+            layers.Dense(3, name="head"),
+        ]
+    )
+
+
+def fit(model: Any, optimizer: Any, *, epochs: int = 1, batches: int = 4, **options: Any) -> Any:
+    model.compile(optimizer, LOSS, **options)
+    return model.fit(*data(batches), batch_size=8, epochs=epochs, verbose=0, shuffle=False)
+
+
+def weights_of(model: Any) -> list[Any]:
+    return [np.array(weight) for weight in model.get_weights()]
+
+
+def same(left: list[Any], right: list[Any], tolerance: float = 0.0) -> bool:
+    return len(left) == len(right) and all(
+        np.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(left, right, strict=True)
+    )
+
+
+def variables() -> list[Any]:
+    random = np.random.RandomState(1)
+    shapes = {"a": (6, 5), "b": (5,), "c": (5, 3)}
+    return [
+        keras.Variable(random.randn(*shape), dtype="float32", name=name)
+        for name, shape in shapes.items()
+    ]
+
+
+def gradients(step: int) -> list[Any]:
+    random = np.random.RandomState(10 + step)
+    return [tf.constant(random.randn(*shape), tf.float32) for shape in ((6, 5), (5,), (5, 3))]
+
+
+OPTIMIZERS = {
+    "SGD": lambda: optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+    "SGD, decay": lambda: optimizers.SGD(0.1, weight_decay=0.3),
+    "SGD, clipnorm": lambda: optimizers.SGD(0.1, clipnorm=0.01),
+    "SGD, clipvalue": lambda: optimizers.SGD(0.1, clipvalue=0.001),
+    "SGD, global_clipnorm": lambda: optimizers.SGD(0.1, global_clipnorm=0.01),
+    "SGD, average": lambda: optimizers.SGD(0.1, use_ema=True, ema_overwrite_frequency=2),
+    "SGD, schedule": lambda: optimizers.SGD(optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)),
+    "Adam": lambda: optimizers.Adam(0.1),
+    "AdamW": lambda: optimizers.AdamW(0.1, weight_decay=0.3),
+    "RMSprop": lambda: optimizers.RMSprop(0.1),
+    "Adagrad": lambda: optimizers.Adagrad(0.1),
+    "Adadelta": lambda: optimizers.Adadelta(0.1),
+    "Adamax": lambda: optimizers.Adamax(0.1),
+    "Adafactor": lambda: optimizers.Adafactor(0.1),
+    "Nadam": lambda: optimizers.Nadam(0.1),
+    "Ftrl": lambda: optimizers.Ftrl(0.1),
+    "Lion": lambda: optimizers.Lion(0.1),
+    "Lamb": lambda: optimizers.Lamb(0.1),
+}
+if hasattr(optimizers, "Muon"):  # which an older Keras lacks
+    OPTIMIZERS["Muon"] = lambda: optimizers.Muon(0.1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_receives_clipped_gradients(name):
+    """The wrapped optimizer does what the bare one does with gradients clipped by hand."""
+    bare, by_hand = OPTIMIZERS[name](), variables()
+    wrapped, inside = AdaptiveGradClip(OPTIMIZERS[name](), RULE), variables()
+    for step in range(3):
+        clipped = adaptive_clip_gradients(gradients(step), by_hand, RULE)
+        bare.apply(clipped, by_hand)
+        wrapped.apply(gradients(step), inside)
+    assert wrapped.stats().total().clipped > 0
+    for a, b, start in zip(by_hand, inside, variables(), strict=True):
+        assert (a.numpy() == b.numpy()).all()
+        assert (a.numpy() != start.numpy()).any()
+    assert len(wrapped.variables) == len(bare.variables)
+    assert int(wrapped.iterations) == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fit(mode):
+    """Training by fit is training by a loop that clips by hand; the norms are those before decay."""
+    model = network()
+    start = weights_of(model)
+    rule = AGC(clipping=0.02, exclude=["head.*"])
+    optimizer = AdaptiveGradClip(optimizers.SGD(0.5, weight_decay=0.1), rule, model=model)
+    history = fit(model, optimizer, epochs=2, **MODES[mode])
+    by_hand = network()
+    by_hand.set_weights(start)
+    sgd = optimizers.SGD(0.5, weight_decay=0.1)
+    x, y = data()
+    for _ in range(2):
+        for batch in range(0, len(x), 8):
+            with tf.GradientTape() as tape:
+                loss = LOSS(y[batch : batch + 8], by_hand(x[batch : batch + 8]))
+            found = tape.gradient(loss, by_hand.trainable_variables)
+            found = adaptive_clip_gradients(found, by_hand.trainable_variables, rule, model=by_hand)
+            sgd.apply(found, by_hand.trainable_variables)
+    assert same(weights_of(model), weights_of(by_hand), 1e-5)
+    assert history.history["loss"][1] < history.history["loss"][0]
+    stats = optimizer.stats()
+    assert set(stats.parameters()) == {"body.kernel", "body.bias"}
+    assert stats.total().units == 6
+    assert int(optimizer.iterations) == 8
+
+
+def test_statistics_are_the_last_updates():
+    wrapped, inside = AdaptiveGradClip("sgd", AGC(clipping=0.7)), variables()
+    wrapped.build(inside)
+    assert wrapped.stats().parameters() == {}
+    for step in range(2):
+        _, want = adaptive_clip_gradients(
+            gradients(step), inside, AGC(clipping=0.7), return_stats=True
+        )
+        wrapped.apply(gradients(step), inside)
+        assert wrapped.stats().parameters() == want.parameters()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_accumulated_mean_is_clipped_once(mode):
+    """AGC acts on the mean of two batches, and its schedule counts updates."""
+    rule = AGC(clipping=Schedule([(0, 0.02), (1, 0.04)]))
+    model = network()
+    start = weights_of(model)
+    inner = optimizers.SGD(0.5, gradient_accumulation_steps=2)
+    optimizer = AdaptiveGradClip(inner, rule, model=model)
+    fit(model, optimizer, **MODES[mode])
+    by_hand = network()
+    by_hand.set_weights(start)
+    x, y = data()
+    for update in range(2):
+        with tf.GradientTape() as tape:
+            part = slice(16 * update, 16 * update + 16)
+            loss = LOSS(y[part], by_hand(x[part]))
+        found = tape.gradient(loss, by_hand.trainable_variables)
+        found = adaptive_clip_gradients(found, by_hand.trainable_variables, rule, step=update)
+        for variable, gradient in zip(by_hand.trainable_variables, found, strict=True):
+            variable.assign_sub(0.5 * gradient)
+    assert same(weights_of(model), weights_of(by_hand), 1e-6)
+    assert int(optimizer.iterations) == 2
+
+
+def test_embeddings_stay_sparse_in_fit():
+    def model() -> Any:
+        return keras.Sequential(
+            [
+                keras.Input((6,)),
+                layers.Embedding(50, 4, name="table"),
+                layers.Flatten(),
+                layers.Dense(3, name="head"),
+            ]
+        )
+
+    results = []
+    for options in MODES.values():
+        keras.utils.set_random_seed(0)
+        net = model()
+        before = weights_of(net)[0]
+        optimizer = AdaptiveGradClip(optimizers.SGD(0.5), RULE, model=net)
+        net.compile(optimizer, LOSS, **options)
+        tokens = np.array([[1, 2, 3, 1, 1, 9]] * 4 + [[30, 2, 3, 1, 1, 31]] * 4)
+        net.fit(tokens, np.array([0, 1] * 4), batch_size=8, verbose=0)
+        results.append(weights_of(net))
+        assert optimizer.stats().parameters()["table.embeddings"].units == 6
+        changed = np.flatnonzero((results[-1][0] != before).any(axis=1))
+        assert changed.tolist() == [1, 2, 3, 9, 30, 31]
+    assert same(results[0], results[1], 1e-6)
+    assert same(results[0], results[2], 1e-6)
+
+
+class TestLossScale:
+    def test_gradients_are_unscaled_before_they_are_clipped(self):
+        wrapped, inside = AdaptiveGradClip(optimizers.SGD(0.1), RULE), variables()
+        scaler = optimizers.LossScaleOptimizer(wrapped, initial_scale=1024.0)
+        by_hand = variables()
+        scaler.apply([1024 * gradient for gradient in gradients(0)], inside)
+        optimizers.SGD(0.1).apply(adaptive_clip_gradients(gradients(0), by_hand, RULE), by_hand)
+        assert all((a.numpy() == b.numpy()).all() for a, b in zip(inside, by_hand, strict=True))
+
+    def test_overflow_skips_the_step_whatever_the_policy(self):
+        wrapped, inside = AdaptiveGradClip("sgd", AGC(nonfinite="raise")), variables()
+        scaler = optimizers.LossScaleOptimizer(wrapped, initial_scale=1024.0)
+        bad = gradients(0)
+        bad[1] = bad[1] * np.inf
+        scaler.apply(bad, inside)
+        assert float(scaler.dynamic_scale) == 512
+        assert all((a.numpy() == b.numpy()).all() for a, b in zip(inside, variables(), strict=True))
+
+    def test_fixed_scale_of_the_inner_optimizer(self):
+        wrapped = AdaptiveGradClip(optimizers.SGD(0.1, loss_scale_factor=8.0), RULE)
+        assert float(wrapped.scale_loss(tf.constant(2.0))) == 16
+        inside, by_hand = variables(), variables()
+        wrapped.apply([8 * gradient for gradient in gradients(0)], inside)
+        optimizers.SGD(0.1).apply(adaptive_clip_gradients(gradients(0), by_hand, RULE), by_hand)
+        assert all((a.numpy() == b.numpy()).all() for a, b in zip(inside, by_hand, strict=True))
+
+    def test_mixed_precision_wraps_by_itself(self):
+        keras.mixed_precision.set_global_policy("mixed_float16")
+        try:
+            model = network()
+            wrapped = AdaptiveGradClip(optimizers.SGD(0.5), RULE, model=model)
+            history = fit(model, wrapped, epochs=2)
+        finally:
+            keras.mixed_precision.set_global_policy("float32")
+        assert isinstance(model.optimizer, optimizers.LossScaleOptimizer)
+        assert model.optimizer.inner_optimizer is wrapped
+        assert wrapped.stats().total().clipped > 0
+        assert history.history["loss"][1] < history.history["loss"][0]
+
+    def test_the_other_nesting_is_refused(self):
+        scaler = optimizers.LossScaleOptimizer(optimizers.SGD(0.1))
+        with pytest.raises(ConfigError, match=r"LossScaleOptimizer\(AdaptiveGradClip\(inner"):
+            AdaptiveGradClip(scaler, RULE)
+
+
+class TestLearningRate:
+    def test_setting_it_reaches_the_inner_optimizer(self):
+        inner = optimizers.SGD(0.1)
+        wrapped = AdaptiveGradClip(inner, RULE)
+        wrapped.learning_rate = 0.5
+        assert float(inner.learning_rate) == 0.5
+        wrapped.learning_rate = optimizers.schedules.ExponentialDecay(0.25, 1, 0.5)
+        assert float(inner.learning_rate) == 0.25
+        assert float(wrapped.learning_rate) == 0.25
+
+    def test_callbacks(self):
+        model = network()
+        wrapped = AdaptiveGradClip(optimizers.SGD(0.1), RULE, model=model)
+        model.compile(wrapped, LOSS)
+        model.fit(
+            *data(),
+            epochs=3,
+            verbose=0,
+            callbacks=[
+                keras.callbacks.LearningRateScheduler(
+                    lambda epoch, rate: 0.8 if epoch < 2 else rate
+                ),
+                keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=1e9),
+            ],
+        )
+        assert float(wrapped.inner_optimizer.learning_rate) == pytest.approx(0.2)
+
+
+def test_settings_are_the_inner_optimizers():
+    inner = optimizers.AdamW(0.1, beta_1=0.7, weight_decay=0.25, use_ema=True)
+    wrapped = AdaptiveGradClip(inner, RULE, name="clipped")
+    assert (wrapped.name, wrapped.beta_1, wrapped.weight_decay) == ("clipped", 0.7, 0.25)
+    wrapped.weight_decay = 0.5
+    assert inner.weight_decay == 0.5
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = wrapped.nothing_like_it
+
+
+def test_exclude_from_weight_decay():
+    wrapped, inside = AdaptiveGradClip(optimizers.SGD(0.0, weight_decay=0.5), RULE), variables()
+    wrapped.learning_rate = 1e-3
+    wrapped.exclude_from_weight_decay(var_names=["a"])
+    wrapped.apply([tf.zeros_like(v) for v in inside], inside)
+    changed = [(v.numpy() != s.numpy()).any() for v, s in zip(inside, variables(), strict=True)]
+    assert changed == [False, True, True]
+
+
+def test_moving_average_is_kept_and_taken():
+    results = []
+    for wrap in (False, True):
+        keras.utils.set_random_seed(0)
+        model = network()
+        optimizer: Any = optimizers.SGD(0.5, use_ema=True, ema_momentum=0.5)
+        if wrap:
+            optimizer = AdaptiveGradClip(optimizer, AGC(clipping=1e6), model=model)
+        model.compile(optimizer, LOSS, jit_compile=False)
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        model.fit(*data(), epochs=2, verbose=0, shuffle=False, callbacks=[swap])
+        results.append(weights_of(model))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss scale"])
+def test_mirrored_strategy_equals_one_device(scaled, mirrored):
+    """Two replicas reduce their gradients before AGC, so nothing differs from one device."""
+    results = []
+    for scope in (tf.distribute.get_strategy(), mirrored):
+        keras.utils.set_random_seed(0)
+        with scope.scope():
+            model = keras.Sequential(
+                [
+                    keras.Input((6,)),
+                    layers.Embedding(9, 4, name="table"),
+                    layers.Flatten(),
+                    layers.Dense(3, name="head"),
+                ]
+            )
+            inner = optimizers.SGD(0.5, momentum=0.9, weight_decay=0.1)
+            wrapped = AdaptiveGradClip(inner, RULE, model=model)
+            outer = optimizers.LossScaleOptimizer(wrapped) if scaled else wrapped
+            model.compile(outer, LOSS, jit_compile=False)
+        x, y = data()
+        model.fit(np.abs(4 * x).astype(int) % 9, y, batch_size=8, verbose=0, shuffle=False)
+        results.append((weights_of(model), wrapped.stats().total()))
+    (one, one_stats), (two, two_stats) = results
+    assert same(one, two, 1e-6)
+    assert (one_stats.units, one_stats.clipped) == (two_stats.units, two_stats.clipped)
+    assert one_stats.max_ratio == pytest.approx(two_stats.max_ratio, rel=1e-4)
+
+
+class Sub(keras.Model):
+    """A model whose layers get other names every time it is made."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.embed = layers.Embedding(9, 4)
+        self.rnn = layers.GRU(4)
+        self.mix = layers.MultiHeadAttention(2, 3)
+        self.head = layers.Dense(3)
+
+    def call(self, x):
+        x = self.embed(x)
+        return self.head(self.rnn(self.mix(x, x)))
+
+
+class TestSaving:
+    @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss scale"])
+    def test_resumed_training_equals_uninterrupted(self, scaled, tmp_path):
+        rule = AGC(clipping=Schedule([(0, 0.02), (8, 0.1)]), exclude=["head.bias"])
+        model = network()
+        wrapped = AdaptiveGradClip(
+            optimizers.SGD(optimizers.schedules.ExponentialDecay(0.5, 2, 0.9), momentum=0.9),
+            rule,
+            model=model,
+        )
+        fit(model, optimizers.LossScaleOptimizer(wrapped) if scaled else wrapped)
+        model.save(tmp_path / "model.keras")
+        model.fit(*data(), batch_size=8, verbose=0, shuffle=False)
+
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        found = loaded.optimizer.inner_optimizer if scaled else loaded.optimizer
+        assert isinstance(found, AdaptiveGradClip)
+        assert found.rule == rule
+        assert found.plan == wrapped.plan
+        assert int(found.iterations) == 4
+        loaded.fit(*data(), batch_size=8, verbose=0, shuffle=False)
+        assert same(weights_of(model), weights_of(loaded))
+        assert found.stats().parameters() == wrapped.stats().parameters()
+
+    def test_units_of_layer_types_survive_other_layer_names(self, tmp_path):
+        model = Sub()
+        tokens = np.arange(24).reshape(8, 3) % 9
+        model(tokens)
+        wrapped = AdaptiveGradClip(optimizers.SGD(0.1), RULE, model=model)
+        model.compile(wrapped, LOSS, jit_compile=False)
+        model.fit(tokens, np.arange(8) % 3, verbose=0)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras", custom_objects={"Sub": Sub})
+        assert loaded.optimizer.plan == wrapped.plan
+        assert loaded.layers[0].name != model.layers[0].name
+        for one in (model, loaded):
+            one.fit(tokens, np.arange(8) % 3, verbose=0)
+        assert same(weights_of(model), weights_of(loaded))
+
+    def test_config_round_trip(self):
+        model = network()
+        rule = AGC(
+            clipping={"body.*": Schedule([(0, 0.1)]), "*": None},
+            units={"head.kernel": "i o -> i"},
+            nonfinite="zero",
+        )
+        wrapped = AdaptiveGradClip(optimizers.Adam(0.25, beta_1=0.7), rule, model=model)
+        config = keras.saving.serialize_keras_object(wrapped)
+        again = keras.saving.deserialize_keras_object(config)
+        assert again.rule == rule
+        assert again.plan == wrapped.plan
+        assert again.inner_optimizer.get_config() == wrapped.inner_optimizer.get_config()
+        assert keras.saving.serialize_keras_object(again) == config
+        again.build(model.trainable_variables)
+        wrong = keras.saving.deserialize_keras_object(config)
+        with pytest.raises(ParameterError, match=r"saved plan is for 4 variables.*built with 3"):
+            wrong.build(variables())
+
+    def test_config_without_a_model(self):
+        wrapped = AdaptiveGradClip("sgd", RULE)
+        again = AdaptiveGradClip.from_config(wrapped.get_config())
+        assert again.rule == RULE
+        again.apply(gradients(0), variables())
+        assert again.stats().total().clipped > 0
+
+    def test_callable_threshold_cannot_be_saved(self):
+        wrapped = AdaptiveGradClip("sgd", AGC(clipping=lambda step: 0.1))
+        with pytest.raises(ConfigError, match=r"agc.Schedule"):
+            wrapped.get_config()
+
+    def test_copy(self):
+        wrapped = copy.deepcopy(AdaptiveGradClip(optimizers.SGD(0.25), RULE, model=network()))
+        assert wrapped.rule == RULE
+        assert len(wrapped.plan) == 4
+        assert float(wrapped.learning_rate) == 0.25
+        wrapped.build(network().trainable_variables)
+
+    def test_checkpoint_of_tensorflow(self, tmp_path):
+        inside, wrapped = variables(), AdaptiveGradClip(optimizers.SGD(0.1, momentum=0.9), RULE)
+        wrapped.apply(gradients(0), inside)
+        path = tf.train.Checkpoint(optimizer=wrapped).save(str(tmp_path / "state"))
+        want = [np.array(v) for v in wrapped.variables]
+        wrapped.apply(gradients(1), inside)
+        tf.train.Checkpoint(optimizer=wrapped).restore(path).assert_existing_objects_matched()
+        assert same([np.array(v) for v in wrapped.variables], want)
+
+
+class TestRefuses:
+    def test_variables_that_are_not_the_models(self):
+        wrapped = AdaptiveGradClip("sgd", RULE, model=network())
+        with pytest.raises(ParameterError, match=r"'a' of shape \(6, 5\) is not a parameter"):
+            wrapped.build(variables())
+
+    def test_optimizer_built_for_other_variables(self):
+        inner = optimizers.SGD(0.1)
+        inner.build(variables())
+        with pytest.raises(ParameterError, match=r"'a' of shape \(6, 5\) is not a parameter"):
+            AdaptiveGradClip(inner, RULE, model=network())
+
+    def test_model_that_is_not_built(self):
+        with pytest.raises(ParameterError, match="is not built"):
+            AdaptiveGradClip("sgd", RULE, model=keras.Sequential([layers.Dense(2)]))
+
+    def test_ambiguous_shape_without_a_model(self):
+        cube = keras.Variable(np.ones((2, 3, 4)), dtype="float32", name="cube")
+        with pytest.raises(AmbiguousUnitsError, match="'cube' with shape"):
+            AdaptiveGradClip("sgd", RULE).build([cube])
+
+    def test_no_gradients(self):
+        wrapped = AdaptiveGradClip("sgd", RULE)
+        with pytest.raises(MissingGradientError, match="no parameter has a gradient"):
+            wrapped.apply([None] * 3, variables())
+
+    def test_what_is_no_optimizer(self):
+        with pytest.raises(ConfigError, match=r"keras.optimizers.Optimizer or its name, got 3"):
+            AdaptiveGradClip(3, RULE)
+
+    def test_what_is_no_rule(self):
+        with pytest.raises(ConfigError, match=r"agc.AGC, got 0.01"):
+            AdaptiveGradClip("sgd", 0.01)
+
+    @pytest.mark.parametrize("again", ["wrapper", "inner"])
+    def test_clipping_twice(self, again):
+        inner = optimizers.SGD(0.1)
+        wrapped = AdaptiveGradClip(inner, RULE)
+        with pytest.raises(ConfigError, match="clipped by AGC already"):
+            AdaptiveGradClip(wrapped if again == "wrapper" else inner, RULE)
+
+    def test_optimizer_that_leaves_the_path_of_keras(self):
+        class Own(optimizers.SGD):
+            def apply(self, grads, trainable_variables=None):
+                for gradient, variable in zip(grads, trainable_variables, strict=True):
+                    variable.assign_sub(gradient)
+
+        with pytest.raises(ConfigError, match=r"Own updates its variables without Keras'"):
+            AdaptiveGradClip(Own(0.1), RULE).apply(gradients(0), variables())
+
+    def test_plan_and_statistics_before_build(self):
+        wrapped = AdaptiveGradClip("sgd", RULE)
+        with pytest.raises(ParameterError, match=r"model=model"):
+            _ = wrapped.plan
+        with pytest.raises(ParameterError, match="no telemetry"):
+            wrapped.stats()
+
+    def test_poisoned_gradient_if_asked_to(self):
+        wrapped, inside = AdaptiveGradClip("sgd", AGC(nonfinite="raise")), variables()
+        bad = gradients(0)
+        bad[1] = bad[1] * np.nan
+        with pytest.raises(NonFiniteError, match="'b'"):
+            wrapped.apply(bad, inside)
+        assert (inside[0].numpy() == variables()[0].numpy()).all()
+
+    def test_raising_under_xla_says_what_to_do(self):
+        model = network()
+        wrapped = AdaptiveGradClip("sgd", AGC(nonfinite="raise"), model=model)
+        with pytest.raises(ConfigError, match=r"compile\(..., jit_compile=False\)"):
+            fit(model, wrapped, jit_compile=True)
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
+def test_a_variable_without_a_gradient_is_left_alone():
+    wrapped, inside = AdaptiveGradClip("sgd", RULE), variables()
+    given = gradients(0)
+    given[1] = None
+    wrapped.apply(given, inside)
+    assert (inside[1].numpy() == variables()[1].numpy()).all()
+    assert set(wrapped.stats().parameters()) == {"a", "c"}
+
+
+def test_frozen_layers_and_head_of_the_model():
+    model = network()
+    model.agc_head = "head"
+    model.get_layer("body").trainable = False
+    wrapped = AdaptiveGradClip("sgd", AGC.profile("deepmind", unit_rule="declared"), model=model)
+    fit(model, wrapped)
+    assert {e.name for e in wrapped.plan if e.excluded} == {"head.kernel"}
+    assert set(wrapped.stats().parameters()) == {"head.bias"}
+
+
+def test_optimizer_that_is_built_already():
+    model = network()
+    inner = optimizers.SGD(0.1, momentum=0.9)
+    inner.build(model.trainable_variables)
+    wrapped = AdaptiveGradClip(inner, RULE, model=model)
+    assert wrapped.built
+    wrapped.apply([tf.ones_like(v) for v in model.trainable_variables])
+    assert wrapped.stats().total().clipped == 10
+
+
+def test_plan_is_the_models():
+    model = network()
+    assert AdaptiveGradClip("sgd", RULE, model=model).plan == agc_tensorflow.plan(model, RULE)

@@ -1,0 +1,283 @@
+"""DTensor placements, FSDP2, DDP and FSDP1, with two processes: the sharded result is the unsharded one.
+
+One pair of processes works off every case and writes down what it got; the tests read that.
+"""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import agc_torch
+from agc import AGC, AGCError
+from agc_torch import attach
+from agc_torch.parts import _rows, parts
+
+PROCESSES = 2
+RULE = AGC(clipping={"0.*": 0.02, "*": 0.01}, exclude=["3.bias"])
+TENSOR = AGC(granularity="tensor")
+ZERO = AGC(nonfinite="zero")
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3),  # 5 rows for 2 processes: uneven
+        nn.ConvTranspose2d(6, 3, 2, groups=3, bias=False),  # the boundary cuts a group
+        nn.Linear(7, 1),  # one process has no row
+        nn.Linear(8, 6),
+        nn.LayerNorm([3, 4]),
+        nn.Embedding(9, 4),
+    )
+
+
+def gradients(of: nn.Module, *, poison: bool = False) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    drawn = {
+        name: torch.randn(p.shape, generator=generator)
+        * torch.exp(torch.randn(p.shape, generator=generator))
+        for name, p in of.named_parameters()
+    }
+    if poison:
+        drawn["3.weight"][2, 0] = torch.nan
+    return drawn
+
+
+def unsharded(rule: AGC, *, poison: bool = False) -> dict[str, Any]:
+    plain = model()
+    for name, gradient in gradients(plain, poison=poison).items():
+        plain.get_parameter(name).grad = gradient
+    stats = agc_torch.adaptive_clip_grad_(plain, rule)
+    return {name: p.grad for name, p in plain.named_parameters()} | {"stats": stats.total()}
+
+
+def placed(
+    placements_of: Any, rule: AGC, *, partial: bool = False, poison: bool = False
+) -> dict[str, Any]:
+    """Clip a model whose parameters are DTensors with given placements."""
+    from torch.distributed.tensor import DTensor, Partial, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    spread = {}
+    plain = model()
+    for name, gradient in gradients(plain, poison=poison).items():
+        weight = plain.get_parameter(name)
+        placements = [placements_of(weight)]
+        spread[name] = nn.Parameter(distribute_tensor(weight.detach(), mesh, placements))
+        if partial:
+            share = gradient * (0.25 if dist.get_rank() == 0 else 0.75)
+            spread[name].grad = DTensor.from_local(share, mesh, [Partial()])
+        else:
+            spread[name].grad = distribute_tensor(gradient, mesh, placements)
+    # Without a module the layer types are unknown: take them from the plain one.
+    plan = agc_torch.plan(plain, rule)
+    stats = agc_torch.adaptive_clip_grad_(spread, rule, plan=plan)
+    return {name: p.grad.full_tensor() for name, p in spread.items()} | {"stats": stats.total()}
+
+
+def _axis(which: int) -> Any:
+    from torch.distributed.tensor import Replicate, Shard
+
+    return lambda weight: Shard(which) if weight.dim() > which else Replicate()
+
+
+def case_shard_0() -> Any:
+    return placed(_axis(0), RULE)
+
+
+def case_shard_1() -> Any:
+    return placed(_axis(1), RULE)
+
+
+def case_replicate() -> Any:
+    return placed(_axis(9), RULE)
+
+
+def case_partial_gradients() -> Any:
+    return placed(_axis(9), RULE, partial=True)
+
+
+def case_whole_tensors() -> Any:
+    return placed(_axis(0), TENSOR)
+
+
+def case_zero_policy() -> Any:
+    return placed(_axis(1), ZERO, poison=True)
+
+
+def train(wrapped: nn.Module, steps: int = 3) -> list[torch.Tensor]:
+    optimizer = torch.optim.SGD(wrapped.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
+    handle = attach(optimizer, wrapped, AGC(clipping=0.02))
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        batch = torch.randn(4, 6, generator=generator)
+        mine = batch[dist.get_rank() :: PROCESSES] if wrapped_is_parallel(wrapped) else batch
+        optimizer.zero_grad()
+        wrapped(mine).square().mean().backward()
+        optimizer.step()
+    assert int(handle.stats().clipped) > 0
+    return [full(p) for p in wrapped.parameters()]
+
+
+def wrapped_is_parallel(wrapped: nn.Module) -> bool:
+    return type(wrapped).__name__ != "Sequential"
+
+
+def full(parameter: Any) -> torch.Tensor:
+    tensor = parameter.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def case_ddp() -> Any:
+    return {
+        "got": train(nn.parallel.DistributedDataParallel(network())),
+        "expected": train(network()),
+        "names": [
+            e.name for e in agc_torch.plan(nn.parallel.DistributedDataParallel(network()), AGC())
+        ],
+    }
+
+
+def case_fsdp2() -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = network()
+    for layer in (sharded[0], sharded[2], sharded):
+        fully_shard(layer)
+    return {"got": train(sharded), "expected": train(network())}
+
+
+def case_fsdp1() -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    messages = []
+    for originals in (False, True):
+        flat = FullyShardedDataParallel(
+            network(), use_orig_params=originals, device_id=torch.device("cpu")
+        )
+        try:
+            agc_torch.plan(flat, AGC())
+        except AGCError as error:
+            messages.append(str(error))
+    return messages
+
+
+def case_mixed_kinds() -> Any:
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+    entry = agc_torch.plan({"w": torch.ones(4, 2)}, AGC())["w"]
+    try:
+        parts(entry, weight, torch.ones(4, 2))
+    except AGCError as error:
+        return str(error)
+
+
+CASES = {
+    name.removeprefix("case_"): case for name, case in globals().items() if name.startswith("case_")
+}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES
+    )
+    results = {}
+    for name, case in CASES.items():
+        try:
+            results[name] = case()
+        except Exception:
+            results[name] = traceback.format_exc()
+    torch.save(results, f"{folder}/{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=PROCESSES)
+    return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(PROCESSES)]
+
+
+PLACEMENTS = {
+    "shard_0": RULE,
+    "shard_1": RULE,
+    "replicate": RULE,
+    "partial_gradients": RULE,
+    "whole_tensors": TENSOR,
+    "zero_policy": ZERO,
+}
+
+
+@pytest.mark.parametrize("case", PLACEMENTS)
+@pytest.mark.parametrize("rank", range(PROCESSES))
+def test_placements(results, case, rank):
+    found = results[rank][case]
+    assert isinstance(found, dict), found
+    expected = unsharded(PLACEMENTS[case], poison=case == "zero_policy")
+    stats, wanted = found.pop("stats"), expected.pop("stats")
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=4e-7, atol=0, msg=f"{case} {name}")
+    assert (stats.units, stats.clipped) == (wanted.units, wanted.clipped)
+    assert stats.nonfinite == wanted.nonfinite == (1 if case == "zero_policy" else 0)
+    assert stats.max_ratio == pytest.approx(wanted.max_ratio)
+    assert stats.min_scale == pytest.approx(wanted.min_scale)
+
+
+@pytest.mark.parametrize("case", ["ddp", "fsdp2"])
+def test_training_in_parallel(results, case):
+    for result in results:
+        found = result[case]
+        assert isinstance(found, dict), found
+        for got, expected in zip(found["got"], found["expected"], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert all(map(torch.equal, results[0][case]["got"], results[1][case]["got"]))
+
+
+def test_names_without_the_wrapper(results):
+    assert results[0]["ddp"]["names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def test_fsdp1_is_refused(results):
+    messages = results[0]["fsdp1"]
+    assert len(messages) == 2, messages
+    for message in messages:
+        assert "FSDP1" in message
+        assert "fully_shard" in message
+
+
+def test_dtensor_and_tensor_do_not_mix(results):
+    assert "'w': either the parameter or its gradient is a DTensor" in results[0]["mixed_kinds"]
+
+
+@pytest.mark.parametrize("coordinate", [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("size", [3, 8, 9])
+def test_rows_of_fsdp2_over_tensor_parallelism(coordinate, size):
+    """One axis sharded twice: the rows are those that PyTorch's own placements choose."""
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    placements = (_StridedShard(0, split_factor=2), Shard(0))
+    mesh = SimpleNamespace(shape=(2, 2), get_coordinate=lambda: coordinate)
+    tensor = SimpleNamespace(shape=(size, 4), device_mesh=mesh, placements=placements)
+    expected = torch.arange(size)
+    for placement, mine in zip(placements, coordinate, strict=True):
+        expected = placement._split_tensor(expected, 2, with_padding=False)[0][mine]
+    assert torch.equal(_rows(tensor, 0, torch.device("cpu")), expected)
+    assert _rows(tensor, 1, torch.device("cpu")) is None

@@ -1,0 +1,507 @@
+"""Clipping inside ``optimizer.step()``: each way of training is either right or a clear error."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import agc_torch
+from agc import AGC, Schedule
+from agc.errors import (
+    ConfigError,
+    FormatError,
+    MissingGradientError,
+    NonFiniteError,
+    ParameterError,
+)
+
+RULE = AGC(clipping=0.02, exclude=["2.bias"])
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def batch(step: int = 0) -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(model: nn.Module, step: int = 0) -> Tensor:
+    return (10 * model(batch(step))).square().mean()
+
+
+def by_hand(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rule: AGC = RULE, steps: int = 3
+) -> nn.Module:
+    """Train as it must come out: backward, clip, step."""
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        stats = agc_torch.adaptive_clip_grad_(model, rule, step=step)
+        assert stats.total().clipped > 0
+        optimizer.step()
+    return model
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "sgd foreach": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=True),
+    "sgd fused": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, 0.01),
+    "adamw foreach": lambda p: torch.optim.AdamW(p, 0.01, foreach=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, 0.01, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
+    "amsgrad maximize": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True, maximize=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equals_clipping_by_hand(name):
+    expected = network()
+    by_hand(expected, OPTIMIZERS[name](expected.parameters()))
+    model = network()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    handle = agc_torch.attach(optimizer, model, RULE)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    assert same(model, expected)
+    assert handle.steps == 3
+    assert handle.stats().total().clipped > 0
+
+
+def test_two_optimizers_share_a_model():
+    """One for the matrices (Muon), one for the rest; each clips its own."""
+    model = network()
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    muon, adam = torch.optim.Muon(matrices, 0.01), torch.optim.AdamW(vectors, 0.01)
+    first, second = (agc_torch.attach(o, model, RULE) for o in (muon, adam))
+    loss_of(model).backward()
+    raw = [p.grad.clone() for p in vectors]
+    muon.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(vectors, raw, strict=True))
+    adam.step()
+    assert list(first.stats().parameters()) == ["0.weight", "2.weight"]
+    assert list(second.stats().parameters()) == ["0.bias"]
+    assert first.plan == second.plan
+
+
+# Closures
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword"])
+def test_closure_is_wrapped(how):
+    expected = network()
+    by_hand(expected, torch.optim.SGD(expected.parameters(), 0.1), steps=2)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    agc_torch.attach(optimizer, model, RULE)
+    for step in range(2):
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            return loss
+
+        found = optimizer.step(closure) if how == "positional" else optimizer.step(closure=closure)
+        assert found.item() > 0
+    assert same(model, expected)
+
+
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_lbfgs_clips_every_evaluation(line_search):
+    model = network()
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), lr=0.5, max_iter=4, line_search_fn=line_search
+    )
+    handle = agc_torch.attach(optimizer, model, RULE)
+    seen = []
+    gather = optimizer._gather_flat_grad
+
+    def spy() -> Tensor:
+        seen.append(all(is_clipped(p, name) for name, p in model.named_parameters()))
+        return gather()
+
+    optimizer._gather_flat_grad = spy
+    evaluations = 0
+
+    def closure() -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert evaluations > 2
+    assert seen
+    assert all(seen)
+    assert handle.steps == 1
+
+
+def is_clipped(p: nn.Parameter, name: str) -> bool:
+    if name == "2.bias":
+        return True
+    rows = p.detach().reshape(len(p), -1) if p.dim() > 1 else p.detach()[None]
+    norms = p.grad.reshape(rows.shape).norm(dim=1)
+    return bool((norms <= 0.02 * rows.norm(dim=1).clamp(min=1e-3) * (1 + 1e-5)).all())
+
+
+# Schedulers, accumulation, schedules
+
+
+@pytest.mark.parametrize("first", ["agc", "scheduler"])
+def test_learning_rate_schedulers(first):
+    """A scheduler patches ``step`` on the optimizer object."""
+
+    def train(attach: Callable[[nn.Module, torch.optim.Optimizer], bool]) -> nn.Module:
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        clips = first == "agc" and attach(model, optimizer)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5)
+        clips = clips or attach(model, optimizer)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            if not clips:
+                agc_torch.adaptive_clip_grad_(model, RULE)
+            optimizer.step()
+            scheduler.step()
+        return model
+
+    attached = train(lambda model, optimizer: bool(agc_torch.attach(optimizer, model, RULE)))
+    assert same(attached, train(lambda model, optimizer: False))
+
+
+def test_accumulated_gradients_are_clipped_once():
+    model, whole = network(), network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    agc_torch.attach(optimizer, model, RULE)
+    for step in range(4):
+        (loss_of(model, step) / 4).backward()
+    optimizer.step()
+    sum(loss_of(whole, step) / 4 for step in range(4)).backward()
+    agc_torch.adaptive_clip_grad_(whole, RULE)
+    torch.optim.SGD(whole.parameters(), 0.1).step()
+    for got, expected in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+SCHEDULES = {"schedule": Schedule([(0, 0.5), (2, 0.01)]), "callable": lambda step: 0.1 / (1 + step)}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedule_follows_the_steps(kind):
+    rule = AGC(clipping=SCHEDULES[kind])
+    expected = network()
+    by_hand(expected, torch.optim.SGD(expected.parameters(), 0.1), rule)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    agc_torch.attach(optimizer, model, rule)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    assert same(model, expected)
+
+
+def test_checkpoint_resumes_the_schedule():
+    rule = AGC(clipping=SCHEDULES["schedule"])
+    expected = network()
+    by_hand(expected, torch.optim.SGD(expected.parameters(), 0.1, momentum=0.9), rule, steps=4)
+
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, agc_torch.Handle]:
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        return model, optimizer, agc_torch.attach(optimizer, model, rule)
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, which: range) -> None:
+        for step in which:
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+
+    model, optimizer, handle = start()
+    steps(model, optimizer, range(2))
+    saved = pickle.dumps([part.state_dict() for part in (model, optimizer, handle)])
+    model, optimizer, handle = start()
+    for part, state in zip((model, optimizer, handle), pickle.loads(saved), strict=True):
+        part.load_state_dict(state)
+    steps(model, optimizer, range(2, 4))
+    assert same(model, expected)
+    assert handle.state_dict() == {"steps": 4}
+
+
+@pytest.mark.parametrize("state", [None, {}, {"steps": -1}, {"steps": "2"}, {"steps": True}])
+def test_state_that_is_none(state):
+    model = network()
+    handle = agc_torch.attach(torch.optim.SGD(model.parameters(), 0.1), model, RULE)
+    with pytest.raises(FormatError, match="not the state of an AGC handle"):
+        handle.load_state_dict(state)
+
+
+def test_the_optimizers_own_state_stays_its_own():
+    model = network()
+    plain = torch.optim.AdamW(model.parameters(), 0.1)
+    before = copy.deepcopy(plain.state_dict())
+    kind = type(plain)
+    agc_torch.attach(plain, model, RULE)
+    assert plain.state_dict() == before
+    assert type(plain) is kind
+    loss_of(model).backward()
+    plain.step()
+    assert set(plain.state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert plain.state_dict()["param_groups"] == before["param_groups"]
+
+
+# Loss scaling
+
+
+def scaled_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, *, unscale: bool, poison: bool
+) -> None:
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model)).backward()
+    if poison:
+        model[0].weight.grad[0, 0] = torch.inf
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_ first"])
+@pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW], ids=["sgd", "adamw"])
+def test_grad_scaler(kind, fused, unscale):
+    expected = network()
+    optimizer = kind(expected.parameters(), 0.1, fused=fused)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(expected).backward()
+        agc_torch.adaptive_clip_grad_(expected, RULE)
+        optimizer.step()
+    model = network()
+    optimizer = kind(model.parameters(), 0.1, fused=fused)
+    handle = agc_torch.attach(optimizer, model, RULE)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for poison in (False, True, False, False):  # the second is skipped, and halves the scale
+        scaled_step(model, optimizer, scaler, unscale=unscale, poison=poison)
+        assert handle.stats().total().max_ratio < 1e4  # of unscaled gradients
+    assert handle.steps == 3
+    for got, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
+def test_policy_raise_leaves_a_skipped_step_to_the_scaler(fused):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
+    handle = agc_torch.attach(optimizer, model, AGC(nonfinite="raise"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaled_step(model, optimizer, scaler, unscale=False, poison=True)
+    assert (handle.steps, scaler.get_scale()) == (0, 2.0)
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    model[0].weight.grad[0, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"'0\.weight'"):
+        optimizer.step()
+
+
+def test_schedule_does_not_advance_in_a_step_that_a_fused_optimizer_skips():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+    seen: list[int] = []
+    rule = AGC(clipping=lambda step: seen.append(step) or 0.1)
+    agc_torch.attach(optimizer, model, rule)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for poison in (False, True, False):
+        scaled_step(model, optimizer, scaler, unscale=False, poison=poison)
+    assert sorted(set(seen)) == [0, 1]
+
+
+def test_step_that_takes_the_scaler_itself():
+    class Old(torch.optim.SGD):
+        def step(self, closure=None, grad_scaler=None):
+            return super().step(closure)
+
+    model = network()
+    optimizer = Old(model.parameters(), 0.1)
+    agc_torch.attach(optimizer, model, RULE)
+    loss_of(model).backward()
+    with pytest.raises(ConfigError, match=r"Old\.step takes the GradScaler.*scaler\.unscale_"):
+        optimizer.step(grad_scaler=torch.amp.GradScaler("cpu"))
+
+
+# Whose parameters
+
+
+def test_parameter_group_that_joins_later():
+    model = network()
+    optimizer = torch.optim.SGD(model[0].parameters(), 0.1)
+    handle = agc_torch.attach(optimizer, model, RULE)
+    loss_of(model).backward()
+    optimizer.step()
+    assert list(handle.stats().parameters()) == ["0.weight", "0.bias"]
+    optimizer.add_param_group({"params": model[2].parameters()})
+    optimizer.step()
+    assert list(handle.stats().parameters()) == ["0.weight", "0.bias", "2.weight"]
+
+
+def test_layer_that_joins_the_model_and_the_optimizer():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = agc_torch.attach(optimizer, model, RULE)
+    model.append(nn.Linear(3, 2))
+    optimizer.add_param_group({"params": model[3].parameters()})
+    loss_of(model).backward()
+    optimizer.step()
+    assert "3.weight" in handle.stats().parameters()
+    assert "3.weight" in handle.plan
+
+
+def test_parameter_of_another_model():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ParameterError, match=r"of shape \(5, 6\) that is not the model's"):
+        agc_torch.attach(optimizer, network(), RULE)
+    agc_torch.attach(optimizer, model, RULE)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(7))]})
+    loss_of(model).backward()
+    with pytest.raises(ParameterError, match=r"of shape \(7,\) that is not the model's"):
+        optimizer.step()
+
+
+def test_failed_attach_leaves_no_hook():
+    optimizer = torch.optim.SGD(network().parameters(), 0.1)
+    with pytest.raises(ParameterError):
+        agc_torch.attach(optimizer, network(), RULE)
+    assert agc_torch.attached(optimizer) is None
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_attached_twice():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = agc_torch.attach(optimizer, model, RULE)
+    assert agc_torch.attached(optimizer) is handle
+    with pytest.raises(ParameterError, match=r"attached to this SGD already; remove\(\)"):
+        agc_torch.attach(optimizer, model, RULE)
+    handle.remove()
+    handle.remove()
+    assert agc_torch.attached(optimizer) is None
+    agc_torch.attach(optimizer, model, RULE)
+
+
+def test_what_is_no_optimizer():
+    with pytest.raises(ParameterError, match=r"needs a torch\.optim\.Optimizer, got object"):
+        agc_torch.attach(object(), network(), RULE)
+
+
+@pytest.mark.parametrize("given", [dict, lambda named: iter(dict(named).items())])
+def test_named_tensors_instead_of_a_module(given):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = agc_torch.attach(optimizer, given(model.named_parameters()), RULE)
+    for _ in range(2):  # an iterator is read once, and clips at every step
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+        assert handle.stats().total().clipped > 0
+
+
+def test_frozen_parameters():
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = agc_torch.attach(optimizer, model, RULE)
+    loss_of(model).backward()
+    optimizer.step()
+    assert list(handle.stats().parameters()) == ["2.weight"]
+
+
+def test_step_without_gradients():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = agc_torch.attach(optimizer, model, RULE)
+    with pytest.raises(MissingGradientError):
+        optimizer.step()
+    assert handle.steps == 0
+    assert handle.stats() is None
+
+
+# Removing, copying, pickling
+
+
+def test_removed_as_a_context_manager():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loss_of(model).backward()
+    raw = model[0].weight.grad.clone()
+    with agc_torch.attach(optimizer, model, RULE):
+        pass
+    optimizer.step()
+    assert torch.equal(model[0].weight.grad, raw)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value))}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("order", ["handle last", "handle first"])
+def test_copy_of_model_optimizer_and_handle_clips(how, order):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    handle = agc_torch.attach(optimizer, model, RULE)
+    loss_of(model).backward()
+    optimizer.step()
+    parts: tuple[Any, ...] = (model, optimizer, handle)
+    if order == "handle first":
+        handle_copy, optimizer_copy, model_copy = COPIES[how](parts[::-1])
+    else:
+        model_copy, optimizer_copy, handle_copy = COPIES[how](parts)
+    assert agc_torch.attached(optimizer_copy) is handle_copy
+    assert agc_torch.attached(optimizer) is handle
+    assert handle_copy.model is model_copy
+    assert (handle_copy.steps, handle_copy.plan) == (1, handle.plan)
+    for one, other in ((model, optimizer), (model_copy, optimizer_copy)):
+        other.zero_grad()
+        loss_of(one, 1).backward()
+        other.step()
+    assert same(model, model_copy)
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copy_of_the_optimizer_alone_is_seen_to_be_detached(how):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    agc_torch.attach(optimizer, model, RULE)
+    assert agc_torch.attached(COPIES[how](optimizer)) is None
+
+
+def test_nothing_is_kept_alive():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    agc_torch.attach(optimizer, model, RULE)
+    gone = weakref.ref(model)
+    del model, optimizer
+    gc.collect()
+    assert gone() is None

@@ -1,0 +1,330 @@
+"""Units by layer type, the registry, and the plan made from a model."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import agc_torch
+from agc import AGC, Units
+from agc.errors import AmbiguousUnitsError, ParameterError, SelectorError, UnitsError
+
+RULE = AGC()
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(4, 6), {"weight": 6, "bias": 1}),
+    "linear 1->C": (lambda: nn.Linear(1, 6), {"weight": 6, "bias": 1}),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), {"weight": 6, "bias": 1}),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3), {"weight": 6, "bias": 1}),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 3), {"weight": 6, "bias": 1}),
+    "grouped conv": (lambda: nn.Conv2d(4, 6, 3, groups=2), {"weight": 6, "bias": 1}),
+    "depthwise conv": (lambda: nn.Conv2d(4, 8, 3, groups=4), {"weight": 8, "bias": 1}),
+    "conv transpose 1d": (lambda: nn.ConvTranspose1d(4, 6, 3), {"weight": 6, "bias": 1}),
+    "conv transpose 2d": (lambda: nn.ConvTranspose2d(4, 6, 3), {"weight": 6, "bias": 1}),
+    "conv transpose 3d": (lambda: nn.ConvTranspose3d(4, 6, 3), {"weight": 6, "bias": 1}),
+    "grouped transpose": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
+        {"weight": 6, "bias": 1},
+    ),
+    "embedding": (lambda: nn.Embedding(9, 4), {"weight": 9}),
+    "embedding bag": (lambda: nn.EmbeddingBag(9, 4), {"weight": 9}),
+    "attention": (
+        lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True),
+        {
+            "in_proj_weight": 24,
+            "in_proj_bias": 1,
+            "bias_k": 1,
+            "bias_v": 1,
+            "out_proj.weight": 8,
+            "out_proj.bias": 1,
+        },
+    ),
+    "attention of three widths": (
+        lambda: nn.MultiheadAttention(8, 2, kdim=3, vdim=5, bias=False),
+        {"q_proj_weight": 8, "k_proj_weight": 8, "v_proj_weight": 8, "out_proj.weight": 8},
+    ),
+    "lstm with projection": (
+        lambda: nn.LSTM(4, 6, proj_size=3),
+        {
+            "weight_ih_l0": 24,
+            "weight_hh_l0": 24,
+            "bias_ih_l0": 1,
+            "bias_hh_l0": 1,
+            "weight_hr_l0": 3,
+        },
+    ),
+    "gru": (lambda: nn.GRU(4, 6, bias=False), {"weight_ih_l0": 18, "weight_hh_l0": 18}),
+    "rnn cell": (
+        lambda: nn.RNNCell(4, 6),
+        {"weight_ih": 6, "weight_hh": 6, "bias_ih": 1, "bias_hh": 1},
+    ),
+    "bilinear": (lambda: nn.Bilinear(4, 3, 6), {"weight": 6, "bias": 1}),
+    "layer norm": (lambda: nn.LayerNorm([3, 4]), {"weight": 1, "bias": 1}),
+    "rms norm": (lambda: nn.RMSNorm([3, 4]), {"weight": 1}),
+    "batch norm": (lambda: nn.BatchNorm2d(4), {"weight": 1, "bias": 1}),
+    "prelu": (lambda: nn.PReLU(4), {"weight": 1}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_units_of_every_layer(name):
+    build, expected = LAYERS[name]
+    made = agc_torch.plan(build(), RULE)
+    assert {entry.name: entry.count for entry in made} == expected
+
+
+def test_transposed_convolution_splits_its_groups():
+    entry = agc_torch.plan(nn.ConvTranspose2d(4, 6, 3, groups=2), RULE)["weight"]
+    assert entry.shape == (4, 3, 3, 3)
+    assert entry.axes.view == (2, 2, 3, 3, 3)
+    assert entry.axes.keep == (0, 2)
+
+
+def test_lazy_layers_need_one_batch():
+    model = nn.Sequential(nn.LazyConv2d(6, 3))
+    with pytest.raises(ParameterError, match=r"'0\.weight' is not initialised.*run the model once"):
+        agc_torch.plan(model, RULE)
+    model(torch.zeros(1, 4, 5, 5))
+    assert agc_torch.plan(model, RULE)["0.weight"].count == 6
+
+
+def hf_conv1d() -> nn.Module:
+    """A class of the same name as Hugging Face's: it is recognised without importing transformers."""
+
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 6))
+            self.bias = nn.Parameter(torch.zeros(6))
+
+    Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
+    return Conv1D()
+
+
+def test_hugging_face_conv1d_is_out_last():
+    entry = agc_torch.plan(hf_conv1d(), RULE)["weight"]
+    assert (entry.count, entry.units) == (6, Units("i o -> o"))
+
+
+def test_gain_of_a_scaled_convolution_is_one_unit():
+    class ScaledConv2d(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(4, 6, 3)
+            self.gain = nn.Parameter(torch.ones(6, 1, 1, 1))
+
+    counts = {entry.name: entry.count for entry in agc_torch.plan(ScaledConv2d(), RULE)}
+    assert counts == {"weight": 6, "bias": 1, "gain": 1}
+
+
+class Dense(nn.Module):
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__()
+        self.transposed = transposed
+        self.kernel = nn.Parameter(torch.zeros(3, 5))
+
+
+class Wider(Dense):
+    pass
+
+
+@pytest.fixture
+def registry():
+    module = importlib.import_module("agc_torch.units")
+    known = dict(module._REGISTRY)
+    yield
+    module._REGISTRY.clear()
+    module._REGISTRY.update(known)
+    module._RESOLVED.clear()
+
+
+def test_registered_layer_and_its_subclasses(registry):
+    assert agc_torch.plan(Dense(), RULE)["kernel"].count == 3  # taken as out-first before
+    agc_torch.register_units(Dense, {"kernel": "i o -> o"})
+    assert agc_torch.plan(Dense(), RULE)["kernel"].count == 5
+    assert agc_torch.plan(Wider(), RULE)["kernel"].count == 5
+    agc_torch.register_units(Wider, {"*": "... ->"})
+    assert agc_torch.plan(Wider(), RULE)["kernel"].count == 1
+
+
+def test_registering_reaches_models_whose_plan_is_remembered(registry):
+    model = Dense()
+    model.kernel.grad = torch.ones(3, 5)
+    assert agc_torch.adaptive_clip_grad_(model, RULE).units == 3
+    agc_torch.register_units(Dense, {"kernel": "i o -> o"})
+    assert agc_torch.adaptive_clip_grad_(model, RULE).units == 5
+
+
+def test_registered_function_of_the_layer(registry):
+    agc_torch.register_units(
+        Dense, lambda layer: {"kernel": "i o -> o" if layer.transposed else "o i -> o"}
+    )
+    assert agc_torch.plan(Dense(True), RULE)["kernel"].count == 5
+    assert agc_torch.plan(Dense(False), RULE)["kernel"].count == 3
+
+
+def test_registered_by_path(registry):
+    path = f"{Dense.__module__}.{Dense.__qualname__}"
+    agc_torch.register_units(path, {"kernel": Units("i o -> o")})
+    assert agc_torch.plan(Wider(), RULE)["kernel"].count == 5
+
+
+def test_register_refuses_what_is_no_table():
+    with pytest.raises(ParameterError, match=r"must be a mapping such as \{'weight': 'o i -> o'\}"):
+        agc_torch.register_units(Dense, "o i -> o")
+
+
+def test_rule_goes_before_the_layer_type():
+    made = agc_torch.plan(nn.Linear(4, 6), AGC(units={"weight": "o i -> i"}))
+    assert made["weight"].count == 4
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(1, 7, 4))
+
+
+def test_rank_3_of_no_known_layer_is_an_error():
+    with pytest.raises(
+        AmbiguousUnitsError, match=r"'0\.table' of Positions with shape \(1, 7, 4\)"
+    ) as caught:
+        agc_torch.plan(nn.Sequential(Positions()), RULE)
+    assert "AGC(units={'0.table'" in str(caught.value)
+    made = agc_torch.plan(nn.Sequential(Positions()), AGC(units={"*.table": "one n d -> n"}))
+    assert made["0.table"].count == 7
+
+
+@pytest.mark.parametrize(
+    "given", [dict, lambda named: named.items(), lambda named: iter(named.items())]
+)
+def test_plain_tensors_follow_the_convention(given):
+    named = {"a/w": torch.zeros(6, 4), "a/b": torch.zeros(6), "k": torch.zeros(6, 4, 3, 3)}
+    made = agc_torch.plan(given(named), RULE)
+    assert {e.name: e.count for e in made} == {"a.w": 6, "a.b": 1, "k": 6}
+    with pytest.raises(AmbiguousUnitsError, match="'c' with shape"):
+        agc_torch.plan({"c": torch.zeros(6, 4, 3)}, RULE)
+
+
+def test_two_tensors_of_one_name():
+    pairs = [("a.w", torch.zeros(2)), ("a/w", torch.zeros(3))]
+    with pytest.raises(ParameterError, match=r"two parameters are called 'a\.w'"):
+        agc_torch.plan(pairs, RULE)
+
+
+def test_tied_weights_appear_once_under_their_first_name():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False))
+    model[1].weight = model[0].weight
+    assert [entry.name for entry in agc_torch.plan(model, RULE)] == ["0.weight"]
+
+
+class WithHead(nn.Module):
+    agc_head = "classifier"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.classifier = nn.Linear(6, 3)
+
+
+def test_model_declares_its_head():
+    excluded = [e.name for e in agc_torch.plan(WithHead(), AGC.profile("paper")) if e.excluded]
+    assert excluded == ["classifier.weight", "classifier.bias"]
+    made = agc_torch.plan(WithHead(), AGC.profile("deepmind"))
+    assert [e.name for e in made if e.excluded] == ["classifier.weight"]
+    with pytest.raises(SelectorError, match="needs the name of the classifier layer"):
+        agc_torch.plan(nn.Linear(4, 6), AGC.profile("paper"))
+
+
+def test_pattern_that_matches_nothing():
+    with pytest.raises(SelectorError, match=r"'fc\.\*' matches no parameter.*body\.weight"):
+        agc_torch.plan(WithHead(), AGC(exclude=["fc.*"]))
+
+
+def test_pattern_that_does_not_fit():
+    with pytest.raises(UnitsError, match=r"parameter 'weight': .*is for 3 axes"):
+        agc_torch.plan(nn.Linear(4, 6), AGC(units={"weight": "a b c -> a"}))
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    return {entry.name: entry.count for entry in agc_torch.plan(model, RULE)}
+
+
+def test_weight_norm():
+    layer = parametrizations.weight_norm(nn.Conv1d(4, 6, 3))
+    assert layer.parametrizations.weight.original0.shape == (6, 1, 1)
+    assert counts(layer) == {
+        "bias": 1,
+        "parametrizations.weight.original0": 1,  # a gain: one vector
+        "parametrizations.weight.original1": 6,
+    }
+
+
+def test_spectral_norm_is_looked_at_without_a_power_iteration():
+    model = nn.Sequential(parametrizations.spectral_norm(nn.ConvTranspose2d(4, 6, 3, groups=2)))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert counts(model) == {"0.bias": 1, "0.parametrizations.weight.original": 6}
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+class Outer(nn.Module):
+    def forward(self, left, right):
+        return torch.cat((left, right), 1)
+
+    def right_inverse(self, weight):
+        return weight[:, :1], weight[:, 1:]
+
+
+def test_parametrised_tensors_of_another_shape_are_not_guessed():
+    layer = nn.Conv1d(4, 6, 3, bias=False)
+    parametrize.register_parametrization(layer, "weight", Outer())
+    assert layer.weight.shape == (6, 4, 3)
+    with pytest.raises(AmbiguousUnitsError, match=r"weight\.original1' of ParametrizedConv1d"):
+        agc_torch.plan(layer, RULE)
+
+
+OLD_STYLE = {
+    "weight norm": (torch.nn.utils.weight_norm, {"weight_g": 1, "weight_v": 6}),
+    "spectral norm": (torch.nn.utils.spectral_norm, {"weight_orig": 6}),
+    "pruning": (lambda layer: prune.random_unstructured(layer, "weight", 0.5), {"weight_orig": 6}),
+}
+
+
+@pytest.mark.parametrize("name", OLD_STYLE)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_weights_moved_aside_by_older_utilities(name):
+    wrap, expected = OLD_STYLE[name]
+    assert counts(wrap(nn.ConvTranspose1d(4, 6, 3, bias=False))) == expected
+
+
+def test_names_are_those_of_the_bare_model():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    bare = agc_torch.plan(model, RULE)
+    model[1] = torch.compile(model[1], backend="eager")
+    assert agc_torch.plan(torch.compile(model, backend="eager"), RULE) == bare
+    assert agc_torch.plan(nn.DataParallel(model), RULE) == bare
+
+
+def test_units_says_what_the_layer_types_say():
+    found = agc_torch.units(nn.Sequential(nn.Linear(4, 6), Positions()))
+    assert found == {"0.weight": Units("o i -> o"), "0.bias": None, "1.table": None}
+
+
+def test_frozen_and_empty_parameters_are_in_the_plan():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(1, 3, bias=False)).requires_grad_(False)
+    model[1].weight = nn.Parameter(torch.zeros(3, 0))
+    assert counts(model) == {"0.weight": 6, "0.bias": 1, "1.weight": 0}
+
+
+@pytest.mark.parametrize(
+    "module", ["agc_torch", "agc_torch.units", "agc_torch.clip", "agc_torch.optimizer"]
+)
+def test_examples_in_docstrings(module, registry):
+    torch.manual_seed(0)
+    found = doctest.testmod(importlib.import_module(module))
+    assert found.failed == 0

@@ -2,7 +2,8 @@
 
 Eager PyTorch on a CPU has no kernel that reads float32 and adds in float64 without a copy, and its
 float32 norm adds up a whole row in one chain. So a CPU sums the squares of long float32 rows in blocks
-of 16 and adds the blocks in float64; everything else it widens, a piece that fits its cache at a time.
+of 32 and adds the blocks in float64: rounding of many blocks averages out. A row that is mostly one
+block is taken once more in float64, as is everything else, a piece that fits its cache at a time.
 Accelerators reduce in trees and take the norm as it is. Compiled code is fused, and adds in float64
 right away.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +21,10 @@ from torch.linalg import vector_norm
 from agc.units import UnitAxes
 from agc_torch.parts import Part, sum_over
 
-__all__ = ["all_norms", "on_host", "unit_norms", "wide"]
+__all__ = ["all_norms", "on_host", "wide"]
 
-_BLOCK: Final = 16
+_BLOCK: Final = 32
+_PEAK: Final = 0.7  # share of a row's norm from which one block decides how accurate it is
 _LONG: Final = 512  # elements of a row from which rounding in its blocks averages out
 _SMALL: Final = 4096  # elements of a tensor up to which a copy of it is nothing
 _PIECE: Final = 1 << 16  # elements, which in float64 fill half a megabyte
@@ -56,12 +58,13 @@ def all_norms(parts: list[Part], lower: float) -> Tensor:
     """
     device, mesh = parts[0].place
     found = _whole_norms(parts)
-    flat = torch.cat(
-        [
-            part.gather(found[index] if index in found else unit_norms(part.source, part.axes))
-            for index, part in enumerate(parts)
-        ]
-    ).to(wide(device))
+    rows: list[_Rows] = []
+    for index, part in enumerate(parts):
+        if index not in found:
+            found[index] = _unit_norms(part.source, part.axes, rows)
+    _sharpen(rows)
+    flat = torch.cat([part.gather(found[index]) for index, part in enumerate(parts)])
+    flat = flat.to(wide(device))
     if mesh is not None:
         return sum_over(mesh, flat)
     if on_host(device) and flat.numel():
@@ -69,15 +72,20 @@ def all_norms(parts: list[Part], lower: float) -> Tensor:
     return flat
 
 
-def unit_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:
-    """L2 norm of every unit of a real tensor, flat.
+class _Rows(NamedTuple):
+    """Norms that were taken in blocks, shape (units,), and what is needed to take them again."""
 
-    Parameters
-    ----------
-    tensor : Tensor
-        Real, of the shape ``axes.view``.
-    axes : UnitAxes
-        Which axes are reduced and which name a unit.
+    norms: Tensor
+    peaks: Tensor  # the largest block of each
+    tensor: Tensor
+    shape: tuple[int, ...]  # of the tensor as rows: (..., length)
+    strides: tuple[int, ...]
+
+
+def _unit_norms(tensor: Tensor, axes: UnitAxes, rows: list[_Rows]) -> Tensor:
+    """L2 norm of every unit of a real tensor of the shape ``axes.view``, flat.
+
+    Norms that may not be accurate yet are appended to ``rows``.
     """
     if not on_host(tensor.device):
         if not axes.reduce:  # an empty tuple would mean all axes
@@ -85,7 +93,8 @@ def unit_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:
         return vector_norm(tensor, 2, axes.reduce, dtype=_accumulator(tensor)).flatten()
     length = _row_length(axes, tensor.stride())
     if tensor.dtype == torch.float32 and length >= _LONG:
-        return _block_norms(tensor, axes, length)
+        rows.append(_block_norms(tensor, axes, length))
+        return rows[-1].norms
     return _exact_norms(tensor, axes)
 
 
@@ -100,7 +109,7 @@ def _row_length(axes: UnitAxes, strides: tuple[int, ...]) -> int:
     return length
 
 
-def _block_norms(tensor: Tensor, axes: UnitAxes, length: int) -> Tensor:
+def _block_norms(tensor: Tensor, axes: UnitAxes, length: int) -> _Rows:
     """Norms of float32 units that are one long stretch of memory each."""
     sizes = [axes.view[axis] for axis in axes.keep]
     strides = [tensor.stride(axis) for axis in axes.keep]
@@ -110,7 +119,23 @@ def _block_norms(tensor: Tensor, axes: UnitAxes, length: int) -> Tensor:
         start = tensor.storage_offset() + blocks * _BLOCK
         last = vector_norm(tensor.as_strided((*sizes, 1, rest), (*strides, 1, 1), start), 2, -1)
         norms = torch.cat((norms, last), -1)
-    return vector_norm(norms.double(), 2, -1).flatten()
+    whole = vector_norm(norms, 2, -1, dtype=torch.float64)
+    return _Rows(whole.flatten(), norms.amax(-1).flatten(), tensor, (*sizes, length), (*strides, 1))
+
+
+def _sharpen(found: list[_Rows]) -> None:
+    """Take once more, in float64, the norms of rows that are mostly one block."""
+    if not found:
+        return
+    doubt = torch.cat([one.peaks for one in found]) > _PEAK * torch.cat([one.norms for one in found])
+    if not doubt.any():
+        return
+    for one, again in zip(found, doubt.split([len(one.norms) for one in found]), strict=True):
+        if again.any():
+            rows = one.tensor.as_strided(one.shape, one.strides)
+            chosen = rows[again.view(one.shape[:-1])]
+            pieces = chosen.split(max(1, _PIECE // chosen.shape[-1]))
+            one.norms[again] = torch.cat([vector_norm(piece.double(), 2, -1) for piece in pieces])
 
 
 def _exact_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:

@@ -114,8 +114,7 @@ def teeth(session: nox.Session) -> None:
 @nox.session(default=False)
 def conformance_tpu(session: nox.Session) -> None:
     """Compile every AGC program for a TPU topology, on a machine that need not have one."""
-    install(session, "jax", "conformance", groups=("pinned-jax",))
-    session.install("libtpu")
+    install(session, "jax", "conformance", groups=("pinned-jax", "tpu"))
     out = "conformance/results/tpu-aot.json"
     session.run("python", "-m", "agc_conformance.tpu", "--out", out, *session.posargs)
 

@@ -21,8 +21,8 @@ def main(arguments: list[str]) -> int:
     for framework in frameworks:
         out = folder / f"{framework}.json"
         out.unlink(missing_ok=True)  # an old result must not stand in for one that fails to appear
-        test = f"benchmarks/test_{framework}.py"
-        command = [sys.executable, "-m", "pytest", "benchmarks/test_shapes.py", test]
+        tests = (f"benchmarks/test_{name}.py" for name in ("shapes", framework, f"sam_{framework}"))
+        command = [sys.executable, "-m", "pytest", *tests]
         failed |= bool(
             subprocess.run(
                 [*command, f"--benchmark-json={out}"], cwd=report.HERE.parent, check=False

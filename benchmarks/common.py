@@ -32,7 +32,7 @@ def draw(shape: tuple[int, ...], condition: str, seed: int) -> tuple[Any, Any]:
 
 
 def read(arrays: Sequence[Any]) -> Callable[[], None]:
-    """Return a function that reads all arrays once, with every core, and does next to nothing else."""
+    """Return a function that reads all float32 arrays once, with every core, and does next to nothing else."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -47,7 +47,7 @@ def read(arrays: Sequence[Any]) -> Callable[[], None]:
 
     def work(share: Sequence[Any]) -> None:
         for piece in share:
-            np.add.reduce(piece)
+            np.dot(piece, piece)  # the fastest reader that NumPy has
 
     return lambda: list(pool.map(work, shares)) and None
 

@@ -58,7 +58,7 @@ __all__ = [
     "reference_run",
     "result_ids",
     "run_task",
-    "sharp_digits",
+    "sam_digits",
 ]
 
 Array = npt.NDArray[Any]
@@ -98,7 +98,7 @@ def digits(steps: int = 50) -> Task:
     return _digits(steps, seed=0)
 
 
-def sharp_digits(steps: int = 50) -> Task:
+def sam_digits(steps: int = 50) -> Task:
     """Build the third task: digits again, with SAM as NFNets have it, the ascent on a fifth of each batch."""
     return replace(_digits(steps, seed=2), sharpness=SAM(rho=0.05, fraction=0.2))
 
@@ -154,7 +154,7 @@ def photographs(steps: int = 50) -> Task:
 TASKS: Final[Mapping[str, Callable[[int], Task]]] = {
     "digits": digits,
     "photographs": photographs,
-    "sharp-digits": sharp_digits,
+    "sam-digits": sam_digits,
 }
 """Name to a function of the number of steps; the same call gives the same task, bit for bit."""
 

@@ -390,18 +390,18 @@ MISTAKES = {
     MomentumForgotten: ("photographs", {"update", "run"}),
     ClipsTheMomentum: ("photographs", {"clip", "update", "run"}),
     OneBatchTwice: ("photographs", {"run"}),
-    ClipsTheAscent: ("sharp-digits", {"perturb", "run"}),
-    RestoresBySubtraction: ("sharp-digits", {"descent", "update"}),
-    NeverRestores: ("sharp-digits", {"descent", "clip", "update", "run"}),
-    ClipsAgainstThePerturbed: ("sharp-digits", {"clip", "run"}),
-    NormPerLayer: ("sharp-digits", {"perturb", "run"}),
-    WholeBatchAscends: ("sharp-digits", {"perturb", "run"}),
-    LastPartAscends: ("sharp-digits", {"perturb", "run"}),
-    FloorOfTheFraction: ("sharp-digits", {"perturb", "run"}),
-    GradientAtTheWeights: ("sharp-digits", {"descent", "run"}),
-    SharpnessForgotten: ("sharp-digits", {"perturb", "run"}),
-    DecayInTheGradients: ("sharp-digits", {"descent", "run"}),
-    ReportsThePerturbedLoss: ("sharp-digits", {"run"}),
+    ClipsTheAscent: ("sam-digits", {"perturb", "run"}),
+    RestoresBySubtraction: ("sam-digits", {"descent", "update"}),
+    NeverRestores: ("sam-digits", {"descent", "clip", "update", "run"}),
+    ClipsAgainstThePerturbed: ("sam-digits", {"clip", "run"}),
+    NormPerLayer: ("sam-digits", {"perturb", "run"}),
+    WholeBatchAscends: ("sam-digits", {"perturb", "run"}),
+    LastPartAscends: ("sam-digits", {"perturb", "run"}),
+    FloorOfTheFraction: ("sam-digits", {"perturb", "run"}),
+    GradientAtTheWeights: ("sam-digits", {"descent", "run"}),
+    SharpnessForgotten: ("sam-digits", {"perturb", "run"}),
+    DecayInTheGradients: ("sam-digits", {"descent", "run"}),
+    ReportsThePerturbedLoss: ("sam-digits", {"run"}),
 }
 
 
@@ -453,7 +453,7 @@ def jump(step: TrainStep) -> TrainStep:
 
 
 def test_clauses_of_the_task_with_sam() -> None:
-    found = results(list(run_task(Float32(), "sharp-digits", steps=2)))
+    found = results(list(run_task(Float32(), "sam-digits", steps=2)))
     clauses = {kind: record["clause"] for kind, record in found.items()}
     assert clauses == {
         "plan": "AGC-6", "perturb": "SAM-1", "descent": "SAM-3", "clip": "SAM-6", "update": "SAM-6",
@@ -466,13 +466,13 @@ def test_a_step_in_which_weights_are_not_finite_never_passes() -> None:
     def lost(step: TrainStep) -> TrainStep:
         return replace(step, perturbed={k: v * F(np.nan) for k, v in step.perturbed.items()})
 
-    found = results(list(run_task(Odd(lost), "sharp-digits", steps=3)))
+    found = results(list(run_task(Odd(lost), "sam-digits", steps=3)))
     failed = {kind for kind, record in found.items() if record["status"] == "failed"}
     assert failed == {"perturb", "descent"}
 
 
 def test_what_sam_leaves_untold_is_no_success() -> None:
-    found = results(list(run_task(Odd(silent), "sharp-digits", steps=3)))
+    found = results(list(run_task(Odd(silent), "sam-digits", steps=3)))
     message = "step 1: the backend does not tell the perturbed weights of SAM"
     for kind in ("perturb", "descent", "clip", "update", "run"):
         assert found[kind]["status"] == "failed"

@@ -384,7 +384,7 @@ def test_the_core_is_asked_through_one_object() -> None:
     assert runner.CORE.config({}) == agc.AGC()
 
 
-@pytest.mark.parametrize(("task", "results"), [("digits", 4), ("sharp-digits", 6)])
+@pytest.mark.parametrize(("task", "results"), [("digits", 4), ("sam-digits", 6)])
 def test_training_can_be_selected(task: str, results: int, tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
     asked = ("run", "--backend", "reference", "--out", out, "--select", f"real-{task}-*")

@@ -100,9 +100,9 @@ def test_training_translates_names_and_layouts() -> None:
 
 
 def test_training_with_sam() -> None:
-    records = run_task(BACKEND, "sharp-digits", steps=4)
+    records = run_task(BACKEND, "sam-digits", steps=4)
     found = {r["id"]: r["status"] for r in records if r["type"] == "result"}
-    assert found == dict.fromkeys(result_ids("sharp-digits"), "passed")
+    assert found == dict.fromkeys(result_ids("sam-digits"), "passed")
 
 
 def run(script: str) -> list[str]:

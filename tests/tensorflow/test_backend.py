@@ -99,9 +99,9 @@ def test_trajectory(backend, decoupled):
 
 
 def test_training_with_sam(backend):
-    records = run_task(backend, "sharp-digits", steps=4)
+    records = run_task(backend, "sam-digits", steps=4)
     found = {r["id"]: r["status"] for r in records if r["type"] == "result"}
-    assert found == dict.fromkeys(result_ids("sharp-digits"), "passed")
+    assert found == dict.fromkeys(result_ids("sam-digits"), "passed")
 
 
 def test_training_reports_every_step(backend):

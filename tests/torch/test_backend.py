@@ -190,7 +190,7 @@ def statuses(records):
 
 
 def test_train_with_sam():
-    found = statuses(run_task(BACKEND, "sharp-digits", steps=4))
+    found = statuses(run_task(BACKEND, "sam-digits", steps=4))
     assert found == dict.fromkeys(("plan", "perturb", "descent", "clip", "update", "run"), "passed")
 
 
@@ -216,7 +216,7 @@ ASCENT = SharpnessAware._ascent_gradients
 )
 def test_train_with_sam_notices(monkeypatch, part, mistake, noticed):
     monkeypatch.setattr(SharpnessAware, part, mistake)
-    assert statuses(run_task(BACKEND, "sharp-digits", steps=4))[noticed] == "failed"
+    assert statuses(run_task(BACKEND, "sam-digits", steps=4))[noticed] == "failed"
 
 
 def test_devices():

@@ -229,7 +229,8 @@ class Task:
     batches : sequence of (images, labels)
         float32 images of shape ``(n, channels, height, width)`` and int64 labels; one batch a step.
     sharpness : SAM, optional
-        SAM in front of AGC and the optimizer.
+        SAM in front of AGC and the optimizer, without micro-batches; the parts of a batch are its images
+        and its labels. A backend that has none raises :class:`Unsupported`.
     """
 
     rule: AGC
@@ -248,11 +249,13 @@ class TrainStep:
     loss : float
         Mean loss of the batch before the step; with SAM the clean loss, of the ascent pass.
     before, gradients, clipped, after : mapping of name to array
-        Weights before the step, raw gradients (with SAM those at the perturbed weights), gradients as the optimizer received them, and weights
-        after the step.
+        Weights before the step, raw gradients (with SAM those at the perturbed weights), gradients as
+        the optimizer received them, and weights after the step.
     plan : Plan, optional
         The plan that the step was clipped by, under the task's names; its units are in the
         framework's own layout.
+    perturbed, restored : mapping of name to array, optional
+        With SAM: the weights as the descent pass saw them, and as the optimizer saw them (SAM-3).
     """
 
     loss: float
@@ -261,6 +264,8 @@ class TrainStep:
     clipped: Mapping[str, Array]
     after: Mapping[str, Array]
     plan: Plan | None = None
+    perturbed: Mapping[str, Array] | None = None
+    restored: Mapping[str, Array] | None = None
 
 
 class Backend:

@@ -35,6 +35,7 @@ from agc.backend import (
 from agc.reference import RowSparse
 from agc_jax.clip import adaptive_clip_gradients
 from agc_jax.optimizer import AdaptiveGradClipState, adaptive_grad_clip, stats
+from agc_jax.sam import sam_value_and_grad
 from agc_jax.units import plan, units
 
 __all__ = ["JaxBackend"]
@@ -147,7 +148,7 @@ class JaxBackend(Backend):
             return sam_backend.sharpness_scenario(name, problem, settings, self._devices)
 
     def train(self, task: Task) -> Iterator[TrainStep]:
-        """Train the suite's network, in Flax NNX, with AGC in front of ``optax.sgd``."""
+        """Train the suite's network, in Flax NNX: SAM if it is asked for, AGC, then ``optax.sgd``."""
         with jax.default_device(self._devices[0]):
             yield from _train(task)
 
@@ -261,9 +262,13 @@ def optax_sgd(optimizer: Optimizer) -> optax.GradientTransformation:
 
 
 def _received() -> optax.GradientTransformation:
-    """Keep what the optimizer behind AGC receives, as this transformation's state."""
+    """Keep what the optimizer behind AGC receives, gradients and weights, as this transformation's state."""
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, params), params
+
     return optax.GradientTransformation(
-        lambda params: jax.tree.map(jnp.zeros_like, params), lambda updates, *_: (updates, updates)
+        init, lambda updates, _, params: (updates, (updates, params))
     )
 
 
@@ -319,9 +324,24 @@ def _train(task: Task) -> Iterator[TrainStep]:
             logits = nnx.merge(graph, params)(images)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
+        seen: list[Any] = []  # weights of every pass
+
+        def watched(params: Any, *batch: jax.Array) -> jax.Array:
+            jax.debug.callback(seen.append, jax.lax.stop_gradient(params), ordered=True)
+            return loss(params, *batch)
+
+        def gradient(params: Any, count: jax.Array, *batch: jax.Array) -> Any:
+            if task.sharpness is None:
+                return jax.value_and_grad(watched)(params, *batch)
+            return sam_value_and_grad(watched, task.sharpness, batch_argnums=(1, 2))(
+                params, *batch, step=count
+            )
+
         @jax.jit  # type: ignore[untyped-decorator]
-        def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
-            value, gradients = jax.value_and_grad(loss)(params, images, labels)
+        def step(
+            params: Any, state: Any, count: jax.Array, images: jax.Array, labels: jax.Array
+        ) -> Any:
+            value, gradients = gradient(params, count, images, labels)
             updates, state = tx.update(gradients, state, params)
             return value, gradients, optax.apply_updates(params, updates), state
 
@@ -332,15 +352,24 @@ def _train(task: Task) -> Iterator[TrainStep]:
                 found[name] = _out_first(np.asarray(tree[layer][_FLAX[kind]][...]))
             return found
 
-        for images, labels in task.batches:
+        for count, (images, labels) in enumerate(task.batches):
             before = named(params)
             value, gradients, params, state = step(
-                params, state, jnp.asarray(images.transpose(0, 2, 3, 1)), jnp.asarray(labels)
+                params, state, count, jnp.asarray(images.transpose(0, 2, 3, 1)), jnp.asarray(labels)
             )
-            clipped = state[1]
+            jax.effects_barrier()
+            clipped, restored = state[1]
             yield TrainStep(
-                float(value), before, named(gradients), named(clipped), named(params), made
+                float(value),
+                before,
+                named(gradients),
+                named(clipped),
+                named(params),
+                made,
+                named(seen[-1]),
+                named(restored),
             )
+            seen.clear()
 
 
 _FLAX: Final = {"weight": "kernel", "bias": "bias"}

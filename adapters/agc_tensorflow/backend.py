@@ -29,6 +29,7 @@ from agc.errors import NonFiniteError
 from agc.reference import RowSparse
 from agc_tensorflow.clip import Stats, adaptive_clip_gradients
 from agc_tensorflow.optimizer import AdaptiveGradClip
+from agc_tensorflow.sam import sam_value_and_gradients
 from agc_tensorflow.units import plan, variable_key
 
 __all__ = ["TensorFlowBackend"]
@@ -146,7 +147,7 @@ class TensorFlowBackend(Backend):
             return sam_backend.sharpness_scenario(name, problem, settings)
 
     def train(self, task: Task) -> Iterator[TrainStep]:
-        """Train the suite's network with ``AdaptiveGradClip(SGD)`` in a compiled step."""
+        """Train the suite's network in a compiled step: SAM if it is asked for, ``AdaptiveGradClip(SGD)``."""
         with tf.device(self._place):
             yield from _train(task)
 
@@ -209,9 +210,11 @@ class _SGD(keras.optimizers.SGD):  # type: ignore[misc]
         super().__init__(learning_rate, name="sgd", **options)
         self.coupled_decay = coupled_decay
         self.received: dict[object, Any] = {}
+        self.found: dict[object, Any] = {}  # the weights, before the step
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         self.received[variable_key(variable)] = gradient
+        self.found[variable_key(variable)] = tf.identity(tf.convert_to_tensor(variable))
         if self.coupled_decay:
             gradient = gradient + self.coupled_decay * variable
         super().update_step(gradient, variable, learning_rate)
@@ -358,20 +361,40 @@ def _train(task: Task) -> Iterator[TrainStep]:
     optimizer.build(model.trainable_variables)
 
     @tf.function(autograph=False)  # type: ignore[untyped-decorator]
-    def step(images: tf.Tensor, labels: tf.Tensor) -> tuple[Any, Any, Any]:
-        with tf.GradientTape() as tape:
+    def step(images: tf.Tensor, labels: tf.Tensor) -> Any:
+        weights = list(variables.values())
+        seen: list[Any] = []  # weights of every pass
+
+        def loss_fn(images: tf.Tensor, labels: tf.Tensor) -> Any:
+            seen.append([tf.identity(tf.convert_to_tensor(v)) for v in weights])
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, model(images))
-            loss = tf.reduce_mean(losses)
-        gradients = tape.gradient(loss, list(variables.values()))
-        optimizer.apply(gradients, list(variables.values()))
-        return loss, gradients, [sgd.received[variable_key(v)] for v in variables.values()]
+            return tf.reduce_mean(losses)
+
+        if task.sharpness is None:
+            with tf.GradientTape() as tape:
+                loss = loss_fn(images, labels)
+            gradients = tape.gradient(loss, weights)
+        else:
+            loss, gradients = sam_value_and_gradients(
+                loss_fn,
+                weights,
+                task.sharpness,
+                batch=(images, labels),
+                step=optimizer.iterations,
+                state=model.non_trainable_variables,
+            )
+        optimizer.apply(gradients, weights)
+        received, found = (
+            [kept[variable_key(v)] for v in weights] for kept in (sgd.received, sgd.found)
+        )
+        return loss, gradients, received, seen[-1], found
 
     def named(tensors: Sequence[Any]) -> dict[str, Array]:
         return {name: _out_first(t.numpy()) for name, t in zip(task.weights, tensors, strict=True)}
 
     for images, labels in task.batches:
         before = named(list(variables.values()))
-        loss, gradients, clipped = step(images.transpose(0, 2, 3, 1), labels)
+        loss, gradients, clipped, perturbed, restored = step(images.transpose(0, 2, 3, 1), labels)
         yield TrainStep(
             float(loss),
             before,
@@ -379,6 +402,8 @@ def _train(task: Task) -> Iterator[TrainStep]:
             named(clipped),
             named(list(variables.values())),
             optimizer.plan,
+            named(perturbed),
+            named(restored),
         )
 
 

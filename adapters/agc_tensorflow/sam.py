@@ -68,7 +68,8 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
     metrics and the reported loss come from the clean pass; both passes are in training mode and use the same
     random numbers; running statistics are updated once (SAM-12). The metric ``sharpness`` is the mean
     difference between the perturbed and the clean loss. ``nonfinite="raise"`` works only with
-    ``run_eagerly=True``.
+    ``run_eagerly=True``. With ``every`` above 1 the other steps take one pass; on several replicas they still take
+    two, and neither ``fraction`` nor ``microbatches`` is possible.
 
     Examples
     --------
@@ -260,13 +261,18 @@ def _gradients(
     passes = _Passes(loss_fn, list(variables), list(state), scale, on_clean)
     if rule.every == 1:
         return _sharpness_aware(passes, perturbs, rule, batch, step)
-    if tf.executing_eagerly():
-        if int(step) % rule.every:
-            return _plain(passes, batch)
-        return _sharpness_aware(passes, perturbs, rule, batch, step)
-    if rule.microbatches != 1 or rule.fraction != 1:
-        raise ConfigError("every above 1 with fraction or microbatches needs run_eagerly=True")
-    # Inside a graph both branches would update state; the perturbation of a plain step is zero instead.
+    now = tf.get_static_value(tf.convert_to_tensor(step))  # None inside a graph
+    if now is not None:
+        if rule.perturbs(int(now)):
+            return _sharpness_aware(passes, perturbs, rule, batch, step)
+        return _plain(passes, batch)
+    if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+        return _either(passes, perturbs, rule, batch, step)
+    if needs:
+        raise ConfigError(
+            "every above 1 with fraction or microbatches on several replicas needs run_eagerly=True"
+        )
+    # Replicas cannot talk inside a condition, so both passes run; the perturbation of a plain step is zero.
     return _sharpness_aware(passes, perturbs, rule, batch, step)
 
 
@@ -331,6 +337,26 @@ class _Passes:
 def _plain(passes: _Passes, batch: Sequence[Any] | None) -> tuple[Any, list[Any], SamStats]:
     loss, gradients = passes.clean(batch, keep_state=True)
     return loss, gradients, SamStats(tf.zeros((), loss.dtype), loss, loss)
+
+
+def _either(
+    passes: _Passes, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
+) -> tuple[Any, list[Any], SamStats]:
+    """Choose inside a graph: of the two kinds of step, only one is carried out (SAM-11)."""
+    there: list[bool] = []
+
+    def flat(loss: Any, gradients: list[Any], stats: SamStats) -> Any:
+        # Branches return the same structure: no None, and no sparse gradient that is dense in the other.
+        there[:] = [gradient is not None for gradient in gradients]
+        return loss, [_dense(g) for g in gradients if g is not None], stats
+
+    loss, dense, stats = tf.cond(
+        tf.equal(tf.cast(step, tf.int64) % rule.every, 0),
+        lambda: flat(*_sharpness_aware(passes, perturbs, rule, batch, step)),
+        lambda: flat(*_plain(passes, batch)),
+    )
+    remaining = iter(dense)
+    return loss, [next(remaining) if present else None for present in there], stats
 
 
 def _sharpness_aware(

@@ -30,6 +30,7 @@ from agc.backend import (
 from agc.reference import RowSparse
 from agc_torch.clip import adaptive_clip_grad_
 from agc_torch.optimizer import Handle, attach
+from agc_torch.sam import SharpnessAware
 from agc_torch.units import plan
 
 __all__ = ["TorchBackend"]
@@ -138,27 +139,49 @@ class TorchBackend(Backend):
         return sam_backend.sharpness_scenario(name, problem, self.device, settings)
 
     def train(self, task: Task) -> Iterator[TrainStep]:
-        """Train the suite's network with AGC attached to ``torch.optim.SGD``."""
+        """Train the suite's network with AGC attached to ``torch.optim.SGD``, behind SAM if it is asked for."""
         model = _Network(task.weights).to(self.device)
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
             parameter.data.copy_(torch.from_numpy(task.weights[name]))
+        # What the optimizer is given, before AGC: gradients and weights; and what the last forward saw.
         raw: dict[str, Array] = {}
+        given: dict[str, Array] = {}
+        seen: dict[str, Array] = {}
+
+        def weights() -> dict[str, Array]:
+            return {name: to_array(parameter) for name, parameter in parameters.items()}
+
+        model.register_forward_pre_hook(lambda *_: seen.update(weights()))
         sgd = plain_sgd(parameters, task.optimizer)
         sgd.register_step_pre_hook(lambda *_: raw.update(_gradients(parameters)))
+        sgd.register_step_pre_hook(lambda *_: given.update(weights()))
         handle = attach_sgd(sgd, model, task.rule, task.optimizer)
-        for images, labels in task.batches:
-            before = {name: to_array(parameter) for name, parameter in parameters.items()}
+        sam = None if task.sharpness is None else SharpnessAware(model, task.sharpness)
+
+        def closure(images: Tensor, labels: Tensor) -> Tensor:
             sgd.zero_grad()
-            loss = nn.functional.cross_entropy(
-                model(torch.from_numpy(images).to(self.device)),
-                torch.from_numpy(labels).to(self.device),
-            )
+            loss: Tensor = nn.functional.cross_entropy(model(images), labels)
             loss.backward()
-            sgd.step()
-            after = {name: to_array(parameter) for name, parameter in parameters.items()}
+            return loss
+
+        for arrays in task.batches:
+            before = weights()
+            batch = [torch.from_numpy(array).to(self.device) for array in arrays]
+            if sam is None:
+                loss = closure(*batch).detach()
+                sgd.step()
+            else:
+                loss = sam.step(sgd, closure, batch=batch)
             yield TrainStep(
-                float(loss.detach()), before, dict(raw), _gradients(parameters), after, handle.plan
+                float(loss),
+                before,
+                dict(raw),
+                _gradients(parameters),
+                weights(),
+                handle.plan,
+                dict(seen),
+                dict(given),
             )
 
     def _compiled(self, problem: Problem) -> Outcome:

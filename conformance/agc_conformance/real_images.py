@@ -1,39 +1,49 @@
 """Training on real images, compared with the float64 reference at every step.
 
 A small convolutional classifier (:class:`agc.backend.Task`) is trained on scikit-learn's bundled
-images, with AGC in front of SGD, by the backend and by the reference. Two comparisons are made:
+images, with AGC in front of SGD, by the backend and by the reference; in one task SAM stands in front of
+both. Two comparisons are made:
 
 *Local*: the reference clips the backend's own gradients against the backend's own weights, so nothing but
-the clipping is measured, in units in the last place. The optimizer's step is redone in the same way.
+the clipping is measured, in units in the last place. The optimizer's step is redone in the same way, and
+so are SAM's two passes: the perturbation from the weights, the gradient from the perturbed weights.
 
 *Global*: the reference trains by itself in float64 from the same weights on the same batches. Gradients,
 unit norms, clipped gradients, decisions and weights must stay together for the whole run. Rounding
 makes any two runs drift apart; :func:`drift_bound` says how far is allowed, and why.
 
-Four results come out of each task:
+These results come out of each task (with SAM, some stand for another clause):
 
-=========== ====== =====================================================================
-``plan``    AGC-6  the same parameters, units, thresholds and exclusions as the reference's plan
-``clip``    AGC-2  local: clipped gradients and decisions
-``update``  AGC-7  local: clipping comes before weight decay and momentum
-``run``     AGC-3  global: the whole run
-=========== ====== =====================================================================
+=========== ============== ==============================================================
+``plan``    AGC-6          the same parameters, units, thresholds and exclusions as the reference's plan
+``perturb`` SAM-1          local: the perturbed weights; only with SAM
+``descent`` SAM-3          local: the gradient there, and the weights restored; only with SAM
+``clip``    AGC-2, SAM-6   local: clipped gradients and decisions, against the weights that are updated
+``update``  AGC-7, SAM-6   local: clipping comes before weight decay and momentum
+``run``     AGC-3, SAM-7   global: the whole run; with SAM, the ascent sees a fifth of the batch
+=========== ============== ==============================================================
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from agc import AGC, Plan, Schedule, Units
+from agc import AGC, SAM, Plan, Schedule, Units
 from agc.backend import Backend, Optimizer, Task, TrainStep, Unsupported
 from agc.plan import WHOLE, Parameter, make_plan
-from agc.reference import Result, adaptive_clip, unit_norms
+from agc.reference import (
+    Result,
+    adaptive_clip,
+    sharpness_aware_gradients,
+    unit_norms,
+)
 from agc_conformance.compare import LIMITS, Verdict, ulp_error
 from agc_conformance.real_network import PARAMETERS, loss_and_gradients
 from agc_conformance.records import Status, make_result
@@ -46,7 +56,9 @@ __all__ = [
     "photographs",
     "reference_plan",
     "reference_run",
+    "result_ids",
     "run_task",
+    "sam_digits",
 ]
 
 Array = npt.NDArray[Any]
@@ -59,6 +71,14 @@ _UNITS: Final = {
     "head.weight": "k o -> k",
 }
 _CLAUSES: Final = {"plan": "AGC-6", "clip": "AGC-2", "update": "AGC-7", "run": "AGC-3"}
+_SHARP_CLAUSES: Final = {
+    "plan": "AGC-6",
+    "perturb": "SAM-1",
+    "descent": "SAM-3",
+    "clip": "SAM-6",
+    "update": "SAM-6",
+    "run": "SAM-7",
+}
 
 
 def drift_bound(step: int) -> float:
@@ -75,7 +95,16 @@ def drift_bound(step: int) -> float:
 
 def digits(steps: int = 50) -> Task:
     """Build the first task: handwritten digits (8x8, grey, 10 classes), the head left out, Nesterov and decay."""
-    random = np.random.RandomState(0)
+    return _digits(steps, seed=0)
+
+
+def sam_digits(steps: int = 50) -> Task:
+    """Build the third task: digits again, with SAM as NFNets have it, the ascent on a fifth of each batch."""
+    return replace(_digits(steps, seed=2), sharpness=SAM(rho=0.05, fraction=0.2))
+
+
+def _digits(steps: int, *, seed: int) -> Task:
+    random = np.random.RandomState(seed)
     images, labels = _load_digits()
     return Task(
         rule=AGC(clipping=0.05, exclude=["head.*"]),
@@ -122,7 +151,11 @@ def photographs(steps: int = 50) -> Task:
     )
 
 
-TASKS: Final[Mapping[str, Callable[[int], Task]]] = {"digits": digits, "photographs": photographs}
+TASKS: Final[Mapping[str, Callable[[int], Task]]] = {
+    "digits": digits,
+    "photographs": photographs,
+    "sam-digits": sam_digits,
+}
 """Name to a function of the number of steps; the same call gives the same task, bit for bit."""
 
 
@@ -193,13 +226,36 @@ def reference_run(task: Task) -> Iterator[tuple[TrainStep, Result]]:
     plan = reference_plan(task)
     sgd = _Sgd(task.optimizer)
     weights = {name: array.astype(np.float64) for name, array in task.weights.items()}
-    for index, (images, labels) in enumerate(task.batches):
-        loss, gradients = loss_and_gradients(weights, images.astype(np.float64), labels)
+    for index, batch in enumerate(task.batches):
+        loss, gradients, perturbed = _gradients(task, weights, batch, index)
         result = adaptive_clip(weights, gradients, plan, task.rule, step=index)
         clipped = {name: np.asarray(array) for name, array in result.gradients.items()}
         after = sgd.step(weights, clipped)
-        yield TrainStep(loss, weights, gradients, clipped, after, plan), result
+        yield TrainStep(loss, weights, gradients, clipped, after, plan, perturbed, weights), result
         weights = after
+
+
+def _gradients(
+    task: Task, weights: Arrays, batch: tuple[Array, Array], step: int
+) -> tuple[float, Arrays, Arrays]:
+    """Clean loss, the gradients to clip, and the weights at which they were taken, in float64."""
+    if task.sharpness is None:
+        return *_evaluate(weights, batch), weights
+    visited: list[Arrays] = []
+
+    def evaluate(point: Arrays, part: Sequence[Array]) -> tuple[float, Arrays]:
+        visited.append(point)
+        return _evaluate(point, part)
+
+    found = sharpness_aware_gradients(evaluate, weights, batch, task.sharpness, step=step)
+    gradients = {name: np.asarray(array) for name, array in found.gradients.items()}
+    return found.loss, gradients, visited[-1]
+
+
+def _evaluate(weights: Arrays, batch: Sequence[Array]) -> tuple[float, Arrays]:
+    images, labels = batch
+    wide = {name: array.astype(np.float64) for name, array in weights.items()}
+    return loss_and_gradients(wide, images.astype(np.float64), labels)
 
 
 class _Comparison:
@@ -208,7 +264,8 @@ class _Comparison:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.plan = reference_plan(task)
-        self.verdicts = {kind: Verdict() for kind in _CLAUSES}
+        self.clauses = _clauses(task)
+        self.verdicts = {kind: Verdict() for kind in self.clauses}
         self._weights: Arrays = task.weights
         self._sgd = _Sgd(task.optimizer)
         self._reference = reference_run(task)
@@ -223,6 +280,8 @@ class _Comparison:
         layers: dict[str, dict[str, float]] = {name: {} for name in PARAMETERS}
         self._check_plan(index, got)
         if self._check_arrays(index, got):
+            if self.task.sharpness is not None:
+                self._check_sharpness(index, got)
             self._check_clip(index, got, layers)
             self._check_update(index, got)
             self._check_run(index, got, want, wanted, layers)
@@ -250,10 +309,14 @@ class _Comparison:
                 self._fail("plan", index, message)
 
     def _check_arrays(self, index: int, got: TrainStep) -> bool:
-        """Whether there is something to compare; if not, all three comparisons fail."""
+        """Whether there is something to compare; if not, all comparisons fail."""
         problem = ""
-        for kind in ("before", "gradients", "clipped", "after"):
-            arrays: Arrays = getattr(got, kind)
+        sharp = ("perturbed", "restored") if self.task.sharpness else ()
+        for kind in ("before", "gradients", "clipped", "after", *sharp):
+            arrays: Arrays | None = getattr(got, kind)
+            if arrays is None:
+                problem = problem or f"the backend does not tell the {kind} weights of SAM"
+                continue
             for name, array in self.task.weights.items():
                 if name not in arrays:
                     problem = problem or f"{kind} has no {name}"
@@ -263,10 +326,46 @@ class _Comparison:
                     problem = problem or (
                         f"{kind} of {name} is {dtype} {shape}, it should be float32 {array.shape}"
                     )
-        for kind in ("clip", "update", "run"):
-            if problem:
+        for kind in self.verdicts:
+            if problem and kind != "plan":
                 self._fail(kind, index, problem)
         return not problem
+
+    def _check_sharpness(self, index: int, got: TrainStep) -> None:
+        """Redo both passes of SAM from the backend's own weights (local).
+
+        The reference's ascent gradient has no rounding and the backend's has that of one float32
+        evaluation, which :func:`drift_bound` at step 0 allows for, relative to the largest element of
+        ``e``; ``w + e`` is then rounded once. Wrong formulas are far outside: AGC on the ascent gradient,
+        another part of the batch or an ``e`` per layer change ``e`` by tenths of its length.
+        """
+        assert got.perturbed is not None
+        assert got.restored is not None
+        batch = self.task.batches[index]
+        rounding = drift_bound(0)
+        _, _, perturbed = _gradients(self.task, got.before, batch, index)
+        _, gradients = _evaluate(got.perturbed, batch)
+        radius = max(float(np.max(np.abs(perturbed[n] - got.before[n]))) for n in PARAMETERS)
+        for name in PARAMETERS:
+            error = np.abs(got.perturbed[name] - perturbed[name])
+            if not (error <= rounding * radius + _EPS * np.abs(perturbed[name])).all():
+                self._fail(
+                    "perturb",
+                    index,
+                    f"{name} is {np.max(error):.3g} off from w + e; the largest element of e is {radius:.3g}",
+                )
+            drift = self._drift(f"descent gradient of {name}", got.gradients[name], gradients[name])
+            if not drift <= rounding:
+                self._fail(
+                    "descent",
+                    index,
+                    f"gradient of {name} is {drift:.2g} off from that at the perturbed weights, "
+                    f"{rounding:.2g} is allowed",
+                )
+            moved = got.restored[name] != got.before[name]
+            if moved.any():
+                message = f"{int(moved.sum())} of {moved.size} weights of {name} were not restored"
+                self._fail("descent", index, message)
 
     def _check_clip(
         self, index: int, got: TrainStep, layers: Mapping[str, dict[str, float]]
@@ -321,6 +420,9 @@ class _Comparison:
     ) -> None:
         """Compare with the reference that trains by itself (global)."""
         bound = drift_bound(index)
+        drift = self._drift("loss", np.asarray(got.loss), np.asarray(want.loss))
+        if not drift <= bound:
+            self._fail("run", index, f"the loss is {drift:.2g} off, {bound:.2g} is allowed")
         for name in PARAMETERS:
             units = self.plan[name].units
             gradient_norm = unit_norms(got.gradients[name], units)
@@ -364,7 +466,7 @@ class _Comparison:
         return difference / scale if scale > 0 else np.inf
 
     def results(self, name: str, digest: str) -> Iterator[Mapping[str, Any]]:
-        """Yield the four results."""
+        """Yield the results."""
         planned = len(self.task.batches)
         for kind, verdict in self.verdicts.items():
             if self.steps != planned:
@@ -373,6 +475,7 @@ class _Comparison:
             yield _result(
                 name,
                 kind,
+                self.clauses[kind],
                 "failed" if verdict.problem else "passed",
                 verdict.problem or f"{self.steps} steps; inputs {digest}",
                 verdict.max_ulp,
@@ -408,7 +511,7 @@ def run_task(
     Yields
     ------
     record
-        A ``train`` record for every step, then four ``result`` records; an exception makes them
+        A ``train`` record for every step, then the ``result`` records; an exception makes them
         ``error``, and :class:`~agc.backend.Unsupported` makes them ``unsupported``.
     """
     task = TASKS[name](steps)
@@ -422,21 +525,30 @@ def run_task(
             if progress is not None:
                 progress(comparison.steps, steps)
     except Unsupported as reason:
-        for kind in _CLAUSES:
-            yield _result(name, kind, "unsupported", str(reason))
+        for kind, clause in comparison.clauses.items():
+            yield _result(name, kind, clause, "unsupported", str(reason))
         return
     except Exception as error:
-        for kind in _CLAUSES:
-            yield _result(
-                name, kind, "error", f"step {comparison.steps}: {type(error).__name__}: {error}"
-            )
+        detail = f"step {comparison.steps}: {type(error).__name__}: {error}"
+        for kind, clause in comparison.clauses.items():
+            yield _result(name, kind, clause, "error", detail)
         return
     yield from comparison.results(name, _digest(task))
+
+
+def result_ids(name: str) -> list[str]:
+    """Return the ids of the results of a task in :data:`TASKS`."""
+    return [f"real-{name}-{kind}" for kind in _clauses(TASKS[name](0))]
+
+
+def _clauses(task: Task) -> Mapping[str, str]:
+    return _CLAUSES if task.sharpness is None else _SHARP_CLAUSES
 
 
 def _result(
     task: str,
     kind: str,
+    clause: str,
     status: Status,
     detail: str,
     max_ulp: float | None = None,
@@ -444,7 +556,7 @@ def _result(
 ) -> Mapping[str, Any]:
     return make_result(
         f"real-{task}-{kind}",
-        clause=_CLAUSES[kind],
+        clause=clause,
         level="L2",
         status=status,
         dtype="float32",

@@ -146,11 +146,10 @@ def run(
 
 def _training(backend: Backend, select: str | None, bar: Progress) -> Iterator[Mapping[str, Any]]:
     """Train on real images and yield the records."""
-    from agc_conformance.real_images import TASKS, run_task  # scikit-learn is heavy
+    from agc_conformance.real_images import TASKS, result_ids, run_task  # scikit-learn is heavy
 
     for name in TASKS:
-        ids = [f"real-{name}-{kind}" for kind in ("plan", "clip", "update", "run")]
-        if select is not None and not any(fnmatchcase(one, select) for one in ids):
+        if select is not None and not any(fnmatchcase(one, select) for one in result_ids(name)):
             continue
         task = bar.add_task(f"{backend.name} trains on {name}", total=None)
 

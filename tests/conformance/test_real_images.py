@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,11 +14,19 @@ from agc.backend import Backend, Task, TrainStep, Unsupported
 from agc.reference import clip_units
 from agc.units import Units
 from agc_conformance import real_images
-from agc_conformance.real_images import TASKS, drift_bound, figures, reference_run, run_task
+from agc_conformance.real_images import (
+    TASKS,
+    drift_bound,
+    figures,
+    reference_run,
+    result_ids,
+    run_task,
+)
 from agc_conformance.real_network import PARAMETERS, loss_and_gradients
 from agc_conformance.reference_backend import ReferenceBackend
 
 F = np.float32
+Arrays = Mapping[str, Any]
 
 
 class Float32(Backend):
@@ -35,18 +44,43 @@ class Float32(Backend):
         }
         momentum = {name: np.zeros_like(array) for name, array in before.items()}
         for index, (images, labels) in enumerate(task.batches):
-            loss, gradients = loss_and_gradients(before, images, labels)
+            loss, gradients, perturbed, restored = self.estimate(task, before, (images, labels))
+            measured = self.measured(perturbed, restored)
             clipped = {
                 name: self.clip(name, gradients[name], array, plan[name].threshold(index), plan)
-                for name, array in before.items()
+                for name, array in measured.items()
             }
             after = {}
-            for name, w in before.items():
+            for name, w in restored.items():
                 u = clipped[name] + F(o.weight_decay) * w
                 momentum[name] = F(o.momentum) * momentum[name] + u
                 after[name] = w - F(o.lr) * self.direction(o, u, momentum[name])
-            yield TrainStep(loss, before, gradients, clipped, after, plan)
+            yield TrainStep(loss, before, gradients, clipped, after, plan, perturbed, restored)
             before = after
+
+    def estimate(self, task: Task, w: Arrays, batch: Any) -> tuple[float, Arrays, Arrays, Arrays]:
+        """Loss, gradients to clip, where they were taken, and the weights afterwards."""
+        if task.sharpness is None:
+            return *loss_and_gradients(w, *batch), w, w
+        loss, ascent = loss_and_gradients(w, *self.ascent_part(batch, task.sharpness.fraction))
+        e = self.perturbation(task, w, ascent)
+        perturbed = {name: w[name] + e[name] for name in w}
+        _, descent = loss_and_gradients(perturbed, *batch)
+        return loss, descent, perturbed, self.restore(w, perturbed, e)
+
+    def ascent_part(self, batch: Any, fraction: float) -> Any:
+        return [array[: math.ceil(fraction * len(array))] for array in batch]
+
+    def perturbation(self, task: Task, w: Arrays, ascent: Arrays) -> Arrays:
+        norm = np.sqrt(sum(np.sum(g**2) for g in ascent.values()))
+        return {name: F(task.sharpness.rho) * g / norm for name, g in ascent.items()}
+
+    def restore(self, w: Arrays, perturbed: Arrays, e: Arrays) -> Arrays:
+        return w
+
+    def measured(self, perturbed: Arrays, restored: Arrays) -> Arrays:
+        """Weights whose norms limit the gradients."""
+        return restored
 
     def direction(self, optimizer: Any, u: Any, m: Any) -> Any:
         return u + F(optimizer.momentum) * m if optimizer.nesterov else m
@@ -161,6 +195,76 @@ class HalfPrecisionNorms(Float32):
         return (g * found.scale).astype(F)
 
 
+class ClipsTheAscent(Float32):
+    def perturbation(self, task: Task, w: Arrays, ascent: Arrays) -> Arrays:
+        plan = real_images.reference_plan(task)
+        clipped = {n: self.clip(n, g, w[n], plan[n].threshold(0), plan) for n, g in ascent.items()}
+        return super().perturbation(task, w, clipped)
+
+
+class RestoresBySubtraction(Float32):
+    def restore(self, w: Arrays, perturbed: Arrays, e: Arrays) -> Arrays:
+        return {name: perturbed[name] - e[name] for name in w}
+
+
+class NeverRestores(Float32):
+    def restore(self, w: Arrays, perturbed: Arrays, e: Arrays) -> Arrays:
+        return perturbed
+
+
+class ClipsAgainstThePerturbed(Float32):
+    def measured(self, perturbed: Arrays, restored: Arrays) -> Arrays:
+        return perturbed
+
+
+class NormPerLayer(Float32):
+    def perturbation(self, task: Task, w: Arrays, ascent: Arrays) -> Arrays:
+        return {name: F(0.05) * g / np.sqrt(np.sum(g**2)) for name, g in ascent.items()}
+
+
+class WholeBatchAscends(Float32):
+    def ascent_part(self, batch: Any, fraction: float) -> Any:
+        return batch
+
+
+class LastPartAscends(Float32):
+    def ascent_part(self, batch: Any, fraction: float) -> Any:
+        return [array[-math.ceil(fraction * len(array)) :] for array in batch]
+
+
+class FloorOfTheFraction(Float32):
+    def ascent_part(self, batch: Any, fraction: float) -> Any:
+        return [array[: int(fraction * len(array))] for array in batch]
+
+
+class GradientAtTheWeights(Float32):
+    def estimate(self, task: Task, w: Arrays, batch: Any) -> Any:
+        loss, _, perturbed, restored = super().estimate(task, w, batch)
+        return loss, loss_and_gradients(w, *batch)[1], perturbed, restored
+
+
+class SharpnessForgotten(Float32):
+    def perturbation(self, task: Task, w: Arrays, ascent: Arrays) -> Arrays:
+        return {name: np.zeros_like(array) for name, array in w.items()}
+
+
+class DecayInTheGradients(Float32):
+    def estimate(self, task: Task, w: Arrays, batch: Any) -> Any:
+        loss, gradients, perturbed, restored = super().estimate(task, w, batch)
+        return (
+            loss,
+            {n: g + F(1e-3) * perturbed[n] for n, g in gradients.items()},
+            perturbed,
+            restored,
+        )
+
+
+class ReportsThePerturbedLoss(Float32):
+    def estimate(self, task: Task, w: Arrays, batch: Any) -> Any:
+        _, gradients, perturbed, restored = super().estimate(task, w, batch)
+        return loss_and_gradients(perturbed, *batch)[0], gradients, perturbed, restored
+
+
 def results(records: list[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     return {r["id"].rsplit("-", 1)[1]: r for r in records if r["type"] == "result"}
 
@@ -231,9 +335,9 @@ def test_the_reference_learns_and_the_clipped_fraction_varies(name: str) -> None
 
 def test_a_right_implementation_passes_everything(right: list[Mapping[str, Any]]) -> None:
     found = results(right)
-    assert {kind: record["status"] for kind, record in found.items()} == dict.fromkeys(
-        ("plan", "clip", "update", "run"), "passed"
-    )
+    (name,) = {record["task"] for record in right if record["type"] == "train"}
+    assert [record["id"] for record in found.values()] == result_ids(name)
+    assert {record["status"] for record in found.values()} == {"passed"}
     assert found["clip"]["max_ulp"] <= 1
     assert sum(found["clip"]["histogram"]) > 50_000
 
@@ -286,6 +390,18 @@ MISTAKES = {
     MomentumForgotten: ("photographs", {"update", "run"}),
     ClipsTheMomentum: ("photographs", {"clip", "update", "run"}),
     OneBatchTwice: ("photographs", {"run"}),
+    ClipsTheAscent: ("sam-digits", {"perturb", "run"}),
+    RestoresBySubtraction: ("sam-digits", {"descent", "update"}),
+    NeverRestores: ("sam-digits", {"descent", "clip", "update", "run"}),
+    ClipsAgainstThePerturbed: ("sam-digits", {"clip", "run"}),
+    NormPerLayer: ("sam-digits", {"perturb", "run"}),
+    WholeBatchAscends: ("sam-digits", {"perturb", "run"}),
+    LastPartAscends: ("sam-digits", {"perturb", "run"}),
+    FloorOfTheFraction: ("sam-digits", {"perturb", "run"}),
+    GradientAtTheWeights: ("sam-digits", {"descent", "run"}),
+    SharpnessForgotten: ("sam-digits", {"perturb", "run"}),
+    DecayInTheGradients: ("sam-digits", {"descent", "run"}),
+    ReportsThePerturbedLoss: ("sam-digits", {"run"}),
 }
 
 
@@ -328,8 +444,40 @@ def planless(step: TrainStep) -> TrainStep:
     return replace(step, plan=None)
 
 
+def silent(step: TrainStep) -> TrainStep:
+    return replace(step, perturbed=None)
+
+
 def jump(step: TrainStep) -> TrainStep:
     return replace(step, before={k: np.nextafter(v, F(9)) for k, v in step.before.items()})
+
+
+def test_clauses_of_the_task_with_sam() -> None:
+    found = results(list(run_task(Float32(), "sam-digits", steps=2)))
+    clauses = {kind: record["clause"] for kind, record in found.items()}
+    assert clauses == {
+        "plan": "AGC-6", "perturb": "SAM-1", "descent": "SAM-3", "clip": "SAM-6", "update": "SAM-6",
+        "run": "SAM-7",
+    }  # fmt: skip
+    assert result_ids("digits") == [f"real-digits-{k}" for k in ("plan", "clip", "update", "run")]
+
+
+def test_a_step_in_which_weights_are_not_finite_never_passes() -> None:
+    def lost(step: TrainStep) -> TrainStep:
+        return replace(step, perturbed={k: v * F(np.nan) for k, v in step.perturbed.items()})
+
+    found = results(list(run_task(Odd(lost), "sam-digits", steps=3)))
+    failed = {kind for kind, record in found.items() if record["status"] == "failed"}
+    assert failed == {"perturb", "descent"}
+
+
+def test_what_sam_leaves_untold_is_no_success() -> None:
+    found = results(list(run_task(Odd(silent), "sam-digits", steps=3)))
+    message = "step 1: the backend does not tell the perturbed weights of SAM"
+    for kind in ("perturb", "descent", "clip", "update", "run"):
+        assert found[kind]["status"] == "failed"
+        assert found[kind]["detail"].startswith(message)
+    assert results(list(run_task(Odd(silent), "digits", steps=3)))["run"]["status"] == "passed"
 
 
 @pytest.mark.parametrize(

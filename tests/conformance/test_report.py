@@ -198,6 +198,25 @@ def test_html_shows_every_part(files: dict[str, Path]) -> None:
     assert page.count("<svg") == 2, "one histogram, one training figure"
 
 
+def test_sam_has_its_own_row_figure_and_limits(tmp_path: Path) -> None:
+    counts = [5, 0, 0, 2, 0, 0, 0, 0]
+    records = [
+        result("L1-a", dtype="float16", max_ulp=0.5, histogram=[4, 1, 0, 0, 0, 0, 0, 0]),
+        result("L1-sam-b", clause="SAM-1", dtype="float16", max_ulp=1.5, histogram=counts),
+    ]
+    path = write(tmp_path / "x.jsonl", "run", *records, backend="x", role="backend", device="cpu")
+    found = summary({"x": path}, "x")
+    (column,) = found.backends
+    assert column.errors("AGC") == {"float16": (0.5, 1.0)}
+    assert column.errors("SAM") == {"float16": (1.5, 2.0)}
+    assert column.histograms("SAM") == {"float16": counts}
+    page = html(found)
+    assert page.count("<svg") == 2
+    assert '<th scope="row">SAM, x on cpu</th>' in page
+    assert re.search(r"SAM-1<small>.*\n<td><a class=\"cell passed\"", page)
+    assert "| SAM-1: " in markdown(found)
+
+
 def test_html_does_not_change(files: dict[str, Path]) -> None:
     assert html(summary(files, *files)) == html(summary(files, *files))
 

@@ -384,10 +384,11 @@ def test_the_core_is_asked_through_one_object() -> None:
     assert runner.CORE.config({}) == agc.AGC()
 
 
-def test_training_can_be_selected(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("task", "results"), [("digits", 4), ("sam-digits", 6)])
+def test_training_can_be_selected(task: str, results: int, tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
-    asked = ("run", "--backend", "reference", "--out", out, "--select", "real-digits-*")
+    asked = ("run", "--backend", "reference", "--out", out, "--select", f"real-{task}-*")
     assert agc_command(*asked) == 0
     found = read_results(out)
-    assert {record["task"] for record in found.train} == {"digits"}
-    assert len(found.results) == 4
+    assert {record["task"] for record in found.train} == {task}
+    assert len(found.results) == results

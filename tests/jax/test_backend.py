@@ -14,6 +14,7 @@ from agc.backend import Layer, Problem, Task, Unavailable, Unsupported
 from agc.backend import Optimizer as Sgd
 from agc.errors import NonFiniteError, SelectorError
 from agc.reference import RowSparse
+from agc_conformance.real_images import result_ids, run_task
 from agc_conformance.runner import run_case
 from agc_conformance.vectors import load_vectors
 from agc_jax.backend import JaxBackend
@@ -96,6 +97,12 @@ def test_training_translates_names_and_layouts() -> None:
     assert first.plan["head.weight"].excluded
     with pytest.raises(Unsupported, match="declares units for the layout"):
         next(iter(BACKEND.train(task(AGC(units={"head.weight": "o i -> o"})))))
+
+
+def test_training_with_sam() -> None:
+    records = run_task(BACKEND, "sam-digits", steps=4)
+    found = {r["id"]: r["status"] for r in records if r["type"] == "result"}
+    assert found == dict.fromkeys(result_ids("sam-digits"), "passed")
 
 
 def run(script: str) -> list[str]:

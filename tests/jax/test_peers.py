@@ -8,8 +8,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from agc import AGC, Units
-from agc.backend import Optimizer, Problem, Unavailable, Unsupported
+from agc import AGC, SAM, Units
+from agc.backend import (
+    Examples,
+    Optimizer,
+    Problem,
+    SharpnessProblem,
+    Unavailable,
+    Unsupported,
+)
 from agc.reference import RowSparse, clip_units
 from agc_conformance.peers.optax import OptaxPeer
 from agc_conformance.runner import run_case
@@ -130,6 +137,88 @@ def test_optax_takes_steps_with_decay_after_clipping() -> None:
     np.testing.assert_allclose(steps[1]["p"], w1 - (u2 + 0.5 * (0.5 * u1 + u2)))
     with pytest.raises(Unsupported, match="decoupled"):
         OptaxPeer().trajectory(problem(w, g1), Optimizer(lr=1, decoupled=True), [])
+
+
+# Vector of SAM: what optax.contrib.sam makes of it. Misses are why the clauses are there.
+SHARPNESS = {
+    "SAM-1": {
+        "L1-sam-global-norm:float32": "passed",
+        "L1-sam-global-norm:bfloat16": "passed",
+        "L1-sam-global-norm:float16": "failed",  # the norm is accumulated in half precision
+        "L1-sam-squares-overflow:float32": "failed",
+        "L1-sam-squares-underflow:float32": "failed",  # its norm is 0, and divided by
+    },
+    "SAM-2": {
+        "L1-sam-zero-gradient:float32": "failed",  # 0 / 0
+        "L1-sam-zero-layer:float32": "passed",
+        "L1-sam-tiny-gradient:float32": "passed",
+        "L1-sam-tiny-gradient-eps:float32": "unsupported",
+    },
+    "SAM-3": {"L1-sam-restore:float32": "passed", "L2-sam-momentum:float32": "passed"},
+    "SAM-4": {"L1-sam-unused:float32": "passed"},
+    "SAM-5": {"L1-sam-nan:float32": "failed", "L2-sam-skip-step:float32": "failed"},
+    "SAM-6": {"L2-sam-weight-decay:float32": "passed", "L2-sam-agc:float32": "passed"},
+    "SAM-7": {"L1-sam-fraction:float32": "unsupported"},
+    "SAM-8": {"L1-sam-microbatches:float32": "unsupported"},
+    "SAM-9": {
+        "L1-sam-global-scope-alone:float32": "passed",
+        "L3-sam-replicas-global:float32": "unsupported",
+    },
+    "SAM-10": {"L1-sam-adaptive-eta:float32": "unsupported"},
+    "SAM-11": {"L1-sam-only:float32": "unsupported", "L1-sam-unmatched:float32": "unsupported"},
+    "SAM-12": {"L1-sam-loss:float32": "unsupported"},  # grad_fn returns gradients only
+    "SAM-13": {"L3-sam-restart-agc:float32": "passed"},
+}
+
+
+@pytest.mark.parametrize("clause", SHARPNESS)
+def test_which_clauses_of_sam_optax_meets(clause: str) -> None:
+    vectors = {vector.id: vector for vector in load_vectors() if vector.clause == clause}
+    found = {}
+    for case in SHARPNESS[clause]:
+        name, _, dtype = case.partition(":")
+        found[case] = run_case(OptaxPeer(), vectors[name], dtype)["status"]
+    assert found == SHARPNESS[clause]
+
+
+def sharp(**rule: Any) -> SharpnessProblem:
+    """Weights 3 and 4, both attracted by 0: the ascent gradient is (3, 4), of norm 5."""
+    examples = Examples({"p": np.ones((2, 2))}, {"p": np.zeros((2, 2))})
+    return SharpnessProblem(SAM(**rule), {"p": np.array([3.0, 4.0])}, examples)
+
+
+def test_optax_takes_its_gradient_at_the_perturbed_weights() -> None:
+    outcome = OptaxPeer().sharpen(sharp(rho=0.5))
+    np.testing.assert_allclose(outcome.gradients["p"], [3.3, 4.4], rtol=1e-12)
+    np.testing.assert_array_equal(outcome.weights["p"], [3, 4])
+    assert outcome.loss is None
+
+
+def test_optax_goes_on_from_a_checkpoint() -> None:
+    problem, sgd = sharp(rho=0.5), Optimizer(lr=0.1, momentum=0.5)
+    batches = [problem.examples] * 4
+    straight = OptaxPeer().sharpness_trajectory(problem, sgd, batches)
+    resumed = OptaxPeer().sharpness_trajectory(problem, sgd, batches, restart=2)
+    np.testing.assert_array_equal([w["p"] for w in straight], [w["p"] for w in resumed])
+    first = 3 - 0.1 * 3.3
+    np.testing.assert_allclose(straight[0]["p"], [first, first * 4 / 3], rtol=1e-12)
+    with pytest.raises(Unsupported, match="decoupled"):
+        OptaxPeer().sharpness_trajectory(problem, Optimizer(lr=1, decoupled=True), batches)
+
+
+@pytest.mark.parametrize(
+    ("rule", "option"),
+    [
+        ({"adaptive": True}, "adaptive"),
+        ({"eps": 1e-12}, "eps=1e-12"),
+        ({"fraction": 0.2}, "fraction=0.2"),
+    ],
+)
+def test_an_option_of_sam_that_optax_lacks_is_unsupported(
+    rule: dict[str, Any], option: str
+) -> None:
+    with pytest.raises(Unsupported, match=f"optax has no argument for {option}"):
+        OptaxPeer().sharpen(sharp(**rule))
 
 
 def test_optax_says_what_it_is() -> None:

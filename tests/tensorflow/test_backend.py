@@ -10,6 +10,7 @@ from agc import AGC, Units
 from agc.backend import Layer, Optimizer, Problem, Task, Unavailable, Unsupported
 from agc.errors import NonFiniteError
 from agc.reference import RowSparse, adaptive_clip, clip_units
+from agc_conformance.real_images import result_ids, run_task
 from agc_tensorflow import plan
 from agc_tensorflow.backend import TensorFlowBackend
 
@@ -95,6 +96,12 @@ def test_trajectory(backend, decoupled):
         momentum = 0.5 * momentum + clipped + (0 if decoupled else decay)
         weight = weight - 0.1 * momentum - (0.1 * decay if decoupled else 0)
         np.testing.assert_allclose(step["w"], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_training_with_sam(backend):
+    records = run_task(backend, "sam-digits", steps=4)
+    found = {r["id"]: r["status"] for r in records if r["type"] == "result"}
+    assert found == dict.fromkeys(result_ids("sam-digits"), "passed")
 
 
 def test_training_reports_every_step(backend):

@@ -402,3 +402,112 @@ def test_mirrored_replicas_equal_the_reference(scope, mirrored):
     for v, w, g in zip(model.trainable_variables, before, want.gradients.values(), strict=True):
         np.testing.assert_allclose(np.asarray(v), w - g, rtol=1e-5, atol=1e-6)
     assert history["loss"][0] == pytest.approx(want.loss, rel=1e-5)
+
+
+class Counted(keras.layers.Layer):
+    """Adds one to a counter whenever it is run, inside a graph too."""
+
+    def __init__(self):
+        super().__init__()
+        self.runs = 0
+
+    def call(self, inputs):
+        def count():
+            self.runs += 1
+            return np.int64(self.runs)
+
+        with tf.control_dependencies([tf.numpy_function(count, [], tf.int64)]):
+            return tf.identity(inputs)
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+class TestEvery:
+    """Every k-th step perturbs; inside a graph the others must be plain there as well."""
+
+    rules = pytest.mark.parametrize(
+        "rule",
+        [
+            SAM(rho=0.3, every=3),
+            SAM(rho=0.3, every=3, fraction=0.2),
+            SAM(rho=0.3, every=3, microbatches=3),
+            SAM(rho=0.3, every=2, microbatches=2, fraction=0.5),
+        ],
+        ids=["full", "fraction", "microbatches", "both"],
+    )
+
+    def fit(self, rule, extra, *, epochs=5, **options):
+        model = net(dtype="float32", regularizer=keras.regularizers.L2(0.1), extra=extra)
+        x, y = data()
+        wrapped = SharpnessAwareModel(model, rule)
+        wrapped.compile(
+            keras.optimizers.SGD(0.1, momentum=0.9), LOSS32, metrics=["accuracy"], **options
+        )
+        history = wrapped.fit(x, y, batch_size=20, epochs=epochs, shuffle=False, verbose=0)
+        return [np.asarray(v) for v in model.variables], history.history
+
+    @pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
+    @rules
+    def test_in_a_graph_equals_eager(self, rule, jit):
+        def extra():
+            # XLA draws other random numbers.
+            dropout = [] if jit else [keras.layers.Dropout(0.5, seed=1)]
+            return [keras.layers.BatchNormalization(name="norm"), *dropout]
+
+        want, seen = self.fit(rule, extra(), run_eagerly=True)
+        got, found = self.fit(rule, extra(), jit_compile=jit)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+        for name, values in seen.items():
+            np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+        perturbed = [step % rule.every == 0 for step in range(5)]
+        assert [value != 0 for value in found["sharpness"]] == perturbed
+
+    @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graph"])
+    @rules
+    def test_plain_steps_take_one_pass(self, rule, eager):
+        layer = Counted()
+        self.fit(rule, [layer], epochs=rule.every, run_eagerly=eager, jit_compile=False)
+        assert layer.runs == 2 * rule.microbatches + (rule.every - 1)
+
+    def test_gradients_in_a_graph_have_the_holes_and_values_of_eager_ones(self):
+        table, unused = keras.layers.Embedding(5, 2), keras.Variable(np.ones(3))
+        table.build()
+        variables = [unused, table.embeddings]
+
+        def compute(step):
+            def loss():
+                return tf.reduce_sum(table(tf.constant([1, 1, 3])) ** 2)
+
+            rule = SAM(rho=0.1, every=2)
+            none, g = sam_value_and_gradients(loss, variables, rule, step=step)[1]
+            assert none is None
+            return tf.convert_to_tensor(g)
+
+        for step in (0, 1):
+            got = tf.function(compute)(tf.constant(step, tf.int64))
+            np.testing.assert_allclose(got, compute(step), rtol=1e-6)
+        assert not np.allclose(compute(0), compute(1))
+
+
+def test_every_on_replicas(mirrored):
+    rule = SAM(rho=0.3, every=2, scope="global")
+    x, y = data()
+
+    def fit(rule):
+        model = net(dtype="float32")
+        wrapped = SharpnessAwareModel(model, rule)
+        wrapped.compile(keras.optimizers.SGD(0.5), LOSS32)
+        history = wrapped.fit(x, y, batch_size=20, epochs=3, shuffle=False, verbose=0).history
+        return [np.asarray(v) for v in model.trainable_variables], history
+
+    want, one = fit(rule)
+    with mirrored.scope():
+        got, two = fit(rule)
+        with pytest.raises(ConfigError, match="on several replicas needs run_eagerly=True"):
+            fit(SAM(every=2, fraction=0.5))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(two["sharpness"], one["sharpness"], rtol=1e-4, atol=1e-6)
+    assert two["sharpness"][1] == pytest.approx(0, abs=1e-6)

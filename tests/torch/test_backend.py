@@ -12,6 +12,8 @@ from agc.backend import Layer, Optimizer, Problem, Task, Unavailable, Unsupporte
 from agc.errors import DTypeError, MissingGradientError, NonFiniteError, ShapeError
 from agc.plan import Parameter, make_plan
 from agc.reference import RowSparse, adaptive_clip
+from agc_conformance.real_images import run_task
+from agc_torch import SharpnessAware, adaptive_clip_grad_
 from agc_torch.backend import TorchBackend
 
 BACKEND = TorchBackend()
@@ -181,6 +183,40 @@ def test_train():
         before = steps[index - 1].after if index else weights
         assert all(np.array_equal(step.before[name], before[name]) for name in weights)
     assert steps[0].plan["conv2.weight"].count == 5
+
+
+def statuses(records):
+    return {r["id"].rpartition("-")[2]: r["status"] for r in records if r["type"] == "result"}
+
+
+def test_train_with_sam():
+    found = statuses(run_task(BACKEND, "sam-digits", steps=4))
+    assert found == dict.fromkeys(("plan", "perturb", "descent", "clip", "update", "run"), "passed")
+
+
+def restore_nearly(self):
+    """Restore to one unit in the last place, as subtracting ``e`` does."""
+    backup, self._backup = self._backup, None
+    for weight, copy in backup or ():
+        weight.copy_(torch.nextafter(copy, weight))
+
+
+def clip_twice(self):
+    """Clip the ascent gradient as well, as a clipper inside the closure does."""
+    adaptive_clip_grad_(self.model, AGC(clipping=0.05))
+    return ASCENT(self)
+
+
+ASCENT = SharpnessAware._ascent_gradients
+
+
+@pytest.mark.parametrize(
+    ("part", "mistake", "noticed"),
+    [("_restore", restore_nearly, "descent"), ("_ascent_gradients", clip_twice, "perturb")],
+)
+def test_train_with_sam_notices(monkeypatch, part, mistake, noticed):
+    monkeypatch.setattr(SharpnessAware, part, mistake)
+    assert statuses(run_task(BACKEND, "sam-digits", steps=4))[noticed] == "failed"
 
 
 def test_devices():

@@ -8,8 +8,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from agc import AGC, Schedule, Units
-from agc.backend import Backend, Optimizer, Problem, Unavailable, Unsupported
+from agc import AGC, SAM, Schedule, Units
+from agc.backend import (
+    Backend,
+    Examples,
+    Optimizer,
+    Problem,
+    SharpnessProblem,
+    Unavailable,
+    Unsupported,
+)
 from agc.reference import RowSparse, clip_units
 from agc_conformance.peers.pytorch_optimizer import PytorchOptimizerPeer
 from agc_conformance.peers.timm import TimmPeer
@@ -136,6 +144,103 @@ def test_an_option_that_a_peer_lacks_is_unsupported(
 ) -> None:
     with pytest.raises(Unsupported, match=f"{peer.name} has no argument for {option}"):
         peer.clip(problem(*draw((3, 2)), **rule))
+
+
+# Vector of SAM: what pytorch_optimizer, with davda54's formula, makes of it. Misses are why the clauses are there.
+SHARPNESS = {
+    "SAM-1": {
+        "L1-sam-global-norm:float32": "passed",
+        "L1-sam-global-norm:float16": "passed",
+        "L1-sam-squares-overflow:float32": "failed",  # its norm is infinite: no perturbation
+        "L1-sam-squares-underflow:float32": "failed",  # its norm is 0
+    },
+    "SAM-2": {
+        "L1-sam-zero-gradient:float32": "passed",
+        "L1-sam-zero-gradient:float16": "failed",  # rho / 1e-12 is infinite in half precision
+        "L1-sam-tiny-gradient:float32": "failed",  # 1e-12 shortens e
+        "L1-sam-tiny-gradient-eps:float32": "passed",  # which profile davda54 reproduces
+    },
+    "SAM-3": {
+        "L1-sam-restore:float32": "passed",
+        "L1-sam-restore:bfloat16": "passed",
+        "L2-sam-momentum:float32": "passed",
+    },
+    "SAM-4": {"L1-sam-unused:float32": "passed", "L1-sam-no-gradient:float32": "unsupported"},
+    "SAM-5": {"L1-sam-nan:float32": "failed", "L2-sam-skip-step:float32": "failed"},
+    "SAM-6": {"L2-sam-weight-decay:float32": "passed", "L2-sam-agc:float32": "passed"},
+    "SAM-7": {"L1-sam-fraction:float32": "unsupported"},
+    "SAM-8": {"L1-sam-microbatches:float32": "unsupported"},
+    "SAM-9": {
+        "L1-sam-global-scope-alone:float32": "passed",
+        "L3-sam-replicas-global:float32": "unsupported",
+    },
+    "SAM-10": {
+        "L1-sam-adaptive:float32": "failed",  # no eta
+        "L1-sam-adaptive-eta-zero:float32": "failed",  # and vectors are scaled too
+    },
+    "SAM-11": {"L1-sam-every-step-1:float32": "unsupported", "L1-sam-only:float32": "unsupported"},
+    "SAM-12": {"L1-sam-loss:float32": "unsupported"},  # its step returns nothing
+    "SAM-13": {"L3-sam-restart-agc:float32": "passed"},
+}
+
+
+@pytest.mark.parametrize("clause", SHARPNESS)
+def test_which_clauses_of_sam_pytorch_optimizer_meets(clause: str) -> None:
+    vectors = {vector.id: vector for vector in load_vectors() if vector.clause == clause}
+    found = {}
+    for case in SHARPNESS[clause]:
+        name, _, dtype = case.partition(":")
+        found[case] = run_case(PytorchOptimizerPeer(), vectors[name], dtype)["status"]
+    assert found == SHARPNESS[clause]
+
+
+def sharp(**rule: Any) -> SharpnessProblem:
+    """Weights 3 and 4, both attracted by 0: the ascent gradient is (3, 4), of norm 5."""
+    examples = Examples({"p": np.ones((2, 2))}, {"p": np.zeros((2, 2))})
+    return SharpnessProblem(SAM(**rule), {"p": np.array([3.0, 4.0])}, examples)
+
+
+def test_pytorch_optimizer_takes_its_gradient_at_the_perturbed_weights() -> None:
+    outcome = PytorchOptimizerPeer().sharpen(sharp(rho=0.5))
+    np.testing.assert_allclose(outcome.gradients["p"], [3.3, 4.4], rtol=1e-7)
+    np.testing.assert_array_equal(outcome.weights["p"], [3, 4])
+    assert outcome.loss is None
+
+
+def test_pytorch_optimizer_goes_on_from_a_checkpoint() -> None:
+    problem, sgd = sharp(rho=0.5), Optimizer(lr=0.1, momentum=0.5)
+    batches = [problem.examples] * 4
+    peer = PytorchOptimizerPeer()
+    straight = peer.sharpness_trajectory(problem, sgd, batches)
+    resumed = peer.sharpness_trajectory(problem, sgd, batches, restart=2)
+    np.testing.assert_array_equal([w["p"] for w in straight], [w["p"] for w in resumed])
+    first = 3 - 0.1 * 3.3
+    np.testing.assert_allclose(straight[0]["p"], [first, first * 4 / 3], rtol=1e-7)
+    with pytest.raises(Unsupported, match="decoupled"):
+        peer.sharpness_trajectory(problem, Optimizer(lr=1, decoupled=True), batches)
+
+
+@pytest.mark.parametrize(
+    ("rule", "option"),
+    [
+        ({"rho": Schedule([(0, 0.1)])}, "rho that is not one number"),
+        ({"fraction": 0.2}, "fraction=0.2"),
+        ({"microbatches": 2}, "microbatches=2"),
+        ({"every": 2}, "every=2"),
+        ({"only": ["p"]}, "only and exclude"),
+        ({"nonfinite": "raise"}, "nonfinite='raise'"),
+    ],
+)
+def test_an_option_of_sam_that_pytorch_optimizer_lacks_is_unsupported(
+    rule: dict[str, Any], option: str
+) -> None:
+    with pytest.raises(Unsupported, match=f"pytorch_optimizer has no argument for {option}"):
+        PytorchOptimizerPeer().sharpen(sharp(**rule))
+
+
+def test_timm_has_no_sam() -> None:
+    with pytest.raises(Unsupported, match="timm has no SAM"):
+        TimmPeer().sharpen(sharp())
 
 
 def test_timm_takes_steps_with_the_optimizer_of_its_training_script() -> None:

@@ -7,10 +7,11 @@ that it has no argument for is *unsupported*.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import ClassVar
 
-from agc import AGC
+from agc import AGC, SAM
 from agc.backend import Backend, Unsupported
 
 __all__ = ["Peer"]
@@ -49,7 +50,32 @@ class Peer(Backend):
             f"granularity={rule.granularity!r}": rule.granularity != "unit",
             f"unit_rule={rule.unit_rule!r}": rule.unit_rule not in ("declared", self.name),
         }
+        self.lacks(asked)
+        return rule.clipping  # type: ignore[return-value]
+
+    def radius(self, rule: SAM) -> float:
+        """Return rho, if that, ``adaptive`` and ``eps`` are all that a rule asks for.
+
+        The scope does not matter: a peer is asked in one process, where both are the same.
+
+        Raises
+        ------
+        Unsupported
+            If the rule asks for more.
+        """
+        asked = {
+            "rho that is not one number": callable(rule.rho),
+            f"fraction={rule.fraction}": rule.fraction != 1,
+            f"microbatches={rule.microbatches}": rule.microbatches != 1,
+            f"every={rule.every}": rule.every != 1,
+            "only and exclude": bool(rule.only or rule.exclude),
+            f"nonfinite={rule.nonfinite!r}": rule.nonfinite != "skip_step",
+        }
+        self.lacks(asked)
+        return rule.rho  # type: ignore[return-value]
+
+    def lacks(self, asked: Mapping[str, bool]) -> None:
+        """Raise Unsupported for the first option that is asked for."""
         for option, there in asked.items():
             if there:
                 raise Unsupported(f"{self.name} has no argument for {option}")
-        return rule.clipping  # type: ignore[return-value]

@@ -26,8 +26,10 @@ def svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def histograms(title: str, found: Mapping[str, Sequence[int]]) -> str:
-    """Draw how the clipped elements of one run are distributed over errors.
+def histograms(
+    title: str, found: Mapping[str, Sequence[int]], limits: Mapping[str, float] = LIMITS
+) -> str:
+    """Draw how the elements that one run computed are distributed over errors.
 
     Parameters
     ----------
@@ -35,6 +37,8 @@ def histograms(title: str, found: Mapping[str, Sequence[int]]) -> str:
         The run.
     found : mapping of dtype to counts
         Elements by error; bins as :data:`agc_conformance.records.ULP_BINS` and one above.
+    limits : mapping of dtype to float
+        Largest error allowed.
 
     Returns
     -------
@@ -60,11 +64,11 @@ def histograms(title: str, found: Mapping[str, Sequence[int]]) -> str:
             colour = "white" if share > 0.5 else "#16202c"
             plot.text(column, row, shown, ha="center", va="center", fontsize=7, color=colour)
         for row, dtype in enumerate(found):
-            edge = ULP_BINS.index(LIMITS[dtype]) + 0.5
+            edge = ULP_BINS.index(limits[dtype]) + 0.5
             plot.plot([edge, edge], [row - 0.5, row + 0.5], color="#b3161b", lw=1.5)
         plot.set_xticks(range(len(labels)), labels)
         plot.set_yticks(range(len(found)), list(found))
-        plot.set_xlabel(f"error in ULP, {int(counts.sum()):,} clipped elements")
+        plot.set_xlabel(f"error in ULP, {int(counts.sum()):,} elements")
         plot.set_title(title, fontsize=9, loc="left", fontweight="bold")
         plot.tick_params(length=0)
         plot.spines[:].set_visible(False)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from agc_conformance.flags import FLAGS
 from agc_conformance.records import bad_statuses
 from agc_conformance.reporting.figures import histograms
-from agc_conformance.reporting.summary import Cell, Summary
+from agc_conformance.reporting.summary import ULP_LIMITS, Cell, Summary
 from agc_conformance.vectors import CLAUSES, load_vectors
 
 __all__ = ["html"]
@@ -31,7 +31,13 @@ def html(summary: Summary) -> str:
         flags=FLAGS,
         bad=bad_statuses,
         # Drawn here, from numbers, so that nothing needs escaping.
-        drawn=[Markup(histograms(c.title, c.histograms)) for c in summary.backends if c.histograms],
+        drawn=[
+            Markup(histograms(f"{method}, {column.title}", found, limits))
+            for method, limits in ULP_LIMITS.items()
+            for column in summary.backends
+            if (found := column.histograms(method))
+        ],
+        methods=list(ULP_LIMITS),
         training=_training(summary),
         trained=_trained(summary),
         dtype=lambda name: "no numbers" if name == "-" else name,

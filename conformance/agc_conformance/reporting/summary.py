@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from agc_conformance.compare import LIMITS
 from agc_conformance.records import ULP_BINS, ResultFile, ResultRecord, Role, bad_statuses
+from agc_conformance.sharpness.compare import SHARPNESS_LIMITS
 from agc_conformance.vectors import CLAUSES
 
-__all__ = ["Cell", "Column", "Summary", "Verdict", "summarize"]
+__all__ = ["ULP_LIMITS", "Cell", "Column", "Summary", "Verdict", "summarize"]
 
 Verdict = Literal["passed", "failed", "expected", "unsupported", "none"]
 
+ULP_LIMITS: Final = {"AGC": LIMITS, "SAM": SHARPNESS_LIMITS}
+"""Largest errors allowed, by method, which is how its clauses begin, and dtype."""
 _ORDER = ["-", "float32", "float64", "bfloat16", "float16", "complex64", "complex128"]
 
 
@@ -108,33 +111,33 @@ class Column:
         """All results."""
         return Cell(self.file.results)
 
-    @property
-    def histograms(self) -> dict[str, list[int]]:
-        """Elements by error in ULP, per dtype of the gradient, of the results that passed."""
+    def histograms(self, method: str) -> dict[str, list[int]]:
+        """Elements by error in ULP, per dtype of the gradient, of one method's results that passed."""
         found: dict[str, list[int]] = {}
-        for result in self.file.results:
-            if result["histogram"] and result["status"] == "passed" and result["level"] != "L2":
-                name = result["dtype"].partition("/")[0]
-                mine = found.setdefault(name, [0] * (len(ULP_BINS) + 1))
-                for index, count in enumerate(result["histogram"]):
-                    mine[index] += count
+        for result in self._measured(method):
+            name = result["dtype"].partition("/")[0]
+            mine = found.setdefault(name, [0] * (len(ULP_BINS) + 1))
+            for index, count in enumerate(result["histogram"]):
+                mine[index] += count
         return {name: found[name] for name in _ORDER if name in found}
 
-    @property
-    def errors(self) -> list[tuple[str, float, float]]:
-        """Dtype, largest error and limit, of the results that passed."""
-        out = []
-        for name in self.histograms:
-            values = [
-                r["max_ulp"]
-                for r in self.file.results
-                if r["dtype"].partition("/")[0] == name
-                and r["max_ulp"] is not None
-                and r["status"] == "passed"
-                and r["level"] != "L2"
-            ]
-            out.append((name, max(values, default=0.0), LIMITS[name]))
-        return out
+    def errors(self, method: str) -> dict[str, tuple[float, float]]:
+        """Largest error and limit by dtype, of one method's results that passed."""
+        worst: dict[str, float] = {}
+        for result in self._measured(method):
+            name = result["dtype"].partition("/")[0]
+            worst[name] = max(worst.get(name, 0.0), result["max_ulp"] or 0.0)
+        return {name: (value, ULP_LIMITS[method][name]) for name, value in worst.items()}
+
+    def _measured(self, method: str) -> list[ResultRecord]:
+        return [
+            result
+            for result in self.file.results
+            if result["clause"].startswith(method)
+            and result["histogram"]
+            and result["status"] == "passed"
+            and result["level"] != "L2"
+        ]
 
 
 @dataclass

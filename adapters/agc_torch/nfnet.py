@@ -54,6 +54,11 @@ _FUNCTIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
     "log_sigmoid": F.logsigmoid,
     "identity": lambda x: x,
 }
+_REUSABLE: Final = (
+    "gelu",
+    "gelu_erf",
+    "silu",
+)  # the result is new, and the gradient does not need it
 
 
 def nfnet(
@@ -211,7 +216,8 @@ class Activation(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Tensor, beta: float = 1.0) -> Tensor:
         """Return the scaled function of ``x``, times ``beta``."""
-        return _FUNCTIONS[self.name](x) * (GAMMAS[self.name] * beta)
+        result, factor = _FUNCTIONS[self.name](x), GAMMAS[self.name] * beta
+        return result.mul_(factor) if self.name in _REUSABLE else result * factor
 
     def extra_repr(self) -> str:
         """Return the name."""
@@ -228,9 +234,8 @@ class SqueezeExcite(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return gates of shape (n, c, 1, 1) for images of shape (n, c, h, w)."""
-        hidden = F.relu(
-            self.fc0(x.mean((2, 3)))
-        )  # the paper says GELU, the released weights want ReLU
+        # ReLU, without a factor, is what the released weights were trained with; the paper says GELU.
+        hidden = F.relu(self.fc0(x.mean((2, 3))))
         return 2 * torch.sigmoid(self.fc1(hidden))[:, :, None, None]
 
 

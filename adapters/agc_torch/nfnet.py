@@ -149,6 +149,54 @@ class SameConv2d(nn.Conv2d):  # type: ignore[misc]
         return F.conv2d(x, weight, self.bias, stride, groups=self.groups)
 
 
+_FILTER: Final = (1, 2, 3)  # the axes of a filter, of which a weight has one for each output
+
+
+def _standardise(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
+    centred = weight - weight.mean(_FILTER, keepdim=True)
+    scale, _ = _scale(centred, ws_eps)
+    return centred * (gain.view(-1, 1, 1, 1) * scale)
+
+
+def _scale(centred: Tensor, ws_eps: WsEps) -> tuple[Tensor, Tensor]:
+    """Return what makes each filter's norm 1, and whether it depends on the filter (above the floor)."""
+    squared_norm = centred.square().sum(_FILTER, keepdim=True)
+    eps = WS_EPS[ws_eps]
+    if ws_eps == "deepmind":
+        return squared_norm.clamp(min=eps).rsqrt(), squared_norm > eps
+    return (squared_norm + centred[0].numel() * eps).rsqrt(), torch.ones_like(squared_norm).bool()
+
+
+class _Standardise(torch.autograd.Function):  # type: ignore[misc]
+    """The formula, with its gradient in a few passes over the weights; autograd's own takes four times as long.
+
+    Of a filter ``c`` with its mean taken off, scaled by ``s = 1 / norm(c)``, with the gain ``a`` and the
+    gradient ``g``: the weight's gradient is ``a s (g - mean(g) - s^2 (g . c) c)``, the gain's is ``s (g . c)``.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
+        return _standardise(weight, gain, ws_eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, WsEps], _: Tensor) -> None:
+        weight, gain, ctx.ws_eps = inputs
+        ctx.save_for_backward(weight, gain)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight, gain = ctx.saved_tensors
+        centred = weight - weight.mean(_FILTER, keepdim=True)
+        scale, depends = _scale(centred, ctx.ws_eps)
+        along = (gradient * centred).sum(_FILTER, keepdim=True)
+        for_weight = torch.addcmul(gradient, centred, -(depends * along * scale.square()))
+        for_weight = for_weight.sub_(gradient.mean(_FILTER, keepdim=True))
+        for_weight = for_weight.mul_(gain.view(-1, 1, 1, 1) * scale)
+        return for_weight, (along * scale).view(-1), None
+
+
 class WSConv2d(SameConv2d):
     """A convolution whose weight is standardised: each filter has mean 0 and, times its gain, norm 1.
 
@@ -178,15 +226,9 @@ class WSConv2d(SameConv2d):
         weight, gain = self.weight, self.gain
         if weight.dtype in (torch.bfloat16, torch.float16):
             weight, gain = weight.float(), gain.float()
-        filter_axes = (1, 2, 3)
-        centred = weight - weight.mean(filter_axes, keepdim=True)
-        squared_norm = centred.square().sum(filter_axes, keepdim=True)
-        if self.ws_eps == "deepmind":
-            squared_norm = squared_norm.clamp(min=WS_EPS["deepmind"])
-        else:
-            squared_norm = squared_norm + weight[0].numel() * WS_EPS["timm"]
-        scale = gain.view(-1, 1, 1, 1) * squared_norm.rsqrt()
-        return (centred * scale).to(self.weight.dtype)
+        # A compiler fuses the formula and its gradient by itself.
+        run = _standardise if torch.compiler.is_compiling() else _Standardise.apply
+        return run(weight, gain, self.ws_eps).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve images of shape (n, inputs, h, w)."""

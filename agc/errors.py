@@ -40,7 +40,7 @@ class AmbiguousUnitsError(UnitsError):
 
 
 class ShapeError(AGCError, ValueError):
-    """A gradient and its parameter do not have the same shape."""
+    """An array does not have the shape that it must have, such as a gradient that of its parameter."""
 
 
 class DTypeError(AGCError, TypeError):

@@ -2,7 +2,7 @@
 
 ``attach(optimizer, model, rule)`` clips inside every ``optimizer.step()``; ``adaptive_clip_grad_(model,
 rule)`` clips by hand, where ``clip_grad_norm_`` would stand; ``plan(model, rule)`` says beforehand what
-will be clipped, and by which units.
+will be clipped, and by which units. ``nfnet("F0")`` is a model, ``sgd_nfnet(model, lr)`` its optimizer.
 """
 
 try:
@@ -15,13 +15,17 @@ except ModuleNotFoundError as error:
     ) from error
 
 from agc_torch.clip import adaptive_clip_grad_
+from agc_torch.nfnet import NFNet, nfnet
 from agc_torch.optimizer import Handle, attach, attached
+from agc_torch.recipe import sgd_nfnet
 from agc_torch.sam import SamStats, SharpnessAware, Verification, verify_sam
 from agc_torch.stats import Stats
 from agc_torch.units import plan, register_units, units
+from agc_torch.weights import from_neutral, to_neutral
 
 __all__ = [
     "Handle",
+    "NFNet",
     "SamStats",
     "SharpnessAware",
     "Stats",
@@ -29,8 +33,12 @@ __all__ = [
     "adaptive_clip_grad_",
     "attach",
     "attached",
+    "from_neutral",
+    "nfnet",
     "plan",
     "register_units",
+    "sgd_nfnet",
+    "to_neutral",
     "units",
     "verify_sam",
 ]

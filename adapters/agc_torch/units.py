@@ -20,7 +20,7 @@ from agc import AGC, Plan, Units
 from agc.errors import ParameterError
 from agc.plan import WHOLE, Parameter, PlanEntry, canonical_name, make_plan
 
-__all__ = ["Model", "named_parameters", "plan", "register_units", "resolve", "units"]
+__all__ = ["Model", "named_parameters", "plan", "register_units", "resolve", "units", "unwrap"]
 
 Model: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 LayerUnits: TypeAlias = Mapping[str, str | Units]
@@ -78,7 +78,7 @@ def plan(model: Model, rule: AGC) -> Plan:
             )
         found, owner = survey.get(name, (None, None))
         parameters.append(Parameter(name, tuple(tensor.shape), found, "out-first", owner))
-    head = getattr(_unwrap(model), "agc_head", None) if isinstance(model, nn.Module) else None
+    head = getattr(unwrap(model), "agc_head", None) if isinstance(model, nn.Module) else None
     made = make_plan(parameters, rule, head=head)
     for entry in made:
         _ = entry.axes  # remembered, because torch.compile cannot work them out
@@ -146,7 +146,7 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
         If the model holds flat parameters of FSDP1, whose units are cut apart (AGC-8).
     """
     if isinstance(model, nn.Module):
-        named: Iterable[tuple[str, Tensor]] = _unwrap(model).named_parameters()
+        named: Iterable[tuple[str, Tensor]] = unwrap(model).named_parameters()
     else:
         named = model.items() if isinstance(model, Mapping) else model
     found: dict[str, Tensor] = {}
@@ -165,6 +165,17 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
             raise ParameterError(f"two parameters are called {name!r}")
         found[name] = tensor
     return found
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the bare model inside DDP, DataParallel and ``torch.compile``."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def resolve(
@@ -219,17 +230,6 @@ def _same(known: Pairs, named: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """Return the bare model inside DDP, DataParallel and ``torch.compile``."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
 def _clean(name: str) -> str:
     if not any(wrapper in name for wrapper in _WRAPPERS):
         return name
@@ -251,7 +251,7 @@ def _survey(model: nn.Module) -> dict[str, tuple[Units | None, str]]:
             found[_clean(name.lstrip("."))] = (units, type(layer).__name__)
 
     # A layer comes before what it contains, so it speaks for the tensors behind its parametrised weights.
-    for prefix, layer in _unwrap(model).named_modules():
+    for prefix, layer in unwrap(model).named_modules():
         table = _layer_units(layer)
         for name, tensor in layer.named_parameters(recurse=False):
             add(f"{prefix}.{name}", tensor, _of(layer, table, name), layer)

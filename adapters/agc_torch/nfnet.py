@@ -1,0 +1,518 @@
+"""NFNets (arXiv:2102.06171) in PyTorch.
+
+The shared facts are in :mod:`agc.nfnet`; this file is their PyTorch code, from the smallest part to the whole:
+convolution, activation, squeeze and excite, stem, block, model. Images are ``(n, c, h, w)``, in either memory
+format. Parameters are called by their canonical names, so the model's ``state_dict`` has them too, in
+PyTorch's layout; :mod:`agc_torch.weights` translates.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from agc.errors import DTypeError, ShapeError
+from agc.nfnet import (
+    ALPHA,
+    GAMMAS,
+    HEAD,
+    WS_EPS,
+    Block,
+    Conv,
+    Options,
+    Variant,
+    WsEps,
+    blocks,
+    final_conv,
+    options,
+    parameters,
+    same_padding,
+    stem,
+)
+
+__all__ = ["NFNet", "nfnet"]
+
+_FUNCTIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_erf": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "relu6": F.relu6,
+    "elu": F.elu,
+    "celu": F.celu,
+    "leaky_relu": F.leaky_relu,
+    "selu": F.selu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softplus": F.softplus,
+    "soft_sign": F.softsign,
+    "log_sigmoid": F.logsigmoid,
+    "identity": lambda x: x,
+}
+_REUSABLE: Final = (
+    "gelu",
+    "gelu_erf",
+    "silu",
+)  # the result is new, and the gradient does not need it
+
+
+def nfnet(
+    variant: str | Variant,
+    num_classes: int | None = None,
+    *,
+    dropout: float | None = None,
+    stochastic_depth: float | None = None,
+    in_channels: int = 3,
+    activation: str = "gelu",
+    ws_eps: WsEps = "deepmind",
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
+) -> NFNet:
+    """Return an NFNet with the initial values of DeepMind's code (arXiv:2102.06171).
+
+    Parameters
+    ----------
+    variant : str or Variant
+        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first steps.
+    num_classes : int, optional
+        1000 if None, and 10 for ``tiny``.
+    dropout : float, optional
+        Rate before the classifier; the variant's own (0.2 to 0.5) if None.
+    stochastic_depth : float, optional
+        Rate that the blocks' rates rise to; 0.25 if None. What is kept is not rescaled.
+    in_channels : int
+        Channels of the images.
+    activation : str
+        A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want ``"gelu_erf"``.
+    ws_eps : {"deepmind", "timm"}
+        Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
+    device, dtype
+        Where and how parameters are stored, as in any PyTorch layer; ``device="meta"`` stores none.
+
+    Returns
+    -------
+    NFNet
+        In training mode.
+
+    Raises
+    ------
+    ConfigError
+        If a value is not allowed; for an unknown variant the message lists those there are.
+
+    Examples
+    --------
+    >>> model = nfnet("tiny").eval()
+    >>> model(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+    chosen = options(
+        variant,
+        num_classes,
+        dropout=dropout,
+        stochastic_depth=stochastic_depth,
+        in_channels=in_channels,
+        activation=activation,
+        ws_eps=ws_eps,
+    )
+    return NFNet(chosen, device=device, dtype=dtype)
+
+
+class SameConv2d(nn.Conv2d):  # type: ignore[misc]
+    """A convolution with a bias that pads as XLA's SAME does: an even axis under stride 2 only at its end."""
+
+    def __init__(self, conv: Conv, **factory: Any) -> None:
+        super().__init__(
+            conv.inputs, conv.outputs, conv.kernel, conv.stride, groups=conv.groups, **factory
+        )
+        self.conv = conv
+
+    def reset_parameters(self) -> None:
+        """Leave the numbers to :meth:`NFNet.reset_parameters`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve images of shape (n, inputs, h, w)."""
+        return self.convolve(x, self.weight)
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Convolve with a given weight."""
+        kernel, stride = self.conv.kernel, self.conv.stride
+        top, bottom = same_padding(x.shape[2], kernel, stride)
+        left, right = same_padding(x.shape[3], kernel, stride)
+        if top == bottom and left == right:
+            return F.conv2d(x, weight, self.bias, stride, (top, left), groups=self.groups)
+        x = F.pad(x, (left, right, top, bottom))
+        return F.conv2d(x, weight, self.bias, stride, groups=self.groups)
+
+
+_FILTER: Final = (1, 2, 3)  # the axes of a filter, of which a weight has one for each output
+
+
+def _standardise(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
+    centred = weight - weight.mean(_FILTER, keepdim=True)
+    scale, _ = _scale(centred, ws_eps)
+    return centred * (gain.view(-1, 1, 1, 1) * scale)
+
+
+def _scale(centred: Tensor, ws_eps: WsEps) -> tuple[Tensor, Tensor]:
+    """Return what makes each filter's norm 1, and whether it depends on the filter (above the floor)."""
+    squared_norm = centred.square().sum(_FILTER, keepdim=True)
+    eps = WS_EPS[ws_eps]
+    if ws_eps == "deepmind":
+        return squared_norm.clamp(min=eps).rsqrt(), squared_norm > eps
+    return (squared_norm + centred[0].numel() * eps).rsqrt(), torch.ones_like(squared_norm).bool()
+
+
+class _Standardise(torch.autograd.Function):  # type: ignore[misc]
+    """The formula, with its gradient in a few passes over the weights; autograd's own takes four times as long.
+
+    Of a filter ``c`` with its mean taken off, scaled by ``s = 1 / norm(c)``, with the gain ``a`` and the
+    gradient ``g``: the weight's gradient is ``a s (g - mean(g) - s^2 (g . c) c)``, the gain's is ``s (g . c)``.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
+        return _standardise(weight, gain, ws_eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, WsEps], _: Tensor) -> None:
+        weight, gain, ctx.ws_eps = inputs
+        ctx.save_for_backward(weight, gain)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight, gain = ctx.saved_tensors
+        centred = weight - weight.mean(_FILTER, keepdim=True)
+        scale, depends = _scale(centred, ctx.ws_eps)
+        along = (gradient * centred).sum(_FILTER, keepdim=True)
+        for_weight = torch.addcmul(gradient, centred, -(depends * along * scale.square()))
+        for_weight = for_weight.sub_(gradient.mean(_FILTER, keepdim=True))
+        for_weight = for_weight.mul_(gain.view(-1, 1, 1, 1) * scale)
+        return for_weight, (along * scale).view(-1), None
+
+
+class WSConv2d(SameConv2d):
+    """A convolution whose weight is standardised: each filter has mean 0 and, times its gain, norm 1.
+
+    Parameters
+    ----------
+    conv : Conv
+        Sizes, stride and groups.
+    ws_eps : {"deepmind", "timm"}
+        See :data:`agc.nfnet.WS_EPS`.
+    **factory
+        ``device`` and ``dtype``.
+
+    Attributes
+    ----------
+    weight : Parameter, shape (outputs, inputs / groups, kernel, kernel)
+    gain, bias : Parameter, shape (outputs,)
+        A gain is a vector, hence one unit of AGC (AGC-5).
+    """
+
+    def __init__(self, conv: Conv, ws_eps: WsEps, **factory: Any) -> None:
+        super().__init__(conv, **factory)
+        self.ws_eps = ws_eps
+        self.gain = nn.Parameter(torch.empty(conv.outputs, **factory))
+
+    def standardised(self) -> Tensor:
+        """Return the weight that is convolved with, worked out in at least float32, in its own dtype."""
+        weight, gain = self.weight, self.gain
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            weight, gain = weight.float(), gain.float()
+        # A compiler fuses the formula and its gradient by itself.
+        run = _standardise if torch.compiler.is_compiling() else _Standardise.apply
+        return run(weight, gain, self.ws_eps).to(self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve images of shape (n, inputs, h, w)."""
+        return self.convolve(x, self.standardised())
+
+    def folded(self) -> SameConv2d:
+        """Return the plain convolution that gives the same outputs."""
+        plain = SameConv2d(self.conv, device="meta")
+        plain.weight = nn.Parameter(self.standardised().detach(), requires_grad=False)
+        plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        return plain
+
+
+class Dense(nn.Linear):  # type: ignore[misc]
+    """A dense layer whose numbers are left to :meth:`NFNet.reset_parameters`."""
+
+    def reset_parameters(self) -> None:
+        """Leave the numbers to :meth:`NFNet.reset_parameters`."""
+
+
+class Activation(nn.Module):  # type: ignore[misc]
+    """A function times the constant that keeps the variance of N(0, 1)."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor, beta: float = 1.0) -> Tensor:
+        """Return the scaled function of ``x``, times ``beta``."""
+        result, factor = _FUNCTIONS[self.name](x), GAMMAS[self.name] * beta
+        return result.mul_(factor) if self.name in _REUSABLE else result * factor
+
+    def extra_repr(self) -> str:
+        """Return the name."""
+        return self.name
+
+
+class SqueezeExcite(nn.Module):  # type: ignore[misc]
+    """Gates between 0 and 2, one a channel and image, from the channels' means."""
+
+    def __init__(self, block: Block, **factory: Any) -> None:
+        super().__init__()
+        self.fc0 = Dense(block.outputs, block.squeezed, **factory)
+        self.fc1 = Dense(block.squeezed, block.outputs, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return gates of shape (n, c, 1, 1) for images of shape (n, c, h, w)."""
+        # ReLU, without a factor, is what the released weights were trained with; the paper says GELU.
+        hidden = F.relu(self.fc0(x.mean((2, 3))))
+        return 2 * torch.sigmoid(self.fc1(hidden))[:, :, None, None]
+
+
+class Stem(nn.Module):  # type: ignore[misc]
+    """Four convolutions, a quarter of the size; no activation after the last."""
+
+    def __init__(self, chosen: Options, **factory: Any) -> None:
+        super().__init__()
+        conv0, conv1, conv2, conv3 = stem(chosen.variant, chosen.in_channels)
+        self.conv0 = WSConv2d(conv0, chosen.ws_eps, **factory)
+        self.conv1 = WSConv2d(conv1, chosen.ws_eps, **factory)
+        self.conv2 = WSConv2d(conv2, chosen.ws_eps, **factory)
+        self.conv3 = WSConv2d(conv3, chosen.ws_eps, **factory)
+        self.activation = Activation(chosen.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take images of shape (n, c, h, w) to (n, widths[0] / 2, h / 4, w / 4)."""
+        x = self.activation(self.conv0(x))
+        x = self.activation(self.conv1(x))
+        x = self.activation(self.conv2(x))
+        return self.conv3(x)
+
+
+class NFBlock(nn.Module):  # type: ignore[misc]
+    """A residual block without normalisation."""
+
+    def __init__(self, block: Block, chosen: Options, **factory: Any) -> None:
+        super().__init__()
+        self.block = block
+        self.drop_rate = chosen.stochastic_depth * block.stochastic_depth
+        convs = {conv.name: WSConv2d(conv, chosen.ws_eps, **factory) for conv in block.convs}
+        self.conv0 = convs["conv0"]
+        self.conv1 = convs["conv1"]
+        self.conv1b = convs["conv1b"]
+        self.conv2 = convs["conv2"]
+        self.shortcut = convs.get("shortcut")
+        self.se = SqueezeExcite(block, **factory)
+        self.skip_gain = nn.Parameter(torch.empty((), **factory))
+        self.activation = Activation(chosen.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take images of shape (n, inputs, h, w) to (n, outputs, h / stride, w / stride)."""
+        residual, shortcut = self.branches(x)
+        if self.training and self.drop_rate > 0:
+            residual = residual * self.kept(residual)
+        return self.join(residual, shortcut)
+
+    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual branch after its gates, and the shortcut."""
+        out = self.activation(x, self.block.beta)
+        shortcut = x
+        if self.shortcut is not None:
+            shortcut = out
+            if self.block.stride > 1:
+                shortcut = F.avg_pool2d(out, 2, ceil_mode=True, count_include_pad=False)
+            shortcut = self.shortcut(shortcut)
+        out = self.conv0(out)
+        out = self.conv1(self.activation(out))
+        out = self.conv1b(self.activation(out))
+        out = self.conv2(self.activation(out))
+        return self.se(out) * out, shortcut
+
+    def kept(self, residual: Tensor) -> Tensor:
+        """Draw stochastic depth: 1 for the images that keep the residual branch, 0 for the others."""
+        uniform = torch.rand((len(residual), 1, 1, 1), device=residual.device)
+        return torch.floor(1 - self.drop_rate + uniform).to(residual.dtype)
+
+    def join(self, residual: Tensor, shortcut: Tensor) -> Tensor:
+        """Add the residual branch to the shortcut."""
+        return torch.addcmul(shortcut, residual, (self.skip_gain * ALPHA).to(residual.dtype))
+
+
+class NFNet(nn.Module):  # type: ignore[misc]
+    """A normalisation-free network; made by :func:`nfnet`.
+
+    Parameters
+    ----------
+    chosen : Options
+        What to build.
+    device, dtype
+        Where and how parameters are stored.
+
+    Attributes
+    ----------
+    options : Options
+        What it was built from.
+    agc_head : str
+        The classifier, for ``@head`` in a rule (AGC-6).
+    """
+
+    def __init__(
+        self,
+        chosen: Options,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.options = chosen
+        self.agc_head = HEAD
+        self.stem = Stem(chosen, **factory)
+        stages: list[list[NFBlock]] = [[] for _ in chosen.variant.depths]
+        for block in blocks(chosen.variant):
+            stages[block.stage].append(NFBlock(block, chosen, **factory))
+        self.stages = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
+        last = final_conv(chosen.variant)
+        self.final_conv = WSConv2d(last, chosen.ws_eps, **factory)
+        self.activation = Activation(chosen.activation)
+        self.head = Dense(last.outputs, chosen.num_classes, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as DeepMind's code does; also what fills a model after ``to_empty``."""
+        named = dict(self.named_parameters())
+        chosen = self.options
+        for spec in parameters(chosen.variant, chosen.num_classes, chosen.in_channels):
+            tensor, initial = named[spec.name], spec.initial
+            match initial.distribution:
+                case "constant":
+                    nn.init.constant_(tensor, initial.value)
+                case "normal":
+                    nn.init.normal_(tensor, std=initial.value)
+                case "truncated":
+                    bound = 2 * initial.value
+                    nn.init.trunc_normal_(tensor, std=initial.value, a=-bound, b=bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits.
+
+        Parameters
+        ----------
+        x : Tensor, shape (n, in_channels, h, w)
+            Normalised images of any size.
+
+        Returns
+        -------
+        Tensor, shape (n, num_classes)
+
+        Raises
+        ------
+        ShapeError, DTypeError
+            If these are not such images.
+        """
+        self._check(x)
+        pooled = self._pool(self._finish(self.stages(self.stem(x))))
+        return self.head(F.dropout(pooled, self.options.dropout, self.training))
+
+    def features(self, x: Tensor) -> dict[str, Tensor]:
+        """Return what comes out of each part, for the images that :meth:`forward` takes.
+
+        Returns
+        -------
+        dict of str to Tensor
+            ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the size,
+            ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features), which is what
+            the classifier is given.
+        """
+        self._check(x)
+        found = {}
+        x = found["stem"] = self.stem(x)
+        for number, stage in enumerate(self.stages):
+            x = found[f"stages.{number}"] = stage(x)
+        x = found["final_conv"] = self._finish(x)
+        found["pooled"] = self._pool(x)
+        return found
+
+    def signals(self, x: Tensor) -> dict[str, Tensor]:
+        """Return how signals propagate, for the images that :meth:`forward` takes.
+
+        Returns
+        -------
+        dict of str to Tensor
+            ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased variance of
+            each channel over images and pixels, averaged over channels, after the stem and each block.
+            ``"res_avg_var"``, shape (blocks,): the same variance of each residual branch after its gates.
+            Stochastic depth is off. float32, or float64 for float64.
+        """
+        self._check(x)
+        residuals = []
+        with torch.no_grad():
+            outputs = [_moments(x := self.stem(x))]
+            for stage in self.stages:
+                for block in stage:
+                    residual, shortcut = block.branches(x)
+                    residuals.append(_moments(residual)[1])
+                    outputs.append(_moments(x := block.join(residual, shortcut)))
+        means, variances = zip(*outputs, strict=True)
+        return {
+            "avg_sq_mean": torch.stack(means),
+            "avg_var": torch.stack(variances),
+            "res_avg_var": torch.stack(residuals),
+        }
+
+    def fold(self) -> NFNet:
+        """Return a copy for inference, in which weight standardisation is done once and for all.
+
+        Returns
+        -------
+        NFNet
+            In evaluation mode, with plain convolutions and without gains; its parameters are frozen. Outputs
+            are the same up to rounding.
+        """
+        folded: NFNet = copy.deepcopy(self).eval()
+        for parent in list(folded.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, WSConv2d):
+                    setattr(parent, name, child.folded())
+        folded.requires_grad_(False)
+        return folded
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return self.activation(self.final_conv(x))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+    def _check(self, x: Tensor) -> None:
+        channels = self.options.in_channels
+        if x.dim() != 4 or x.shape[1] != channels:
+            hint = (
+                "; permute(0, 3, 1, 2) puts the channels second" if x.shape[-1] == channels else ""
+            )
+            raise ShapeError(
+                f"images must have the shape (n, {channels}, height, width), got {tuple(x.shape)}{hint}; "
+                "nfnet(..., in_channels=...) makes a model for other channels"
+            )
+        if not x.is_floating_point():
+            raise DTypeError(
+                f"images must be normalised floating point numbers, got {x.dtype}; "
+                "convert them, subtract the mean and divide by the standard deviation"
+            )
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x if x.dtype == torch.float64 else x.float()
+    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    return mean.square().mean(), variance.mean()

@@ -1,0 +1,73 @@
+"""The training recipe of NFNets, from PyTorch's own parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from agc import AGC
+from agc_torch.optimizer import attach
+from agc_torch.units import named_parameters
+
+__all__ = ["sgd_nfnet"]
+
+
+def sgd_nfnet(
+    model: nn.Module,
+    lr: float | torch.Tensor,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 2e-5,
+    rule: AGC | None = None,
+    **options: Any,
+) -> torch.optim.SGD:
+    """Return DeepMind's optimizer for NFNets: ``torch.optim.SGD`` with AGC attached (AGC-7).
+
+    In each step, gradients are clipped, then weight decay is added to those of matrices and kernels (not of
+    gains and biases), then comes Nesterov's momentum, whose buffer does not contain the learning rate.
+
+    Parameters
+    ----------
+    model : Module
+        An NFNet, or any model that declares its classifier by ``agc_head``.
+    lr : float or Tensor
+        Learning rate; the recipe has 0.1 for each 256 images of a batch.
+    momentum : float
+        0 switches momentum off.
+    weight_decay : float
+        Coupled, as in the paper. Parameters of rank 0 and 1 are not decayed.
+    rule : AGC, optional
+        ``AGC.profile("deepmind")`` if None: clipping 0.01, and all but the classifier's weight is clipped.
+    **options
+        Of ``torch.optim.SGD``, such as ``fused=True``.
+
+    Returns
+    -------
+    torch.optim.SGD
+        Two parameter groups: what is decayed, and what is not. :func:`agc_torch.attached` returns the handle,
+        with the plan and the telemetry.
+
+    Raises
+    ------
+    SelectorError
+        If the model does not declare its classifier.
+
+    Examples
+    --------
+    >>> from agc_torch import attached, nfnet
+    >>> attached(sgd_nfnet(nfnet("tiny"), lr=0.1)).plan.count
+    4855
+    """
+    named = [
+        (name, tensor) for name, tensor in named_parameters(model).items() if tensor.requires_grad
+    ]
+    groups = [
+        {"params": [p for _, p in named if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for _, p in named if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    settings = {"nesterov": momentum > 0, **options}
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, **settings)
+    attach(optimizer, model, AGC.profile("deepmind") if rule is None else rule)
+    return optimizer

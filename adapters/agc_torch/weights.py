@@ -1,0 +1,108 @@
+"""Parameters of NFNets to and from the neutral form: NumPy arrays by canonical name (:mod:`agc.nfnet`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from agc.errors import ParameterError
+from agc.nfnet import ParameterSpec, check_arrays, parameters
+from agc_torch.nfnet import NFNet
+from agc_torch.units import named_parameters, unwrap
+
+__all__ = ["from_neutral", "to_neutral"]
+
+Array = npt.NDArray[Any]
+
+
+def to_neutral(model: nn.Module) -> dict[str, Array]:
+    """Return a copy of a model's parameters in the neutral form.
+
+    Parameters
+    ----------
+    model : NFNet
+        Not folded; may be wrapped (``DistributedDataParallel``, ``torch.compile``).
+
+    Returns
+    -------
+    dict of str to array
+        By canonical name, in the neutral layout and in the model's order; C-contiguous. float16, float32 and
+        float64 stay what they are, bfloat16 becomes float32, which holds the same numbers.
+
+    Raises
+    ------
+    ParameterError
+        If this is not an NFNet, is folded, or has no storage (``device="meta"``).
+
+    Examples
+    --------
+    >>> from agc_torch import nfnet
+    >>> to_neutral(nfnet("tiny"))["stem.conv0.weight"].shape
+    (3, 3, 3, 16)
+    """
+    return {spec.name: _array(tensor) for spec, tensor in _pairs(model)}
+
+
+def from_neutral(model: nn.Module, arrays: Mapping[str, Any]) -> None:
+    """Put parameters in the neutral form into a model, in place.
+
+    Parameters
+    ----------
+    model : NFNet
+        As in :func:`to_neutral`. Its dtype and device stay.
+    arrays : mapping of str to array
+        Exactly the model's parameters, by canonical name, in the neutral layout.
+
+    Raises
+    ------
+    ParameterError
+        If a tensor is missing, unknown or of another shape; the message names them, and the model is as it
+        was. Also as :func:`to_neutral`.
+    """
+    pairs = _pairs(model)
+    check_arrays((spec for spec, _ in pairs), arrays)
+    for spec, tensor in pairs:
+        array = np.asarray(arrays[spec.name])
+        if array.dtype.name not in ("float16", "float32", "float64"):
+            array = array.astype(np.float32)  # bfloat16 and the like, which PyTorch does not read
+        with torch.no_grad():
+            tensor.copy_(torch.tensor(array).permute(_axes(array.ndim, out_first=True)))
+
+
+def _pairs(model: nn.Module) -> list[tuple[ParameterSpec, Tensor]]:
+    bare = unwrap(model)
+    if not isinstance(bare, NFNet):
+        raise ParameterError(f"this needs a model made by nfnet(...), got {type(bare).__name__}")
+    named = named_parameters(bare)
+    chosen = bare.options
+    specs = parameters(chosen.variant, chosen.num_classes, chosen.in_channels)
+    for spec in specs:
+        if spec.name not in named:
+            raise ParameterError(
+                f"the model has no parameter {spec.name!r}: it is folded; use the model it was folded from"
+            )
+        if named[spec.name].is_meta:
+            raise ParameterError(
+                f"parameter {spec.name!r} is on the device 'meta' and has no numbers; "
+                "give the model storage first, with model.to_empty(device='cpu')"
+            )
+    return [(spec, named[spec.name]) for spec in specs]
+
+
+def _array(tensor: Tensor) -> Array:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    return np.array(tensor.permute(_axes(tensor.dim(), out_first=False)).numpy(), order="C")
+
+
+def _axes(rank: int, *, out_first: bool) -> tuple[int, ...]:
+    """Permutation that takes a layout to the other: convolutions HWIO and OIHW, dense layers IO and OI."""
+    if rank == 4:
+        return (3, 2, 0, 1) if out_first else (2, 3, 1, 0)
+    return tuple(reversed(range(rank)))

@@ -1,0 +1,66 @@
+"""NFNet: the facts that the models of every framework share (arXiv:2102.06171).
+
+The models themselves are native code in the adapters; what they must agree on is here once: the variants,
+the blocks with their expected variances, the constants, and every parameter's name, shape, meaning and
+initial values. The released code is the source where the paper differs from it.
+
+*Canonical names* are dotted and lower-case; files of every framework use them::
+
+    stem.conv0 .. stem.conv3        weight, gain, bias      3x3
+    stages.S.B.conv0                weight, gain, bias      1x1, to the bottleneck
+    stages.S.B.conv1, .conv1b       weight, gain, bias      3x3, grouped; conv1 has the stride
+    stages.S.B.conv2                weight, gain, bias      1x1, from the bottleneck
+    stages.S.B.shortcut             weight, gain, bias      1x1; only in the first block of a stage
+    stages.S.B.se.fc0, .se.fc1      weight, bias            squeeze and excite
+    stages.S.B.skip_gain                                    one number
+    final_conv                      weight, gain, bias      1x1
+    head                            weight, bias            the classifier
+
+The *neutral layout* is that of DeepMind's files: a convolution's weight is ``(height, width, inputs / groups,
+outputs)``, a dense layer's ``(inputs, outputs)``, gains and biases are ``(outputs,)``, a skip gain ``()``.
+"""
+
+from agc.nfnet.architecture import Block, Conv, blocks, final_conv, same_padding, stem
+from agc.nfnet.parameters import HEAD, Initial, Kind, ParameterSpec, check_arrays, parameters
+from agc.nfnet.seeded import seeded_batch, seeded_parameters
+from agc.nfnet.variants import (
+    ALPHA,
+    GAMMAS,
+    STEM,
+    STOCHASTIC_DEPTH,
+    VARIANTS,
+    WS_EPS,
+    Options,
+    Variant,
+    WsEps,
+    options,
+    variant,
+)
+
+__all__ = [
+    "ALPHA",
+    "GAMMAS",
+    "HEAD",
+    "STEM",
+    "STOCHASTIC_DEPTH",
+    "VARIANTS",
+    "WS_EPS",
+    "Block",
+    "Conv",
+    "Initial",
+    "Kind",
+    "Options",
+    "ParameterSpec",
+    "Variant",
+    "WsEps",
+    "blocks",
+    "check_arrays",
+    "final_conv",
+    "options",
+    "parameters",
+    "same_padding",
+    "seeded_batch",
+    "seeded_parameters",
+    "stem",
+    "variant",
+]

@@ -1,0 +1,250 @@
+"""Variants, constants and options of NFNets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal
+
+from agc.errors import ConfigError
+
+__all__ = [
+    "ALPHA",
+    "GAMMAS",
+    "STEM",
+    "STOCHASTIC_DEPTH",
+    "VARIANTS",
+    "WS_EPS",
+    "Options",
+    "Variant",
+    "WsEps",
+    "options",
+    "variant",
+]
+
+WsEps = Literal["deepmind", "timm"]
+
+ALPHA: Final = 0.2
+"""How much of a residual branch is added, before its skip gain."""
+
+STOCHASTIC_DEPTH: Final = 0.25
+"""Rate of stochastic depth in DeepMind's experiments; block ``i`` of ``n`` has ``i / n`` of it."""
+
+STEM: Final = (16, 32, 64)
+"""Outputs of the stem's first three convolutions, in every variant; the fourth has half the first width."""
+
+WS_EPS: Final[Mapping[WsEps, float]] = MappingProxyType({"deepmind": 1e-4, "timm": 1e-5})
+"""Epsilon of weight standardisation, for a filter of ``N`` weights with the biased variance ``var``.
+
+``deepmind``: a floor, ``gain / sqrt(max(N * var, 1e-4))``. ``timm``: a term, ``gain / sqrt(N * (var + 1e-5))``.
+"""
+
+GAMMAS: Final[Mapping[str, float]] = MappingProxyType(
+    {
+        "gelu": 1.7015043497085571,
+        "gelu_erf": 1.7015043497085571,
+        "relu": 1.7139588594436646,
+        "silu": 1.7881293296813965,
+        "relu6": 1.7131484746932983,
+        "elu": 1.2716004848480225,
+        "celu": 1.270926833152771,
+        "leaky_relu": 1.70590341091156,
+        "selu": 1.0008515119552612,
+        "sigmoid": 4.803835391998291,
+        "tanh": 1.5939117670059204,
+        "softplus": 1.9203323125839233,
+        "soft_sign": 2.338853120803833,
+        "log_sigmoid": 1.9193484783172607,
+        "identity": 1.0,
+    }
+)
+"""Activation to the constant that it is multiplied by, so that N(0, 1) keeps its variance.
+
+DeepMind estimated them by sampling, and they are copied, not computed: the exact values give other models.
+``gelu`` is the tanh form, which the released weights were trained with; ``gelu_erf`` is timm's.
+``leaky_relu`` has the slope 0.01, ``elu`` and ``celu`` have alpha 1.
+"""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What distinguishes one NFNet from another.
+
+    Attributes
+    ----------
+    name : str
+        Such as ``"F0"``.
+    depths : tuple of int
+        Blocks in each stage.
+    dropout : float
+        Rate before the classifier.
+    train_pixels, test_pixels : int
+        Side of the square images of DeepMind's recipe; the model itself takes any size.
+    widths : tuple of int
+        Outputs of each stage.
+    group_width : int
+        Channels in each group of the 3x3 convolutions.
+    num_classes : int
+        Classes, unless the user says otherwise.
+
+    Raises
+    ------
+    ConfigError
+        If there are not as many widths as depths, or a number does not fit.
+    """
+
+    name: str
+    depths: tuple[int, ...]
+    dropout: float
+    train_pixels: int
+    test_pixels: int
+    widths: tuple[int, ...] = (256, 512, 1536, 1536)
+    group_width: int = 128
+    num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        if len(self.depths) != len(self.widths) or not self.depths:
+            raise ConfigError(
+                f"Variant {self.name!r}: depths and widths must have one number for each stage, "
+                f"got {self.depths} and {self.widths}"
+            )
+        if min(self.depths) < 1:
+            raise ConfigError(f"Variant {self.name!r}: depths must be >= 1, got {self.depths}")
+        if self.group_width < 1 or min(self.widths) // 2 < self.group_width:
+            raise ConfigError(
+                f"Variant {self.name!r}: half of each width must hold a group of "
+                f"group_width={self.group_width} channels, got the widths {self.widths}"
+            )
+
+
+def _family() -> dict[str, Variant]:
+    dropout = (0.2, 0.3, 0.4, 0.4, 0.5, 0.5, 0.5, 0.5)
+    pixels = (
+        (192, 256),
+        (224, 320),
+        (256, 352),
+        (320, 416),
+        (384, 512),
+        (416, 544),
+        (448, 576),
+        (480, 608),
+    )
+    found = {}
+    for suffix, widths in (("", (256, 512, 1536, 1536)), ("+", (384, 768, 2048, 2048))):
+        for n, (rate, (train, test)) in enumerate(zip(dropout, pixels, strict=True)):
+            name = f"F{n}{suffix}"
+            depths = tuple(depth * (n + 1) for depth in (1, 2, 6, 3))
+            found[name] = Variant(name, depths, rate, train, test, widths)
+    found["tiny"] = Variant("tiny", (1, 2, 6, 3), 0.2, 32, 32, (32, 64, 96, 96), 8, 10)
+    return found
+
+
+VARIANTS: Final[Mapping[str, Variant]] = MappingProxyType(_family())
+"""Name to variant: F0 to F7, the wider F0+ to F7+, and ``tiny`` for tests and first steps.
+
+``tiny`` is F0 with narrow stages: 334,086 parameters in 233 tensors with the same names, every code path.
+"""
+
+
+def variant(name: str | Variant) -> Variant:
+    """Return the variant of a name, whatever its case; a variant is returned as it is.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such variant; the message lists those there are.
+    """
+    if isinstance(name, Variant):
+        return name
+    for known, found in VARIANTS.items():
+        if isinstance(name, str) and name.lower() == known.lower():
+            return found
+    raise ConfigError(f"unknown NFNet variant {name!r}; the variants are {', '.join(VARIANTS)}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a model is made from; :func:`options` fills in the variant's defaults.
+
+    Attributes
+    ----------
+    variant : Variant
+        Depths and widths.
+    num_classes : int
+        Outputs of the classifier.
+    dropout : float
+        Rate before the classifier, in [0, 1); kept values are divided by ``1 - dropout``.
+    stochastic_depth : float
+        Rate that the blocks' rates rise to, in [0, 1]; what is kept is *not* rescaled.
+    in_channels : int
+        Channels of the images.
+    activation : str
+        A name in :data:`GAMMAS`.
+    ws_eps : {"deepmind", "timm"}
+        See :data:`WS_EPS`.
+
+    Raises
+    ------
+    ConfigError
+        If a value is not allowed.
+    """
+
+    variant: Variant
+    num_classes: int
+    dropout: float
+    stochastic_depth: float
+    in_channels: int
+    activation: str
+    ws_eps: WsEps
+
+    def __post_init__(self) -> None:
+        for field in ("num_classes", "in_channels"):
+            number = getattr(self, field)
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ConfigError(f"{field} must be an integer >= 1, got {number!r}")
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ConfigError(f"dropout must be a rate in [0, 1), got {self.dropout!r}")
+        if not (_is_number(self.stochastic_depth) and 0 <= self.stochastic_depth <= 1):
+            raise ConfigError(
+                f"stochastic_depth must be a rate in [0, 1], got {self.stochastic_depth!r}"
+            )
+        if self.activation not in GAMMAS:
+            raise ConfigError(
+                f"unknown activation {self.activation!r}; the activations are {', '.join(GAMMAS)}"
+            )
+        if self.ws_eps not in WS_EPS:
+            raise ConfigError(f"ws_eps must be 'deepmind' or 'timm', got {self.ws_eps!r}")
+
+
+def options(
+    name: str | Variant,
+    num_classes: int | None = None,
+    *,
+    dropout: float | None = None,
+    stochastic_depth: float | None = None,
+    in_channels: int = 3,
+    activation: str = "gelu",
+    ws_eps: WsEps = "deepmind",
+) -> Options:
+    """Return checked options; None means the variant's classes and dropout, and 0.25 stochastic depth.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`variant` and :class:`Options`.
+    """
+    found = variant(name)
+    return Options(
+        variant=found,
+        num_classes=found.num_classes if num_classes is None else num_classes,
+        dropout=found.dropout if dropout is None else dropout,
+        stochastic_depth=STOCHASTIC_DEPTH if stochastic_depth is None else stochastic_depth,
+        in_channels=in_channels,
+        activation=activation,
+        ws_eps=ws_eps,
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

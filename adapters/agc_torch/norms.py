@@ -127,7 +127,9 @@ def _sharpen(found: list[_Rows]) -> None:
     """Take once more, in float64, the norms of rows that are mostly one block."""
     if not found:
         return
-    doubt = torch.cat([one.peaks for one in found]) > _PEAK * torch.cat([one.norms for one in found])
+    doubt = torch.cat([one.peaks for one in found]) > _PEAK * torch.cat(
+        [one.norms for one in found]
+    )
     if not doubt.any():
         return
     for one, again in zip(found, doubt.split([len(one.norms) for one in found]), strict=True):

@@ -1,4 +1,4 @@
-"""``agc conformance``: run, report, teeth, vectors, list."""
+"""``agc conformance``: run, report, publish, teeth, vectors, list."""
 
 from __future__ import annotations
 
@@ -49,6 +49,12 @@ def register(subparsers: Any) -> None:
     )
     report.set_defaults(run=_report)
 
+    publish = commands.add_parser("publish", help="keep a report and put its matrix into a README")
+    publish.add_argument("report", type=Path, help="report.json of a complete run")
+    publish.add_argument("--results", type=Path, default=Path("conformance/results"), metavar="DIR")
+    publish.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE")
+    publish.set_defaults(run=_publish)
+
     teeth = commands.add_parser("teeth", help="run wrong implementations; each must fail")
     teeth.add_argument("--out", type=Path, help="result file (JSON lines)")
     teeth.set_defaults(run=_teeth)
@@ -85,6 +91,13 @@ def _report(options: argparse.Namespace) -> int:
     from agc_conformance.reporting import report
 
     return report(options.files, options.out)
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from agc_conformance.reporting.overview import publish
+
+    publish(options.report, options.results, options.readme)
+    return 0
 
 
 def _teeth(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from agc_conformance.records import bad_statuses
-from agc_conformance.reporting.summary import Cell, Column, Summary
+from agc_conformance.reporting.summary import ULP_LIMITS, Cell, Column, Summary
 from agc_conformance.vectors import CLAUSES
 
 __all__ = ["as_json", "junit", "markdown", "terminal"]
@@ -272,6 +272,13 @@ def as_json(summary: Summary) -> str:
             for clause, cell in column.cells.items()
         }
 
+    def errors(column: Column, method: str) -> dict[str, Any]:
+        counts = column.histograms(method)
+        return {
+            name: {"max_ulp": worst, "limit": limit, "histogram": counts[name]}
+            for name, (worst, limit) in column.errors(method).items()
+        }
+
     data = {
         "format": "agc-report",
         "version": 1,
@@ -279,7 +286,12 @@ def as_json(summary: Summary) -> str:
         "headline": summary.headline,
         "notices": summary.notices,
         "runs": [
-            {"header": column.file.header, "clauses": matrix(column)} for column in summary.columns
+            {
+                "header": column.file.header,
+                "clauses": matrix(column),
+                "errors": {method: errors(column, method) for method in ULP_LIMITS},
+            }
+            for column in summary.columns
         ],
         "failures": [{"run": column.title, **result} for column, result in summary.failures],
         "unavailable": summary.unavailable,

@@ -138,7 +138,9 @@ class NFNet:
         outputs["stem"] = x
         backs.append(back)
         for block in blocks(self.variant):
-            keep = np.ones(len(images)) if kept is None else kept.get(block.name, np.ones(len(images)))
+            keep = (
+                np.ones(len(images)) if kept is None else kept.get(block.name, np.ones(len(images)))
+            )
             x, residual, back = self.block(block, x, np.asarray(keep, np.float64))
             outputs[block.name] = x
             residuals.append(residual)
@@ -162,7 +164,7 @@ class NFNet:
         return NFNetPass(logits, pooled, outputs, signals, backward)
 
     def stem(self, x: Array) -> tuple[Array, Back]:
-        """Four convolutions, with the activation between them and none after the last."""
+        """Apply four convolutions, with the activation between them and none after the last."""
         backs: list[Back] = []
         for place, conv in enumerate(stem(self.variant, self.channels)):
             if place:
@@ -173,9 +175,10 @@ class NFNet:
         return x, _chain(backs)
 
     def block(self, block: Block, x: Array, keep: Array) -> tuple[Array, Array, Back]:
-        """A residual block: its output, its residual branch after the gates, and the way back."""
+        """Return a residual block's output, its residual branch after the gates, and the way back."""
         active, back_active = self.activate(x, self.beta(block))
-        shortcut, back_shortcut = x, _identity
+        shortcut = x
+        back_shortcut: Back = _identity
         if block.projects:
             pooled, back_pool = self.pool(active) if block.stride > 1 else (active, _identity)
             conv = block.convs[-1]
@@ -206,20 +209,20 @@ class NFNet:
         return out, residual, backward
 
     def finish(self, x: Array) -> tuple[Array, Back]:
-        """Last convolution, activation, and mean over pixels."""
+        """Apply the last convolution, the activation, and the mean over pixels."""
         x, back_conv = self.convolve("final_conv", final_conv(self.variant), x)
         x, back_active = self.activate(x)
         shape = x.shape
 
         def back_mean(d: Array) -> Array:
-            return np.broadcast_to(d[:, None, None, :] / (shape[1] * shape[2]), shape)
+            return np.broadcast_to(d[:, None, None] / (shape[1] * shape[2]), shape)
 
         return x.mean((1, 2)), _chain([back_conv, back_active, back_mean])
 
     # -- its parts ------------------------------------------------------------------------------
 
     def convolve(self, name: str, conv: Conv, x: Array) -> tuple[Array, Back]:
-        """A convolution with a standardised weight, zeros around the image, and a bias."""
+        """Convolve with a standardised weight, zeros around the image, and add a bias."""
         weight, back_weight = self.standardise(
             self.parameters[f"{name}.weight"], self.parameters[f"{name}.gain"]
         )
@@ -230,7 +233,13 @@ class NFNet:
         h, w = ((s - conv.kernel) // conv.stride + 1 for s in padded.shape[1:3])
         # One matrix product for each place (i, j) in the kernel and each group.
         places = [
-            (i, j, np.s_[:, i : i + h * conv.stride : conv.stride, j : j + w * conv.stride : conv.stride])
+            (
+                i,
+                j,
+                np.s_[
+                    :, i : i + h * conv.stride : conv.stride, j : j + w * conv.stride : conv.stride
+                ],
+            )
             for i in range(conv.kernel)
             for j in range(conv.kernel)
         ]
@@ -290,25 +299,26 @@ class NFNet:
         return x * gates[:, None, None], backward
 
     def dense(self, name: str, x: Array) -> tuple[Array, Back]:
-        """A dense layer."""
+        """Apply a dense layer."""
         weight, bias = self.parameters[f"{name}.weight"], self.parameters[f"{name}.bias"]
 
         def backward(d: Array) -> Array:
             self.gradients[f"{name}.weight"] = x.T @ d
             self.gradients[f"{name}.bias"] = d.sum(0)
-            return d @ weight.T
+            d_x: Array = d @ weight.T
+            return d_x
 
         return x @ weight + bias, backward
 
     def activate(self, x: Array, beta: float = 1.0) -> tuple[Array, Back]:
-        """The activation, times the constant that keeps the variance of N(0, 1), times ``beta``."""
+        """Apply the activation, times the constant that keeps the variance of N(0, 1), times ``beta``."""
         value, slope = self.function(x)
         factor = self.gamma() * beta
         return factor * value, lambda d: d * factor * slope
 
     def pool(self, x: Array) -> tuple[Array, Back]:
-        """Mean over windows of 2x2 pixels; at an odd edge, over those that are there."""
-        n, height, width, channels = x.shape
+        """Average windows of 2x2 pixels; at an odd edge, those that are there."""
+        _, height, width, _ = x.shape
         edge = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
 
         def windows(values: Array) -> Array:
@@ -319,7 +329,7 @@ class NFNet:
         there = windows(np.ones((1, height, width, 1))).sum((2, 4))
 
         def backward(d: Array) -> Array:
-            wide = (d / there).repeat(2, 1).repeat(2, 2)
+            wide: Array = (d / there).repeat(2, 1).repeat(2, 2)
             return wide[:, :height, :width]
 
         return windows(x).sum((2, 4)) / there, backward
@@ -327,30 +337,30 @@ class NFNet:
     # -- formulas that ports get wrong ----------------------------------------------------------
 
     def padding(self, size: int, kernel: int, stride: int) -> tuple[int, int]:
-        """Zeros before and after an axis."""
+        """Return how many zeros stand before and after an axis."""
         return same_padding(size, kernel, stride)
 
     def function(self, x: Array) -> tuple[Array, Array]:
-        """GELU in its tanh form, and its slope."""
+        """Return GELU in its tanh form, and its slope."""
         root, cubic = math.sqrt(2 / math.pi), 0.044715
         tanh = np.tanh(root * (x + cubic * x**3))
         inner = root * (1 + 3 * cubic * x**2)
         return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * inner
 
     def gamma(self) -> float:
-        """The activation's constant: a literal, estimated by sampling."""
+        """Return the activation's constant: a literal, estimated by sampling."""
         return GAMMAS["gelu"]
 
     def squeezed_function(self, x: Array) -> tuple[Array, Array]:
-        """The activation inside squeeze and excite, ReLU without a constant, and its slope."""
+        """Return the activation inside squeeze and excite, ReLU without a constant, and its slope."""
         return np.maximum(x, 0), np.where(x > 0, 1.0, 0.0)
 
     def beta(self, block: Block) -> float:
-        """What makes the variance that a block expects 1."""
+        """Return what makes the variance that a block expects 1."""
         return block.beta
 
     def keep(self, block: Block, keep: Array) -> Array:  # noqa: ARG002
-        """What stochastic depth multiplies a residual branch by: not rescaled by the rate."""
+        """Return what stochastic depth multiplies a residual branch by: not rescaled by the rate."""
         return keep
 
 

@@ -1,0 +1,126 @@
+"""The reference NFNet: DeepMind's numbers, and gradients that finite differences confirm."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_limits
+
+from agc.errors import ParameterError, ShapeError
+from agc.nfnet import VARIANTS, Variant, blocks, parameters, seeded_batch, seeded_parameters
+from agc.reference.nfnet import NFNet, smoothed_cross_entropy
+from agc_conformance.nfnet_golden import GOLDEN
+
+SMALL = Variant("small", (1, 2), 0.0, 32, 32, (32, 64), 8, 10)
+
+
+def norm(arrays):
+    return np.sqrt(sum(np.sum(array**2) for array in arrays))
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_values(name):
+    golden = GOLDEN[name]
+    arrays = seeded_parameters(name)
+    images, labels = seeded_batch(golden.batch, golden.pixels)
+    with threadpool_limits(1):  # more threads are slower, on products this small
+        found = NFNet(name, arrays)(images)
+        loss, d_logits = smoothed_cross_entropy(found.logits, labels)
+        gradients = found.backward(d_logits)
+    assert loss == pytest.approx(golden.loss, abs=1e-12)
+    for logits, want in zip(found.logits, golden.logits, strict=True):
+        assert logits[: len(want)] == pytest.approx(want, abs=1e-12)
+    assert found.logits.sum() == pytest.approx(golden.logits_sum, abs=1e-12)
+    assert norm([found.logits]) == pytest.approx(golden.logits_norm, abs=1e-12)
+    assert norm([found.pooled]) == pytest.approx(golden.pooled_norm, abs=1e-12)
+    assert found.signals["avg_var"] == pytest.approx(golden.avg_var, abs=5.1e-10)
+    for index, variance in golden.res_avg_var.items():
+        assert found.signals["res_avg_var"][index] == pytest.approx(variance, abs=5.1e-10)
+    for tensor, want in golden.gradients.items():
+        assert norm([gradients[tensor]]) == pytest.approx(want, rel=1e-12)
+    assert norm(gradients.values()) == pytest.approx(golden.gradient_norm, rel=1e-12)
+    assert norm(arrays.values()) == pytest.approx(golden.parameter_norm, abs=5.1e-9)
+    assert {n: g.shape for n, g in gradients.items()} == {n: a.shape for n, a in arrays.items()}
+
+
+@pytest.mark.parametrize(
+    "kept", [None, {"stages.1.0": np.array([0, 1]), "stages.1.1": np.array([1, 0])}]
+)
+def test_gradients_by_finite_differences(kept):
+    arrays = seeded_parameters(SMALL)
+    arrays["stages.1.0.conv1.weight"][..., :7] *= 1e-3  # filters below the floor
+    arrays["stages.1.1.skip_gain"] *= 0
+    images, labels = seeded_batch(2, 21, 26)  # both odd and even on the way down
+
+    def loss(changed):
+        return smoothed_cross_entropy(NFNet(SMALL, changed)(images, kept).logits, labels)
+
+    found = NFNet(SMALL, arrays)(images, kept)
+    gradients = found.backward(smoothed_cross_entropy(found.logits, labels)[1])
+    random = np.random.RandomState(0)
+    for name, array in arrays.items():
+        direction = random.standard_normal(array.shape) * (abs(array).mean() + 1e-2)
+        step = 1e-5
+        ends = [loss({**arrays, name: array + sign * step * direction})[0] for sign in (1, -1)]
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert slope == pytest.approx(np.sum(gradients[name] * direction), rel=1e-5, abs=3e-10), (
+            name
+        )
+
+
+def test_stochastic_depth():
+    arrays = seeded_parameters(SMALL)
+    images, _ = seeded_batch(3, 20)
+    model = NFNet(SMALL, arrays)
+    full, none = model(images), model(images, {"stages.1.1": np.zeros(3)})
+    mixed = model(images, {"stages.1.1": np.array([1, 0, 1])})
+    assert np.array_equal(none.outputs["stages.1.1"], full.outputs["stages.1.0"])
+    assert not np.allclose(full.logits, none.logits, rtol=1e-4)
+    assert np.allclose(mixed.logits[[0, 2]], full.logits[[0, 2]], rtol=1e-13)
+    assert np.allclose(mixed.logits[1], none.logits[1], rtol=1e-13)
+
+
+def test_outputs_and_sizes():
+    images, _ = seeded_batch(1, 45, 51)
+    found = NFNet("tiny", seeded_parameters("tiny"))(images)
+    assert list(found.outputs) == ["stem", *(block.name for block in blocks("tiny"))]
+    shapes = [found.outputs[name].shape for name in ("stem", "stages.1.0", "stages.3.2")]
+    assert shapes == [(1, 12, 13, 16), (1, 6, 7, 64), (1, 2, 2, 96)]
+    assert found.signals["avg_var"].shape == (13,)
+    assert found.signals["res_avg_var"].shape == (12,)
+
+
+def test_other_classes_channels_and_dtypes():
+    arrays = seeded_parameters(SMALL, 7, 2)
+    narrow = {name: array.astype(np.float32) for name, array in arrays.items()}
+    images, _ = seeded_batch(2, 16, channels=2)
+    logits = NFNet(SMALL, narrow)(images.astype(np.float32)).logits
+    assert (logits.shape, logits.dtype) == ((2, 7), np.float64)
+    assert np.allclose(logits, NFNet(SMALL, arrays)(images).logits, rtol=1e-4)
+
+
+def test_bad_input():
+    arrays = seeded_parameters("tiny")
+    model = NFNet("tiny", arrays)
+    with pytest.raises(ShapeError, match=r"\(2, 3, 32, 32\) is not \(n, h, w, 3\)"):
+        model(np.zeros((2, 3, 32, 32)))
+    with pytest.raises(ParameterError, match=r"1 missing: stages\.0\.0\.skip_gain"):
+        NFNet("tiny", {n: a for n, a in arrays.items() if n != "stages.0.0.skip_gain"})
+    with pytest.raises(ParameterError, match=r"55 of another shape: stages\.3\.0\.conv0\.weight"):
+        NFNet(replace(VARIANTS["tiny"], widths=(32, 64, 96, 128)), arrays)
+    assert len(parameters("tiny")) == len(model.parameters)
+
+
+def test_loss_gradient():
+    random = np.random.RandomState(1)
+    logits, labels = random.standard_normal((3, 5)), np.array([4, 0, 2])
+    loss, gradient = smoothed_cross_entropy(logits, labels, 0.3)
+    uniform = smoothed_cross_entropy(np.zeros((3, 5)), labels, 0.3)[0]
+    assert uniform == pytest.approx(np.log(5))
+    for place in np.ndindex(logits.shape):
+        moved = logits.copy()
+        moved[place] += 1e-6
+        slope = (smoothed_cross_entropy(moved, labels, 0.3)[0] - loss) / 1e-6
+        assert slope == pytest.approx(gradient[place], abs=1e-6)

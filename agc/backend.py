@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy.typing as npt
 
 from agc.config import AGC, SAM
+from agc.nfnet import Variant
 from agc.plan import Plan
 from agc.reference import RowSparse, Stats
 from agc.units import Units
@@ -24,6 +25,11 @@ __all__ = [
     "Backend",
     "Examples",
     "Layer",
+    "ModelForward",
+    "ModelGradients",
+    "ModelProblem",
+    "ModelRecipe",
+    "ModelStep",
     "Optimizer",
     "Outcome",
     "Problem",
@@ -268,6 +274,115 @@ class TrainStep:
     restored: Mapping[str, Array] | None = None
 
 
+@dataclass(frozen=True)
+class ModelProblem:
+    """An NFNet with given parameters on a batch.
+
+    The activation is ``gelu``, the epsilon of weight standardisation DeepMind's, and there is no dropout.
+
+    Attributes
+    ----------
+    variant : str or Variant
+        As :func:`agc.nfnet.variant` takes it.
+    parameters : mapping of name to array
+        Every parameter by canonical name, in the neutral layout (:mod:`agc.nfnet`) and in the dtype to
+        compute in (float32, float64, or ml_dtypes' bfloat16).
+    images : array, shape (n, height, width, 3)
+        In the same dtype.
+    labels : array of int64, shape (n,)
+        Classes.
+    smoothing : float
+        Label smoothing of the loss, which is the mean cross-entropy over the batch.
+    stochastic_depth : float, optional
+        None for evaluation mode. A rate for training mode; then only the logits are looked at.
+    """
+
+    variant: str | Variant
+    parameters: Mapping[str, Array]
+    images: Array
+    labels: Array
+    smoothing: float = 0.1
+    stochastic_depth: float | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype to compute in."""
+        return str(self.images.dtype.name)
+
+
+@dataclass(frozen=True)
+class ModelForward:
+    """What a forward pass of a :class:`ModelProblem` gives.
+
+    Attributes
+    ----------
+    logits : array, shape (n, classes)
+    outputs : mapping of name to array, shape (n, h, w, c)
+        After the stem and after each block: ``"stem"``, ``"stages.0.0"`` and so on.
+    signals : mapping of str to array
+        ``"avg_sq_mean"``, ``"avg_var"`` and ``"res_avg_var"``, as :class:`agc.reference.nfnet.NFNetPass`
+        describes them.
+    """
+
+    logits: Array
+    outputs: Mapping[str, Array] = field(default_factory=dict)
+    signals: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelGradients:
+    """What a backward pass of a :class:`ModelProblem` gives.
+
+    Attributes
+    ----------
+    loss : float
+    gradients, clipped : mapping of name to array
+        By canonical name, in the neutral layout; ``clipped`` by ``AGC.profile("deepmind")``.
+    plan : Plan
+        The plan that they were clipped by, under canonical names; its units are in the framework's own
+        layout.
+    """
+
+    loss: float
+    gradients: Mapping[str, Array]
+    clipped: Mapping[str, Array]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """How to train the model of a :class:`ModelProblem`, on the same batch in every step.
+
+    Attributes
+    ----------
+    optimizer : {"nfnet", "sgd"}
+        ``nfnet``: the adapter's ``sgd_nfnet`` with its defaults (``AGC.profile("deepmind")``, momentum 0.9
+        by Nesterov, coupled weight decay 2e-5 of matrices and kernels). ``sgd``: AGC with the same profile
+        in front of the framework's own SGD with momentum 0.9, not by Nesterov, without decay.
+    rates : sequence of float
+        The learning rate of each step; for ``sgd`` always the same.
+    """
+
+    optimizer: Literal["nfnet", "sgd"]
+    rates: Sequence[float]
+
+
+@dataclass(frozen=True)
+class ModelStep:
+    """One step of a :class:`ModelRecipe`.
+
+    Attributes
+    ----------
+    loss : float
+        Before the step.
+    parameters : mapping of name to array
+        After the step, by canonical name, in the neutral layout.
+    """
+
+    loss: float
+    parameters: Mapping[str, Array]
+
+
 class Backend:
     """Base class of conformance backends; override what your implementation has.
 
@@ -379,3 +494,15 @@ class Backend:
     def train(self, task: Task) -> Iterator[TrainStep]:
         """Train on real images, yielding every step."""
         raise Unsupported(f"{self.name} does not train")
+
+    def model_forward(self, problem: ModelProblem) -> ModelForward:
+        """Run an NFNet forward."""
+        raise Unsupported(f"{self.name} has no NFNets")
+
+    def model_gradients(self, problem: ModelProblem) -> ModelGradients:
+        """Run an NFNet forward and backward, in evaluation mode, and clip its gradients."""
+        raise Unsupported(f"{self.name} has no NFNets")
+
+    def model_training(self, problem: ModelProblem, recipe: ModelRecipe) -> Iterator[ModelStep]:
+        """Train an NFNet, in evaluation mode, yielding every step."""
+        raise Unsupported(f"{self.name} has no NFNets")

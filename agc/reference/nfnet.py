@@ -294,7 +294,8 @@ class NFNet:
             d_logits = np.sum(d * x, (1, 2)) * 2 * sigmoid * (1 - sigmoid)
             d_mean = back_0(back_1(d_logits) * slope)
             pixels = x.shape[1] * x.shape[2]
-            return d * gates[:, None, None] + d_mean[:, None, None] / pixels
+            d_x: Array = d * gates[:, None, None] + d_mean[:, None, None] / pixels
+            return d_x
 
         return x * gates[:, None, None], backward
 

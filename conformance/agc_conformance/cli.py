@@ -33,10 +33,13 @@ def register(subparsers: Any) -> None:
     run.add_argument("--device", default="cpu", help="cpu, cuda or tpu (default: cpu)")
     run.add_argument("--out", type=Path, required=True, help="result file (JSON lines)")
     run.add_argument("--select", metavar="GLOB", help="only these ids, clauses or flags")
-    run.add_argument("--full", action="store_true", help="also the dtypes that say little new")
+    run.add_argument(
+        "--full", action="store_true", help="also the dtypes that say little new, and F0"
+    )
     run.add_argument("--xfail", type=Path, metavar="FILE", help="expected failures with reasons")
     run.add_argument("--role", choices=get_args(Role), help="'subject': only look, never fail")
     run.add_argument("--no-train", action="store_true", help="leave out training on real images")
+    run.add_argument("--no-models", action="store_true", help="leave out NFNets")
     run.add_argument(
         "--allow-unavailable", action="store_true", help="an absent backend is not a failure"
     )
@@ -83,6 +86,7 @@ def _run(options: argparse.Namespace) -> int:
         xfail=options.xfail,
         role=options.role,
         train=not options.no_train,
+        models=not options.no_models,
         allow_unavailable=options.allow_unavailable,
     )
 

@@ -164,6 +164,9 @@ class Limits:
         Absolute.
     gradient_median, gradient, skip_gain : float
         Relative L2 error of a tensor: median over all, any but a skip gain, any skip gain.
+    trained_element, trained, trained_loss : float
+        Of a training: largest absolute error of any parameter, relative L2 error of all together, absolute
+        error of the loss.
     """
 
     logits: float
@@ -171,11 +174,15 @@ class Limits:
     gradient_median: float
     gradient: float
     skip_gain: float
+    trained_element: float
+    trained: float
+    trained_loss: float
 
 
+_INF: Final = float("inf")
 LIMITS: Final[dict[str, Limits]] = {
-    "float64": Limits(1e-12, 1e-11, 1e-12, 1e-11, 1e-10),
-    "float32": Limits(1e-5, 1e-5, 1e-5, 1e-4, 1e-3),
-    "bfloat16": Limits(1e-1, 1e-2, 1e-1, float("inf"), float("inf")),
+    "float64": Limits(1e-12, 1e-11, 1e-12, 1e-11, 1e-10, 1e-12, 1e-13, 1e-12),
+    "float32": Limits(1e-5, 1e-5, 1e-5, 1e-4, 1e-3, 1e-5, 1e-6, 1e-5),
+    "bfloat16": Limits(1e-1, 1e-2, 1e-1, _INF, _INF, _INF, 5e-3, 3e-2),
 }
 """By dtype. In float32 every known mistake of a port is larger than these; in bfloat16 almost none is."""

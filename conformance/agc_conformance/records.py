@@ -9,6 +9,7 @@ name only when it is complete. Collecting results and presenting them share noth
 header     what ran, where, with which versions; ``kind`` is ``run``, ``teeth`` or ``tpu``
 result     one vector in one dtype on one backend
 train      one step of training on real images: numbers per layer, for the figures
+model      errors per layer of one comparison of an NFNet, for the figures
 unavailable a backend or device that is not on this machine, and why
 mutant     one wrong implementation and the vectors that catch it
 tpu        one program compiled ahead of time for a TPU: ``compiled``, never ``passed``
@@ -42,6 +43,7 @@ __all__ = [
     "Footer",
     "Header",
     "Kind",
+    "ModelRecord",
     "MutantRecord",
     "Record",
     "ResultFile",
@@ -124,6 +126,17 @@ class TrainRecord(TypedDict):
     task: str
     step: int
     layers: dict[str, Any]
+
+
+class ModelRecord(TypedDict):
+    """Errors per layer, tensor or step of one comparison of an NFNet; None where one is not finite."""
+
+    type: Literal["model"]
+    model: str
+    kind: str
+    dtype: str
+    errors: dict[str, float | None]
+    limits: dict[str, float | None]
 
 
 class UnavailableRecord(TypedDict):
@@ -314,6 +327,7 @@ class ResultFile:
     header: Header
     results: list[ResultRecord] = field(default_factory=list)
     train: list[TrainRecord] = field(default_factory=list)
+    models: list[ModelRecord] = field(default_factory=list)
     unavailable: list[UnavailableRecord] = field(default_factory=list)
     mutants: list[MutantRecord] = field(default_factory=list)
     tpu: list[TpuRecord] = field(default_factory=list)
@@ -328,6 +342,7 @@ class ResultFile:
 _FIELDS: Final[dict[str, str]] = {
     "result": "results",
     "train": "train",
+    "model": "models",
     "unavailable": "unavailable",
     "mutant": "mutants",
     "tpu": "tpu",
@@ -335,6 +350,7 @@ _FIELDS: Final[dict[str, str]] = {
 _NEEDED: Final[dict[str, tuple[str, ...]]] = {
     "result": tuple(k for k in ResultRecord.__annotations__ if k != "seconds"),
     "train": tuple(TrainRecord.__annotations__),
+    "model": tuple(ModelRecord.__annotations__),
     "unavailable": tuple(UnavailableRecord.__annotations__),
     "mutant": tuple(MutantRecord.__annotations__),
     "tpu": ("type", "id", "status", "topology", "detail"),

@@ -14,6 +14,11 @@ from agc.backend import (
     Examples,
     Gradient,
     Layer,
+    ModelForward,
+    ModelGradients,
+    ModelProblem,
+    ModelRecipe,
+    ModelStep,
     Optimizer,
     Outcome,
     Problem,
@@ -27,6 +32,7 @@ from agc.plan import Parameter, Plan, make_plan
 from agc.reference import RowSparse, SharpnessAware, adaptive_clip, sharpness_aware_gradients
 from agc.units import Units
 from agc_conformance.compare import round_to
+from agc_conformance.models.reference import ReferenceModels
 
 __all__ = ["ReferenceBackend", "layer_parameters", "to_dtype"]
 
@@ -100,6 +106,8 @@ class ReferenceBackend(Backend):
     dtypes: ClassVar[frozenset[str]] = frozenset(
         {"float16", "bfloat16", "float32", "float64", "complex64", "complex128"}
     )
+
+    models: ClassVar[ReferenceModels] = ReferenceModels()
 
     def versions(self) -> dict[str, str]:
         """Return NumPy's version."""
@@ -273,3 +281,15 @@ class ReferenceBackend(Backend):
 
         for step, _ in reference_run(task):
             yield step
+
+    def model_forward(self, problem: ModelProblem) -> ModelForward:
+        """Run an NFNet forward in float64."""
+        return self.models.forward(problem)
+
+    def model_gradients(self, problem: ModelProblem) -> ModelGradients:
+        """Run an NFNet forward and backward in float64, and clip."""
+        return self.models.gradients(problem)
+
+    def model_training(self, problem: ModelProblem, recipe: ModelRecipe) -> Iterator[ModelStep]:
+        """Train an NFNet in float64."""
+        return self.models.training(problem, recipe)

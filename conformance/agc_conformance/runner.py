@@ -43,6 +43,7 @@ __all__ = [
     "Core",
     "backend_names",
     "cases",
+    "describe",
     "load_backend",
     "role_of",
     "run_case",
@@ -199,7 +200,7 @@ def run_case(backend: Backend, vector: Vector, dtype: str) -> ResultRecord:
     except Unsupported as reason:
         status, verdict.problem = "unsupported", str(reason)
     except Exception as error:
-        status, verdict.problem = "error", _describe(error)
+        status, verdict.problem = "error", describe(error)
     return make_result(
         vector.id,
         clause=vector.clause,
@@ -214,7 +215,8 @@ def run_case(backend: Backend, vector: Vector, dtype: str) -> ResultRecord:
     )
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """Return one line about an exception: its type, its first line, and where it comes from."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{place}"

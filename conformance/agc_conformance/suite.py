@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from agc.backend import Backend, Unavailable
 from agc_conformance.flags import FLAGS, NO_MUTANT
+from agc_conformance.models.study import STUDIES, count_results, run_study
 from agc_conformance.mutants import all_mutants, run_mutant
 from agc_conformance.records import (
     MutantRecord,
@@ -43,6 +44,7 @@ def run(
     xfail: Path | None = None,
     role: Role | None = None,
     train: bool = True,
+    models: bool = True,
     allow_unavailable: bool = False,
     console: Console | None = None,
 ) -> int:
@@ -59,13 +61,15 @@ def run(
     select : str, optional
         Glob on ids, clauses or flags.
     full : bool
-        Also the dtypes that say little new.
+        Also the dtypes that say little new, and F0.
     xfail : path, optional
         Expected failures; by default ``conformance/xfail/<backend>.txt``.
     role : {"backend", "subject"}, optional
         Overrides what the backend says.
     train : bool
         Also train on real images.
+    models : bool
+        Also compare NFNets; those of a subject are not.
     allow_unavailable : bool
         Whether an absent backend or device is a success.
     console : Console, optional
@@ -127,6 +131,9 @@ def run(
         if train:
             for record in _training(backend, select, bar):
                 keep(record)
+        if models and role == "backend":
+            for record in _models(backend, select, full, bar):
+                keep(record)
     for bad in problems[:20]:
         console.print(
             f"[red]{bad['status']}[/] {bad['id']}:{bad['dtype']} {escape(bad['detail'])}",
@@ -157,6 +164,22 @@ def _training(backend: Backend, select: str | None, bar: Progress) -> Iterator[M
             bar.update(task, completed=done, total=total)
 
         yield from run_task(backend, name, progress=show)
+
+
+def _models(
+    backend: Backend, select: str | None, full: bool, bar: Progress
+) -> Iterator[Mapping[str, Any]]:
+    """Compare NFNets and yield the records."""
+    for name, study in STUDIES.items():
+        total = count_results(name, select)
+        if total == 0 or (study.full and not full):
+            continue
+        task = bar.add_task(f"{backend.name} as NFNet {name}", total=total)
+
+        def advance(count: int, task: Any = task) -> None:
+            bar.advance(task, count)
+
+        yield from run_study(backend, name, select=select, progress=advance)
 
 
 def teeth(out: Path | None = None, *, console: Console | None = None) -> int:

@@ -294,7 +294,9 @@ class ModelProblem:
     smoothing : float
         Label smoothing of the loss, which is the mean cross-entropy over the batch.
     stochastic_depth : float, optional
-        None for evaluation mode. A rate for training mode; then only the logits are looked at.
+        None for evaluation mode. A rate for training mode.
+    outputs : bool
+        Whether a forward pass is asked for the blocks' outputs and the signals, and not for the logits alone.
     """
 
     variant: str | Variant
@@ -303,6 +305,7 @@ class ModelProblem:
     labels: Array
     smoothing: float = 0.1
     stochastic_depth: float | None = None
+    outputs: bool = False
 
     @property
     def dtype(self) -> str:

@@ -22,6 +22,11 @@ from agc.backend import (
     Backend,
     Examples,
     Layer,
+    ModelForward,
+    ModelGradients,
+    ModelProblem,
+    ModelRecipe,
+    ModelStep,
     Optimizer,
     Outcome,
     Problem,
@@ -147,6 +152,27 @@ class JaxBackend(Backend):
         with self._place(problem):
             return sam_backend.sharpness_scenario(name, problem, settings, self._devices)
 
+    def model_forward(self, problem: ModelProblem) -> ModelForward:
+        """Run :func:`agc_jax.nfnet`, compiled."""
+        from agc_jax import model_backend  # it builds on this module
+
+        with self._exactly(problem):
+            return model_backend.model_forward(problem)
+
+    def model_gradients(self, problem: ModelProblem) -> ModelGradients:
+        """Run :func:`agc_jax.nfnet` forward and backward, and clip."""
+        from agc_jax import model_backend
+
+        with self._exactly(problem):
+            return model_backend.model_gradients(problem)
+
+    def model_training(self, problem: ModelProblem, recipe: ModelRecipe) -> Iterator[ModelStep]:
+        """Train by :func:`agc_jax.sgd_nfnet`, or AGC chained with ``optax.sgd``."""
+        from agc_jax import model_backend
+
+        with self._exactly(problem):
+            yield from model_backend.model_training(problem, recipe)
+
     def train(self, task: Task) -> Iterator[TrainStep]:
         """Train the suite's network, in Flax NNX: SAM if it is asked for, AGC, then ``optax.sgd``."""
         with jax.default_device(self._devices[0]):
@@ -235,6 +261,17 @@ class JaxBackend(Backend):
         """Compute on this device, and in float64 where the weights are."""
         wide = any(value.dtype == np.float64 for value in problem.parameters.values())
         with jax.default_device(self._devices[0]), jax.enable_x64(wide):
+            yield
+
+    @contextmanager
+    def _exactly(self, problem: ModelProblem) -> Iterator[None]:
+        """Compute on this device, in float64 where a model is, and in float32 without shortcuts."""
+        wide = problem.dtype == "float64"
+        with (
+            jax.default_device(self._devices[0]),
+            jax.enable_x64(wide),
+            jax.default_matmul_precision("highest"),
+        ):
             yield
 
     def _scope(self, problem: Problem) -> AbstractContextManager[Any]:

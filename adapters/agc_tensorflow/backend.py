@@ -15,6 +15,11 @@ from agc.backend import (
     Backend,
     Examples,
     Layer,
+    ModelForward,
+    ModelGradients,
+    ModelProblem,
+    ModelRecipe,
+    ModelStep,
     Optimizer,
     Outcome,
     Problem,
@@ -145,6 +150,27 @@ class TensorFlowBackend(Backend):
             return sam_backend.sharpness_scenario(name, problem, settings)
         with tf.device(self._place):
             return sam_backend.sharpness_scenario(name, problem, settings)
+
+    def model_forward(self, problem: ModelProblem) -> ModelForward:
+        """Run :func:`agc_tensorflow.nfnet`, eagerly."""
+        from agc_tensorflow import model_backend  # it builds on this module
+
+        with tf.device(self._place):
+            return model_backend.model_forward(problem)
+
+    def model_gradients(self, problem: ModelProblem) -> ModelGradients:
+        """Run :func:`agc_tensorflow.nfnet` forward and backward, and clip."""
+        from agc_tensorflow import model_backend
+
+        with tf.device(self._place):
+            return model_backend.model_gradients(problem)
+
+    def model_training(self, problem: ModelProblem, recipe: ModelRecipe) -> Iterator[ModelStep]:
+        """Train by :func:`agc_tensorflow.sgd_nfnet`, or ``AdaptiveGradClip`` around SGD."""
+        from agc_tensorflow import model_backend
+
+        with tf.device(self._place):
+            yield from model_backend.model_training(problem, recipe)
 
     def train(self, task: Task) -> Iterator[TrainStep]:
         """Train the suite's network in a compiled step: SAM if it is asked for, ``AdaptiveGradClip(SGD)``."""

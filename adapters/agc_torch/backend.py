@@ -17,6 +17,11 @@ from agc.backend import (
     Backend,
     Examples,
     Layer,
+    ModelForward,
+    ModelGradients,
+    ModelProblem,
+    ModelRecipe,
+    ModelStep,
     Optimizer,
     Outcome,
     Problem,
@@ -137,6 +142,24 @@ class TorchBackend(Backend):
         from agc_torch import sam_backend
 
         return sam_backend.sharpness_scenario(name, problem, self.device, settings)
+
+    def model_forward(self, problem: ModelProblem) -> ModelForward:
+        """Run :func:`agc_torch.nfnet`, with a hook on every block."""
+        from agc_torch import model_backend  # it builds on this module
+
+        return model_backend.model_forward(problem, self.device)
+
+    def model_gradients(self, problem: ModelProblem) -> ModelGradients:
+        """Run :func:`agc_torch.nfnet` forward and backward, and clip."""
+        from agc_torch import model_backend
+
+        return model_backend.model_gradients(problem, self.device)
+
+    def model_training(self, problem: ModelProblem, recipe: ModelRecipe) -> Iterator[ModelStep]:
+        """Train by :func:`agc_torch.sgd_nfnet`, or SGD with AGC attached."""
+        from agc_torch import model_backend
+
+        yield from model_backend.model_training(problem, recipe, self.device)
 
     def train(self, task: Task) -> Iterator[TrainStep]:
         """Train the suite's network with AGC attached to ``torch.optim.SGD``, behind SAM if it is asked for."""

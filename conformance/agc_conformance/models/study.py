@@ -281,6 +281,12 @@ def _expected_gradients(variant: str, pixels: int) -> Any:
     return loss, gradients, plan, _REFERENCE.clipping(plan, problem.parameters, gradients)
 
 
+@cache
+def _kept(size: tuple[Any, ...], recipe: ModelRecipe) -> list[ModelStep]:
+    """Steps of the reference, all before the backend's: two libraries' threads do not mix well."""
+    return list(_REFERENCE.training(_problem(*size), recipe))
+
+
 def _fresh(problem: ModelProblem) -> ModelProblem:
     """Copy the arrays, so that a backend cannot change what others are asked."""
     parameters = {name: array.copy() for name, array in problem.parameters.items()}
@@ -295,7 +301,8 @@ def _fresh(problem: ModelProblem) -> ModelProblem:
 def _forward(backend: Backend, study: Study, dtype: str) -> Findings:
     size = (study.variant, study.pixels, study.pixels)
     want = _expected_forward(*size)
-    got = backend.model_forward(_fresh(_problem(*size, dtype=dtype)))
+    asked = replace(_fresh(_problem(*size, dtype=dtype)), outputs=dtype != "bfloat16")
+    got = backend.model_forward(asked)
     limit = LIMITS[dtype].logits
     found = {"logits": _compare({"logits": (got.logits, want.logits)}, limit, _largest)}
     if dtype == "bfloat16":
@@ -461,10 +468,10 @@ def _train(
     recipe: ModelRecipe,
     golden: Sequence[OptimizerStep] = (),
 ) -> Finding:
-    """Compare the loss before and all parameters after each step; the reference keeps pace."""
+    """Compare the loss before and all parameters after each step."""
     size = (study.variant, study.pixels, study.pixels)
     start = _problem(*size)
-    wanted = _REFERENCE.training(start, recipe)
+    wanted = iter(_kept(size, recipe)) if not study.full else _REFERENCE.training(start, recipe)
     limits = LIMITS[dtype]
     allowed = (limits.trained_loss, limits.trained_element, limits.trained)
     finding, worst, steps = Finding(), [0.0, 0.0, 0.0], 0

@@ -361,13 +361,16 @@ class ModelRecipe:
     optimizer : {"nfnet", "sgd"}
         ``nfnet``: the adapter's ``sgd_nfnet`` with its defaults (``AGC.profile("deepmind")``, momentum 0.9
         by Nesterov, coupled weight decay 2e-5 of matrices and kernels). ``sgd``: AGC with the same profile
-        in front of the framework's own SGD with momentum 0.9, not by Nesterov, without decay.
+        in front of the framework's own SGD, without Nesterov and decay.
     rates : sequence of float
         The learning rate of each step; for ``sgd`` always the same.
+    momentum : float
+        Of ``sgd``.
     """
 
     optimizer: Literal["nfnet", "sgd"]
     rates: Sequence[float]
+    momentum: float = 0.875
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class _Program:
         if stochastic_depth is None:
             self.model.eval()
         self.graph, _, self.rest = nnx.split(self.model, nnx.Param, ...)
-        self.logits = jax.jit(lambda params, images: self._merge(params)(images))
+        self.logits = jax.jit(lambda *parts, images: nnx.merge(self.graph, *parts)(images))
         self.forward = jax.jit(self._forward)
         self.value_and_grad = jax.jit(jax.value_and_grad(self._loss))
 
@@ -89,7 +89,8 @@ def model_forward(problem: ModelProblem) -> ModelForward:
     program, images = _of(problem), jnp.asarray(problem.images)
     params = program.parameters(problem.parameters)
     if not problem.outputs:
-        return ModelForward(np.asarray(program.logits(params, images)))
+        logits = program.logits(params, program.rest, images=images)
+        return ModelForward(np.asarray(logits))
     logits, outputs, signals = jax.device_get(program.forward(params, images))
     return ModelForward(logits, outputs, signals)
 
@@ -116,7 +117,7 @@ def model_training(problem: ModelProblem, recipe: ModelRecipe) -> Iterator[Model
         tx: Any = sgd_nfnet(program.model, lambda count: rates[count])
     else:
         clip = adaptive_grad_clip(_RULE, units=units(program.model))
-        tx = optax.chain(clip, optax.sgd(recipe.rates[0], momentum=0.9))
+        tx = optax.chain(clip, optax.sgd(recipe.rates[0], momentum=recipe.momentum))
 
     @jax.jit  # type: ignore[untyped-decorator]
     def update(gradients: Any, state: Any, params: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -95,11 +96,12 @@ def model_gradients(problem: ModelProblem) -> ModelGradients:
 def model_training(problem: ModelProblem, recipe: ModelRecipe) -> Iterator[ModelStep]:
     """Apply :func:`agc_tensorflow.sgd_nfnet`, or ``AdaptiveGradClip`` around Keras' SGD, in a graph."""
     program = _of(problem)
-    if recipe.optimizer == "nfnet":
-        optimizer = sgd_nfnet(program.model, recipe.rates[0])
-    else:
-        sgd = keras.optimizers.SGD(recipe.rates[0], momentum=0.9)
-        optimizer = AdaptiveGradClip(sgd, _RULE, model=program.model)
+    with _floatx(problem.dtype):
+        if recipe.optimizer == "nfnet":
+            optimizer = sgd_nfnet(program.model, recipe.rates[0])
+        else:
+            sgd = keras.optimizers.SGD(recipe.rates[0], momentum=recipe.momentum)
+            optimizer = AdaptiveGradClip(sgd, _RULE, model=program.model)
     weights = list(program.variables.values())
     optimizer.build(weights)
 
@@ -112,6 +114,17 @@ def model_training(problem: ModelProblem, recipe: ModelRecipe) -> Iterator[Model
         loss, gradients = program.loss_and_gradients(*_batch(problem))
         update(gradients)
         yield ModelStep(float(loss), to_neutral(program.model))
+
+
+@contextmanager
+def _floatx(dtype: str) -> Iterator[None]:
+    """Let Keras keep a learning rate in the dtype of the model; it has float32 otherwise."""
+    before = keras.config.floatx()
+    keras.config.set_floatx(dtype)
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before)
 
 
 def _batch(problem: ModelProblem) -> tuple[tf.Tensor, tf.Tensor, float]:

@@ -61,7 +61,7 @@ def model_training(problem: ModelProblem, recipe: ModelRecipe, device: str) -> I
     if recipe.optimizer == "nfnet":
         optimizer = sgd_nfnet(model, recipe.rates[0])
     else:
-        optimizer = torch.optim.SGD(model.parameters(), recipe.rates[0], momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), recipe.rates[0], momentum=recipe.momentum)
         attach(optimizer, model, AGC.profile("deepmind"))
     for rate in recipe.rates:
         for group in optimizer.param_groups:

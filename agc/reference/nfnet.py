@@ -196,7 +196,7 @@ class NFNet:
         back_branch = _chain([*backs, back])
 
         name = f"{block.name}.skip_gain"
-        gain, share = self.parameters[name], self.keep(block, keep)[:, None, None, None]
+        gain, share = self.parameters[name], keep[:, None, None, None]
         out = residual * share * gain * ALPHA + shortcut
 
         def backward(d: Array) -> Array:
@@ -359,10 +359,6 @@ class NFNet:
     def beta(self, block: Block) -> float:
         """Return what makes the variance that a block expects 1."""
         return block.beta
-
-    def keep(self, block: Block, keep: Array) -> Array:  # noqa: ARG002
-        """Return what stochastic depth multiplies a residual branch by: not rescaled by the rate."""
-        return keep
 
 
 def smoothed_cross_entropy(

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from agc.backend import Backend, Unavailable
 from agc_conformance.flags import FLAGS, NO_MUTANT
+from agc_conformance.models.mutants import MODEL_MUTANTS, run_model_mutant
 from agc_conformance.models.study import STUDIES, count_results, run_study
 from agc_conformance.mutants import all_mutants, run_mutant
 from agc_conformance.records import (
@@ -183,7 +184,7 @@ def _models(
 
 
 def teeth(out: Path | None = None, *, console: Console | None = None) -> int:
-    """Run every mutant against the vectors and, if ``out`` is given, write a file of records.
+    """Run every mutant against the vectors, or against a model, and, if ``out`` is given, write a file of records.
 
     Returns
     -------
@@ -191,7 +192,8 @@ def teeth(out: Path | None = None, *, console: Console | None = None) -> int:
         Exit status: 1 if a mutant survives, or a flag has no mutant that its vectors kill.
     """
     console = console or Console(stderr=True)
-    vectors, mutants = load_vectors(), all_mutants()
+    vectors, mutants, model_mutants = load_vectors(), all_mutants(), MODEL_MUTANTS
+    count = len(mutants) + len(model_mutants)
     survivors: list[str] = []
     killed_flags: set[str] = set()
     flags = {vector.id: set(vector.flags) for vector in vectors}
@@ -199,24 +201,30 @@ def teeth(out: Path | None = None, *, console: Console | None = None) -> int:
     with ExitStack() as stack:
         file = stack.enter_context(Writer(out, header)) if out else None
         bar = stack.enter_context(_progress(console))
-        task = bar.add_task("mutants", total=len(mutants))
-        for mutant in mutants:
-            killed_by = run_mutant(mutant, vectors)
+        task = bar.add_task("mutants", total=count)
+
+        def keep(name: str, flag: str, comment: str, killed_by: list[str]) -> None:
             record: MutantRecord = {
                 "type": "mutant",
-                "name": mutant.name,
-                "flag": mutant.flag,
-                "comment": mutant.comment,
+                "name": name,
+                "flag": flag,
+                "comment": comment,
                 "status": "killed" if killed_by else "survived",
                 "killed_by": killed_by,
             }
             if file is not None:
                 file.write(record)
             if not killed_by:
-                survivors.append(mutant.name)
+                survivors.append(name)
+            bar.advance(task)
+
+        for mutant in mutants:
+            killed_by = run_mutant(mutant, vectors)
+            keep(mutant.name, mutant.flag, mutant.comment, killed_by)
             if any(mutant.flag in flags[key.rpartition(":")[0]] for key in killed_by):
                 killed_flags.add(mutant.flag)
-            bar.advance(task)
+        for wrong in model_mutants:
+            keep(wrong.name, wrong.clause, wrong.comment, run_model_mutant(wrong))
     for name in survivors:
         console.print(f"[red]survived[/] {name}", highlight=False)
     toothless = sorted(set(FLAGS) - killed_flags - set(NO_MUTANT))
@@ -226,7 +234,7 @@ def teeth(out: Path | None = None, *, console: Console | None = None) -> int:
             highlight=False,
         )
     console.print(
-        f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed, "
+        f"{count - len(survivors)} of {count} mutants killed, "
         f"{len(killed_flags)} of {len(FLAGS)} flags proven" + (f" -> {out}" if out else ""),
         highlight=False,
     )

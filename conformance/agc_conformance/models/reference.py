@@ -42,11 +42,9 @@ class ReferenceModels:
         if problem.stochastic_depth is not None:
             random = np.random.RandomState(0)
             kept = {
-                block.name: np.floor(
-                    1 - self.drop_rate(block, problem) + random.uniform(size=count)
-                )
+                block.name: self.kept(rate, random.uniform(size=len(problem.images)))
                 for block in blocks(problem.variant)
-                for count in [len(problem.images)]
+                for rate in [block.stochastic_depth * problem.stochastic_depth]
             }
         with threadpool_limits(1, "blas"):  # more threads are slower, on products this small
             found = self.network(problem.variant, problem.parameters)(problem.images, kept)
@@ -72,16 +70,16 @@ class ReferenceModels:
                         weight, clipped[name], buffers[name], rate
                     )
                 else:
-                    buffers[name] = MOMENTUM * buffers[name] + clipped[name]
+                    buffers[name] = recipe.momentum * buffers[name] + clipped[name]
                     update = rate * buffers[name]
                 weights[name] = weight - update
             yield ModelStep(loss, dict(weights))
 
     # -- parts ----------------------------------------------------------------------------------
 
-    def drop_rate(self, block: Any, problem: ModelProblem) -> float:
-        """Rate of a block's stochastic depth."""
-        return float(block.stochastic_depth * (problem.stochastic_depth or 0.0))
+    def kept(self, rate: float, uniform: Array) -> Array:
+        """Return what stochastic depth multiplies the residual branch of each image by."""
+        return np.floor(1 - rate + uniform)
 
     def loss_and_gradients(
         self, problem: ModelProblem, weights: Arrays

@@ -1,0 +1,297 @@
+"""Mutants of NFNets: the mistakes that ports make, each of which must fail at level 4, in float32 already.
+
+Every one of them was seen in published code; the comments say what it costs where that is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from agc.backend import ModelProblem, ModelRecipe, ModelStep
+from agc.nfnet import ALPHA, HEAD, Block
+from agc.plan import Parameter, Plan, make_plan
+from agc.reference.nfnet import Array, NFNet
+from agc.units import Units
+from agc_conformance.models.reference import MOMENTUM, RULE, WEIGHT_DECAY, ReferenceModels
+from agc_conformance.models.study import run_study
+from agc_conformance.reference_backend import ReferenceBackend
+
+__all__ = ["MODEL_MUTANTS", "ModelMutant", "run_model_mutant"]
+
+
+@dataclass(frozen=True)
+class ModelMutant:
+    """A wrong NFNet, plan or optimizer.
+
+    Attributes
+    ----------
+    name, comment : str
+        What it is in words, and what it does.
+    clause : str
+        Clause of the results that it is asked for.
+    models : ReferenceModels
+        The wrong implementation.
+    kinds : str
+        Glob on the kinds of results (:data:`agc_conformance.models.study.KINDS`) that are asked for.
+    """
+
+    name: str
+    comment: str
+    clause: str
+    models: ReferenceModels
+    kinds: str
+
+
+MODEL_MUTANTS: Final[list[ModelMutant]] = []
+
+
+def run_model_mutant(mutant: ModelMutant) -> list[str]:
+    """Return the results (``id:dtype``) of ``tiny`` in float32 that catch a mutant."""
+
+    class Wrong(ReferenceBackend):
+        models: ClassVar[ReferenceModels] = mutant.models
+
+    select = f"model-tiny-{mutant.kinds}"
+    with np.errstate(all="ignore"):  # mutants overflow as they please
+        records = list(run_study(Wrong(), "tiny", select=select, dtypes=("float32",)))
+    return [
+        f"{r['id']}:{r['dtype']}"
+        for r in records
+        if r["type"] == "result" and r["status"] in ("failed", "error")
+    ]
+
+
+def _network(
+    name: str, comment: str, kinds: str = "logits"
+) -> Callable[[type[NFNet]], type[NFNet]]:
+    """Register a wrong network."""
+
+    def register(network: type[NFNet]) -> type[NFNet]:
+        models = ReferenceModels()
+        models.network = network
+        MODEL_MUTANTS.append(ModelMutant(f"NFNet: {name}", comment, "NFNET-1", models, kinds))
+        return network
+
+    return register
+
+
+def _models(
+    name: str, comment: str, clause: str, kinds: str
+) -> Callable[[type[ReferenceModels]], type[ReferenceModels]]:
+    """Register a wrong plan, optimizer or training mode."""
+
+    def register(models: type[ReferenceModels]) -> type[ReferenceModels]:
+        MODEL_MUTANTS.append(ModelMutant(f"NFNet: {name}", comment, clause, models(), kinds))
+        return models
+
+    return register
+
+
+# --- the network -------------------------------------------------------------------------------------
+
+
+class _Standardised(NFNet):
+    """Weight standardisation with another norm of the centred filters."""
+
+    def squared_norm(self, centred: Array) -> Array:
+        """Return what the filters are divided by the root of."""
+        raise NotImplementedError
+
+    def standardise(
+        self, weight: Array, gain: Array
+    ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+        _, backward = super().standardise(weight, gain)
+        centred = weight - weight.mean((0, 1, 2))
+        return centred * gain / np.sqrt(self.squared_norm(centred)), backward
+
+
+@_network("additive epsilon", "weight standardisation adds 1e-5 to the variance (timm)")
+class _AdditiveEpsilon(_Standardised):
+    def squared_norm(self, centred: Array) -> Array:
+        return np.asarray(np.sum(centred**2, (0, 1, 2)) + 1e-5 * math.prod(centred.shape[:3]))
+
+
+@_network("sample variance", "weight standardisation divides by N - 1 (vballoli, benjs)")
+class _SampleVariance(_Standardised):
+    def squared_norm(self, centred: Array) -> Array:
+        count = math.prod(centred.shape[:3])
+        return np.asarray(np.sum(centred**2, (0, 1, 2)) * count / (count - 1))
+
+
+_erf: Final = np.vectorize(math.erf, otypes=[np.float64])
+
+
+@_network("erf", "GELU by the error function (timm, Keras ports)")
+class _Erf(NFNet):
+    def function(self, x: Array) -> tuple[Array, Array]:
+        share = 0.5 * (1 + _erf(x / math.sqrt(2)))
+        return x * share, share + x * np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+
+
+@_network(
+    "GELU in squeeze and excite", "as the paper prints it; the released code has ReLU (benjs)"
+)
+class _GeluInSqueezeExcite(NFNet):
+    def squeezed_function(self, x: Array) -> tuple[Array, Array]:
+        value, slope = self.function(x)
+        return value * self.gamma(), slope * self.gamma()
+
+
+@_network("symmetric padding", "one pixel on both sides under stride 2 (padding=1 in PyTorch)")
+class _SymmetricPadding(NFNet):
+    def padding(self, size: int, kernel: int, stride: int) -> tuple[int, int]:  # noqa: ARG002
+        return kernel // 2, kernel // 2
+
+
+@_network("exact constant", "the activation's constant computed, not copied")
+class _ExactConstant(NFNet):
+    def gamma(self) -> float:
+        return 1.7009166
+
+
+@_network("no constant", "activations are not scaled (breadbread1984)")
+class _NoConstant(NFNet):
+    def gamma(self) -> float:
+        return 1.0
+
+
+@_network("gates up to 1", "squeeze and excite is not doubled")
+class _SingleGates(NFNet):
+    def gate(self, block: Block, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+        out, backward = super().gate(block, x)
+        return out / 2, lambda d: backward(d / 2)
+
+
+@_network("variance reset to 1", "the first block of a stage adds nothing (breadbread1984)")
+class _VarianceReset(NFNet):
+    def beta(self, block: Block) -> float:
+        # All blocks after a stage's first expect one branch less.
+        return block.beta if block.place == 0 else 1 / math.sqrt(block.variance - ALPHA**2)
+
+
+@_network(
+    "zeros in the average", "pooling counts the padding (flax's default); at odd sizes only", "odd"
+)
+class _CountsPadding(NFNet):
+    def pool(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+        _, height, width, _ = x.shape
+        padded = np.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+        out, backward = super().pool(padded)
+        return out, lambda d: backward(d)[:, :height, :width]
+
+
+# --- training mode, plan and optimizer ---------------------------------------------------------------
+
+
+@_models("rescaled depth", "stochastic depth divides by the rate kept (timm)", "NFNET-1", "depth")
+class _RescaledDepth(ReferenceModels):
+    def kept(self, rate: float, uniform: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return super().kept(rate, uniform) / (1 - rate)
+
+
+@_models("depth by batch", "one draw for all images of a batch", "NFNET-1", "depth")
+class _DepthByBatch(ReferenceModels):
+    def kept(self, rate: float, uniform: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return super().kept(rate, np.full_like(uniform, uniform[0]))
+
+
+def _replanned(plan: Plan, change: Callable[[Parameter], Parameter], **rule: Any) -> Plan:
+    known = [Parameter(entry.name, entry.shape, entry.units, "out-last") for entry in plan]
+    return make_plan(
+        [change(p) for p in known], replace(RULE, unit_rule="declared", **rule), head=HEAD
+    )
+
+
+@_models(
+    "gains by element",
+    "a gain stored as [O, 1, 1, 1] is clipped by element (timm)",
+    "NFNET-4",
+    "[pdc]*",
+)
+class _GainsByElement(ReferenceModels):
+    def plan(self, problem: ModelProblem) -> Plan:
+        def change(parameter: Parameter) -> Parameter:
+            gain = parameter.name.endswith(".gain")
+            return replace(parameter, units=Units("o -> o")) if gain else parameter
+
+        return _replanned(super().plan(problem), change)
+
+
+@_models("classifier's bias left out", "as most ports do", "NFNET-4", "[pdc]*")
+class _BiasLeftOut(ReferenceModels):
+    def plan(self, problem: ModelProblem) -> Plan:
+        return _replanned(super().plan(problem), lambda p: p, exclude=["@head"])
+
+
+@_models("classifier's weight clipped", "nothing is left out", "NFNET-4", "[pdc]*")
+class _NothingLeftOut(ReferenceModels):
+    def plan(self, problem: ModelProblem) -> Plan:
+        return _replanned(super().plan(problem), lambda p: p, exclude=[])
+
+
+@_models("momentum with the learning rate", "v = 0.9 v + lr g, as in Keras", "NFNET-5", "optimizer")
+class _RateInMomentum(ReferenceModels):
+    def nfnet_update(
+        self,
+        weight: npt.NDArray[Any],
+        gradient: npt.NDArray[Any],
+        buffer: npt.NDArray[Any],
+        rate: float,
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        step = rate * (gradient + (WEIGHT_DECAY * weight if weight.ndim > 1 else 0.0))
+        buffer = MOMENTUM * buffer + step
+        return step + MOMENTUM * buffer, buffer
+
+
+@_models("decoupled decay", "p -= lr * wd * p, beside the momentum", "NFNET-5", "optimizer")
+class _DecoupledDecay(ReferenceModels):
+    def nfnet_update(
+        self,
+        weight: npt.NDArray[Any],
+        gradient: npt.NDArray[Any],
+        buffer: npt.NDArray[Any],
+        rate: float,
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        buffer = MOMENTUM * buffer + gradient
+        decay = WEIGHT_DECAY * weight if weight.ndim > 1 else 0.0
+        return rate * (gradient + MOMENTUM * buffer + decay), buffer
+
+
+@_models("gains decay", "weight decay of all parameters", "NFNET-5", "optimizer")
+class _GainsDecay(ReferenceModels):
+    def nfnet_update(
+        self,
+        weight: npt.NDArray[Any],
+        gradient: npt.NDArray[Any],
+        buffer: npt.NDArray[Any],
+        rate: float,
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        return super().nfnet_update(
+            weight, gradient + (0.0 if weight.ndim > 1 else WEIGHT_DECAY * weight), buffer, rate
+        )
+
+
+@_models("no clipping", "the optimizer never calls AGC", "NFNET-5", "optimizer")
+class _NoClipping(ReferenceModels):
+    def clip(
+        self,
+        plan: Plan,  # noqa: ARG002
+        weights: Mapping[str, npt.NDArray[Any]],  # noqa: ARG002
+        gradients: Mapping[str, npt.NDArray[Any]],
+    ) -> dict[str, npt.NDArray[Any]]:
+        return dict(gradients)
+
+
+@_models("one step late", "weights are those before the step", "NFNET-5", "trajectory")
+class _OneStepLate(ReferenceModels):
+    def training(self, problem: ModelProblem, recipe: ModelRecipe) -> Any:
+        before = problem.parameters
+        for step in super().training(problem, recipe):
+            yield ModelStep(step.loss, before)
+            before = step.parameters

@@ -555,7 +555,9 @@ class NFNet(keras.Model):  # type: ignore[misc]
         channels = self.options.in_channels
         if x.shape.rank != 4 or x.shape[3] != channels:
             channels_first = x.shape.rank == 4 and x.shape[1] == channels
-            hint = "; tf.transpose(x, (0, 2, 3, 1)) puts the channels last" if channels_first else ""
+            hint = (
+                "; tf.transpose(x, (0, 2, 3, 1)) puts the channels last" if channels_first else ""
+            )
             raise ShapeError(
                 f"images must have the shape (n, height, width, {channels}), got {tuple(x.shape)}{hint}; "
                 "nfnet(..., in_channels=...) makes a model for other channels"

@@ -56,7 +56,8 @@ class _Program:
         return nnx.state(self.model, nnx.Param)
 
     def _merge(self, params: Any) -> NFNet:
-        return nnx.merge(self.graph, params, self.rest)
+        model: NFNet = nnx.merge(self.graph, params, self.rest)
+        return model
 
     def _forward(self, params: Any, images: jax.Array) -> Any:
         model = self._merge(params)

@@ -39,7 +39,7 @@ from agc.nfnet import (
 from agc_jax.layers import register_units
 from agc_jax.units import flatten
 
-__all__ = ["NFNet", "WSConv2d", "nfnet"]
+__all__ = ["NFNet", "nfnet"]
 
 _FUNCTIONS: Final[Mapping[str, Callable[[jax.Array], jax.Array]]] = {
     "gelu": lambda x: nn.gelu(x, approximate=True),

@@ -44,9 +44,22 @@ def drawn(variant: Any, classes: int, channels: int) -> Mapping[str, Any]:
     return core.seeded_parameters(variant, classes, channels)
 
 
+def abstract(variant: Any, *arguments: Any, **options: Any) -> Any:
+    """A model of shapes."""
+    return nnx.eval_shape(lambda: agc_jax.nfnet(variant, *arguments, rngs=nnx.Rngs(0), **options))
+
+
+def blank(leaf: Any) -> jax.Array:
+    """What is quicker to make than initial values."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key(0)
+    return jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
+
+
 def seeded(variant: Any = "tiny", param_dtype: Any = jnp.float64, **options: Any) -> Any:
     """A model in evaluation mode with the parameters that every framework can make."""
-    model = agc_jax.nfnet(variant, rngs=nnx.Rngs(0), param_dtype=param_dtype, **options)
+    graph, state = nnx.split(abstract(variant, param_dtype=param_dtype, **options))
+    model = nnx.merge(graph, jax.tree.map(blank, state))
     model.eval()
     found = model.options
     agc_jax.from_neutral(model, drawn(variant, found.num_classes, found.in_channels))
@@ -183,13 +196,17 @@ def test_bfloat16():
 
 
 def test_the_dtype_is_that_of_images_and_parameters():
-    model = seeded(SHALLOW, jnp.float32)
-    shape = (1, 8, 8, 3)
-    assert jax.eval_shape(model, jnp.zeros(shape, jnp.float32)).dtype == jnp.float32
-    assert jax.eval_shape(model, jnp.zeros(shape, jnp.bfloat16)).dtype == jnp.float32
-    assert jax.eval_shape(model, np.zeros(shape)).dtype == jnp.float64
-    model = agc_jax.nfnet(SHALLOW, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    assert jax.eval_shape(model, jnp.zeros(shape, jnp.float32)).dtype == jnp.bfloat16
+    def computed(images: Any, **options: Any) -> Any:
+        model = abstract(SHALLOW, **options)
+        shape = jax.ShapeDtypeStruct((1, 8, 8, 3), images)
+        return nnx.eval_shape(lambda model, x: model(x), model, shape).dtype
+
+    assert computed(jnp.float32) == jnp.float32
+    assert computed(jnp.bfloat16) == jnp.float32
+    assert computed(jnp.float64) == jnp.float64
+    assert computed(jnp.float32, dtype=jnp.bfloat16) == jnp.bfloat16
+    assert computed(jnp.float32, param_dtype=jnp.bfloat16) == jnp.float32
+    assert computed(jnp.bfloat16, param_dtype=jnp.bfloat16) == jnp.bfloat16
 
 
 def reference(model: Any, images: Any) -> Any:
@@ -307,8 +324,7 @@ def test_gradients_of_the_convolution(ws_eps):
     )
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3])
-@pytest.mark.parametrize("size", [1, 2, 7, 8])
+@pytest.mark.parametrize(("groups", "size"), [(1, 1), (2, 2), (3, 7), (2, 8)])
 def test_grouped_convolutions_with_stride(groups, size):
     conv, _ = conv_and_images(outputs=6, groups=groups)
     images = random(5, 1, size, size + 1, 6)
@@ -355,37 +371,30 @@ def test_gelu_has_two_forms():
 
 
 def test_options_change_the_outputs():
-    images, _ = batch(2, 32)
+    images, _ = batch(1, 50, 33)
     base = run(seeded(SHALLOW), images)
     for options in ({"activation": "gelu_erf"}, {"ws_eps": "timm"}, {"activation": "relu"}):
         assert 1e-5 < relative(run(seeded(SHALLOW, **options), images), base) < 2
     gray = abstract("tiny", in_channels=1, num_classes=7)
-    assert jax.eval_shape(gray, jnp.zeros((2, 32, 32, 1))).shape == (2, 7)
+    found = nnx.eval_shape(lambda model, x: model(x), gray, jnp.zeros((2, 32, 32, 1)))
+    assert found.shape == (2, 7)
 
 
 def test_dropout():
     model = seeded(SHALLOW, stochastic_depth=0, dropout=0.4)
-    images, _ = batch(1, 16)
-    pooled = nnx.jit(lambda m, x: m.features(x)["pooled"])(model, images)
-    expected = run(model, images)
-
-    @nnx.jit
-    def dropped(model: Any, images: jax.Array) -> jax.Array:
-        model.head = lambda given: given  # what the classifier is given
-        return model(images)
-
+    model.head.weight = nnx.Param(jnp.eye(192))  # shows what the classifier is given
+    model.head.bias = nnx.Param(jnp.zeros(192))
+    image, _ = batch(1, 16)
+    images = jnp.broadcast_to(image, (200, 16, 16, 3))
+    pooled = run(model, images)
     model.train()
-    given = dropped(nnx.clone(model), jnp.broadcast_to(images, (200, 16, 16, 3)))
-    kept = given != 0
+    found = run(model, images)
+    kept = found != 0
     assert float(kept.mean()) == pytest.approx(0.6, abs=0.02)
-    expected_given = jnp.broadcast_to(pooled / 0.6, given.shape)
-    np.testing.assert_allclose(given[kept], expected_given[kept], rtol=1e-9)
-    first, second = (run(model, images) for _ in range(2))
-    assert not jnp.array_equal(first, second)
-    still = nnx.jit(lambda m, x: m(x, deterministic=True))(model, images)
-    close(still, expected, 1e-12)
-    model.eval()
-    close(run(model, images), expected, 0)
+    np.testing.assert_allclose(found[kept], pooled[kept] / 0.6, rtol=1e-9)
+    assert not jnp.array_equal(run(model, images), found)  # other numbers in every call
+    still = nnx.jit(lambda model, x: model(x, deterministic=True))(model, images)
+    assert jnp.array_equal(still, pooled)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
@@ -444,10 +453,6 @@ def test_bad_images(method):
 # Parameters
 
 
-def abstract(variant: Any, *arguments: Any, **options: Any) -> Any:
-    return nnx.eval_shape(lambda: agc_jax.nfnet(variant, *arguments, rngs=nnx.Rngs(0), **options))
-
-
 @pytest.mark.parametrize("variant", core.VARIANTS)
 def test_parameters_have_the_canonical_names(variant):
     found = agc_jax.units(abstract(variant))
@@ -456,8 +461,9 @@ def test_parameters_have_the_canonical_names(variant):
 
 
 def test_parameters_are_drawn_anew():
-    model = agc_jax.nfnet(SHALLOW, 4, rngs=nnx.Rngs(3), param_dtype=jnp.bfloat16)
+    model = agc_jax.nfnet(SHALLOW, 4, rngs=nnx.Rngs(2), param_dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in values_of(model).values()} == {jnp.dtype(jnp.bfloat16)}
+    model.reset_parameters(nnx.Rngs(3))
     before = values_of(model)
     model.reset_parameters(nnx.Rngs(3))
     again = values_of(model)
@@ -469,9 +475,9 @@ def test_parameters_are_drawn_anew():
 
 
 def test_initial_values():
-    values = values_of(agc_jax.nfnet("F0", rngs=nnx.Rngs(0)))
+    values = values_of(agc_jax.nfnet("tiny", rngs=nnx.Rngs(0)))
     normal, truncated = [], []
-    for spec in core.parameters("F0"):
+    for spec in core.parameters("tiny"):
         value = np.asarray(values[spec.name])
         match spec.kind:
             case "conv":
@@ -479,15 +485,17 @@ def test_initial_values():
             case "se":
                 truncated.append(value.flatten() * spec.fan_in**0.5)
             case "head":
-                assert value.std() == pytest.approx(0.01, rel=0.01)
+                assert value.std() == pytest.approx(0.01, rel=0.05)
             case kind:
                 assert (value == (1 if kind == "gain" else 0)).all()
-    assert np.concatenate(normal).std() == pytest.approx(1, rel=1e-3)
+    for array in normal:
+        assert array.std() == pytest.approx(1, abs=4 / array.size**0.5)
+    assert np.concatenate(normal).std() == pytest.approx(1, rel=5e-3)
     assert np.abs(np.concatenate(normal)).max() > 4  # not truncated
-    assert np.concatenate(truncated).std() == pytest.approx(0.8796, rel=1e-3)
+    assert np.concatenate(truncated).std() == pytest.approx(0.8796, rel=5e-3)
     assert np.abs(np.concatenate(truncated)).max() <= 2 + 1e-5
-    firsts = {float(value.flatten()[0]) for value in normal}
-    assert len(firsts) == len(normal)  # each tensor has its own numbers
+    firsts = {float(array[0]) for array in normal + truncated}
+    assert len(firsts) == len(normal) + len(truncated)  # each tensor has its own numbers
 
 
 def test_identity_at_the_start():
@@ -547,10 +555,10 @@ def test_features():
 
 @pytest.mark.parametrize(("dtype", "limit"), [(jnp.float64, EXACT), (jnp.float32, SINGLE)])
 def test_fold(dtype, limit):
-    model = seeded(SHALLOW, dtype, stochastic_depth=0.9)
+    model = seeded(SHALLOW, dtype)
     model.train()
     folded = model.fold()
-    images, _ = batch(2, 33, 40, dtype=dtype)
+    images, _ = batch(1, 50, 33, dtype=dtype)
     before = run(folded, images)
     assert not model.stages[0][0].deterministic
     model.eval()
@@ -564,13 +572,15 @@ def test_fold(dtype, limit):
     assert jnp.array_equal(run(folded, images), before)  # nothing is shared
 
 
-def test_state_round_trip():
+def test_states():
+    """What plain JAX sees: a tree, which goes through ``jax.jit`` and into another model."""
     model = seeded(SHALLOW)
+    images, _ = batch(1, 50, 33)
     graph, state = nnx.split(model)
-    images, _ = batch(2, 32)
     merged = jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, images)
     assert jnp.array_equal(merged, run(model, images))
-    other = agc_jax.nfnet(SHALLOW, rngs=nnx.Rngs(1), param_dtype=jnp.float64)
+    other = nnx.merge(graph, jax.tree.map(jnp.copy, state))
+    nnx.update(other, jax.tree.map(jnp.zeros_like, nnx.state(other, nnx.Param)))
     nnx.update(other, nnx.state(model, nnx.Param))
     values = values_of(other)
     assert all(jnp.array_equal(values[name], value) for name, value in values_of(model).items())
@@ -578,31 +588,30 @@ def test_state_round_trip():
 
 @pytest.mark.parametrize("folded", [False, True])
 def test_export(folded):
+    """A program for any number of images, with its weights inside."""
     model = seeded(SHALLOW, jnp.float32)
-    images, _ = batch(3, 32, dtype=jnp.float32)
-    graph, state = nnx.split(model.fold() if folded else model)
-    program = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
-    shape = jax.export.symbolic_shape("n, 32, 32, 3")
-    given = jax.ShapeDtypeStruct(shape, jnp.float32)
-    exported = jax.export.deserialize(
-        jax.export.export(program)(jax.tree.map(jnp.copy, state), given).serialize()
-    )
-    for count in (3, 1):
-        close(exported.call(state, images[:count]), run(model, images[:count]), SINGLE.logits)
+    images, _ = batch(2, 50, 33, dtype=jnp.float32)
+    given = model.fold() if folded else model
+    shape = jax.export.symbolic_shape("n, 50, 33, 3")
+    program = jax.export.export(jax.jit(given))(jax.ShapeDtypeStruct(shape, jnp.float32))
+    loaded = jax.export.deserialize(program.serialize())
+    for count in (1, 2):
+        expected = run(model, images[:count])
+        close(jax.jit(loaded.call)(images[:count]), expected, SINGLE.logits)
 
 
 def test_linen():
     """The bridge of Flax makes a Linen module of it, with parameters of the same names."""
     linen = nnx.bridge.to_linen(agc_jax.nfnet, SHALLOW, dropout=0.5, param_dtype=jnp.float64)
-    images, _ = batch(2, 16)
+    images, _ = batch(1, 50, 33)
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    variables = jax.jit(lambda keys, x: linen.init(keys, x, deterministic=True))(keys, images)
-    assert set(variables) == {"params"}
+    shapes = jax.eval_shape(lambda keys: linen.init(keys, images, deterministic=True), keys)
+    assert set(shapes) == {"params"}
 
     model = seeded(SHALLOW)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    assert jax.tree.structure(params) == jax.tree.structure(variables["params"])
-    apply = jax.jit(linen.apply, static_argnames=("deterministic", "nnx_method"))
+    assert jax.tree.structure(params) == jax.tree.structure(shapes["params"])
+    apply = jax.jit(linen.apply, static_argnames="deterministic")
     found = apply({"params": params}, images, deterministic=True)
     close(found, run(model, images), EXACT.logits)
     first, second = (
@@ -618,5 +627,9 @@ def test_linen():
     assert int(agc_jax.stats(state).units) == plan.count
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
-    nnx.update(model, variables["params"])  # and back
-    close(apply(variables, images, deterministic=True), run(model, images), EXACT.logits)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf + 1, params))  # and back
+    values = values_of(model)
+    assert all(
+        jnp.array_equal(values[name], value + 1)
+        for name, value in values_of(seeded(SHALLOW)).items()
+    )

@@ -36,7 +36,7 @@ from agc.weights.forms import FORMS, Form, guess, sizes
 __all__ = ["FORMAT_VERSION", "Weights", "convert", "load", "open_weights", "save"]
 
 Array = npt.NDArray[Any]
-Progress = Callable[[str, int], None]
+Progress = Callable[[str, int, int], None]
 
 FORMAT_VERSION: Final = 1
 """Version of the metadata; a file of a later one is refused."""
@@ -187,7 +187,7 @@ def convert(
     variant, activation, ws_eps : str, optional
         As in :func:`open_weights`.
     progress : callable, optional
-        Called with a tensor's name and bytes when it has been written.
+        Called with a tensor's name, its bytes, and the bytes of all, when it has been written.
 
     Returns
     -------
@@ -227,10 +227,11 @@ def _write(
             )
         encoded[there.name] = _encoded(form, spec, tensor)
     write = write_npz if npz else write_safetensors
+    total = sum(tensor.nbytes for tensor in encoded.values())
     with replacing(path) as file:
         for name in write(file, encoded, _metadata(chosen, form)):
             if progress is not None:
-                progress(name, encoded[name].nbytes)
+                progress(name, encoded[name].nbytes, total)
 
 
 def _encoded(form: Form, spec: ParameterSpec, tensor: Tensor) -> Tensor:
@@ -248,8 +249,10 @@ def _check(source: Source, form: Form, chosen: Options) -> dict[str, Tensor]:
     try:
         check_arrays([form.spec(spec) for spec in specs], source.tensors)
     except ParameterError as error:
+        like = guess({name: tensor.shape for name, tensor in source.tensors.items()})[1].name
+        hint = "" if like == chosen.variant.name else f". Its tensors look like those of {like}"
         raise ParameterError(
-            f"{source.path}, read as {form.name} weights of {chosen.variant.name}: {error}"
+            f"{source.path}, read as {form.name} weights of {chosen.variant.name}: {error}{hint}"
         ) from None
     return {spec.name: _decoded(form, spec, source.tensors[form.spec(spec).name]) for spec in specs}
 

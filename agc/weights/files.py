@@ -238,7 +238,7 @@ def _npz(path: Path, archive: zipfile.ZipFile) -> Source:
         try:
             metadata = json.loads(archive.comment)
         except ValueError as error:
-            raise FormatError(f"{path}: the archive's comment is broken; {error}") from None
+            raise FormatError(f"{path}: truncated, or its comment is broken; {error}") from None
     tensors = {name.removesuffix(".npy"): tensor(name) for name in archive.namelist()}
     return Source(path, tensors, metadata)
 

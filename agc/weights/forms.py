@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -42,12 +42,15 @@ class Form:
 
     def spec(self, spec: ParameterSpec) -> ParameterSpec:
         """Return a parameter under the name and with the shape that it has in this form."""
-        shape = tuple(spec.shape[axis] for axis in self._axes(spec)) + (1,) * self._unit_axes(spec)
-        return replace(spec, name=self.rename(spec), shape=shape)
+        return replace(spec, name=self.rename(spec), shape=self.shape(spec))
+
+    def shape(self, spec: ParameterSpec) -> tuple[int, ...]:
+        """Return the shape that a parameter has in this form."""
+        return tuple(spec.shape[axis] for axis in self._axes(spec)) + (1,) * self._unit_axes(spec)
 
     def encode(self, spec: ParameterSpec, array: Array) -> Array:
         """Bring a neutral array into this form; a view."""
-        return array.transpose(self._axes(spec)).reshape(self.spec(spec).shape)
+        return array.transpose(self._axes(spec)).reshape(self.shape(spec))
 
     def decode(self, spec: ParameterSpec, array: Array) -> Array:
         """Bring an array of this form into the neutral one; a view."""
@@ -120,28 +123,25 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Form, Variant]:
     KeyError
         If no name is an NFNet's in any form.
     """
+    # A file of flax is one of neutral, but for its metadata.
+    forms = [form for form in FORMS.values() if form.name != "flax"]
     small = parameters("tiny")  # whose names are in every variant
-    named = {form: sum(form.rename(spec) in shapes for spec in small) for form in FORMS.values()}
+    named = {form.name: sum(form.rename(spec) in shapes for spec in small) for form in forms}
     most = max(named.values())
     if not most:
         raise KeyError("no name of an NFNet")
-    return max(
-        (
-            (form, variant)
-            for form, count in named.items()
-            if count == most
-            for variant in VARIANTS.values()
-        ),
-        key=lambda pair: _agreement((pair[0].spec(spec) for spec in parameters(pair[1])), shapes),
-    )
-
-
-def _agreement(
-    specs: Iterable[ParameterSpec], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[int, int]:
-    """Tensors that agree; then, fewer that would be missing, which tells a variant from a deeper one."""
-    found = [shapes.get(spec.name) == spec.shape for spec in specs]
-    return sum(found), -len(found)
+    forms = [form for form in forms if named[form.name] == most]
+    best: tuple[tuple[int, int], Form, Variant] | None = None
+    for variant in VARIANTS.values():
+        specs = parameters(variant)
+        for form in forms:
+            agree = sum(shapes.get(form.rename(spec)) == form.shape(spec) for spec in specs)
+            # Of a variant and a deeper one, which has all of its names, that with fewer missing.
+            score = (agree, -len(specs))
+            if best is None or score > best[0]:
+                best = score, form, variant
+    assert best is not None
+    return best[1], best[2]
 
 
 def sizes(form: Form, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int]:

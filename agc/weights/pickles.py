@@ -213,6 +213,10 @@ def _encode(text: object, encoding: object = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    return b""
+
+
 def _mapping(data: object) -> object:
     if not isinstance(data, dict):
         raise _RefusedError(f"makes a mapping of {_kind(data)}")
@@ -259,7 +263,9 @@ _ALLOWED: Final[tuple[tuple[tuple[str, ...], dict[str, Callable[..., object]]], 
     ),
     (("numpy.core.numeric", "numpy._core.numeric"), {"_frombuffer": _finished}),
     (_HAIKU, {"FlatMapping": _mapping, "FlatMap": _mapping, "frozendict": _mapping}),
+    # What bytes are in protocol 2, from before Python had them.
     (("_codecs",), {"encode": _encode}),
+    (("__builtin__",), {"bytes": _no_bytes}),
     # dill of 2021 reaches NumPy's functions by these two, dill of today makes arrays by the third.
     (
         ("dill._dill", "dill.dill"),

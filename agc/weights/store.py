@@ -235,8 +235,7 @@ def _write(
 
 
 def _encoded(form: Form, spec: ParameterSpec, tensor: Tensor) -> Tensor:
-    shape = form.spec(spec).shape
-    return Tensor(shape, tensor.dtype, lambda: form.encode(spec, tensor.read()))
+    return Tensor(form.shape(spec), tensor.dtype, lambda: form.encode(spec, tensor.read()))
 
 
 def _decoded(form: Form, spec: ParameterSpec, tensor: Tensor) -> Tensor:

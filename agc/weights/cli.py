@@ -161,13 +161,14 @@ def _print_tables(
     console = need("rich.console", "agc classify").Console()
     table = need("rich.table", "agc classify").Table
     text = need("rich.text", "agc classify").Text
-    console.print(
-        f"{_describe(options)} with {chosen.backend}, weights: {chosen.weights}",
-        highlight=False,
-        markup=False,
-    )
+
+    def say(line: str, **how: Any) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True, **how)
+
+    say(f"{_describe(options)} with {chosen.backend}, weights: {chosen.weights}")
     for path, guesses in found.items():
-        shown = table(title=text(str(path)), title_justify="left")
+        say(str(path))
+        shown = table()
         shown.add_column("class", justify="right")
         if any(guess.name is not None for guess in guesses):
             shown.add_column("name")
@@ -177,9 +178,9 @@ def _print_tables(
             shown.add_row(str(guess.index), *name, f"{guess.probability:.1%}")
         console.print(shown)
     if any(guess.name is None for guesses in found.values() for guess in guesses):
-        console.print("(no names of classes; give them with --labels FILE)", markup=False)
+        say("(no names of classes; give them with --labels FILE)")
     if note is not None:
-        console.print(note, style="bold red", markup=False)
+        say(note, style="bold red")
 
 
 def _describe(options: Options) -> str:

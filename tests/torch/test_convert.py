@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,6 +241,26 @@ def test_classify_says_that_weights_are_untrained(tmp_path, photographs, capsys)
     command = ["classify", *photographs, "--weights", str(tmp_path / "new"), "--backend", "torch"]
     assert main(command) == 0
     assert "THE WEIGHTS LOOK UNTRAINED" in capsys.readouterr().out
+
+
+def test_commands_of_the_documentation(tmp_path, neutral, arrays, monkeypatch, capsys):
+    """The lines of docs/weights.md that start with agc, on small files of the same names."""
+    monkeypatch.chdir(tmp_path)
+    tree: dict[str, dict[str, np.ndarray]] = {}
+    for spec in core.parameters("tiny"):
+        module, _, name = spec.haiku.rpartition("/")
+        tree.setdefault(module, {})[name] = arrays[spec.name]
+    (tmp_path / "F0_haiku.npz").write_bytes(pickle.dumps(tree))
+    for name, image in (("china", CHINA), ("flower", FLOWER)):
+        Image.fromarray(image).save(tmp_path / f"{name}.jpg")
+    text = (Path(__file__).parents[2] / "docs" / "weights.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^agc (.*)", text, re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        assert main(shlex.split(line, comments=True)) == 0
+    assert "flower.jpg" in capsys.readouterr().out
+    convert("F0_torch.safetensors", "back", "neutral")
+    assert (tmp_path / "back").read_bytes() == neutral.read_bytes()
 
 
 def test_pickles_of_other_programs_are_not_torch_files(tmp_path):

@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from agc_torch.clip import adaptive_clip_grad_
-from agc_torch.nfnet import NFNet, WSConv2d, nfnet
+from agc_torch.nfnet import NFNet, nfnet
 from agc_torch.optimizer import Handle, attach, attached
 from agc_torch.recipe import sgd_nfnet
 from agc_torch.sam import SamStats, SharpnessAware, Verification, verify_sam
@@ -30,7 +30,6 @@ __all__ = [
     "SharpnessAware",
     "Stats",
     "Verification",
-    "WSConv2d",
     "adaptive_clip_grad_",
     "attach",
     "attached",

@@ -35,7 +35,7 @@ from agc.nfnet import (
     stem,
 )
 
-__all__ = ["NFNet", "WSConv2d", "nfnet"]
+__all__ = ["NFNet", "nfnet"]
 
 _FUNCTIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),

@@ -91,11 +91,11 @@ def publish(session: nox.Session) -> None:
 def tests(session: nox.Session, framework: str) -> None:
     """Unit and integration tests, each framework alone."""
     if framework == "core":
-        install(session, "conformance", groups=("test",))
+        install(session, "conformance", "weights", groups=("test",))
         session.run("pytest", "tests/core", "tests/conformance", *session.posargs)
         return
     groups = ("test", f"pinned-{framework}", f"test-{framework}")
-    install(session, framework, "conformance", groups=groups)
+    install(session, framework, "conformance", "weights", groups=groups)
     if framework == "torch":
         install_peers(session)
     session.run("pytest", f"tests/{framework}", *session.posargs, env=QUIET)

@@ -10,6 +10,7 @@ from typing import Any
 
 from agc import __version__
 from agc.errors import AGCError, MissingPackageError
+from agc.weights.cli import register as register_weights
 
 __all__ = ["main"]
 
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"agc-sam {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    register_weights(commands)
     for entry_point in sorted(entry_points(group="agc.commands"), key=lambda found: found.name):
         try:
             entry_point.load()(commands)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CONDITIONS", "SAM_CONTESTANTS", "Measure", "draw", "read", "sam_batch"]
+__all__ = ["CONDITIONS", "SAM_CONTESTANTS", "Measure", "draw", "nfnet_batch", "read", "sam_batch"]
 
 CONDITIONS = ("all", "none")
 """Every unit is clipped, or no unit is."""
@@ -57,3 +57,10 @@ def sam_batch() -> tuple[Any, Any]:
     random = np.random.default_rng(0)
     images = random.normal(size=(100, 32, 32, 3))
     return images.astype(np.float32), random.integers(0, 10, 100)
+
+
+def nfnet_batch() -> tuple[Any, Any]:
+    """Return 4 images of shape (128, 128, 3), channels last, and their labels."""
+    random = np.random.default_rng(0)
+    images = random.normal(size=(4, 128, 128, 3))
+    return images.astype(np.float32), random.integers(0, 1000, 4)

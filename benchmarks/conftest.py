@@ -31,10 +31,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def measure(benchmark: Any) -> Measure:
     """Time one contestant: ``measure(run, setup, framework=..., model=..., ...)``."""
 
-    def timed(run: Callable[..., Any], setup: Callable[[], Any] | None = None, **case: Any) -> None:
+    def timed(
+        run: Callable[..., Any],
+        setup: Callable[[], Any] | None = None,
+        rounds: int = ROUNDS,
+        **case: Any,
+    ) -> None:
         benchmark.group = f"{case['framework']} {case['model']} {case['condition']}"
         benchmark.extra_info.update(case)
-        benchmark.pedantic(run, setup=setup, rounds=ROUNDS, warmup_rounds=1)
+        benchmark.pedantic(run, setup=setup, rounds=rounds, warmup_rounds=1)
 
     return timed
 
@@ -43,9 +48,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Order: model, condition, turn, contestant; the last changes fastest."""
     if "turn" in metafunc.fixturenames:
         metafunc.parametrize("contestant", metafunc.module.CONTESTANTS)
-        metafunc.parametrize("turn", range(TURNS))
+        metafunc.parametrize("turn", range(getattr(metafunc.module, "TURNS", TURNS)))
     if "condition" in metafunc.fixturenames:
-        metafunc.parametrize("condition", CONDITIONS, scope="module")
+        conditions = getattr(metafunc.module, "CONDITIONS", CONDITIONS)
+        metafunc.parametrize("condition", conditions, scope="module")
+    if "model" in metafunc.fixturenames:
         metafunc.parametrize("model", MODELS, scope="module")
 
 

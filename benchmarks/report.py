@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import CONDITIONS
+
 __all__ = ["TARGETS", "Results", "main", "verdicts"]
 
 HERE = Path(__file__).parent
@@ -52,6 +54,8 @@ NOISE = 0.03
 MEMORY = 0.05
 """Largest peak of extra memory in PyTorch, as a share of the parameters."""
 
+PEERS = {"torch": "timm", "jax": "plain functions"}
+"""Whose NFNet-F0 ours is compared with."""
 SAM_COSTS = {"sam": 2.1, "fraction": 1.3}
 """Most that a training step may take, as a multiple of one without SAM."""
 SAM_MEMORY = 1.0
@@ -67,6 +71,7 @@ class Results:
         self.machines: dict[str, dict[str, Any]] = {}
         self.commits: dict[str, dict[str, Any]] = {}
         self.memory: dict[tuple[str, str, str], float] = {}
+        self.model_peaks: dict[tuple[str, str], float] = {}
         self._turns: dict[Case, dict[str, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
         for framework in FRAMEWORKS:
             path = folder / f"{framework}.json"
@@ -77,6 +82,9 @@ class Results:
             self.commits[framework] = {**data["commit_info"], "date": data["datetime"][:16]}
             for one in data["benchmarks"]:
                 case = one["extra_info"]
+                if "peak_memory" in case and case["model"] == "F0":
+                    self.model_peaks[framework, case["contestant"]] = case["peak_memory"]
+                    continue
                 if "peak_memory" in case:
                     key = case["model"], case["condition"], case["contestant"]
                     self.memory[key] = case["peak_memory"]
@@ -86,11 +94,15 @@ class Results:
 
     def cases(self, framework: str) -> list[Case]:
         """Return the cases of clipping of a framework in the order they were run."""
-        return [case for case in self._turns if case[0] == framework and case != _step(framework)]
+        return [case for case in self._turns if case[0] == framework and case[2] in CONDITIONS]
 
-    def contestants(self, framework: str) -> list[str]:
-        """Return the contestants in clipping of a framework in the order they were run."""
-        return list(dict.fromkeys(c for case in self.cases(framework) for c in self._turns[case]))
+    def models(self, framework: str) -> list[Case]:
+        """Return the cases of whole models of a framework in the order they were run."""
+        return [case for case in self._turns if case[0] == framework and case[1] == "F0"]
+
+    def contestants(self, cases: Sequence[Case]) -> list[str]:
+        """Return the contestants of some cases in the order they were run."""
+        return list(dict.fromkeys(c for case in cases for c in self._turns[case]))
 
     def milliseconds(self, case: Case, contestant: str) -> float:
         """Return the fastest round of all turns."""
@@ -100,6 +112,10 @@ class Results:
         """Return how many times the base's time a peer takes: fastest of a turn; then the median of turns."""
         ours, theirs = self._turns[case][base], self._turns[case][peer]
         return statistics.median(theirs[turn]["min"] / ours[turn]["min"] for turn in ours)
+
+    def model_memory(self, framework: str, contestant: str) -> float | None:
+        """Return the peak memory of a training step of F0, in copies of the parameters."""
+        return self.model_peaks.get((framework, contestant))
 
     def sam_cost(self, framework: str, contestant: str) -> float:
         """Return what a training step takes, as a multiple of one without SAM."""
@@ -134,11 +150,25 @@ def verdicts(results: Results) -> list[tuple[str, bool]]:
                 f"(at most {most:g})"
             )
             found.append((text, cost <= most))
+    for framework in results.machines:
+        for case in results.models(framework):
+            peer = PEERS[framework]
+            ratio = results.ratio(case, peer)
+            text = f"{_label(case)}: {TITLES[peer]} takes {ratio:.2f} times as long (at least 1)"
+            found.append((text, ratio >= 1 - NOISE))
+        peer = PEERS.get(framework, "")
+        ours, theirs = (results.model_memory(framework, who) for who in ("ours", peer))
+        if ours is not None and theirs is not None:
+            text = (
+                f"{TITLES[framework]}, NFNet-F0, training step: memory {ours:.2f} copies of the parameters, "
+                f"{TITLES[peer]} {theirs:.2f} (at most as much)"
+            )
+            found.append((text, ours <= theirs * (1 + NOISE)))
     for (model, condition, contestant), share in results.memory.items():
         if contestant == "sam":
             text = f"PyTorch, SAM: extra memory {share:.2f} copies of the weights (at most {SAM_MEMORY:g})"
             found.append((text, round(share, 2) <= SAM_MEMORY))
-        if contestant == "ours":
+        if contestant == "ours" and condition in CONDITIONS:
             text = (
                 f"{_label(('torch', model, condition))}: extra memory {100 * share:.2f} % of the "
                 f"parameters (at most {100 * MEMORY:g} %)"
@@ -158,7 +188,7 @@ def table(results: Results, framework: str) -> str:
         [TITLES[framework], *(f"{TITLES[model]}, {TITLES[c]}" for _, model, c in cases)],
         ["---", *("---:" for _ in cases)],
     ]
-    for contestant in results.contestants(framework):
+    for contestant in results.contestants(cases):
         row = [TITLES[contestant]]
         for case in cases:
             time = f"{results.milliseconds(case, contestant):.1f} ms"
@@ -170,6 +200,22 @@ def table(results: Results, framework: str) -> str:
             shares = [results.memory.get((*case[1:], contestant)) for case in cases]
             cells = ["" if share is None else f"{100 * share:.1f} %" for share in shares]
             rows.append([f"extra memory, {TITLES[contestant]}", *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def model_table(results: Results) -> str:
+    """Return a Markdown table: NFNet-F0 forward and a training step, in milliseconds."""
+    rows = [["NFNet-F0", "forward", "training step", "memory of a step"], ["---", *3 * ["---:"]]]
+    for framework in results.machines:
+        cases = results.models(framework)
+        for contestant in results.contestants(cases):
+            row = [f"{TITLES[framework]}: {TITLES[contestant]}"]
+            for case in cases:
+                time = f"{results.milliseconds(case, contestant):.0f} ms"
+                ratio = results.ratio(case, contestant)
+                row.append(time if contestant == "ours" else f"{time} ({ratio:.2f}x)")
+            memory = results.model_memory(framework, contestant)
+            rows.append([*row, "" if memory is None else f"{memory:.2f} x parameters"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -194,6 +240,7 @@ def document(results: Results) -> str:
     ]
     parts += [table(results, framework) for framework in results.machines]
     parts.append("## SAM\n\n" + sam_table(results))
+    parts.append("## Models\n\n" + model_table(results))
     marks = {True: "met", False: "**missed**"}
     rows = [f"| {text} | {marks[met]} |" for text, met in verdicts(results)]
     parts.append("## Targets\n\n" + "\n".join(["| target | |", "| --- | --- |", *rows]))
@@ -222,7 +269,7 @@ def figure(results: Results) -> str:
         (f"{_label(case)}: {peer}", results.ratio(case, peer))
         for framework in results.machines
         for case in results.cases(framework)
-        for peer in results.contestants(framework)
+        for peer in results.contestants([case])
         if not peer.startswith(("ours", "read"))
     ]
     with mpl.rc_context({"svg.hashsalt": "agc", "svg.fonttype": "none", "font.size": 8}):

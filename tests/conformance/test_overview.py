@@ -12,7 +12,9 @@ from agc_conformance.reporting.overview import errors_figure, overview, publish
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "conformance" / "results"
-MARKED = "above\n<!-- matrix: written by `nox -s publish` -->\nold\n<!-- end of matrix -->\nbelow\n"
+MARKED = (
+    "above\n<!-- matrix: written by `nox -s publish` -->\nSTALE\n<!-- end of matrix -->\nbelow\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_publish(report, tmp_path):
     assert page.startswith("above\n<!-- matrix")
     assert page.endswith("<!-- end of matrix -->\nbelow\n")
     assert overview(report) in page
-    assert "old" not in page
+    assert "STALE" not in page
     assert json.loads((tmp_path / "results" / "cpu.json").read_text()) == report
     assert not list(tmp_path.rglob("*.part"))
 

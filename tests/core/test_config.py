@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from agc import AGC, Schedule, Units
+from agc import AGC, SAM, Schedule, Units
 from agc.errors import AGCError, ConfigError, UnitsError
 from agc.profiles import PROFILES
 
@@ -155,6 +155,53 @@ class TestProfiles:
     def test_unknown_field(self):
         with pytest.raises(ConfigError, match="clip"):
             AGC.profile("paper", clip=1)
+
+
+class TestSam:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"rho": 0}, "rho must be a finite number > 0, got 0"),
+            ({"rho": -0.05}, "rho must be a finite number > 0, got -0.05"),
+            ({"rho": NAN}, "rho must be a finite number > 0, got nan"),
+            ({"rho": "0.05"}, "rho must be a finite number > 0, got '0.05'"),
+            ({"fraction": 0}, "fraction must be a number above 0 and at most 1, got 0"),
+            ({"fraction": 1.2}, "fraction must be a number above 0 and at most 1, got 1.2"),
+            ({"fraction": NAN}, "fraction must be a number above 0 and at most 1, got nan"),
+            ({"every": 0}, "every must be an integer >= 1, got 0"),
+            ({"every": 1.5}, "every must be an integer >= 1, got 1.5"),
+            ({"microbatches": 0}, "microbatches must be an integer >= 1, got 0"),
+            ({"eta": -1}, "eta must be a finite number >= 0, got -1"),
+            ({"adaptive": 1}, "adaptive must be True or False, got 1"),
+            ({"scope": "all"}, "scope must be one of 'local', 'global', got 'all'"),
+            ({"nonfinite": "zero"}, "nonfinite must be one of 'skip_step'"),
+            ({"only": [""]}, "only needs non-empty strings"),
+        ],
+    )
+    def test_bad_fields_are_named(self, fields, message):
+        with pytest.raises(ConfigError, match=message):
+            SAM(**fields)
+
+    def test_a_schedule_that_returns_nonsense(self):
+        with pytest.raises(ConfigError, match="the schedule of rho returned"):
+            SAM(rho=lambda step: 0.1 - step).radius(1)
+
+    @pytest.mark.parametrize(
+        "rule",
+        [
+            SAM(),
+            SAM(rho=Schedule([(0, 0.2), (10, 0.05)]), fraction=0.2, only=["a.*"], every=2),
+            SAM(adaptive=True, rho=0.5, microbatches=4, scope="global", nonfinite="raise"),
+        ],
+    )
+    def test_round_trips(self, rule):
+        assert SAM.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+        assert pickle.loads(pickle.dumps(rule)) == rule
+        assert hash(SAM.from_dict(rule.to_dict())) == hash(rule)
+
+    def test_an_unknown_field(self):
+        with pytest.raises(ConfigError, match="radius"):
+            SAM.from_dict({"radius": 0.05})
 
 
 def test_every_error_has_one_base():

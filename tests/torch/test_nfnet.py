@@ -262,6 +262,27 @@ def test_gradients_of_the_convolution(ws_eps):
     assert torch.autograd.gradgradcheck(run, inputs, eps=1e-8, atol=1e-3)
 
 
+def test_second_gradient_of_the_gain_alone():
+    conv, images = conv_and_images()
+    conv.weight.requires_grad_(False)
+    loss = conv(images).square().sum()
+    (first,) = torch.autograd.grad(loss, conv.gain, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), conv.gain)
+    # The loss is a quadratic polynomial of each gain.
+    assert (second > 0).all()
+
+
+def test_gradients_do_not_depend_on_the_memory_format():
+    conv, images = conv_and_images()
+    twin, _ = conv_and_images()
+    twin = twin.to(memory_format=torch.channels_last)
+    for one in (conv, twin):
+        one(images).square().sum().backward()
+    torch.testing.assert_close(conv.weight.grad, twin.weight.grad)
+    torch.testing.assert_close(conv.gain.grad, twin.gain.grad)
+    torch.testing.assert_close(conv.standardised(), twin.standardised())
+
+
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 7, 8])
 def test_grouped_convolutions_with_stride(groups, size):

@@ -18,7 +18,6 @@ _BEGIN: Final = "<!-- matrix: written by `nox -s publish` -->"
 _END: Final = "<!-- end of matrix -->"
 _SIGNS: Final = {"passed": "✓", "failed": "✗", "expected": "~", "unsupported": "n/a", "none": ""}
 _NAMES: Final = {"torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow"}
-_VERSIONS: Final = {"pytorch_optimizer": "pytorch-optimizer"}
 
 Run = Mapping[str, Any]
 
@@ -148,7 +147,7 @@ def _runs(report: Mapping[str, Any], role: str) -> Iterator[Run]:
 def _title(run: Run) -> str:
     header = run["header"]
     name = header["backend"].partition(":")[0]
-    version = header["versions"].get(_VERSIONS.get(name, name), "")
+    version = header["versions"].get(name, "")
     return f"{_NAMES.get(name, name)} {version}".strip()
 
 

@@ -1,0 +1,360 @@
+"""``agc demo``: why one clips adaptively, seen in five minutes on a laptop.
+
+The smallest NFNet learns to tell ten orientations of noisy gratings, once for each learning rate and each
+clipping threshold, from several seeds. Without clipping a large learning rate diverges; the tighter the
+clipping, the larger the learning rate that still works, and the slower a small one becomes. That is what
+Fig. 2 of the paper shows for ImageNet and large batches (arXiv:2102.06171).
+
+Everything but the training step itself is here; the step is the framework's own: ``agc_torch.demo`` and so on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from agc.errors import ConfigError, MissingPackageError
+from agc.nfnet import parameters
+
+__all__ = ["CLASSES", "Experiment", "Run", "Train", "gratings", "learning_rates", "register"]
+
+Array = npt.NDArray[Any]
+
+CLASSES: Final = 10
+_CYCLES: Final = 6
+_PIXELS: Final = 32
+_TEST_IMAGES: Final = 512
+FRAMEWORKS: Final = ("torch", "jax", "tensorflow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What is tried.
+
+    Attributes
+    ----------
+    clippings : tuple of float or None
+        Thresholds of AGC; None is training without it.
+    rates : tuple of float
+        Peak learning rates.
+    seeds : int
+        How many times each pair is trained, from other initial values on other images.
+    steps, batch : int
+        Length of a training, and images in a batch.
+    """
+
+    clippings: tuple[float | None, ...] = (None, 0.08, 0.01)
+    rates: tuple[float, ...] = (0.05, 0.2, 0.8)
+    seeds: int = 2
+    steps: int = 100
+    batch: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("clippings", "rates"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must name at least one number")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes
+    ----------
+    clipping, rate, seed
+        What was tried.
+    accuracy : float
+        Share of the test images told right; that of guessing, 0.1, if the training diverged.
+    clipped : float
+        Share of the units that were clipped, mean over the steps.
+    losses : tuple of float
+        Loss before each step, up to the first that is not finite.
+    """
+
+    clipping: float | None
+    rate: float
+    seed: int
+    accuracy: float
+    clipped: float
+    losses: tuple[float, ...]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss became infinite or NaN."""
+        return not math.isfinite(self.losses[-1])
+
+
+class Train(Protocol):
+    """What a framework's ``demo`` module has under the name ``train``."""
+
+    def __call__(
+        self,
+        initial: Mapping[str, Array],
+        batches: Iterator[tuple[Array, Array]],
+        rates: Sequence[float],
+        clipping: float | None,
+        test: tuple[Array, Array],
+    ) -> Iterator[tuple[float, float]]:
+        """Train ``tiny`` by DeepMind's optimizer, without dropout and stochastic depth.
+
+        Parameters
+        ----------
+        initial : mapping of str to array
+            Parameters by canonical name.
+        batches : iterator of (images, labels)
+            One batch a step: float32, shape (batch, 32, 32, 3), and int64.
+        rates : sequence of float
+            Learning rate of each step.
+        clipping : float or None
+            Threshold of AGC.
+        test : (images, labels)
+            What the accuracy is measured on.
+
+        Yields
+        ------
+        (loss, clipped)
+            After every step the loss before it (label smoothing 0.1) and the share of clipped units; stops
+            after a loss that is not finite. At last, once, the accuracy and 0.
+        """
+        ...
+
+
+def gratings(random: np.random.Generator, count: int) -> tuple[Array, Array]:
+    """Draw noisy gratings in ten orientations.
+
+    Parameters
+    ----------
+    random : Generator
+    count : int
+        Number of images.
+
+    Returns
+    -------
+    images : float32 array, shape (count, 32, 32, 3)
+        A sine of six cycles in the orientation ``pi * label / 10`` with a random phase, its amplitude
+        normal with standard deviation 0.5 in each channel, in unit normal noise.
+    labels : int64 array, shape (count,)
+    """
+    labels = random.integers(0, CLASSES, count)
+    angle = np.pi * labels[:, None, None] / CLASSES
+    y, x = np.meshgrid(*2 * [np.arange(_PIXELS) / _PIXELS], indexing="ij")
+    along = np.cos(angle) * x + np.sin(angle) * y
+    phase = random.uniform(0, 2 * np.pi, (count, 1, 1))
+    wave = np.sin(2 * np.pi * _CYCLES * along + phase)[..., None]
+    amplitude = 0.5 * random.standard_normal((count, 1, 1, 3))
+    noise = random.standard_normal((count, _PIXELS, _PIXELS, 3))
+    return (amplitude * wave + noise).astype(np.float32), labels.astype(np.int64)
+
+
+def learning_rates(peak: float, steps: int) -> list[float]:
+    """Return the learning rate of each step: 5 % linear warm-up, then half a cosine down to 0."""
+    warm = max(1, round(0.05 * steps))
+    return [
+        peak * step / warm
+        if step < warm
+        else peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        for step in range(steps)
+    ]
+
+
+def initial_values(seed: int) -> dict[str, Array]:
+    """Draw the parameters of ``tiny`` as DeepMind initialises them."""
+    random = np.random.default_rng(seed)
+    drawn = {}
+    for spec in parameters("tiny", CLASSES):
+        how = spec.initial
+        if how.distribution == "constant":
+            array = np.full(spec.shape, how.value)
+        else:
+            array = random.standard_normal(spec.shape)
+            while how.distribution == "truncated" and (outside := np.abs(array) > 2).any():
+                array[outside] = random.standard_normal(int(outside.sum()))
+            array = how.value * array
+        drawn[spec.name] = array.astype(np.float32)
+    return drawn
+
+
+def run(experiment: Experiment, train: Train, console: Console) -> list[Run]:
+    """Train everything that an experiment asks for, with a progress bar."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    runs = []
+    plan = [
+        (clipping, rate, seed)
+        for seed in range(experiment.seeds)
+        for clipping in experiment.clippings
+        for rate in experiment.rates
+    ]
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=len(plan) * experiment.steps)
+        for number, (clipping, rate, seed) in enumerate(plan):
+            bar.update(task, description=f"clipping {_name(clipping)}, rate {rate:g}, seed {seed}")
+            random = np.random.default_rng([seed, 1])
+            test = gratings(np.random.default_rng([seed, 2]), _TEST_IMAGES)
+            batches = (gratings(random, experiment.batch) for _ in range(experiment.steps))
+            rates = learning_rates(rate, experiment.steps)
+            seen = []
+            for pair in train(initial_values(seed), batches, rates, clipping, test):
+                seen.append(pair)
+                bar.advance(task)
+            finished = math.isfinite(seen[-1][0]) and len(seen) > experiment.steps
+            steps = seen[:-1] if finished else seen
+            losses = tuple(loss for loss, _ in steps)
+            accuracy = seen[-1][0] if finished else 1 / CLASSES
+            clipped = float(np.mean([share for _, share in steps]))
+            runs.append(Run(clipping, rate, seed, accuracy, clipped, losses))
+            bar.update(task, completed=(number + 1) * experiment.steps)
+    return runs
+
+
+def _name(clipping: float | None) -> str:
+    return "none" if clipping is None else f"{clipping:g}"
+
+
+def _cells(
+    experiment: Experiment, runs: Sequence[Run]
+) -> Iterator[tuple[int, int, float, float, int]]:
+    """Row, column, mean accuracy, its range, and number of diverged trainings of each pair."""
+    for row, clipping in enumerate(experiment.clippings):
+        for column, rate in enumerate(experiment.rates):
+            mine = [one for one in runs if (one.clipping, one.rate) == (clipping, rate)]
+            found = [one.accuracy for one in mine]
+            spread = max(found) - min(found)
+            yield row, column, float(np.mean(found)), spread, sum(one.diverged for one in mine)
+
+
+def table(experiment: Experiment, runs: Sequence[Run]) -> Table:
+    """Return mean test accuracies as a table: a row a threshold, a column a learning rate."""
+    shown = Table(title="Test accuracy in %, mean over the seeds", title_justify="left")
+    shown.add_column("clipping")
+    for rate in experiment.rates:
+        shown.add_column(f"rate {rate:g}", justify="right")
+    rows = [[_name(clipping)] for clipping in experiment.clippings]
+    for row, _, mean, _, diverged in _cells(experiment, runs):
+        lost = f" [red]({diverged} diverged)[/]" if diverged else ""
+        rows[row].append(f"{100 * mean:.1f}{lost}")
+    for cells in rows:
+        shown.add_row(*cells)
+    return shown
+
+
+def draw(experiment: Experiment, runs: Sequence[Run], path: Path) -> None:
+    """Draw the accuracies as a map, and the losses of the first seed; PNG, SVG or PDF by the file's name."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    size = len(experiment.clippings), len(experiment.rates)
+    means = np.zeros(size)
+    with mpl.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "agc"}):
+        figure = Figure(figsize=(4 + 2.2 * size[1], 1 + 0.75 * size[0]), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[1, 1.1])
+        for row, column, mean, spread, diverged in _cells(experiment, runs):
+            means[row, column] = mean
+            text = "diverged" if diverged == experiment.seeds else f"{100 * mean:.0f} %"
+            if experiment.seeds > 1 and diverged < experiment.seeds:
+                text += f"\n± {50 * spread:.0f}"
+            colour = "white" if mean < 0.5 else "black"
+            left.text(column, row, text, ha="center", va="center", color=colour)
+        left.imshow(means, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        left.set_xticks(range(size[1]), [f"{rate:g}" for rate in experiment.rates])
+        left.set_yticks(range(size[0]), [_name(clipping) for clipping in experiment.clippings])
+        left.set_xlabel("peak learning rate")
+        left.set_ylabel("clipping")
+        left.set_title("test accuracy", loc="left")
+        rate = experiment.rates[-2] if size[1] > 1 else experiment.rates[0]
+        for one in runs:
+            if one.rate == rate and one.seed == 0:
+                right.plot(one.losses, label=_name(one.clipping), lw=1)
+        right.set_ylim(0, 4)
+        right.set_xlabel("step")
+        right.set_title(f"loss at learning rate {rate:g}", loc="left")
+        right.legend(frameon=False, title="clipping")
+        right.spines[["top", "right"]].set_visible(False)
+        kind = path.suffix.removeprefix(".") or "svg"
+        part = path.with_name(path.name + ".part")
+        figure.savefig(part, format=kind, dpi=150)
+        part.replace(path)
+
+
+def load(framework: str) -> Train:
+    """Return a framework's ``train``; raise MissingPackageError if it is not installed."""
+    try:
+        module = importlib.import_module(f"agc_{framework}.demo")
+    except ImportError as error:
+        raise MissingPackageError(
+            f"the demo in {framework} needs packages that are not installed ({error}); "
+            f'try: pip install "agc-sam[{framework},demo]"'
+        ) from error
+    train: Train = module.train
+    return train
+
+
+def register(subparsers: Any) -> None:
+    """Add the command ``demo`` to ``agc`` (entry-point group ``agc.commands``)."""
+    plain = Experiment()
+    parser = subparsers.add_parser(
+        "demo", help="see in five minutes why one clips adaptively", description=__doc__
+    )
+    parser.add_argument("--framework", choices=FRAMEWORKS, default="torch")
+    parser.add_argument("--clippings", type=_clipping, nargs="+", default=plain.clippings)
+    parser.add_argument("--rates", type=float, nargs="+", default=plain.rates)
+    parser.add_argument("--seeds", type=int, default=plain.seeds)
+    parser.add_argument("--steps", type=int, default=plain.steps)
+    parser.add_argument("--batch", type=int, default=plain.batch)
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo.svg"), help="picture; the numbers go beside it"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _clipping(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+def _run(options: argparse.Namespace) -> int:
+    experiment = Experiment(
+        clippings=tuple(options.clippings),
+        rates=tuple(options.rates),
+        seeds=options.seeds,
+        steps=options.steps,
+        batch=options.batch,
+    )
+    console = Console()
+    runs = run(experiment, load(options.framework), console)
+    console.print(table(experiment, runs))
+    draw(experiment, runs, options.out)
+    numbers = options.out.with_suffix(".json")
+    data = {
+        "framework": options.framework,
+        "experiment": asdict(experiment),
+        "runs": [
+            # JSON has no NaN: a loss that is not finite is null.
+            {**asdict(one), "losses": [x if math.isfinite(x) else None for x in one.losses]}
+            for one in runs
+        ],
+    }
+    part = numbers.with_name(numbers.name + ".part")
+    part.write_text(json.dumps(data, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(numbers)
+    console.print(f"written: {options.out} and {numbers}", highlight=False)
+    return 0

@@ -1,0 +1,104 @@
+"""Images as the released weights were evaluated on them."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from agc.errors import DTypeError, ShapeError
+
+__all__ = ["MEAN", "MORE", "STD", "evaluation_image", "resize_bicubic"]
+
+Array = npt.NDArray[np.float32]
+
+MEAN: Final = (0.485, 0.456, 0.406)
+"""Of ImageNet's red, green and blue, for values from 0 to 1."""
+
+STD: Final = (0.229, 0.224, 0.225)
+"""Standard deviations to go with :data:`MEAN`."""
+
+MORE: Final = 32
+"""Images are resized to this many pixels more than the model is given, and the rest is cut off all around."""
+
+_TABLE: Final = 1024  # TensorFlow rounds positions between two pixels to this fraction
+
+
+def evaluation_image(image: npt.NDArray[Any], pixels: int) -> Array:
+    """Return an image as DeepMind's evaluation gives it to the model.
+
+    Both sides are resized to ``pixels + 32``, whatever the image's proportions, the middle is cut out, and
+    ImageNet's mean and standard deviation make it standard. What bicubic interpolation overshoots stays.
+
+    Parameters
+    ----------
+    image : uint8 array, shape (height, width, 3)
+        Red, green and blue.
+    pixels : int
+        Side of the result: ``variant.test_pixels``.
+
+    Returns
+    -------
+    float32 array, shape (pixels, pixels, 3)
+
+    Raises
+    ------
+    ShapeError, DTypeError
+        If it is not such an image.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ShapeError(f"image must have the shape (height, width, 3), got {image.shape}")
+    if image.dtype != np.uint8:
+        raise DTypeError(f"image must be uint8, from 0 to 255, got {image.dtype}")
+    if pixels < 1:
+        raise ShapeError(f"pixels must be >= 1, got {pixels}")
+    start = (MORE + 1) // 2
+    middle = slice(start, start + pixels)
+    resized = resize_bicubic(image, pixels + MORE, pixels + MORE)[middle, middle]
+    standard = (resized - 255 * np.array(MEAN)) / (255 * np.array(STD))
+    return np.asarray(standard, np.float32)
+
+
+def resize_bicubic(image: npt.NDArray[Any], height: int, width: int) -> Array:
+    """Resize as ``tf.image.resize(image, (height, width), "bicubic")`` does: without antialiasing.
+
+    Keys' cubic with a = -0.5 between pixel centres; where it would reach beyond the image, the remaining
+    weights are scaled to sum to 1. Positions between two pixels are multiples of 1/1024, as there.
+
+    Parameters
+    ----------
+    image : array, shape (h, w, channels)
+    height, width : int
+        Of the result.
+
+    Returns
+    -------
+    float32 array, shape (height, width, channels)
+    """
+    rows = _along_first_axis(image, height)
+    return np.asarray(_along_first_axis(rows.swapaxes(0, 1), width).swapaxes(0, 1), np.float32)
+
+
+def _along_first_axis(image: npt.NDArray[Any], size: int) -> npt.NDArray[np.float64]:
+    length = len(image)
+    # In float32, because TensorFlow's rounding decides which fraction is nearest.
+    scale = np.float32(length) / np.float32(size)
+    centres = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+    first = np.floor(centres).astype(np.int64)
+    fraction = np.rint((centres - first.astype(np.float32)) * np.float32(_TABLE)) / _TABLE
+    taps = [(first + step, _keys(np.abs(fraction - step))) for step in (-1, 0, 1, 2)]
+    weights = [np.where((index >= 0) & (index < length), weight, 0) for index, weight in taps]
+    total = np.sum(weights, axis=0)
+    result = np.zeros((size, *image.shape[1:]))
+    for (index, _), weight in zip(taps, weights, strict=True):
+        pixels = image[np.clip(index, 0, length - 1)]
+        result += (weight / total)[:, None, None] * pixels
+    return result
+
+
+def _keys(distance: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Cubic convolution with a = -0.5 (Keys 1981), for distances up to 2."""
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return np.asarray(np.where(distance <= 1, near, far))

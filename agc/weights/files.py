@@ -1,0 +1,322 @@
+"""Files of tensors, one tensor at a time: safetensors, NumPy's npz, PyTorch's, and DeepMind's pickles."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import secrets
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from agc.errors import FormatError, MissingPackageError
+from agc.weights.pickles import read_pickle
+
+__all__ = [
+    "DTYPES",
+    "Source",
+    "Tensor",
+    "need",
+    "open_source",
+    "replacing",
+    "write_npz",
+    "write_safetensors",
+]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file, which is not read until ``read`` is called."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Array]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return math.prod(self.shape) * {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open file: its tensors by name, and what else it says in words."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+def need(package: str, what: str, extra: str = "weights") -> Any:
+    """Import an optional package.
+
+    Raises
+    ------
+    MissingPackageError
+        If it is not installed; the message says what needs it, and names the extra.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{what} needs {package.partition('.')[0]}, which cannot be imported ({error}); "
+            f'try: pip install "agc-sam[{extra}]"'
+        ) from error
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[Source]:
+    """Open a file of any kind that is read; what it is follows from its content, not its name.
+
+    Raises
+    ------
+    FormatError
+        If it is none of these, or truncated.
+    MissingPackageError
+        If the package that reads it is not installed.
+    OSError
+        If there is no such file.
+    """
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start.startswith(b"PK"):
+        with _open_zip(path) as archive:
+            names = archive.namelist()
+            if any(name.endswith("/data.pkl") for name in names):
+                yield _torch(path, zipped=True)
+            elif names and all(name.endswith(".npy") for name in names):
+                yield _npz(path, archive)
+            else:
+                raise FormatError(f"{path}: a zip archive, but neither NumPy's nor PyTorch's")
+    elif start.startswith(_LEGACY_TORCH):
+        yield _torch(path, zipped=False)
+    elif start.startswith(b"\x80"):
+        arrays = read_pickle(path)
+        yield Source(path, {name: _in_memory(array) for name, array in arrays.items()}, {})
+    elif start[8:9] == b"{":
+        with _safetensors(path) as source:
+            yield source
+    else:
+        raise FormatError(
+            f"{path}: neither safetensors, npz, a PyTorch file nor a pickle; it starts with {start!r}"
+        )
+
+
+_LEGACY_TORCH: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # its magic number, pickled
+
+
+def _in_memory(array: Array) -> Tensor:
+    return Tensor(array.shape, array.dtype.name, lambda: array)
+
+
+# --- safetensors ---------------------------------------------------------------------------------------------
+
+DTYPES: Final[Mapping[str, str]] = {
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
+"""Code in a safetensors file to the dtype's name: what weights may be made of."""
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Source]:
+    library = need("safetensors", f"{path}: reading safetensors")
+    try:
+        opened = library.safe_open(path, "np")
+    except library.SafetensorError as error:
+        raise FormatError(f"{path}: {_lost(path) or error}") from None
+    with opened as file:
+
+        def tensor(name: str) -> Tensor:
+            part = file.get_slice(name)
+            dtype = part.get_dtype()
+            shape = tuple(part.get_shape())
+            return Tensor(shape, DTYPES.get(dtype, dtype), lambda: file.get_tensor(name))
+
+        yield Source(path, {name: tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+
+
+def _lost(path: Path) -> str | None:
+    """Name the tensors that a truncated file has lost, if its header is whole."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(min(length, path.stat().st_size))
+    try:
+        header = json.loads(text)
+        have = path.stat().st_size - 8 - length
+        lost = [
+            name
+            for name, entry in header.items()
+            if name != "__metadata__" and entry["data_offsets"][1] > have
+        ]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return None
+    if not lost:
+        return None
+    more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
+    return f"truncated; {len(lost)} tensors are not whole: {', '.join(lost[:10])}{more}"
+
+
+def write_safetensors(
+    file: IO[bytes],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> Iterator[str]:
+    """Write tensors one by one, which the library cannot; yield each name when it is in the file."""
+    # The widest numbers first, as the library has them, so that all are aligned.
+    ordered = sorted(
+        tensors.items(),
+        key=lambda item: ("64" in item[1].dtype, "32" in item[1].dtype),
+        reverse=True,
+    )
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name, tensor in ordered:
+        file.write(_bytes(tensor.read()))
+        yield name
+
+
+def _bytes(array: Array) -> memoryview:
+    """Return the bytes of an array in C order and little endian; never of a transposed view's base."""
+    array = np.asarray(array, order="C")
+    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return array.reshape(-1).view(np.uint8).data
+
+
+# --- npz -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise FormatError(f"{path}: truncated, or not a whole zip archive; {error}") from None
+    with archive:
+        yield archive
+
+
+def _npz(path: Path, archive: zipfile.ZipFile) -> Source:
+    def tensor(member: str) -> Tensor:
+        with _member(path, archive, member) as file:
+            version = np.lib.format.read_magic(file)
+            if version == (1, 0):
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            else:
+                shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+        return Tensor(shape, dtype.name, lambda: read(member))
+
+    def read(member: str) -> Array:
+        with _member(path, archive, member) as file:
+            return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+
+    metadata: dict[str, str] = {}
+    if archive.comment.startswith(b"{"):  # where this project puts it; np.load does not look there
+        try:
+            metadata = json.loads(archive.comment)
+        except ValueError as error:
+            raise FormatError(f"{path}: truncated, or its comment is broken; {error}") from None
+    tensors = {name.removesuffix(".npy"): tensor(name) for name in archive.namelist()}
+    return Source(path, tensors, metadata)
+
+
+@contextmanager
+def _member(path: Path, archive: zipfile.ZipFile, member: str) -> Iterator[IO[bytes]]:
+    try:
+        with archive.open(member) as file:
+            yield file
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise FormatError(
+            f"{path}: {member.removesuffix('.npy')} cannot be read; {error}"
+        ) from None
+
+
+def write_npz(
+    file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Iterator[str]:
+    """Write tensors one by one, as ``np.savez`` does for all at once; yield each name when it is written."""
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.comment = json.dumps(dict(metadata)).encode()
+        for name, tensor in tensors.items():
+            # Without the time of day: the same weights give the same file.
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                array = np.asarray(tensor.read(), order="C")
+                np.lib.format.write_array(member, array, allow_pickle=False)
+            yield name
+
+
+# --- PyTorch -------------------------------------------------------------------------------------------------
+
+
+def _torch(path: Path, *, zipped: bool) -> Source:
+    torch = need("torch", f"{path}: reading a PyTorch file", "torch")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # torch's reader raises what it likes for broken files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FormatError(
+            f"{path}: PyTorch cannot read it with weights_only=True, which runs nothing; {reason}"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict):
+        raise FormatError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
+
+    def tensor(name: str, value: Any) -> Tensor:
+        if not isinstance(value, torch.Tensor):
+            raise FormatError(f"{path}: {name} is a {type(value).__name__}, not a tensor")
+        dtype = str(value.dtype).removeprefix("torch.")
+
+        def read() -> Array:
+            if dtype == "bfloat16":
+                ml_dtypes = need("ml_dtypes", f"{path}: reading bfloat16")
+                return np.asarray(value.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+            return np.asarray(value.detach().numpy())
+
+        return Tensor(tuple(value.shape), dtype, read)
+
+    return Source(path, {name: tensor(name, value) for name, value in loaded.items()}, {})
+
+
+# --- Writing -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside ``path`` that takes its place in the end, or leaves no trace.
+
+    Whatever stands there stays until everything is written.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,155 @@
+"""Forms of weights: what each framework's files call a tensor, and how they lay it out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy.typing as npt
+
+from agc.nfnet import HEAD, VARIANTS, ParameterSpec, Variant, parameters
+
+__all__ = ["FORMS", "Form", "guess", "sizes"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to name and lay out the same tensors.
+
+    Attributes
+    ----------
+    name : str
+        As in ``--to``.
+    rename : callable
+        Parameter to its name in this form.
+    outputs_first : bool
+        PyTorch's layout, OIHW and OI, instead of the neutral HWIO and IO.
+    as_kernels : bool
+        Gains are ``(outputs, 1, 1, 1)`` and squeeze-and-excite weights 1x1 convolutions.
+    suffix : str
+        Of files: ``".safetensors"`` or ``".npz"``.
+    """
+
+    name: str
+    rename: Callable[[ParameterSpec], str]
+    outputs_first: bool = False
+    as_kernels: bool = False
+    suffix: str = ".safetensors"
+
+    def spec(self, spec: ParameterSpec) -> ParameterSpec:
+        """Return a parameter under the name and with the shape that it has in this form."""
+        return replace(spec, name=self.rename(spec), shape=self.shape(spec))
+
+    def shape(self, spec: ParameterSpec) -> tuple[int, ...]:
+        """Return the shape that a parameter has in this form."""
+        return tuple(spec.shape[axis] for axis in self._axes(spec)) + (1,) * self._unit_axes(spec)
+
+    def encode(self, spec: ParameterSpec, array: Array) -> Array:
+        """Bring a neutral array into this form; a view."""
+        return array.transpose(self._axes(spec)).reshape(self.shape(spec))
+
+    def decode(self, spec: ParameterSpec, array: Array) -> Array:
+        """Bring an array of this form into the neutral one; a view."""
+        axes = self._axes(spec)
+        return array.reshape(array.shape[: len(axes)]).transpose(
+            sorted(range(len(axes)), key=axes.__getitem__)
+        )
+
+    def _axes(self, spec: ParameterSpec) -> tuple[int, ...]:
+        rank = len(spec.shape)
+        if self.outputs_first:
+            return {4: (3, 2, 0, 1), 2: (1, 0)}.get(rank, tuple(range(rank)))
+        return tuple(range(rank))
+
+    def _unit_axes(self, spec: ParameterSpec) -> int:
+        return {"gain": 3, "se": 2}.get(spec.kind, 0) if self.as_kernels else 0
+
+
+def _canonical(spec: ParameterSpec) -> str:
+    return spec.name
+
+
+def _keras(spec: ParameterSpec) -> str:
+    """Path of a Keras variable within its model; a stage is one layer, and so is a block in it."""
+    return spec.name.replace(".", "/").replace("stages/", "stages.")
+
+
+_TIMM: Final = {
+    "conv0": "conv1",
+    "conv1": "conv2",
+    "conv1b": "conv2b",
+    "conv2": "conv3",
+    "conv3": "conv4",  # only the stem has it
+    "shortcut": "downsample.conv",
+    "se.fc0": "attn_last.fc1",
+    "se.fc1": "attn_last.fc2",
+    HEAD: "head.fc",
+    "final_conv": "final_conv",
+}
+
+
+def _timm(spec: ParameterSpec) -> str:
+    head, _, leaf = spec.name.rpartition(".")
+    if leaf == "skip_gain":
+        return f"{head}.skipinit_gain"
+    parts = head.split(".")
+    start = {"stem": 1, "stages": 3}.get(parts[0], 0)
+    return ".".join([*parts[:start], _TIMM[".".join(parts[start:])], leaf])
+
+
+FORMS: Final[Mapping[str, Form]] = {
+    form.name: form
+    for form in (
+        Form("neutral", _canonical),
+        Form("torch", _canonical, outputs_first=True),
+        Form("flax", _canonical),
+        Form("keras", _keras),
+        Form("timm", _timm, outputs_first=True, as_kernels=True),
+        Form("haiku", lambda spec: spec.haiku, suffix=".npz"),
+    )
+}
+"""Every form by name. ``neutral`` and ``flax`` have the same names and layout, and differ in metadata only."""
+
+
+def guess(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Form, Variant]:
+    """Return the form and the variant that fit names and shapes best; a check of them all comes later.
+
+    Raises
+    ------
+    KeyError
+        If no name is an NFNet's in any form.
+    """
+    # A file of flax is one of neutral, but for its metadata.
+    forms = [form for form in FORMS.values() if form.name != "flax"]
+    small = parameters("tiny")  # whose names are in every variant
+    named = {form.name: sum(form.rename(spec) in shapes for spec in small) for form in forms}
+    most = max(named.values())
+    if not most:
+        raise KeyError("no name of an NFNet")
+    forms = [form for form in forms if named[form.name] == most]
+    best: tuple[tuple[int, int], Form, Variant] | None = None
+    for variant in VARIANTS.values():
+        specs = parameters(variant)
+        for form in forms:
+            agree = sum(shapes.get(form.rename(spec)) == form.shape(spec) for spec in specs)
+            # Of a variant and a deeper one, which has all of its names, that with fewer missing.
+            score = (agree, -len(specs))
+            if best is None or score > best[0]:
+                best = score, form, variant
+    assert best is not None
+    return best[1], best[2]
+
+
+def sizes(form: Form, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int]:
+    """Return the classes, or None, and the image channels that shapes tell of; to be checked later."""
+    specs = {spec.name: spec for spec in parameters("tiny")}
+    bias = shapes.get(form.rename(specs["head.bias"]), ())
+    kernel = shapes.get(form.rename(specs["stem.conv0.weight"]), ())
+    channels = 3
+    if len(kernel) == 4:
+        channels = kernel[1] if form.outputs_first else kernel[2]
+    return (bias[0] if math.prod(bias) and len(bias) == 1 else None), max(1, channels)

@@ -1,0 +1,114 @@
+"""NFNet-F0 in PyTorch: ours, and timm's ``dm_nfnet_f0``; forward, and a training step with AGC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import agc_torch
+from agc_conformance.peers import timm as timm_peer
+from agc_torch.nfnet import WSConv2d
+from benchmarks.common import Measure, nfnet_batch
+from benchmarks.without_torchvision import timm_model
+
+CONTESTANTS = ("ours", "timm", "standardisation")
+CONDITIONS = ("forward", "step")
+TURNS = 4
+timm_agc = timm_peer.load()
+
+
+class Models:
+    """Both models with the same batch; dropout and stochastic depth off."""
+
+    def __init__(self) -> None:
+        images, labels = nfnet_batch()
+        self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        self.labels = torch.from_numpy(labels)
+        torch.manual_seed(0)
+        self.ours = agc_torch.nfnet("F0", dropout=0.0, stochastic_depth=0.0)
+        self.timm = timm_model("dm_nfnet_f0").eval()
+        self.convolutions = [m for m in self.ours.modules() if isinstance(m, WSConv2d)]
+        self.optimizer = agc_torch.sgd_nfnet(self.ours, lr=1e-3)
+        self.peer = torch.optim.SGD(
+            self.timm.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=2e-5
+        )
+        head = {id(p) for p in self.timm.head.parameters()}
+        self.clipped = [p for p in self.timm.parameters() if id(p) not in head]
+
+    def contestant(self, name: str, condition: str) -> Callable[[], Any]:
+        if name == "standardisation":
+            return self.standardise if condition == "step" else self.standardise_forward
+        if condition == "forward":
+            model = self.ours if name == "ours" else self.timm
+
+            def forward() -> torch.Tensor:
+                with torch.no_grad():
+                    return model(self.images)
+
+            return forward
+        return self.step if name == "ours" else self.peer_step
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        cross_entropy(self.ours(self.images), self.labels, label_smoothing=0.1).backward()
+        self.optimizer.step()
+
+    def peer_step(self) -> None:
+        self.peer.zero_grad()
+        cross_entropy(self.timm(self.images), self.labels, label_smoothing=0.1).backward()
+        timm_agc.adaptive_clip_grad(self.clipped, clip_factor=0.01)
+        self.peer.step()
+
+    def standardise_forward(self) -> None:
+        with torch.no_grad():
+            for convolution in self.convolutions:
+                convolution.standardised()
+
+    def standardise(self) -> None:
+        for convolution in self.convolutions:
+            weight = convolution.standardised()
+            weight.backward(weight.detach())
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return Models()
+
+
+def test_speed(
+    measure: Measure, models: Models, condition: str, turn: int, contestant: str
+) -> None:
+    run = models.contestant(contestant, condition)
+    case = {"framework": "torch", "model": "F0", "condition": condition}
+    measure(run, rounds=1, **case, turn=turn, contestant=contestant)
+
+
+def test_contestants_do_the_same_work(models: Models) -> None:
+    outputs = [models.contestant(name, "forward")() for name in ("ours", "timm")]
+    assert {tuple(output.shape) for output in outputs} == {(4, 1000)}
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (models.ours, models.timm)]
+    assert sizes == [71_489_284, 71_489_284]
+    assert all(bool(torch.isfinite(output).all()) for output in outputs)
+
+
+@pytest.mark.parametrize("contestant", ["ours", "timm"])
+def test_peak_memory(benchmark: Any, models: Models, contestant: str) -> None:
+    """Largest sum of what is allocated and not yet freed in a step, in copies of the parameters."""
+    run = models.contestant(contestant, "step")
+    run()
+    benchmark.group = "torch F0 peak memory"
+    case = {"framework": "torch", "model": "F0", "condition": "step", "contestant": contestant}
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        benchmark.pedantic(run, rounds=1)
+    held = np.cumsum(
+        [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    )
+    assert held.max() > 0, "the profiler saw no allocation"
+    benchmark.extra_info.update(case, peak_memory=float(held.max()) / (4 * 71_489_284))

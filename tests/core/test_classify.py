@@ -1,0 +1,189 @@
+"""What ``agc classify`` needs around a model; the models are in the frameworks' folders."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from agc import nfnet
+from agc.cli import main
+from agc.errors import ConfigError, FormatError
+from agc.nfnet.images import evaluation_image
+from agc.weights import classify, save
+
+CHINA, FLOWER = load_sample_images().images
+
+
+def test_top():
+    logits = np.float32([0, 3, 1, 2])
+    rows = classify.top(logits, 3, ["a", "b", "c", "d"])
+    assert [(row.index, row.name) for row in rows] == [(1, "b"), (3, "d"), (2, "c")]
+    exact = np.exp(np.float64([3, 2, 1])) / np.exp(np.float64(logits)).sum()
+    np.testing.assert_allclose([row.probability for row in rows], exact, rtol=1e-12)
+    assert classify.top(np.float32([1000, 0]), 5, None)[0].probability == 1
+    assert len(classify.top(np.float32([1000, 0]), 5, None)) == 2
+
+
+def test_names(tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog, hound\n", encoding="utf-8")
+    assert classify.read_names(tmp_path / "names.txt", 2) == ["cat", "dog, hound"]
+    (tmp_path / "names.json").write_text('["chat", "chien"]', encoding="utf-8")
+    assert classify.read_names(tmp_path / "names.json", 2) == ["chat", "chien"]
+    with pytest.raises(FormatError, match="has 2 names; the model has 10 classes"):
+        classify.read_names(tmp_path / "names.txt", 10)
+    (tmp_path / "names.json").write_text('{"a": 1}', encoding="utf-8")
+    with pytest.raises(FormatError, match="must be a list of names"):
+        classify.read_names(tmp_path / "names.json", 1)
+    (tmp_path / "names.json").write_bytes(b"\xff")
+    with pytest.raises(FormatError, match="cannot be read as names"):
+        classify.read_names(tmp_path / "names.json", 1)
+
+
+def test_names_of_imagenet_are_those_of_an_installed_timm(tmp_path, monkeypatch):
+    info = tmp_path / "timm" / "data" / "_info"
+    info.mkdir(parents=True)
+    (tmp_path / "timm" / "__init__.py").write_text("raise ImportError('must not be imported')")
+    synsets = [f"n{k:08}" for k in range(1000)]
+    (info / "imagenet_synsets.txt").write_text("\n".join(synsets))
+    (info / "imagenet_synset_to_lemma.txt").write_text("n00000001\tgoldfish, carp\nn9\tx\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    found = classify.class_names(1000)
+    assert found[:2] == ["n00000000", "goldfish, carp"]
+    assert len(found) == 1000
+    assert classify.class_names(10) is None
+    (info / "imagenet_synsets.txt").unlink()
+    assert classify.class_names(1000) is None
+
+
+def test_untrained_weights_are_seen():
+    arrays = nfnet.seeded_parameters("tiny")
+    assert not classify.untrained(arrays)
+    start = {
+        spec.name: np.full(spec.shape, spec.initial.value)
+        if spec.initial.distribution == "constant"
+        else arrays[spec.name]
+        for spec in nfnet.parameters("tiny")
+    }
+    assert classify.untrained(start)
+    start["stages.3.2.skip_gain"] = np.array(0.1)
+    assert not classify.untrained(start)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK"])
+def test_read_image(tmp_path, mode):
+    path = tmp_path / ("x.tiff" if mode == "CMYK" else "x.png")
+    image = Image.fromarray(FLOWER).convert(mode)
+    image.save(path)
+    expected = evaluation_image(np.asarray(image.convert("RGB")), 32)
+    np.testing.assert_array_equal(classify.read_image(path, 32), expected)
+
+
+def test_bad_images(tmp_path):
+    (tmp_path / "x.png").write_text("no image")
+    with pytest.raises(FormatError, match=r"x\.png: cannot be read as an image"):
+        classify.read_image(tmp_path / "x.png", 32)
+    Image.fromarray(FLOWER).save(tmp_path / "y.jpg")
+    (tmp_path / "y.jpg").write_bytes((tmp_path / "y.jpg").read_bytes()[:5000])
+    with pytest.raises(FormatError, match=r"y\.jpg: cannot be read as an image"):
+        classify.read_image(tmp_path / "y.jpg", 32)
+    with pytest.raises(FormatError, match=r"z\.jpg: cannot be read.*No such file"):
+        classify.read_image(tmp_path / "z.jpg", 32)
+
+
+def test_backends_and_channels():
+    chosen, arrays = classify.random_weights("tiny")
+    with pytest.raises(ConfigError, match="unknown backend 'mxnet'; the backends are torch, jax"):
+        classify.classifier("mxnet", chosen, arrays)
+    grey = nfnet.options("tiny", in_channels=1)
+    with pytest.raises(ConfigError, match="for 1 channels; photographs have 3"):
+        classify.classifier("torch", grey, nfnet.seeded_parameters("tiny", in_channels=1))
+
+
+@pytest.fixture
+def brightness(monkeypatch):
+    """A backend that says which of ten classes of brightness an image is in."""
+
+    def make(chosen, arrays):
+        def logits(images):
+            assert images.shape == (1, 32, 32, 3)
+            assert images.dtype == np.float32
+            levels = np.linspace(-2, 2, chosen.num_classes, dtype=np.float32)
+            return -((levels - images.mean()) ** 2)[None] * 10
+
+        return logits
+
+    monkeypatch.setattr(classify, "BACKENDS", {**classify.BACKENDS, "torch": make})
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    for name, image in (("china", CHINA), ("[flower]", FLOWER)):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    return [str(tmp_path / "china.png"), str(tmp_path / "[flower].png")]
+
+
+def test_command(tmp_path, photographs, brightness, capsys):
+    chosen, arrays = classify.random_weights("tiny")
+    save(tmp_path / "w", chosen, arrays)
+    command = ["classify", *photographs, "--weights", str(tmp_path / "w"), "--backend", "torch"]
+    assert main([*command, "--top", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "NFNet-tiny, 10 classes with torch" in out
+    assert "[flower].png" in out
+    assert out.count("%") == 6
+    assert "no names of classes; give them with --labels" in out
+    assert "RANDOM" not in out
+    (tmp_path / "names").write_text("".join(f"level {k}\n" for k in range(10)))
+    assert main([*command, "--labels", str(tmp_path / "names"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["trained"] is True
+    assert document["note"] is None
+    assert (document["variant"], document["backend"], document["pixels"]) == ("tiny", "torch", 32)
+    china, flower = document["images"]
+    assert china["image"] == photographs[0]
+    assert len(china["top"]) == 5
+    assert china["top"][0]["name"] == f"level {china['top'][0]['index']}"
+    assert china["top"][0]["index"] > flower["top"][0]["index"]  # it has the brighter sky
+
+
+def test_random_weights_are_announced(photographs, brightness, capsys, tmp_path):
+    command = ["classify", photographs[0], "--backend", "torch"]
+    assert main([*command, "--weights", "random"]) == 0
+    assert "THE WEIGHTS ARE RANDOM: these answers mean nothing" in capsys.readouterr().out
+    assert main([*command, "--weights", "random", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["trained"] is False
+    assert "RANDOM" in document["note"]
+    chosen, arrays = classify.random_weights("tiny")
+    for spec in nfnet.parameters("tiny"):
+        if spec.initial.distribution == "constant":
+            arrays[spec.name] = np.full(spec.shape, spec.initial.value, "float32")
+    save(tmp_path / "new", chosen, arrays)
+    assert main([*command, "--weights", str(tmp_path / "new")]) == 0
+    assert "THE WEIGHTS LOOK UNTRAINED" in capsys.readouterr().out
+
+
+def test_misuse(photographs, brightness, capsys, tmp_path):
+    command = ["classify", photographs[0], "--backend", "torch", "--weights"]
+    assert main([*command, "random", "--top", "0"]) == 2
+    assert "--top must be >= 1, got 0" in capsys.readouterr().err
+    assert main([*command, "random", "--labels", str(tmp_path / "none")]) == 2
+    assert "No such file" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "none")]) == 2
+    assert "No such file" in capsys.readouterr().err
+    assert main([*command, photographs[0]]) == 2
+    assert "neither safetensors, npz, a PyTorch file nor a pickle" in capsys.readouterr().err
+
+
+def test_missing_framework_names_the_extra(photographs, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flax", None)
+    for name in [name for name in sys.modules if name.startswith("flax.")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["classify", photographs[0], "--weights", "random", "--backend", "jax"]) == 2
+    assert 'pip install "agc-sam[jax]"' in capsys.readouterr().err

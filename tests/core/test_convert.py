@@ -1,0 +1,608 @@
+"""Weights in files: every form to every other bit for bit, broken files by name, nothing half-written."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+import struct
+import sys
+import tracemalloc
+import types
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from agc import nfnet
+from agc.cli import main
+from agc.errors import ConfigError, FormatError, ParameterError
+from agc.weights import FORMS, convert, load, open_weights, save
+from agc.weights.forms import guess
+
+FORM_NAMES = list(FORMS)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    seeded = nfnet.seeded_parameters("tiny")
+    return {name: value.astype("float32") for name, value in seeded.items()}
+
+
+@pytest.fixture
+def neutral(tmp_path, arrays):
+    path = tmp_path / "neutral.safetensors"
+    save(path, nfnet.options("tiny"), arrays)
+    return path
+
+
+def write_safetensors(path, arrays, metadata=None):
+    """By the library itself."""
+    save_file({name: np.array(value, order="C") for name, value in arrays.items()}, path, metadata)
+
+
+def metadata_of(path):
+    with safe_open(path, "np") as file:
+        return file.metadata()
+
+
+def folder(path):
+    return sorted(found.name for found in path.parent.iterdir())
+
+
+# --- Round trips
+
+
+@pytest.mark.parametrize(("first", "second"), [*itertools.permutations(FORM_NAMES, 2)])
+def test_round_trips_are_bitwise(tmp_path, neutral, first, second):
+    a, b, c, back = (tmp_path / name for name in ("a", "b", "c", "back"))
+    convert(neutral, a, first)
+    assert convert(a, b, second).form == first
+    assert convert(b, c, first).form == second
+    assert c.read_bytes() == a.read_bytes()
+    convert(c, back, "neutral")
+    assert back.read_bytes() == neutral.read_bytes()
+
+
+def test_neutral_files_are_what_the_library_reads(neutral, arrays):
+    found = load_file(neutral)
+    assert set(found) == set(arrays)
+    for name, value in arrays.items():
+        assert found[name].dtype == value.dtype
+        assert found[name].shape == value.shape
+        assert found[name].tobytes() == value.tobytes()
+    assert metadata_of(neutral) == {
+        "format": "agc-nfnet",
+        "format_version": "1",
+        "form": "neutral",
+        "layout": "HWIO, IO",
+        "variant": "tiny",
+        "num_classes": "10",
+        "in_channels": "3",
+        "activation": "gelu",
+        "ws_eps": "deepmind",
+        "dropout": "0.2",
+        "stochastic_depth": "0.25",
+    }
+
+
+@pytest.mark.parametrize(
+    ("form", "kernel", "dense", "squeeze", "gain", "skip"),
+    [
+        (
+            "torch",
+            "stages.1.1.conv1b.weight",
+            "head.weight",
+            "stages.1.1.se.fc0.weight",
+            "stages.1.1.shortcut.gain",
+            "stages.1.1.skip_gain",
+        ),
+        (
+            "flax",
+            "stages.1.1.conv1b.weight",
+            "head.weight",
+            "stages.1.1.se.fc0.weight",
+            "stages.1.1.conv1b.gain",
+            "stages.1.1.skip_gain",
+        ),
+        (
+            "keras",
+            "stages.1/1/conv1b/weight",
+            "head/weight",
+            "stages.1/1/se/fc0/weight",
+            "stages.1/1/conv1b/gain",
+            "stages.1/1/skip_gain",
+        ),
+        (
+            "timm",
+            "stages.1.1.conv2b.weight",
+            "head.fc.weight",
+            "stages.1.1.attn_last.fc1.weight",
+            "stages.1.1.conv2b.gain",
+            "stages.1.1.skipinit_gain",
+        ),
+        (
+            "haiku",
+            "NFNet/~/nf_block_2/~/conv1b/w",
+            "NFNet/~/linear/w",
+            "NFNet/~/nf_block_2/~/squeeze_excite/~/linear/w",
+            "NFNet/~/nf_block_2/~/conv1b/gain",
+            "NFNet/~/nf_block_2/skip_gain",
+        ),
+    ],
+)
+def test_names_and_layouts(tmp_path, neutral, arrays, form, kernel, dense, squeeze, gain, skip):
+    path = tmp_path / "there"
+    convert(neutral, path, form)
+    found = dict(np.load(path)) if form == "haiku" else load_file(path)
+    assert len(found) == 233
+    weight = arrays["stages.1.1.conv1b.weight"]  # h w i o
+    head, fc0 = arrays["head.weight"], arrays["stages.1.1.se.fc0.weight"]  # i o
+    if form in ("torch", "timm"):
+        assert found[kernel][5, 3, 2, 1] == weight[2, 1, 3, 5]
+        assert found[kernel].shape == (32, 8, 3, 3)
+        np.testing.assert_array_equal(found[dense], head.T)
+        np.testing.assert_array_equal(found[squeeze].reshape(32, 64), fc0.T)
+    else:
+        np.testing.assert_array_equal(found[kernel], weight)
+        np.testing.assert_array_equal(found[dense], head)
+        np.testing.assert_array_equal(found[squeeze], fc0)
+    if form == "timm":
+        assert found[squeeze].shape == (32, 64, 1, 1)
+        assert found[gain].shape == (32, 1, 1, 1)
+    elif form != "torch":
+        np.testing.assert_array_equal(found[gain], arrays["stages.1.1.conv1b.gain"])
+    assert found[skip].shape == ()
+    assert found[skip] == arrays["stages.1.1.skip_gain"]
+
+
+TIMM_F0 = {  # section of a published state dict of dm_nfnet_f0
+    "stem.conv1.weight": (16, 3, 3, 3),
+    "stem.conv4.weight": (128, 64, 3, 3),
+    "stem.conv4.gain": (128, 1, 1, 1),
+    "stem.conv4.bias": (128,),
+    "stages.0.0.skipinit_gain": (),
+    "stages.0.0.downsample.conv.weight": (256, 128, 1, 1),
+    "stages.0.0.conv1.weight": (128, 128, 1, 1),
+    "stages.0.0.conv2.weight": (128, 128, 3, 3),
+    "stages.0.0.conv2b.weight": (128, 128, 3, 3),
+    "stages.0.0.conv3.weight": (256, 128, 1, 1),
+    "stages.0.0.attn_last.fc1.weight": (128, 256, 1, 1),
+    "stages.0.0.attn_last.fc2.weight": (256, 128, 1, 1),
+    "stages.0.0.attn_last.fc2.bias": (256,),
+    "stages.2.5.conv1.weight": (768, 1536, 1, 1),
+    "stages.2.5.conv2b.weight": (768, 128, 3, 3),
+    "stages.3.0.downsample.conv.gain": (1536, 1, 1, 1),
+    "final_conv.weight": (3072, 1536, 1, 1),
+    "final_conv.gain": (3072, 1, 1, 1),
+    "head.fc.weight": (1000, 3072),
+    "head.fc.bias": (1000,),
+}
+
+
+def test_timm_names_of_f0():
+    form = FORMS["timm"]
+    found = {form.spec(spec).name: form.spec(spec).shape for spec in nfnet.parameters("F0")}
+    assert len(found) == 233
+    assert {name: found.get(name) for name in TIMM_F0} == TIMM_F0
+    assert "stages.2.5.downsample.conv.weight" not in found
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", ml_dtypes.bfloat16])
+@pytest.mark.parametrize("form", ["torch", "timm", "keras"])
+def test_dtypes_stay(tmp_path, arrays, form, dtype):
+    there, back = tmp_path / "there", tmp_path / "back"
+    values = {name: value.astype(dtype) for name, value in arrays.items()}
+    save(there, nfnet.options("tiny"), values, form)
+    convert(there, back, "neutral")
+    for name, value in load(back)[1].items():
+        assert value.dtype == np.dtype(dtype)
+        assert value.tobytes() == values[name].tobytes()
+
+
+def test_mixed_dtypes_are_aligned(tmp_path, arrays):
+    values = {k: v.astype("float16") if ".gain" in k else v for k, v in arrays.items()}
+    values["stem.conv0.bias"] = values["stem.conv0.bias"].astype("float64")
+    path = tmp_path / "mixed"
+    save(path, nfnet.options("tiny"), values)
+    found = load_file(path)
+    assert all(np.array_equal(found[name], values[name]) for name in values)
+    assert all(found[name].dtype == values[name].dtype for name in values)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    widths = {"F64": 8, "F32": 4, "F16": 2}
+    for name in values:
+        assert (8 + length + header[name]["data_offsets"][0]) % widths[header[name]["dtype"]] == 0
+
+
+def test_npz_holds_no_bfloat16(tmp_path, arrays):
+    values = {name: value.astype(ml_dtypes.bfloat16) for name, value in arrays.items()}
+    with pytest.raises(ParameterError, match=r"stem\.conv0\.weight is bfloat16; haiku weights can"):
+        save(tmp_path / "x", nfnet.options("tiny"), values, "haiku")
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_go_with_the_weights(tmp_path, arrays):
+    chosen = nfnet.options(
+        "tiny",
+        7,
+        dropout=0.0,
+        stochastic_depth=0.1,
+        in_channels=1,
+        activation="silu",
+        ws_eps="timm",
+    )
+    values = nfnet.seeded_parameters("tiny", 7, 1)
+    source = tmp_path / "0"
+    save(source, chosen, values)
+    for number, form in enumerate([*FORM_NAMES, "neutral"]):
+        target = tmp_path / str(number + 1)
+        assert convert(source, target, form).complete
+        source = target
+    options, found = load(source)
+    assert options == chosen
+    assert all(np.array_equal(found[name], values[name]) for name in values)
+
+
+def test_what_a_file_does_not_say(tmp_path, neutral):
+    convert(neutral, tmp_path / "timm", "timm")
+    write_safetensors(tmp_path / "bare", load_file(tmp_path / "timm"))
+    with open_weights(tmp_path / "bare") as found:
+        assert (found.form, found.options, found.complete) == ("timm", nfnet.options("tiny"), False)
+    with open_weights(tmp_path / "bare", activation="gelu_erf", ws_eps="timm") as found:
+        assert (found.options.activation, found.options.ws_eps) == ("gelu_erf", "timm")
+    assert found.nbytes == 4 * 334_086
+
+
+def test_numpy_reads_haiku_files(tmp_path, neutral):
+    path = tmp_path / "haiku.npz"
+    convert(neutral, path, "haiku")
+    tree = {}
+    for key, value in np.load(path).items():  # no pickles inside
+        module, _, name = key.rpartition("/")
+        tree.setdefault(module, {})[name] = value
+    assert len(tree) == 94
+    assert set(tree["NFNet/~/linear"]) == {"w", "b"}
+    assert set(tree["NFNet/~/nf_block_11/~/conv1b"]) == {"w", "gain", "bias"}
+    assert tree["NFNet/~/nf_block"]["skip_gain"].shape == ()
+
+
+# --- What is it?
+
+
+@pytest.mark.parametrize("variant", [*nfnet.VARIANTS])
+@pytest.mark.parametrize("form", ["neutral", "torch", "haiku"])
+def test_variants_are_told_apart(variant, form):
+    specs = [FORMS[form].spec(spec) for spec in nfnet.parameters(variant, 21, 4)]
+    found, sized = guess({spec.name: spec.shape for spec in specs})
+    assert (found.name, sized.name) == (form, variant)
+
+
+@pytest.mark.parametrize("form", ["keras", "timm"])
+@pytest.mark.parametrize("variant", ["F0", "F3+", "tiny"])
+def test_forms_are_told_apart(variant, form):
+    specs = [FORMS[form].spec(spec) for spec in nfnet.parameters(variant)]
+    found, sized = guess({spec.name: spec.shape for spec in specs})
+    assert (found.name, sized.name) == (form, variant)
+
+
+# --- What is wrong with it?
+
+
+def damaged(tmp_path, neutral, change, form="torch", metadata=False):
+    convert(neutral, tmp_path / "whole", form)
+    found = load_file(tmp_path / "whole")
+    change(found)
+    said = metadata_of(tmp_path / "whole") if metadata else None
+    write_safetensors(tmp_path / "damaged", found, said)
+    return tmp_path / "damaged"
+
+
+@pytest.mark.parametrize("metadata", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("stages.2.3.conv1.bias"), r"1 missing: stages\.2\.3\.conv1\.bias\. Is it"),
+        (lambda t: t.pop("stem.conv0.weight"), r"1 missing: stem\.conv0\.weight\. Is it"),
+        (lambda t: t.pop("head.bias"), r"1 missing: head\.bias\. Is it"),
+        (lambda t: t.update(extra=t["head.bias"]), "1 unknown: extra"),
+        (
+            lambda t: t.update({"head.weight": t["head.weight"].T}),
+            r"1 of another shape: head\.weight \(has \(192, 10\), needs \(10, 192\)\)",
+        ),
+        (
+            lambda t: t.update({"stem.conv1.gain": t["stem.conv1.gain"][:-1]}),
+            r"1 of another shape: stem\.conv1\.gain \(has \(31,\), needs \(32,\)\)",
+        ),
+        (
+            lambda t: t.update({"stem.conv1.gain": t["stem.conv1.gain"].astype("int32")}),
+            r"1 not floating point: stem\.conv1\.gain \(I32\)",
+        ),
+    ],
+)
+def test_wrong_tensors_are_named(tmp_path, neutral, change, message, metadata):
+    source, target = damaged(tmp_path, neutral, change, metadata=metadata), tmp_path / "target"
+    target.write_text("precious")
+    before = folder(target)
+    with pytest.raises(ParameterError, match=message) as caught:
+        convert(source, target, "neutral")
+    assert "damaged, read as torch weights of tiny: " in str(caught.value)
+    assert target.read_text() == "precious"
+    assert folder(target) == before
+
+
+def test_wrong_variants_are_named(tmp_path, neutral):
+    convert(neutral, tmp_path / "timm", "timm")
+    with pytest.raises(ParameterError, match=r"as timm weights of F1: .*204 missing") as caught:
+        convert(tmp_path / "timm", tmp_path / "x", "neutral", variant="F1")
+    assert str(caught.value).endswith("Its tensors look like those of tiny")
+    said = {**metadata_of(neutral), "variant": "F0"}
+    write_safetensors(tmp_path / "lies", load_file(neutral), said)
+    with pytest.raises(
+        ParameterError, match=r"as neutral weights of F0: .*look like those of tiny"
+    ):
+        load(tmp_path / "lies")
+    with pytest.raises(ConfigError, match="unknown NFNet variant 'F9'"):
+        load_as(neutral, variant="F9")
+    assert not (tmp_path / "x").exists()
+
+
+def load_as(path, **options):
+    with open_weights(path, **options) as found:
+        return found.arrays()
+
+
+def test_other_networks_are_refused(tmp_path):
+    write_safetensors(tmp_path / "other", {"layer1.0.weight": np.zeros(3)})
+    with pytest.raises(FormatError, match=r"no tensor is an NFNet's; it holds layer1\.0\.weight"):
+        load(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": "2"}, "format version 2; this program reads up to 1"),
+        ({"format_version": "one"}, "broken metadata; invalid literal"),
+        ({"form": "caffe"}, "broken metadata; 'caffe' is missing or unknown"),
+        ({"variant": "F11"}, "broken metadata; unknown NFNet variant 'F11'"),
+        ({"ws_eps": "1e-4"}, "broken metadata; ws_eps must be"),
+        ({"num_classes": None}, "broken metadata; 'num_classes' is missing"),
+    ],
+)
+def test_bad_metadata(tmp_path, neutral, change, message):
+    said = {k: v for k, v in {**metadata_of(neutral), **change}.items() if v is not None}
+    write_safetensors(tmp_path / "changed", load_file(neutral), said)
+    with pytest.raises(FormatError, match=message):
+        load(tmp_path / "changed")
+
+
+@pytest.mark.parametrize("form", ["neutral", "haiku"])
+@pytest.mark.parametrize("keep", [0, 4, 20, 5_000, 600_000, -1])
+def test_truncated_files(tmp_path, neutral, form, keep):
+    convert(neutral, tmp_path / "whole", form)
+    (tmp_path / "short").write_bytes((tmp_path / "whole").read_bytes()[:keep])
+    with pytest.raises(FormatError, match="short: ") as caught:
+        convert(tmp_path / "short", tmp_path / "target", "torch")
+    if keep > 10_000 or keep < 0:
+        assert "short: truncated" in str(caught.value)
+    if (form, keep) == ("neutral", -1):
+        assert str(caught.value).endswith("1 tensors are not whole: head.bias")
+    assert not (tmp_path / "target").exists()
+
+
+def test_damaged_archives(tmp_path, neutral):
+    convert(neutral, tmp_path / "whole", "haiku")
+    data = bytearray((tmp_path / "whole").read_bytes())
+    with zipfile.ZipFile(tmp_path / "whole") as archive:
+        info = archive.getinfo("NFNet/~/linear/w.npy")
+    data[info.header_offset + info.file_size // 2] ^= 1
+    (tmp_path / "flipped").write_bytes(data)
+    with pytest.raises(FormatError, match=r"NFNet/~/linear/w cannot be read; Bad CRC-32"):
+        convert(tmp_path / "flipped", tmp_path / "target", "torch")
+    assert folder(tmp_path / "target") == ["flipped", "neutral.safetensors", "whole"]
+
+
+def test_objects_in_archives_are_not_unpickled(tmp_path, arrays):
+    haiku = {spec.haiku: arrays[spec.name] for spec in nfnet.parameters("tiny")}
+    haiku["NFNet/~/linear/b"] = np.array([0.0] * 9 + [print], dtype=object)
+    np.savez(tmp_path / "objects.npz", **haiku)
+    with pytest.raises(ParameterError, match=r"1 not floating point: NFNet/~/linear/b \(object\)"):
+        load(tmp_path / "objects.npz")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<!DOCTYPE html>", "neither safetensors, npz, a PyTorch file nor a pickle"),
+        (b"", "it starts with b''"),
+        (b"PK\x05\x06" + bytes(18), "a zip archive, but neither NumPy's nor PyTorch's"),
+        (struct.pack("<Q", 2**40) + b"{}", "x: "),
+    ],
+)
+def test_other_files(tmp_path, content, message):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(FormatError, match=message):
+        load(tmp_path / "x")
+
+
+# --- Nothing half-written
+
+
+class Interrupt(Exception):
+    pass
+
+
+@pytest.mark.parametrize("form", ["torch", "haiku"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_interrupted_conversion_leaves_no_trace(tmp_path, neutral, form, exists):
+    target = tmp_path / "target"
+    if exists:
+        target.write_text("precious")
+    before = folder(target)
+    during = []
+
+    def stop(name, size, total):
+        during.append(name)
+        if len(during) == 100:
+            assert len(folder(target)) == len(before) + 1
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        convert(neutral, target, form, progress=stop)
+    assert len(during) == 100
+    assert folder(target) == before
+    if exists:
+        assert target.read_text() == "precious"
+
+
+def test_progress(tmp_path, neutral):
+    seen = []
+    convert(neutral, tmp_path / "x", "timm", progress=lambda *step: seen.append(step))
+    assert len(seen) == 233
+    assert {total for _, _, total in seen} == {sum(size for _, size, _ in seen)} == {4 * 334_086}
+    assert seen[0][0] == "stem.conv1.weight"
+
+
+def test_misuse(tmp_path, neutral, arrays):
+    with pytest.raises(ConfigError, match="source and target are the same file"):
+        convert(neutral, neutral, "torch")
+    assert load(neutral)[0].variant.name == "tiny"
+    with pytest.raises(ConfigError, match="unknown form 'onnx'; the forms are neutral, torch"):
+        convert(neutral, tmp_path / "x", "onnx")
+    fewer = {name: value for name, value in arrays.items() if name != "head.bias"}
+    with pytest.raises(ParameterError, match=r"1 missing: head\.bias"):
+        save(tmp_path / "x", nfnet.options("tiny"), fewer)
+    mine = nfnet.Variant("mine", (1, 1), 0.0, 8, 8, (16, 16), 8, 2)
+    with pytest.raises(ConfigError, match="'mine' is not one of F0"):
+        save(tmp_path / "x", nfnet.options(mine), nfnet.seeded_parameters(mine))
+    assert not (tmp_path / "x").exists()
+
+
+# --- Memory
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """F0 in float16: 143 MB, whose largest tensor has 9.4 MB."""
+    path = tmp_path_factory.mktemp("large") / "neutral"
+    zeros = {spec.name: np.zeros(spec.shape, "float16") for spec in nfnet.parameters("F0")}
+    save(path, nfnet.options("F0"), zeros)
+    return path
+
+
+def peak(function, *arguments):
+    tracemalloc.start()
+    try:
+        function(*arguments)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_conversion_holds_a_tensor_or_two_at_a_time(large, tmp_path):
+    largest = 2 * 1536 * 3072
+    assert large.stat().st_size > 15 * largest
+    assert peak(convert, large, tmp_path / "timm", "timm") < 4 * largest
+    assert peak(convert, tmp_path / "timm", tmp_path / "haiku", "haiku") < 4 * largest
+    (tmp_path / "timm").unlink()
+    assert peak(convert, tmp_path / "haiku", tmp_path / "torch", "torch") < 4 * largest
+    assert (tmp_path / "torch").stat().st_size == pytest.approx(large.stat().st_size, rel=1e-3)
+
+
+def test_pickles_take_the_memory_of_one_file(large, tmp_path):
+    tree = {}
+    for spec in nfnet.parameters("F0"):
+        module, _, name = spec.haiku.rpartition("/")
+        tree.setdefault(module, {})[name] = np.zeros(spec.shape, "float16")
+    with (tmp_path / "pickle").open("wb") as file:
+        pickle.dump(tree, file)
+    del tree
+    size = (tmp_path / "pickle").stat().st_size
+    assert peak(convert, tmp_path / "pickle", tmp_path / "torch", "torch") < 1.3 * size
+
+
+# --- The command
+
+
+def test_command(tmp_path, neutral, capsys):
+    assert main(["convert", str(neutral), str(tmp_path / "a.npz"), "--to", "haiku"]) == 0
+    out, err = capsys.readouterr()
+    assert (
+        "a.npz: haiku weights of NFNet-tiny, 10 classes, 233 tensors, 1.3 MB, from neutral" in out
+    )
+    assert err == ""
+    write_safetensors(tmp_path / "bare", load_file(neutral))
+    command = ["convert", str(tmp_path / "bare"), str(tmp_path / "b"), "--to", "torch"]
+    assert main([*command, "--activation", "gelu_erf", "--ws-eps", "timm"]) == 0
+    assert (
+        "does not say how it was trained; taken for activation=gelu_erf" in capsys.readouterr().err
+    )
+    assert load(tmp_path / "b")[0].activation == "gelu_erf"
+    assert main([*command, "--activation", "mish"]) == 2
+    assert "agc: unknown activation 'mish'" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "no"), str(tmp_path / "c"), "--to", "torch"]) == 2
+    assert "No such file" in capsys.readouterr().err
+    assert main(["convert", str(neutral), str(tmp_path / "no" / "c"), "--to", "torch"]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["safetensors", "rich"])
+def test_missing_packages_name_the_extra(tmp_path, neutral, capsys, monkeypatch, package):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["convert", str(neutral), str(tmp_path / "x"), "--to", "torch"]) == 2
+    err = capsys.readouterr().err
+    assert f"needs {package}, which cannot be imported" in err
+    assert 'pip install "agc-sam[weights]"' in err
+    assert not (tmp_path / "x").exists()
+
+
+# --- DeepMind's files
+
+
+@pytest.fixture
+def flat_mapping(monkeypatch):
+    """A class that is pickled by the name of Haiku's, as Haiku's is: called with a dictionary."""
+    module = types.ModuleType("haiku._src.data_structures")
+
+    class FlatMapping:
+        def __init__(self, data):
+            self.data = data
+
+        def __reduce__(self):
+            return FlatMapping, (self.data,)
+
+    FlatMapping.__module__, FlatMapping.__qualname__ = module.__name__, "FlatMapping"
+    module.FlatMapping = FlatMapping
+    for name in ("haiku", "haiku._src"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return FlatMapping
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("mapping", ["dict", "FlatMapping"])
+def test_released_files(tmp_path, neutral, arrays, flat_mapping, mapping, protocol):
+    make = dict if mapping == "dict" else flat_mapping
+    tree = {}
+    for spec in nfnet.parameters("tiny"):
+        module, _, name = spec.haiku.rpartition("/")
+        tree.setdefault(module, {})[name] = arrays[spec.name]
+    tree = make({module: make(leaves) for module, leaves in tree.items()})
+    path, back = (
+        tmp_path / "F0_haiku.npz",
+        tmp_path / "back",
+    )  # npz is what these pickles are called
+    path.write_bytes(pickle.dumps(tree, protocol))
+    found = convert(path, back, "neutral")
+    assert (found.form, found.complete) == ("haiku", False)
+    assert back.read_bytes() == neutral.read_bytes()
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(FormatError, match=r"F0_haiku\.npz: truncated"):
+        convert(path, back, "neutral")
+    assert back.read_bytes() == neutral.read_bytes()

@@ -1,0 +1,107 @@
+"""The demo without a framework: its data, its schedule, its bookkeeping and what it writes."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from agc import demo
+from agc.cli import main
+from agc.errors import ConfigError
+from agc.nfnet import parameters
+
+
+def fake(initial, batches, rates, clipping, test):
+    """Diverges at once without clipping, else reports the clipping as accuracy."""
+    for rate, (images, labels) in zip(rates, batches, strict=True):
+        assert images.shape == (len(labels), 32, 32, 3)
+        if clipping is None and rate > 0:
+            yield math.nan, 0.0
+            return
+        yield 2.0, 0.25
+    yield 10 * clipping, 0.0
+
+
+def test_gratings_can_be_told_by_their_orientation():
+    images, labels = demo.gratings(np.random.default_rng(0), 400)
+    assert images.shape == (400, 32, 32, 3)
+    assert images.dtype == np.float32
+    assert set(labels) == set(range(demo.CLASSES))
+    # Energy of the two-dimensional spectrum at six cycles in each orientation; the labels must stand out.
+    angle = np.pi * np.arange(demo.CLASSES) / demo.CLASSES
+    place = np.stack(np.meshgrid(*2 * [np.arange(32) / 32], indexing="ij"))
+    wave = np.exp(2j * np.pi * 6 * np.einsum("pa,pyx->ayx", [np.sin(angle), np.cos(angle)], place))
+    energy = (np.abs(np.einsum("nyxc,ayx->nca", images, wave)) ** 2).sum(1)
+    assert (energy.argmax(1) == labels).mean() > 0.8
+
+
+def test_learning_rates():
+    rates = demo.learning_rates(0.8, 100)
+    assert rates[0] == 0
+    assert rates[4] == pytest.approx(0.64)
+    assert max(rates) == rates[5] == 0.8
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] < 0.001
+    assert len(demo.learning_rates(0.1, 1)) == 1
+
+
+def test_initial_values():
+    arrays = demo.initial_values(3)
+    specs = {spec.name: spec for spec in parameters("tiny")}
+    assert arrays.keys() == specs.keys()
+    assert arrays["stages.0.0.skip_gain"] == 0
+    conv = arrays["stages.3.0.conv1.weight"]
+    assert conv.std() * math.sqrt(specs["stages.3.0.conv1.weight"].fan_in) == pytest.approx(1, 0.05)
+    se = arrays["stages.3.0.se.fc0.weight"]
+    bound = specs["stages.3.0.se.fc0.weight"].fan_in ** -0.5
+    assert np.abs(se).max() <= 2 * bound * (1 + 1e-6)
+    assert se.std() == pytest.approx(0.88 * bound, 0.02)
+    assert (demo.initial_values(4)["head.weight"] != arrays["head.weight"]).all()
+
+
+def test_runs():
+    experiment = demo.Experiment(clippings=(None, 0.08), rates=(0.1, 0.2), seeds=2, steps=4)
+    runs = demo.run(experiment, fake, Console(quiet=True))
+    assert len(runs) == 8
+    assert {run.diverged for run in runs if run.clipping is None} == {True}
+    clipped = [run for run in runs if run.clipping == 0.08]
+    assert {(run.accuracy, run.clipped, run.losses) for run in clipped} == {(0.8, 0.25, (2.0,) * 4)}
+    text = io.StringIO()
+    Console(width=80, file=text).print(demo.table(experiment, runs))
+    assert "10.0 (2 diverged)" in text.getvalue()
+    assert "80.0" in text.getvalue()
+
+
+def test_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "load", lambda framework: fake)
+    out = tmp_path / "picture.svg"
+    given = ["demo", "--clippings", "none", "0.08", "--rates", "0.1", "0.2", "--steps", "3"]
+    assert main([*given, "--seeds", "1", "--out", str(out)]) == 0
+    assert "diverged" in out.read_text()
+    data = json.loads(out.with_suffix(".json").read_text())
+    assert [run["clipping"] for run in data["runs"]] == [None, None, 0.08, 0.08]
+    assert data["runs"][0]["losses"][-1] is None
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".svg"]
+    assert "written:" in capsys.readouterr().out
+
+
+def test_bad_input(capsys, tmp_path):
+    with pytest.raises(ConfigError, match="seeds must be at least 1, got 0"):
+        demo.Experiment(seeds=0)
+    with pytest.raises(ConfigError, match="rates must name at least one number"):
+        demo.Experiment(rates=())
+    assert main(["demo", "--steps", "0", "--out", str(tmp_path / "x.svg")]) == 2
+    assert "steps must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_framework_that_is_not_installed(monkeypatch, capsys):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "agc_torch.demo", None)
+    assert main(["demo", "--framework", "torch"]) == 2
+    assert 'pip install "agc-sam[torch,demo]"' in capsys.readouterr().err

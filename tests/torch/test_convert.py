@@ -1,0 +1,269 @@
+"""Weights in PyTorch's files, in timm's own model, and in the command that classifies photographs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import agc_torch
+from agc import nfnet as core
+from agc.cli import main
+from agc.errors import FormatError
+from agc.nfnet.images import evaluation_image
+from agc.weights import convert, load, save
+
+CHINA, FLOWER = load_sample_images().images
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return {name: a.astype("float32") for name, a in core.seeded_parameters("tiny").items()}
+
+
+@pytest.fixture
+def neutral(tmp_path, arrays):
+    save(tmp_path / "neutral", core.options("tiny"), arrays)
+    return tmp_path / "neutral"
+
+
+def test_state_dict(tmp_path, neutral, arrays):
+    convert(neutral, tmp_path / "torch", "torch")
+    model = agc_torch.nfnet("tiny")
+    model.load_state_dict(safetensors.torch.load_file(tmp_path / "torch"), strict=True)
+    found = agc_torch.to_neutral(model)
+    assert all(found[name].tobytes() == arrays[name].tobytes() for name in arrays)
+
+
+def test_files_of_a_model(tmp_path, neutral):
+    model = agc_torch.nfnet("tiny", num_classes=3)
+    save(tmp_path / "saved", model.options, agc_torch.to_neutral(model))
+    options, found = load(tmp_path / "saved")
+    assert options == model.options
+    other = agc_torch.nfnet("tiny", num_classes=3)
+    agc_torch.from_neutral(other, found)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "state")  # without our metadata
+    convert(tmp_path / "state", tmp_path / "back", "neutral")
+    assert all(
+        np.array_equal(value, found[name]) for name, value in load(tmp_path / "back")[1].items()
+    )
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_of_torch_save(tmp_path, arrays, zipped, key, dtype):
+    model = agc_torch.nfnet("tiny", dtype=dtype)
+    agc_torch.from_neutral(model, arrays)
+    state = model.state_dict()
+    path = tmp_path / "model.pth"
+    torch.save(
+        state if key is None else {key: state, "epoch": 3},
+        path,
+        _use_new_zipfile_serialization=zipped,
+    )
+    assert convert(path, tmp_path / "back", "torch").form == "torch"
+    found = safetensors.torch.load_file(tmp_path / "back")
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert {value.dtype for value in found.values()} == {dtype}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncated_and_other_files(tmp_path, zipped):
+    model, path = agc_torch.nfnet("tiny"), tmp_path / "model.pth"
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:-9000])
+    with pytest.raises(FormatError, match=r"model\.pth: (truncated|PyTorch cannot read it)"):
+        convert(path, tmp_path / "x", "neutral")
+    torch.save([1, 2], path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(FormatError, match="holds a list, not a state dict"):
+        convert(path, tmp_path / "x", "neutral")
+    torch.save({"a": 1}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(FormatError, match="a is a int, not a tensor"):
+        convert(path, tmp_path / "x", "neutral")
+    assert not (tmp_path / "x").exists()
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"{sys.executable} -c \"open('{self.marker}', 'w')\"",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_malicious_files_execute_nothing(tmp_path, zipped):
+    marker, path = tmp_path / "executed", tmp_path / "model.pth"
+    torch.save({"head.bias": Evil(marker)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(FormatError, match="which runs nothing"):
+        convert(path, tmp_path / "x", "neutral")
+    assert not marker.exists()
+    torch.load(path, weights_only=False)  # it would have been executed
+    assert marker.exists()
+
+
+TIMM = """
+# What timm imports at the start and its NFNets never use.
+import importlib.abc, importlib.machinery, sys, types
+
+class Named(type):
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+class Stub(types.ModuleType):
+    __path__ = []
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Named(name, (), {})
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ("torchvision", "yaml", "huggingface_hub"):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+    def create_module(self, spec):
+        return Stub(spec.name)
+    def exec_module(self, module):
+        pass
+
+sys.meta_path.insert(0, Finder())
+
+import numpy as np, safetensors.torch, torch
+from timm.models.nfnet import dm_nfnet_f0
+
+theirs = dm_nfnet_f0().eval()
+theirs.load_state_dict(safetensors.torch.load_file(sys.argv[1]), strict=True)
+images = torch.from_numpy(np.load(sys.argv[2]))
+with torch.inference_mode():
+    np.save(sys.argv[3], theirs(images).numpy())
+safetensors.torch.save_file(theirs.state_dict(), sys.argv[4])
+"""
+
+
+def test_timms_own_model(tmp_path):
+    """F0 goes into timm's dm_nfnet_f0 and comes back, and gives the same logits there."""
+    values = {name: a.astype("float32") for name, a in core.seeded_parameters("F0").items()}
+    chosen = core.options("F0", activation="gelu_erf", ws_eps="timm")
+    weights, images, logits, state = (
+        tmp_path / name for name in ("weights", "images.npy", "logits.npy", "state")
+    )
+    save(weights, chosen, values, "timm")
+    x = core.seeded_batch(1, 64)[0].transpose(0, 3, 1, 2).astype("float32")
+    np.save(images, x)
+    command = [sys.executable, "-c", TIMM, *map(str, (weights, images, logits, state))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    model = agc_torch.nfnet("F0", activation="gelu_erf", ws_eps="timm").eval()
+    agc_torch.from_neutral(model, values)
+    with torch.inference_mode():
+        ours = model(torch.from_numpy(x.copy())).numpy()
+    theirs = np.load(logits)
+    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+    found = convert(state, tmp_path / "back", "neutral")
+    assert (found.form, found.options.variant.name) == ("timm", "F0")
+    for name, value in load(tmp_path / "back")[1].items():
+        assert value.tobytes() == values[name].tobytes()
+
+
+# --- agc classify
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    found = []
+    for name, image in (("china", CHINA), ("flower", FLOWER)):
+        path = tmp_path / f"{name}.png"
+        Image.fromarray(image).save(path)
+        found.append(str(path))
+    return found
+
+
+@pytest.mark.parametrize("form", ["neutral", "timm", "haiku"])
+def test_classify(tmp_path, neutral, arrays, photographs, capsys, form):
+    convert(neutral, tmp_path / "weights", form)
+    command = ["classify", *photographs, "--weights", str(tmp_path / "weights")]
+    assert main([*command, "--backend", "torch", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["trained"] is True
+    model = agc_torch.nfnet("tiny").eval()
+    agc_torch.from_neutral(model, arrays)
+    for found, image in zip(document["images"], (CHINA, FLOWER), strict=True):
+        x = torch.from_numpy(evaluation_image(image, 32).transpose(2, 0, 1)[None].copy())
+        with torch.inference_mode():
+            exact = torch.softmax(model(x).double(), 1)[0]
+        best = exact.argsort(descending=True)[:5]
+        assert [row["index"] for row in found["top"]] == best.tolist()
+        probabilities = [row["probability"] for row in found["top"]]
+        np.testing.assert_allclose(probabilities, exact[best].numpy(), rtol=1e-6)
+
+
+def test_classify_with_what_the_file_does_not_say(tmp_path, arrays, photographs, capsys):
+    chosen = core.options("tiny", activation="silu", ws_eps="timm")
+    save(tmp_path / "said", chosen, arrays)
+    bare = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    safetensors.torch.save_file(bare, tmp_path / "bare")
+    answers = []
+    for more in (["said"], ["bare", "--activation", "silu", "--ws-eps", "timm"], ["bare"]):
+        command = ["classify", photographs[0], "--backend", "torch", "--json", "--weights"]
+        assert main([*command, str(tmp_path / more[0]), *more[1:]]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["images"])
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_classify_says_that_weights_are_random(photographs, capsys):
+    command = ["classify", *photographs, "--weights", "random", "--backend", "torch"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "THE WEIGHTS ARE RANDOM" in out
+    assert out.count("%") == 10
+
+
+def test_classify_says_that_weights_are_untrained(tmp_path, photographs, capsys):
+    model = agc_torch.nfnet("tiny")
+    save(tmp_path / "new", model.options, agc_torch.to_neutral(model))
+    command = ["classify", *photographs, "--weights", str(tmp_path / "new"), "--backend", "torch"]
+    assert main(command) == 0
+    assert "THE WEIGHTS LOOK UNTRAINED" in capsys.readouterr().out
+
+
+def test_commands_of_the_documentation(tmp_path, neutral, arrays, monkeypatch, capsys):
+    """The lines of docs/weights.md that start with agc, on small files of the same names."""
+    monkeypatch.chdir(tmp_path)
+    tree: dict[str, dict[str, np.ndarray]] = {}
+    for spec in core.parameters("tiny"):
+        module, _, name = spec.haiku.rpartition("/")
+        tree.setdefault(module, {})[name] = arrays[spec.name]
+    (tmp_path / "F0_haiku.npz").write_bytes(pickle.dumps(tree))
+    for name, image in (("china", CHINA), ("flower", FLOWER)):
+        Image.fromarray(image).save(tmp_path / f"{name}.jpg")
+    text = (Path(__file__).parents[2] / "docs" / "weights.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^agc (.*)", text, re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        assert main(shlex.split(line, comments=True)) == 0
+    assert "flower.jpg" in capsys.readouterr().out
+    convert("F0_torch.safetensors", "back", "neutral")
+    assert (tmp_path / "back").read_bytes() == neutral.read_bytes()
+
+
+def test_pickles_of_other_programs_are_not_torch_files(tmp_path):
+    (tmp_path / "x").write_bytes(pickle.dumps({"m": {"w": torch.zeros(2)}}))
+    with pytest.raises(FormatError, match=r"asks for torch\."):
+        convert(tmp_path / "x", tmp_path / "y", "neutral")

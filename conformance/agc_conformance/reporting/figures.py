@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from agc_conformance.compare import LIMITS
-from agc_conformance.records import ULP_BINS
+from agc_conformance.records import ULP_BINS, ModelRecord
 
-__all__ = ["histograms", "svg"]
+__all__ = ["histograms", "model_errors", "svg"]
+
+
+_FLOOR: Final = 1e-17
+"""Where an error of 0 is drawn."""
 
 
 def svg(figure: Any) -> str:
@@ -72,4 +76,63 @@ def histograms(
         plot.set_title(title, fontsize=9, loc="left", fontweight="bold")
         plot.tick_params(length=0)
         plot.spines[:].set_visible(False)
+        return svg(figure)
+
+
+_PANELS: Final = {
+    "outputs": "output of the stem and of every block",
+    "gradients": "gradient of every tensor, in the order of the forward pass",
+    "optimizer": "all parameters after each step of DeepMind's optimizer",
+    "trajectory": "all parameters after each step of AGC and the framework's SGD",
+}
+_SHADES: Final = {"float64": 1.0, "float32": 0.45}
+
+
+def model_errors(found: Mapping[str, Sequence[ModelRecord]]) -> str:
+    """Draw the errors of one model, layer by layer and step by step.
+
+    Parameters
+    ----------
+    found : mapping of run to records
+        ``model`` records of one model.
+
+    Returns
+    -------
+    str
+        A panel a kind of result, logarithmic: a colour a run, strong in float64 and pale in float32; the red
+        lines are what is allowed. An error of 0 lies at the bottom.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    kinds = [
+        kind for kind in _PANELS if any(r["kind"] == kind for rs in found.values() for r in rs)
+    ]
+    style = {"font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none"}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(7.6, 0.3 + 2.0 * len(kinds)), layout="constrained")
+        for plot, kind in zip(figure.subplots(len(kinds), squeeze=False)[:, 0], kinds, strict=True):
+            names: list[str] = []
+            for number, (title, records) in enumerate(found.items()):
+                for record in records:
+                    if record["kind"] != kind:
+                        continue
+                    names = list(record["errors"])
+                    errors = [_FLOOR if e == 0 else e for e in record["errors"].values()]
+                    shade = _SHADES.get(record["dtype"], 0.2)
+                    label = title if shade == 1.0 else None
+                    plot.plot(errors, f"C{number}.-", ms=3, lw=0.7, alpha=shade, label=label)
+                    limits = [np.nan if x is None else x for x in record["limits"].values()]
+                    plot.plot(limits, "#b3161b", lw=0.8, drawstyle="steps-mid")
+            plot.set_yscale("log")
+            plot.set_title(_PANELS[kind], fontsize=9, loc="left", fontweight="bold")
+            plot.set_ylabel("relative error")
+            if len(names) <= 16:
+                plot.set_xticks(range(len(names)), names, rotation=30, ha="right")
+            else:
+                places = range(0, len(names), max(1, len(names) // 12))
+                plot.set_xticks(places, [names[i] for i in places], rotation=30, ha="right")
+            plot.spines[["top", "right"]].set_visible(False)
+            if kind == kinds[0]:
+                plot.legend(frameon=False, ncols=len(found), loc="lower right")
         return svg(figure)

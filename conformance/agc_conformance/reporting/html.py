@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from agc_conformance.flags import FLAGS
 from agc_conformance.records import bad_statuses
-from agc_conformance.reporting.figures import histograms
+from agc_conformance.reporting.figures import histograms, model_errors
 from agc_conformance.reporting.summary import ULP_LIMITS, Cell, Summary
 from agc_conformance.vectors import CLAUSES, load_vectors
 
@@ -40,6 +40,7 @@ def html(summary: Summary) -> str:
         methods=list(ULP_LIMITS),
         training=_training(summary),
         trained=_trained(summary),
+        models=_models(summary),
         dtype=lambda name: "no numbers" if name == "-" else name,
         short=_short,
         all_dtypes=_dtypes(summary),
@@ -80,6 +81,25 @@ def _trained(summary: Summary) -> list[str]:
         ids = [r["id"] for r in column.file.results if "RealImages" in r["flags"]]
         found.update(dict.fromkeys(ids))
     return list(found)
+
+
+def _models(summary: Summary) -> list[tuple[str, list[tuple[str, str]], Markup]]:
+    """Name, results (id and dtype) and figure of every NFNet."""
+    ids: dict[str, dict[tuple[str, str], None]] = {}
+    for column in summary.backends:
+        for result in column.file.results:
+            if result["level"] == "L4":
+                name = result["id"].split("-")[1]
+                ids.setdefault(name, {})[result["id"], result["dtype"]] = None
+    found = []
+    for name, results in ids.items():
+        records = {
+            column.title: [record for record in column.file.models if record["model"] == name]
+            for column in summary.backends
+        }
+        records = {title: those for title, those in records.items() if those}
+        found.append((name, list(results), Markup(model_errors(records) if records else "")))
+    return found
 
 
 def _size(value: float | None) -> str:

@@ -132,6 +132,8 @@ def _vectors(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
+    from agc_conformance.models.mutants import MODEL_MUTANTS
+    from agc_conformance.models.study import KINDS, STUDIES, result_ids
     from agc_conformance.mutants import all_mutants
     from agc_conformance.runner import backend_names, cases
 
@@ -144,10 +146,16 @@ def _list(options: argparse.Namespace) -> int:
             dtypes = " ".join(vector.dtypes())
             flags = " ".join(vector.flags)
             table.add_row(vector.id, vector.clause, dtypes, flags, str(vector.data["comment"]))
+    for name, study in STUDIES.items():
+        for one in result_ids(name, options.select):
+            clause = KINDS[one.rpartition("-")[2]]
+            when = "with --full" if study.full else ""
+            table.add_row(one, clause, "", "", f"NFNet {name} {when}".strip())
     console.print(table)
     if options.select is None:
         for name, what in CLAUSES.items():
             console.print(f"{name:7} {what}", highlight=False)
         console.print(f"backends: {', '.join(backend_names())}", highlight=False)
-        console.print(f"mutants: {', '.join(m.name for m in all_mutants())}", highlight=False)
+        mutants = ", ".join([m.name for m in all_mutants()] + [m.name for m in MODEL_MUTANTS])
+        console.print(f"mutants: {mutants}", highlight=False)
     return 0

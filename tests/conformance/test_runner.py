@@ -339,6 +339,7 @@ def test_teeth_fail_if_a_mutant_survives(
     survivor = mutants.Mutant("harmless", "Squeeze", "does nothing wrong", mutants.Engine)
     monkeypatch.setattr(suite, "all_mutants", lambda: [survivor])
     monkeypatch.setattr(suite, "FLAGS", {"Squeeze": ""})
+    monkeypatch.setattr(suite, "MODEL_MUTANTS", [])
     out = tmp_path / "teeth.jsonl"
     assert agc_command("teeth", "--out", out) == 1
     assert [m["status"] for m in read_results(out).mutants] == ["survived"]
@@ -351,6 +352,7 @@ def test_teeth_pass_if_all_are_killed(tmp_path: Path, monkeypatch: pytest.Monkey
     killed = next(m for m in mutants.all_mutants() if m.flag == "GroupedSplit")
     monkeypatch.setattr(suite, "all_mutants", lambda: [killed])
     monkeypatch.setattr(suite, "FLAGS", {"GroupedSplit": ""})
+    monkeypatch.setattr(suite, "MODEL_MUTANTS", [])
     out = tmp_path / "teeth.jsonl"
     assert agc_command("teeth", "--out", out) == 0
     (mutant,) = read_results(out).mutants

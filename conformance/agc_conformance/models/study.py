@@ -140,9 +140,11 @@ class _Ask(NamedTuple):
     ask: Callable[[Backend, Study, str], Findings]
 
 
-def result_ids(name: str) -> list[str]:
-    """Return the ids of the results of a study in :data:`STUDIES`."""
-    found = dict.fromkeys(kind for ask in _asks(STUDIES[name]) for kind in ask.kinds)
+def result_ids(name: str, select: str | None = None) -> list[str]:
+    """Return the ids of the results of a study in :data:`STUDIES`, all or those selected."""
+    found = dict.fromkeys(
+        kind for ask in _asks(STUDIES[name]) for kind in _chosen(ask, name, select)
+    )
     return [f"model-{name}-{kind}" for kind in found]
 
 

@@ -33,31 +33,43 @@ def overview(report: Mapping[str, Any]) -> str:
     Returns
     -------
     str
-        A row a clause, SAM's folded away; a column a backend, then a subject; errors and provenance below.
+        A row a clause, SAM's and the models' folded away (where the report has them); a column a backend, then
+        a subject; errors and provenance below.
     """
     runs = [*_runs(report, "backend"), *_runs(report, "subject")]
     head = ["", *(_title(run) for run in runs)]
-    agc, sam = (
-        [
-            [f"**{clause}** {what}", *(_cell(run, clause) for run in runs)]
+
+    def rows(method: str, columns: Sequence[Run]) -> list[list[str]]:
+        return [
+            [f"**{clause}** {what}", *(_cell(run, clause) for run in columns)]
             for clause, what in CLAUSES.items()
-            if clause.startswith(method)
+            if clause.startswith(method) and all(clause in run["clauses"] for run in columns)
         ]
-        for method in ("AGC", "SAM")
-    )
+
+    backends = [*_runs(report, "backend")]  # nobody else is asked about models
+    models = rows("NFNET", backends)
+    folded = [("The same for SAM", head, rows("SAM", runs))]
+    if models:
+        folded.append(("The same for NFNets", head[: 1 + len(backends)], models))
     worst = ["largest error in float32, of 4 ULP allowed", *(_worst(run) for run in runs)]
     date = min(run["header"]["date"] for run in runs)
     killed = [mutant["status"] for mutant in report["mutants"]].count("killed")
     return "\n".join(
         [
-            *_table(head, [*agc, worst]),
+            *_table(head, [*rows("AGC", runs), worst]),
             "",
-            "<details><summary>The same for SAM</summary>",
-            "",
-            *_table(head, sam),
-            "",
-            "</details>",
-            "",
+            *(
+                line
+                for title, titles, table in folded
+                for line in (
+                    f"<details><summary>{title}</summary>",
+                    "",
+                    *_table(titles, table),
+                    "",
+                    "</details>",
+                    "",
+                )
+            ),
             f"✓ all checks of a clause passed; ✗ how many did; n/a: there is no such option. {killed} of "
             f"{len(report['mutants'])} wrong implementations, let loose on the same checks, were caught. "
             f"On a CPU, {date.split()[0]}; "

@@ -309,9 +309,9 @@ def _fresh(problem: ModelProblem) -> ModelProblem:
 
 def _forward(backend: Backend, study: Study, dtype: str) -> Findings:
     size = (study.variant, study.pixels, study.pixels)
-    want = _expected_forward(*size)
     asked = replace(_fresh(_problem(*size, dtype=dtype)), outputs=dtype != "bfloat16")
     got = backend.model_forward(asked)
+    want = _expected_forward(*size)
     limit = LIMITS[dtype].logits
     found = {"logits": _compare({"logits": (got.logits, want.logits)}, limit, _largest)}
     if dtype == "bfloat16":
@@ -353,12 +353,12 @@ def _size(height: int, width: int, images: int) -> Callable[[Backend, Study, str
 def _depth(backend: Backend, study: Study, dtype: str) -> Findings:  # noqa: ARG001
     """Stochastic depth: each image has the logits of one that keeps the branch, or of one that loses it."""
     size = (_DEPTH, _DEPTH.train_pixels, _DEPTH.train_pixels, _DEPTH_IMAGES)
+    asked = replace(_fresh(_problem(*size, dtype=dtype)), stochastic_depth=1.0)
+    got = np.asarray(backend.model_forward(asked).logits)
     problem = _problem(*size)
     network = _REFERENCE.network(_DEPTH, problem.parameters)
     kept = network(problem.images).logits
     lost = network(problem.images, {blocks(_DEPTH)[1].name: np.zeros(_DEPTH_IMAGES)}).logits
-    asked = replace(_fresh(_problem(*size, dtype=dtype)), stochastic_depth=1.0)
-    got = np.asarray(backend.model_forward(asked).logits)
     if got.shape != kept.shape:
         return {"depth": Finding(f"the logits have the shape {got.shape}, not {kept.shape}")}
     errors = np.stack([np.abs(got - want).max(1) for want in (lost, kept)]) / np.abs(kept).max()
@@ -381,10 +381,10 @@ _SIZES: Final = {"odd": _size(45, 51, 2), "single": _size(50, 38, 1), "depth": _
 
 
 def _gradients(backend: Backend, study: Study, dtype: str) -> Findings:
-    loss, gradients, plan, clipping = _expected_gradients(study.variant, study.pixels)
     got = backend.model_gradients(
         _fresh(_problem(study.variant, study.pixels, study.pixels, dtype=dtype))
     )
+    loss, gradients, plan, clipping = _expected_gradients(study.variant, study.pixels)
     limits = LIMITS[dtype]
     raw = {name: (got.gradients.get(name), value) for name, value in gradients.items()}
     clipped = {name: (got.clipped.get(name), value) for name, value in clipping.gradients.items()}
@@ -480,11 +480,12 @@ def _train(
     """Compare the loss before and all parameters after each step."""
     size = (study.variant, study.pixels, study.pixels)
     start = _problem(*size)
+    training = backend.model_training(_fresh(_problem(*size, dtype=dtype)), recipe)
     wanted = iter(_kept(size, recipe)) if not study.full else _REFERENCE.training(start, recipe)
     limits = LIMITS[dtype]
     allowed = (limits.trained_loss, limits.trained_element, limits.trained)
     finding, worst, steps = Finding(), [0.0, 0.0, 0.0], 0
-    for got in backend.model_training(_fresh(_problem(*size, dtype=dtype)), recipe):
+    for got in training:
         if steps == len(recipe.rates):
             return Finding(f"the training goes on after {steps} steps")
         steps += 1

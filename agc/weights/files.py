@@ -201,7 +201,6 @@ def write_safetensors(
 
 def _bytes(array: Array) -> memoryview:
     """Return the bytes of an array in C order and little endian; never of a transposed view's base."""
-    array = np.asarray(array, order="C")
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return array.reshape(-1).view(np.uint8).data
 

@@ -3,6 +3,8 @@
 >>> import optax
 >>> from agc import AGC
 >>> tx = optax.chain(adaptive_grad_clip(AGC(clipping=0.01)), optax.sgd(0.1, 0.9, nesterov=True))
+
+``nfnet("F0", rngs=rngs)`` is a model, ``sgd_nfnet(model, lr)`` its optimizer.
 """
 
 try:
@@ -15,24 +17,33 @@ except ImportError as error:
     ) from error
 
 from agc_jax.clip import adaptive_clip_gradients
+from agc_jax.nfnet import NFNet, WSConv2d, nfnet
 from agc_jax.optimizer import AdaptiveGradClipState, adaptive_grad_clip, stats
+from agc_jax.recipe import sgd_nfnet
 from agc_jax.sam import SamStats, Verification, sam_value_and_grad, verify_sam
 from agc_jax.telemetry import Columns, Stats
 from agc_jax.units import ModelUnits, plan, register_units, units
+from agc_jax.weights import from_neutral, to_neutral
 
 __all__ = [
     "AdaptiveGradClipState",
     "Columns",
     "ModelUnits",
+    "NFNet",
     "SamStats",
     "Stats",
     "Verification",
+    "WSConv2d",
     "adaptive_clip_gradients",
     "adaptive_grad_clip",
+    "from_neutral",
+    "nfnet",
     "plan",
     "register_units",
     "sam_value_and_grad",
+    "sgd_nfnet",
     "stats",
+    "to_neutral",
     "units",
     "verify_sam",
 ]

@@ -1,0 +1,534 @@
+"""NFNets (arXiv:2102.06171) in Flax NNX.
+
+The shared facts are in :mod:`agc.nfnet`; this file is their JAX code, from the smallest part to the whole:
+convolution, activation, squeeze and excite, stem, block, model. Images are ``(n, h, w, c)``. Parameters are
+called by their canonical names, so the model's ``nnx.state`` has them too, and JAX's layout is the neutral
+one; :mod:`agc_jax.weights` translates. ``flax.nnx.bridge.to_linen(nfnet, "F0")`` is the same in Flax Linen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax, nn
+
+from agc.errors import DTypeError, ShapeError
+from agc.nfnet import (
+    ALPHA,
+    GAMMAS,
+    HEAD,
+    WS_EPS,
+    Block,
+    Conv,
+    Initial,
+    Options,
+    Variant,
+    WsEps,
+    blocks,
+    final_conv,
+    options,
+    parameters,
+    stem,
+)
+from agc_jax.layers import register_units
+from agc_jax.units import flatten
+
+__all__ = ["NFNet", "WSConv2d", "nfnet"]
+
+_FUNCTIONS: Final[Mapping[str, Callable[[jax.Array], jax.Array]]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=True),
+    "gelu_erf": lambda x: nn.gelu(x, approximate=False),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "relu6": nn.relu6,
+    "elu": nn.elu,
+    "celu": nn.celu,
+    "leaky_relu": nn.leaky_relu,
+    "selu": nn.selu,
+    "sigmoid": nn.sigmoid,
+    "tanh": jnp.tanh,
+    "softplus": nn.softplus,
+    "soft_sign": nn.soft_sign,
+    "log_sigmoid": nn.log_sigmoid,
+    "identity": lambda x: x,
+}
+_List: Final = getattr(
+    nnx, "List", list
+)  # before Flax 0.12 a module may have plain lists of modules
+
+
+def nfnet(
+    variant: str | Variant,
+    num_classes: int | None = None,
+    *,
+    rngs: nnx.Rngs,
+    dropout: float | None = None,
+    stochastic_depth: float | None = None,
+    in_channels: int = 3,
+    activation: str = "gelu",
+    ws_eps: WsEps = "deepmind",
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+) -> NFNet:
+    """Return an NFNet with the initial values of DeepMind's code (arXiv:2102.06171).
+
+    Parameters
+    ----------
+    variant : str or Variant
+        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first steps.
+    num_classes : int, optional
+        1000 if None, and 10 for ``tiny``.
+    rngs : nnx.Rngs
+        Random numbers: ``params`` for the initial values, ``dropout`` for dropout and stochastic depth.
+    dropout : float, optional
+        Rate before the classifier; the variant's own (0.2 to 0.5) if None.
+    stochastic_depth : float, optional
+        Rate that the blocks' rates rise to; 0.25 if None. What is kept is not rescaled.
+    in_channels : int
+        Channels of the images.
+    activation : str
+        A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want ``"gelu_erf"``.
+    ws_eps : {"deepmind", "timm"}
+        Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
+    dtype, param_dtype
+        What is computed in, and how parameters are stored, as in any Flax layer. Without ``dtype`` it is what
+        images and parameters promote to.
+
+    Returns
+    -------
+    NFNet
+        In training mode.
+
+    Raises
+    ------
+    ConfigError
+        If a value is not allowed; for an unknown variant the message lists those there are.
+
+    Examples
+    --------
+    >>> model = nfnet("tiny", rngs=nnx.Rngs(0))
+    >>> model.eval()
+    >>> model(jnp.zeros((2, 32, 32, 3))).shape
+    (2, 10)
+
+    Nothing is computed for the shapes alone:
+
+    >>> model = nnx.eval_shape(lambda: nfnet("F7", rngs=nnx.Rngs(0)))
+    >>> sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    499504088
+    """
+    chosen = options(
+        variant,
+        num_classes,
+        dropout=dropout,
+        stochastic_depth=stochastic_depth,
+        in_channels=in_channels,
+        activation=activation,
+        ws_eps=ws_eps,
+    )
+    return NFNet(chosen, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+
+class SameConv2d(nnx.Module):  # type: ignore[misc]
+    """A convolution with a bias that pads as XLA's SAME does: an even axis under stride 2 only at its end."""
+
+    def __init__(self, conv: Conv, param_dtype: Any = jnp.float32) -> None:
+        self.conv = conv
+        self.weight = nnx.Param(jnp.zeros(conv.shape, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(conv.outputs, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolve images of shape (n, h, w, inputs)."""
+        return self.convolve(x, self.weight[...])
+
+    def convolve(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """Convolve with a given weight, in the dtype of the images."""
+        stride = self.conv.stride
+        out = lax.conv_general_dilated(
+            x,
+            weight.astype(x.dtype),
+            (stride, stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.conv.groups,
+        )
+        return out + self.bias[...].astype(x.dtype)
+
+
+_FILTER: Final = (0, 1, 2)  # the axes of a filter, of which a weight has one for each output
+
+
+def _standardise(weight: jax.Array, gain: jax.Array, ws_eps: WsEps) -> jax.Array:
+    # Autodiff's gradient is good enough: XLA fuses what would be many passes over the weights.
+    centred = weight - weight.mean(_FILTER)
+    return centred * (gain * _scale(centred, ws_eps))
+
+
+def _scale(centred: jax.Array, ws_eps: WsEps) -> jax.Array:
+    """Return what makes each filter's norm 1."""
+    squared_norm = jnp.square(centred).sum(_FILTER)
+    eps = WS_EPS[ws_eps]
+    if ws_eps == "deepmind":
+        return lax.rsqrt(jnp.maximum(squared_norm, eps))
+    return lax.rsqrt(squared_norm + centred[..., 0].size * eps)
+
+
+class WSConv2d(SameConv2d):
+    """A convolution whose weight is standardised: each filter has mean 0 and, times its gain, norm 1.
+
+    Parameters
+    ----------
+    conv : Conv
+        Sizes, stride and groups.
+    ws_eps : {"deepmind", "timm"}
+        See :data:`agc.nfnet.WS_EPS`.
+    param_dtype
+        How parameters are stored.
+
+    Attributes
+    ----------
+    weight : nnx.Param, shape (kernel, kernel, inputs / groups, outputs)
+    gain, bias : nnx.Param, shape (outputs,)
+        A gain is a vector, hence one unit of AGC (AGC-5).
+    """
+
+    def __init__(self, conv: Conv, ws_eps: WsEps, param_dtype: Any = jnp.float32) -> None:
+        super().__init__(conv, param_dtype)
+        self.ws_eps = ws_eps
+        self.gain = nnx.Param(jnp.ones(conv.outputs, param_dtype))
+
+    def standardised(self) -> jax.Array:
+        """Return the weight that is convolved with, worked out in at least float32, in its own dtype."""
+        weight, gain = self.weight[...], self.gain[...]
+        wide = jnp.promote_types(weight.dtype, jnp.float32)
+        return _standardise(weight.astype(wide), gain.astype(wide), self.ws_eps).astype(
+            weight.dtype
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolve images of shape (n, h, w, inputs)."""
+        return self.convolve(x, self.standardised())
+
+    def folded(self) -> SameConv2d:
+        """Return the plain convolution that gives the same outputs."""
+        plain = nnx.eval_shape(lambda: SameConv2d(self.conv))
+        plain.weight = nnx.Param(self.standardised())
+        plain.bias = nnx.Param(self.bias[...])
+        return plain
+
+
+class Dense(nnx.Module):  # type: ignore[misc]
+    """A dense layer whose numbers are left to :meth:`NFNet.reset_parameters`."""
+
+    def __init__(self, inputs: int, outputs: int, param_dtype: Any = jnp.float32) -> None:
+        self.weight = nnx.Param(jnp.zeros((inputs, outputs), param_dtype))
+        self.bias = nnx.Param(jnp.zeros(outputs, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Take (n, inputs) to (n, outputs)."""
+        return x @ self.weight[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+class Activation(nnx.Module):  # type: ignore[misc]
+    """A function times the constant that keeps the variance of N(0, 1)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, x: jax.Array, beta: float = 1.0) -> jax.Array:
+        """Return the scaled function of ``x``, times ``beta``."""
+        return _FUNCTIONS[self.name](x) * (GAMMAS[self.name] * beta)
+
+
+class SqueezeExcite(nnx.Module):  # type: ignore[misc]
+    """Gates between 0 and 2, one a channel and image, from the channels' means."""
+
+    def __init__(self, block: Block, param_dtype: Any) -> None:
+        self.fc0 = Dense(block.outputs, block.squeezed, param_dtype)
+        self.fc1 = Dense(block.squeezed, block.outputs, param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return gates of shape (n, 1, 1, c) for images of shape (n, h, w, c)."""
+        # ReLU, without a factor, is what the released weights were trained with; the paper says GELU.
+        hidden = nn.relu(self.fc0(x.mean((1, 2))))
+        return 2 * nn.sigmoid(self.fc1(hidden))[:, None, None, :]
+
+
+class Stem(nnx.Module):  # type: ignore[misc]
+    """Four convolutions, a quarter of the size; no activation after the last."""
+
+    def __init__(self, chosen: Options, param_dtype: Any) -> None:
+        conv0, conv1, conv2, conv3 = stem(chosen.variant, chosen.in_channels)
+        self.conv0 = WSConv2d(conv0, chosen.ws_eps, param_dtype)
+        self.conv1 = WSConv2d(conv1, chosen.ws_eps, param_dtype)
+        self.conv2 = WSConv2d(conv2, chosen.ws_eps, param_dtype)
+        self.conv3 = WSConv2d(conv3, chosen.ws_eps, param_dtype)
+        self.activation = Activation(chosen.activation)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Take images of shape (n, h, w, c) to (n, h / 4, w / 4, widths[0] / 2)."""
+        x = self.activation(self.conv0(x))
+        x = self.activation(self.conv1(x))
+        x = self.activation(self.conv2(x))
+        return self.conv3(x)
+
+
+class NFBlock(nnx.Module):  # type: ignore[misc]
+    """A residual block without normalisation."""
+
+    def __init__(self, block: Block, chosen: Options, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        self.block = block
+        self.drop_rate = chosen.stochastic_depth * block.stochastic_depth
+        self.deterministic = False  # True in evaluation mode
+        self.rngs = rngs["dropout"].fork()
+        convs = {conv.name: WSConv2d(conv, chosen.ws_eps, param_dtype) for conv in block.convs}
+        self.conv0 = convs["conv0"]
+        self.conv1 = convs["conv1"]
+        self.conv1b = convs["conv1b"]
+        self.conv2 = convs["conv2"]
+        self.shortcut = convs.get("shortcut")
+        self.se = SqueezeExcite(block, param_dtype)
+        self.skip_gain = nnx.Param(jnp.zeros((), param_dtype))
+        self.activation = Activation(chosen.activation)
+
+    def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
+        """Take images of shape (n, h, w, inputs) to (n, h / stride, w / stride, outputs)."""
+        residual, shortcut = self.branches(x)
+        deterministic = self.deterministic if deterministic is None else deterministic
+        if not deterministic and self.drop_rate > 0:
+            residual = residual * self.kept(residual)
+        return self.join(residual, shortcut)
+
+    def branches(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the residual branch after its gates, and the shortcut."""
+        out = self.activation(x, self.block.beta)
+        shortcut = x
+        if self.shortcut is not None:
+            shortcut = out
+            if self.block.stride > 1:
+                shortcut = nnx.avg_pool(out, (2, 2), (2, 2), "SAME", count_include_pad=False)
+                shortcut = shortcut.astype(out.dtype)  # the pool widens half precision
+            shortcut = self.shortcut(shortcut)
+        out = self.conv0(out)
+        out = self.conv1(self.activation(out))
+        out = self.conv1b(self.activation(out))
+        out = self.conv2(self.activation(out))
+        return self.se(out) * out, shortcut
+
+    def kept(self, residual: jax.Array) -> jax.Array:
+        """Draw stochastic depth: 1 for the images that keep the residual branch, 0 for the others."""
+        uniform = jax.random.uniform(self.rngs(), (len(residual), 1, 1, 1))
+        return jnp.floor(1 - self.drop_rate + uniform).astype(residual.dtype)
+
+    def join(self, residual: jax.Array, shortcut: jax.Array) -> jax.Array:
+        """Add the residual branch to the shortcut."""
+        return shortcut + residual * (self.skip_gain[...] * ALPHA).astype(residual.dtype)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Switch stochastic depth off or on, for ``nnx.view``."""
+        self.deterministic = self.deterministic if deterministic is None else deterministic
+
+
+class NFNet(nnx.Module):  # type: ignore[misc]
+    """A normalisation-free network; made by :func:`nfnet`.
+
+    Parameters
+    ----------
+    chosen : Options
+        What to build.
+    rngs : nnx.Rngs
+        Random numbers.
+    dtype, param_dtype
+        What is computed in, and how parameters are stored.
+
+    Attributes
+    ----------
+    options : Options
+        What it was built from.
+    agc_head : str
+        The classifier, for ``@head`` in a rule (AGC-6).
+    """
+
+    def __init__(
+        self,
+        chosen: Options,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+    ) -> None:
+        self.options = chosen
+        self.dtype = dtype
+        self.agc_head = HEAD
+        self.stem = Stem(chosen, param_dtype)
+        stages: list[list[NFBlock]] = [[] for _ in chosen.variant.depths]
+        for block in blocks(chosen.variant):
+            stages[block.stage].append(NFBlock(block, chosen, param_dtype, rngs))
+        self.stages = _List([_List(stage) for stage in stages])
+        last = final_conv(chosen.variant)
+        self.final_conv = WSConv2d(last, chosen.ws_eps, param_dtype)
+        self.activation = Activation(chosen.activation)
+        self.dropout = nnx.Dropout(chosen.dropout, rngs=rngs)
+        self.head = Dense(last.outputs, chosen.num_classes, param_dtype)
+        self.reset_parameters(rngs)
+
+    def reset_parameters(self, rngs: nnx.Rngs) -> None:
+        """Draw all parameters anew, as DeepMind's code does."""
+        names, leaves, structure = flatten(nnx.state(self, nnx.Param))
+        places = {name: place for place, name in enumerate(names)}
+        chosen, key = self.options, rngs["params"]()
+        specs = parameters(chosen.variant, chosen.num_classes, chosen.in_channels)
+        for number, spec in enumerate(specs):
+            place = places[spec.name]
+            given = jax.random.fold_in(key, number)
+            leaves[place] = _draw(spec.initial, spec.shape, leaves[place].dtype, given)
+        nnx.update(self, jax.tree.unflatten(structure, leaves))
+
+    def __call__(self, x: jax.Array, *, deterministic: bool | None = None) -> jax.Array:
+        """Return logits.
+
+        Parameters
+        ----------
+        x : array, shape (n, h, w, in_channels)
+            Normalised images of any size.
+        deterministic : bool, optional
+            Whether dropout and stochastic depth are off; the mode that ``train()`` and ``eval()`` set if None.
+
+        Returns
+        -------
+        array, shape (n, num_classes)
+
+        Raises
+        ------
+        ShapeError, DTypeError
+            If these are not such images.
+        """
+        x = self.stem(self._check(x))
+        for stage in self.stages:
+            for block in stage:
+                x = block(x, deterministic)
+        pooled = self._pool(self._finish(x))
+        return self.head(self.dropout(pooled, deterministic=deterministic))
+
+    def features(self, x: jax.Array, *, deterministic: bool | None = None) -> dict[str, jax.Array]:
+        """Return what comes out of each part, for what :meth:`__call__` takes.
+
+        Returns
+        -------
+        dict of str to array
+            ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the size,
+            ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features), which is what
+            the classifier is given.
+        """
+        found = {}
+        x = found["stem"] = self.stem(self._check(x))
+        for number, stage in enumerate(self.stages):
+            for block in stage:
+                x = block(x, deterministic)
+            found[f"stages.{number}"] = x
+        x = found["final_conv"] = self._finish(x)
+        found["pooled"] = self._pool(x)
+        return found
+
+    def signals(self, x: jax.Array) -> dict[str, jax.Array]:
+        """Return how signals propagate, for the images that :meth:`__call__` takes.
+
+        Returns
+        -------
+        dict of str to array
+            ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased variance of
+            each channel over images and pixels, averaged over channels, after the stem and each block.
+            ``"res_avg_var"``, shape (blocks,): the same variance of each residual branch after its gates.
+            Stochastic depth is off. float32, or float64 for float64.
+        """
+        x = self.stem(self._check(x))
+        residuals = []
+        outputs = [_moments(x)]
+        for stage in self.stages:
+            for block in stage:
+                residual, shortcut = block.branches(x)
+                residuals.append(_moments(residual)[1])
+                outputs.append(_moments(x := block.join(residual, shortcut)))
+        means, variances = zip(*outputs, strict=True)
+        return {
+            "avg_sq_mean": jnp.stack(means),
+            "avg_var": jnp.stack(variances),
+            "res_avg_var": jnp.stack(residuals),
+        }
+
+    def fold(self) -> NFNet:
+        """Return a copy for inference, in which weight standardisation is done once and for all.
+
+        Returns
+        -------
+        NFNet
+            In evaluation mode, with plain convolutions and without gains. Outputs are the same up to
+            rounding. It is not for training: without standardisation, DeepMind's recipe does not apply.
+        """
+        folded: NFNet = nnx.clone(self)
+        folded.eval()
+        for _, parent in list(nnx.iter_modules(folded)):
+            for name, child in list(vars(parent).items()):
+                if isinstance(child, WSConv2d):
+                    setattr(parent, name, child.folded())
+        return folded
+
+    def _finish(self, x: jax.Array) -> jax.Array:
+        return self.activation(self.final_conv(x))
+
+    def _pool(self, x: jax.Array) -> jax.Array:
+        return x.mean((1, 2))
+
+    def _check(self, x: jax.Array) -> jax.Array:
+        """Return images in the dtype that is computed in."""
+        x, channels = jnp.asarray(x), self.options.in_channels
+        if x.ndim != 4 or x.shape[-1] != channels:
+            second = x.ndim == 4 and x.shape[1] == channels
+            hint = "; transpose(0, 2, 3, 1) puts the channels last" if second else ""
+            raise ShapeError(
+                f"images must have the shape (n, height, width, {channels}), got {x.shape}{hint}; "
+                "nfnet(..., in_channels=...) makes a model for other channels"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise DTypeError(
+                f"images must be normalised floating point numbers, got {x.dtype}; "
+                "convert them, subtract the mean and divide by the standard deviation"
+            )
+        if self.dtype is not None:
+            return x.astype(self.dtype)
+        return x.astype(jnp.promote_types(x.dtype, self.head.weight[...].dtype))
+
+
+def _draw(initial: Initial, shape: tuple[int, ...], dtype: Any, key: jax.Array) -> jax.Array:
+    """Draw one parameter; in at least float32, of which half precision then has the nearest."""
+    if initial.distribution == "constant":
+        return jnp.full(shape, initial.value, dtype)
+    size = math.prod(shape)
+    enough = (
+        1 << (size - 1).bit_length()
+    )  # there are few powers of two to compile for, and many shapes
+    drawn = _standard(initial.distribution, enough, jnp.promote_types(dtype, jnp.float32), key)
+    return (initial.value * drawn[:size].reshape(shape)).astype(dtype)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _standard(distribution: str, size: int, dtype: Any, key: jax.Array) -> jax.Array:
+    if distribution == "normal":
+        return jax.random.normal(key, (size,), dtype)
+    return jax.random.truncated_normal(key, -2, 2, (size,), dtype)
+
+
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    variance, mean = x.var((0, 1, 2)), x.mean((0, 1, 2))
+    return jnp.square(mean).mean(), variance.mean()
+
+
+register_units(SameConv2d, {"weight": "h w i o -> o"})
+register_units(Dense, {"weight": "i o -> o"})

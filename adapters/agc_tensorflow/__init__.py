@@ -22,7 +22,9 @@ if (_backend := _keras.config.backend()) != "tensorflow":
     raise ImportError(_WRONG_BACKEND.format(_backend))
 
 from agc_tensorflow.clip import Stats, adaptive_clip_gradients
+from agc_tensorflow.nfnet import NFNet, nfnet
 from agc_tensorflow.optimizer import AdaptiveGradClip
+from agc_tensorflow.recipe import CoupledSGD, sgd_nfnet
 from agc_tensorflow.sam import (
     SamStats,
     SharpnessAwareModel,
@@ -31,17 +33,24 @@ from agc_tensorflow.sam import (
     verify_sam,
 )
 from agc_tensorflow.units import plan, register_units, units
+from agc_tensorflow.weights import from_neutral, to_neutral
 
 __all__ = [
     "AdaptiveGradClip",
+    "CoupledSGD",
+    "NFNet",
     "SamStats",
     "SharpnessAwareModel",
     "Stats",
     "Verification",
     "adaptive_clip_gradients",
+    "from_neutral",
+    "nfnet",
     "plan",
     "register_units",
     "sam_value_and_gradients",
+    "sgd_nfnet",
+    "to_neutral",
     "units",
     "verify_sam",
 ]

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from agc import Units
 
-__all__ = ["Fold", "fold", "in_xla", "scale_units", "sum_of_squares"]
+__all__ = ["Fold", "fold", "in_xla", "scale_units", "splits_groups", "sum_of_squares"]
 
 _LEVELS: Final = 3
 """How often squares are added in pairs in float32: eight to one."""
@@ -148,6 +148,15 @@ def in_xla() -> bool:
     return not tf.executing_eagerly() and bool(
         control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
     )
+
+
+def splits_groups() -> bool:
+    """Tell whether a grouped convolution has to be one convolution a group: on the CPU outside XLA.
+
+    There TensorFlow has no gradient of grouped convolutions in float64 and float16, nor in float32 and
+    bfloat16 without oneDNN.
+    """
+    return not in_xla() and not _accelerators()
 
 
 _WIDE: Final = (tf.float64, tf.complex128)

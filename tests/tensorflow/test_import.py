@@ -60,14 +60,20 @@ sys.exit(f"loaded {wrong}" if wrong else 0)
 def test_public_names():
     assert agc_tensorflow.__all__ == [
         "AdaptiveGradClip",
+        "CoupledSGD",
+        "NFNet",
         "SamStats",
         "SharpnessAwareModel",
         "Stats",
         "Verification",
         "adaptive_clip_gradients",
+        "from_neutral",
+        "nfnet",
         "plan",
         "register_units",
         "sam_value_and_gradients",
+        "sgd_nfnet",
+        "to_neutral",
         "units",
         "verify_sam",
     ]

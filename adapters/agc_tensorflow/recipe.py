@@ -1,0 +1,149 @@
+"""The training recipe of NFNets, from Keras' own parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from agc import AGC
+from agc.errors import ConfigError
+from agc_tensorflow.optimizer import AdaptiveGradClip
+from agc_tensorflow.units import Model, Variable
+
+__all__ = ["CoupledSGD", "sgd_nfnet"]
+
+
+def sgd_nfnet(
+    model: Model,
+    learning_rate: Any,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 2e-5,
+    rule: AGC | None = None,
+    **options: Any,
+) -> AdaptiveGradClip:
+    """Return DeepMind's optimizer for NFNets: :class:`CoupledSGD` with AGC in front of it (AGC-7).
+
+    In each step, gradients are clipped, then weight decay is added to those of matrices and kernels (not of
+    gains and biases), then comes Nesterov's momentum, whose buffer does not contain the learning rate.
+
+    Parameters
+    ----------
+    model : keras.Model
+        An NFNet, or any built model that declares its classifier by ``agc_head``.
+    learning_rate : float or keras.optimizers.schedules.LearningRateSchedule
+        Learning rate; the recipe has 0.1 for each 256 images of a batch.
+    momentum : float
+        0 switches momentum off.
+    weight_decay : float
+        Coupled, as in the paper. Parameters of rank 0 and 1 are not decayed.
+    rule : AGC, optional
+        ``AGC.profile("deepmind")`` if None: clipping 0.01, and all but the classifier's weight is clipped.
+    **options
+        Of any Keras optimizer, such as ``use_ema=True``.
+
+    Returns
+    -------
+    AdaptiveGradClip
+        For ``compile``; it has the plan and the telemetry.
+
+    Raises
+    ------
+    SelectorError
+        If the model does not declare its classifier.
+    ConfigError
+        If ``momentum`` or ``weight_decay`` is not allowed.
+    ParameterError
+        If the model is not built.
+
+    Examples
+    --------
+    >>> from agc_tensorflow import nfnet
+    >>> sgd_nfnet(nfnet("tiny"), learning_rate=0.1).plan.count
+    4855
+    """
+    inner = CoupledSGD(learning_rate, momentum=momentum, weight_decay=weight_decay, **options)
+    return AdaptiveGradClip(inner, AGC.profile("deepmind") if rule is None else rule, model=model)
+
+
+@keras.saving.register_keras_serializable(package="agc")
+class CoupledSGD(keras.optimizers.Optimizer):  # type: ignore[misc]
+    r"""Gradient descent with coupled weight decay, and momentum that does not contain the learning rate.
+
+    ``keras.optimizers.SGD`` is another optimizer: its velocity contains the learning rate of every step it
+    remembers, which is different as soon as that changes, and its weight decay is decoupled.
+
+    Parameters
+    ----------
+    learning_rate : float or keras.optimizers.schedules.LearningRateSchedule
+        Learning rate.
+    momentum : float
+        In [0, 1); 0 switches momentum off.
+    nesterov : bool
+        Whether the step looks ahead.
+    weight_decay : float
+        At least 0; multiplies matrices and kernels (rank 2 and above) and is added to their gradients.
+    **options
+        Of any Keras optimizer.
+
+    Raises
+    ------
+    ConfigError
+        If ``momentum`` or ``weight_decay`` is not allowed.
+
+    Notes
+    -----
+    .. math:: B \leftarrow \mu B + G + \omega W, \qquad W \leftarrow W - \eta (G + \omega W + \mu B)
+
+    References
+    ----------
+    Sutskever et al., ICML 2013; as in DeepMind's code for arXiv:2102.06171.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        name: str = "CoupledSGD",
+        **options: Any,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ConfigError(f"momentum must be a number in [0, 1), got {momentum!r}")
+        if weight_decay is None or not 0 <= weight_decay < float("inf"):
+            raise ConfigError(f"weight_decay must be a number >= 0, got {weight_decay!r}")
+        super().__init__(learning_rate, weight_decay=weight_decay, name=name, **options)
+        self.momentum = momentum
+        self.nesterov = nesterov
+
+    def build(self, variables: Sequence[Variable]) -> None:
+        """Create a buffer for every variable, if there is momentum."""
+        if self.built:
+            return
+        super().build(variables)
+        self._buffers = self.add_optimizer_variables(variables, "momentum") if self.momentum else []
+
+    def update_step(self, gradient: Any, variable: Variable, learning_rate: Any) -> None:
+        """Update one variable."""
+        gradient = tf.cast(tf.convert_to_tensor(gradient), variable.dtype)
+        if self.weight_decay and len(variable.shape) > 1 and self._use_weight_decay(variable):
+            gradient += self.weight_decay * tf.convert_to_tensor(variable)
+        step = gradient
+        if self.momentum:
+            buffer = self._buffers[self._get_variable_index(variable)]
+            moved = self.momentum * tf.convert_to_tensor(buffer) + gradient
+            self.assign(buffer, moved)
+            step = gradient + self.momentum * moved if self.nesterov else moved
+        self.assign_sub(variable, tf.cast(learning_rate, variable.dtype) * step)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the configuration."""
+        own = {"momentum": self.momentum, "nesterov": self.nesterov}
+        return {**super().get_config(), **own}
+
+    def _apply_weight_decay(self, variables: Sequence[Variable]) -> None:
+        """Leave out Keras' decoupled weight decay."""

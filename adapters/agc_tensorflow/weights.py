@@ -1,0 +1,92 @@
+"""Parameters of NFNets to and from the neutral form: NumPy arrays by canonical name (:mod:`agc.nfnet`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from agc.errors import ParameterError
+from agc.nfnet import ParameterSpec, check_arrays, parameters
+from agc_tensorflow.nfnet import NFNet
+from agc_tensorflow.sam import SharpnessAwareModel
+from agc_tensorflow.units import Model, Variable, named_variables
+
+__all__ = ["from_neutral", "to_neutral"]
+
+Array = npt.NDArray[Any]
+
+
+def to_neutral(model: Model) -> dict[str, Array]:
+    """Return a copy of a model's parameters in the neutral form.
+
+    Parameters
+    ----------
+    model : NFNet
+        Not folded; may be wrapped (:class:`agc_tensorflow.SharpnessAwareModel`).
+
+    Returns
+    -------
+    dict of str to array
+        By canonical name, in the neutral layout, which is Keras' own, and in the order of the forward pass;
+        C-contiguous. float16, float32 and float64 stay what they are, bfloat16 becomes float32, which holds
+        the same numbers.
+
+    Raises
+    ------
+    ParameterError
+        If this is not an NFNet, or is folded.
+
+    Examples
+    --------
+    >>> from agc_tensorflow import nfnet
+    >>> to_neutral(nfnet("tiny"))["stem.conv0.weight"].shape
+    (3, 3, 3, 16)
+    """
+    return {spec.name: _array(variable) for spec, variable in _pairs(model)}
+
+
+def from_neutral(model: Model, arrays: Mapping[str, Any]) -> None:
+    """Put parameters in the neutral form into a model, in place.
+
+    Parameters
+    ----------
+    model : NFNet
+        As in :func:`to_neutral`. Its dtype stays.
+    arrays : mapping of str to array
+        Exactly the model's parameters, by canonical name, in the neutral layout.
+
+    Raises
+    ------
+    ParameterError
+        If a tensor is missing, unknown or of another shape; the message names them, and the model is as it
+        was. Also as :func:`to_neutral`.
+    """
+    pairs = _pairs(model)
+    check_arrays((spec for spec, _ in pairs), arrays)
+    for spec, variable in pairs:
+        variable.assign(tf.cast(np.asarray(arrays[spec.name]), variable.dtype))
+
+
+def _pairs(model: Model) -> list[tuple[ParameterSpec, Variable]]:
+    bare = model.model if isinstance(model, SharpnessAwareModel) else model
+    if not isinstance(bare, NFNet):
+        raise ParameterError(f"this needs a model made by nfnet(...), got {type(bare).__name__}")
+    if bare.folded:
+        raise ParameterError(
+            "the model is folded and has no gains; use the model it was folded from"
+        )
+    named = named_variables(bare)
+    chosen = bare.options
+    specs = parameters(chosen.variant, chosen.num_classes, chosen.in_channels)
+    return [(spec, named[spec.name]) for spec in specs]
+
+
+def _array(variable: Variable) -> Array:
+    tensor = tf.convert_to_tensor(variable)
+    if tensor.dtype == tf.bfloat16:
+        tensor = tf.cast(tensor, tf.float32)
+    return np.array(tensor.numpy(), order="C")

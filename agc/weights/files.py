@@ -272,6 +272,11 @@ def write_npz(
 
 def _torch(path: Path, *, zipped: bool) -> Source:
     torch = need("torch", f"{path}: reading a PyTorch file", "torch")
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+        raise MissingPackageError(
+            f"{path}: PyTorch {torch.__version__} can be made to run code by a file, even with weights_only=True "
+            "(CVE-2025-32434); install PyTorch 2.6 or later, or let whoever made the file save safetensors"
+        )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch's reader raises what it likes for broken files

@@ -17,7 +17,7 @@ except ImportError as error:
     ) from error
 
 from agc_jax.clip import adaptive_clip_gradients
-from agc_jax.nfnet import NFNet, WSConv2d, nfnet
+from agc_jax.nfnet import NFNet, nfnet
 from agc_jax.optimizer import AdaptiveGradClipState, adaptive_grad_clip, stats
 from agc_jax.recipe import sgd_nfnet
 from agc_jax.sam import SamStats, Verification, sam_value_and_grad, verify_sam
@@ -33,7 +33,6 @@ __all__ = [
     "SamStats",
     "Stats",
     "Verification",
-    "WSConv2d",
     "adaptive_clip_gradients",
     "adaptive_grad_clip",
     "from_neutral",

@@ -39,7 +39,7 @@ from agc.nfnet import (
 from agc_jax.layers import register_units
 from agc_jax.units import flatten
 
-__all__ = ["NFNet", "WSConv2d", "nfnet"]
+__all__ = ["NFNet", "nfnet"]
 
 _FUNCTIONS: Final[Mapping[str, Callable[[jax.Array], jax.Array]]] = {
     "gelu": lambda x: nn.gelu(x, approximate=True),
@@ -114,7 +114,8 @@ def nfnet(
     --------
     >>> model = nfnet("tiny", rngs=nnx.Rngs(0))
     >>> model.eval()
-    >>> model(jnp.zeros((2, 32, 32, 3))).shape
+    >>> forward = nnx.jit(lambda model, images: model(images))
+    >>> forward(model, jnp.zeros((2, 32, 32, 3))).shape
     (2, 10)
 
     Nothing is computed for the shapes alone:
@@ -217,9 +218,9 @@ class WSConv2d(SameConv2d):
 
     def folded(self) -> SameConv2d:
         """Return the plain convolution that gives the same outputs."""
-        plain = nnx.eval_shape(lambda: SameConv2d(self.conv))
+        plain: SameConv2d = nnx.eval_shape(lambda: SameConv2d(self.conv))
         plain.weight = nnx.Param(self.standardised())
-        plain.bias = nnx.Param(self.bias[...])
+        plain.bias = nnx.Param(jnp.copy(self.bias[...]))
         return plain
 
 
@@ -471,7 +472,8 @@ class NFNet(nnx.Module):  # type: ignore[misc]
             In evaluation mode, with plain convolutions and without gains. Outputs are the same up to
             rounding. It is not for training: without standardisation, DeepMind's recipe does not apply.
         """
-        folded: NFNet = nnx.clone(self)
+        graph, state = nnx.split(self)
+        folded: NFNet = nnx.merge(graph, jax.tree.map(jnp.copy, state))
         folded.eval()
         for _, parent in list(nnx.iter_modules(folded)):
             for name, child in list(vars(parent).items()):

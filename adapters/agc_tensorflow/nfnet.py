@@ -152,7 +152,7 @@ class SameConv2D(_Layer):
         super().__init__(name=conv.name.rpartition(".")[2], **layer)
         self.conv = conv
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, _input_shape: Any) -> None:
         """Create the variables."""
         self.weight = self.add("weight", self.conv.shape, "conv")
         self.bias = self.add("bias", (self.conv.outputs,), "bias")
@@ -209,9 +209,9 @@ class WSConv2D(SameConv2D):
         super().__init__(conv, **layer)
         self.ws_eps: WsEps = ws_eps
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, _input_shape: Any) -> None:
         """Create the variables."""
-        super().build(input_shape)
+        super().build(_input_shape)
         self.gain = self.add("gain", (self.conv.outputs,), "gain")
 
     def standardised(self) -> tf.Tensor:
@@ -233,7 +233,7 @@ class Dense(_Layer):
         super().__init__(name=name, **layer)
         self.shape, self.kind = (inputs, outputs), kind
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, _input_shape: Any) -> None:
         """Create the variables."""
         self.weight = self.add("weight", self.shape, self.kind)
         self.bias = self.add("bias", self.shape[1:], "bias")
@@ -266,7 +266,7 @@ class SqueezeExcite(_Layer):
         self.fc0 = Dense("fc0", block.outputs, block.squeezed, "se", **layer)
         self.fc1 = Dense("fc1", block.squeezed, block.outputs, "se", **layer)
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, _input_shape: Any) -> None:
         """Create the variables."""
         _build(self.fc0, self.fc1)
 
@@ -289,7 +289,7 @@ class Stem(_Layer):
         self.conv3 = convolution(conv3)
         self.activation = Activation(chosen.activation)
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, _input_shape: Any) -> None:
         """Create the variables."""
         _build(self.conv0, self.conv1, self.conv2, self.conv3)
 
@@ -324,7 +324,7 @@ class NFBlock(_Layer):
         self.activation = Activation(chosen.activation)
         self.seed = keras.random.SeedGenerator() if self.drop_rate > 0 else None
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, _input_shape: Any) -> None:
         """Create the variables."""
         _build(self.conv0, self.conv1, self.conv1b, self.conv2, self.shortcut, self.se)
         self.skip_gain = self.add("skip_gain", (), "skip_gain")
@@ -369,7 +369,7 @@ class Stage(_Layer):
         super().__init__(name=name, **layer)
         self.blocks = blocks
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, _input_shape: Any) -> None:
         """Create the variables."""
         _build(*self.blocks)
 
@@ -428,7 +428,7 @@ class NFNet(keras.Model):  # type: ignore[misc]
         self.build((None, None, None, chosen.in_channels))
         self.trainable = trainable
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, _input_shape: Any) -> None:
         """Create the variables; this has happened when the model is there."""
         if not self.built:
             _build(self.stem, *self.stages, self.final_conv, self.head)
@@ -532,9 +532,7 @@ class NFNet(keras.Model):  # type: ignore[misc]
         }
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
-    ) -> NFNet:
+    def from_config(cls, config: Mapping[str, Any]) -> NFNet:
         """Build a model from :meth:`get_config`'s data."""
         config = dict(config)
         chosen = keras.saving.deserialize_keras_object(config.pop("options"))

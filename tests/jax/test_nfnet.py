@@ -475,9 +475,9 @@ def test_parameters_are_drawn_anew():
 
 
 def test_initial_values():
-    values = values_of(agc_jax.nfnet("F0", rngs=nnx.Rngs(0)))
+    values = values_of(agc_jax.nfnet("tiny", rngs=nnx.Rngs(0)))
     normal, truncated = [], []
-    for spec in core.parameters("F0"):
+    for spec in core.parameters("tiny"):
         value = np.asarray(values[spec.name])
         match spec.kind:
             case "conv":
@@ -485,15 +485,17 @@ def test_initial_values():
             case "se":
                 truncated.append(value.flatten() * spec.fan_in**0.5)
             case "head":
-                assert value.std() == pytest.approx(0.01, rel=0.01)
+                assert value.std() == pytest.approx(0.01, rel=0.05)
             case kind:
                 assert (value == (1 if kind == "gain" else 0)).all()
-    assert np.concatenate(normal).std() == pytest.approx(1, rel=1e-3)
+    for array in normal:
+        assert array.std() == pytest.approx(1, abs=4 / array.size**0.5)
+    assert np.concatenate(normal).std() == pytest.approx(1, rel=5e-3)
     assert np.abs(np.concatenate(normal)).max() > 4  # not truncated
-    assert np.concatenate(truncated).std() == pytest.approx(0.8796, rel=1e-3)
+    assert np.concatenate(truncated).std() == pytest.approx(0.8796, rel=5e-3)
     assert np.abs(np.concatenate(truncated)).max() <= 2 + 1e-5
-    firsts = {float(value.flatten()[0]) for value in normal}
-    assert len(firsts) == len(normal)  # each tensor has its own numbers
+    firsts = {float(array[0]) for array in normal + truncated}
+    assert len(firsts) == len(normal) + len(truncated)  # each tensor has its own numbers
 
 
 def test_identity_at_the_start():

@@ -452,7 +452,17 @@ def test_profiles_read_flax_layouts(profile: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["agc_jax", "agc_jax.units", "agc_jax.layers", "agc_jax.clip", "agc_jax.optimizer"]
+    "module",
+    [
+        "agc_jax",
+        "agc_jax.units",
+        "agc_jax.layers",
+        "agc_jax.clip",
+        "agc_jax.nfnet",
+        "agc_jax.optimizer",
+        "agc_jax.recipe",
+        "agc_jax.weights",
+    ],
 )
 def test_examples_in_docstrings(module: str) -> None:
     found = doctest.testmod(importlib.import_module(module))

@@ -81,7 +81,7 @@ def test_sharding_stays():
     model = make()
     mesh = jax.make_mesh((2,), ("outputs",), devices=jax.devices()[:2])
     split = jax.NamedSharding(mesh, jax.P(None, "outputs"))
-    model.head.weight[...] = jax.device_put(model.head.weight[...], split)
+    model.head.weight = nnx.Param(jax.device_put(model.head.weight[...], split))
     arrays = core.seeded_parameters("tiny")
     agc_jax.from_neutral(model, arrays)
     assert model.head.weight[...].sharding == split

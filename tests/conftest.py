@@ -7,11 +7,17 @@ right before it, starting with ``<!-- setup``.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+
+from agc.demo import gratings, initial_values, learning_rates
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(
@@ -57,3 +63,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         folder = metafunc.definition.path.parent.name
         mine = [snippet for snippet in find_snippets() if snippet.folder == folder]
         metafunc.parametrize("snippet", mine, ids=[snippet.place for snippet in mine])
+
+
+@pytest.fixture(scope="session")
+def try_demo() -> Callable[[Any], None]:
+    """Return a function that tries a framework's ``demo.train``: it learns, clips, and stops when it must."""
+
+    def run(train: Any, clipping: float | None, peak: float, steps: int = 6) -> list[Any]:
+        random = np.random.default_rng(0)
+        batches = (gratings(random, 16) for _ in range(steps))
+        test = gratings(np.random.default_rng(1), 32)
+        rates = learning_rates(peak, steps)
+        return list(train(initial_values(0), batches, rates, clipping, test))
+
+    def check(train: Any) -> None:
+        seen = run(train, 0.01, 0.2)
+        assert len(seen) == 7
+        losses, shares = zip(*seen[:-1], strict=True)
+        assert abs(losses[0] - math.log(10)) < 0.1
+        assert all(0 < share < 0.1 for share in shares)
+        assert 0 <= seen[-1][0] <= 1
+        assert [share for _, share in run(train, None, 0.001)] == 7 * [0.0]
+        lost = run(train, None, 1e30)
+        assert not math.isfinite(lost[-1][0])
+        assert len(lost) < 6
+        again = run(train, 0.01, 0.2)  # nothing is left of the others
+        np.testing.assert_allclose(again, seen, rtol=1e-3)
+
+    return check

@@ -201,7 +201,6 @@ def write_safetensors(
 
 def _bytes(array: Array) -> memoryview:
     """Return the bytes of an array in C order and little endian; never of a transposed view's base."""
-    array = np.asarray(array, order="C")
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return array.reshape(-1).view(np.uint8).data
 
@@ -273,6 +272,11 @@ def write_npz(
 
 def _torch(path: Path, *, zipped: bool) -> Source:
     torch = need("torch", f"{path}: reading a PyTorch file", "torch")
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+        raise MissingPackageError(
+            f"{path}: PyTorch {torch.__version__} can be made to run code by a file, even with weights_only=True "
+            "(CVE-2025-32434); install PyTorch 2.6 or later, or let whoever made the file save safetensors"
+        )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch's reader raises what it likes for broken files

@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 
 from agc import nfnet
 from agc.cli import main
-from agc.errors import ConfigError, FormatError
+from agc.errors import ConfigError, FormatError, MissingPackageError
 from agc.nfnet.images import evaluation_image
 from agc.weights import classify, save
 
@@ -179,6 +179,13 @@ def test_misuse(photographs, brightness, capsys, tmp_path):
     assert "No such file" in capsys.readouterr().err
     assert main([*command, photographs[0]]) == 2
     assert "neither safetensors, npz, a PyTorch file nor a pickle" in capsys.readouterr().err
+
+
+def test_missing_pillow_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.delitem(sys.modules, "PIL.Image")
+    with pytest.raises(MissingPackageError, match=r'needs PIL.*pip install "agc-sam\[weights\]"'):
+        classify.read_image("x.png", 32)
 
 
 def test_missing_framework_names_the_extra(photographs, capsys, monkeypatch):

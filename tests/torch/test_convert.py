@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_images
 import agc_torch
 from agc import nfnet as core
 from agc.cli import main
-from agc.errors import FormatError
+from agc.errors import FormatError, MissingPackageError
 from agc.nfnet.images import evaluation_image
 from agc.weights import convert, load, save
 
@@ -115,6 +115,14 @@ def test_malicious_files_execute_nothing(tmp_path, zipped):
     assert not marker.exists()
     torch.load(path, weights_only=False)  # it would have been executed
     assert marker.exists()
+
+
+def test_a_pytorch_that_is_not_safe_is_not_used(tmp_path, monkeypatch):
+    torch.save(agc_torch.nfnet("tiny").state_dict(), tmp_path / "model.pth")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(MissingPackageError, match=r"PyTorch 2\.5\.1\+cpu .* install PyTorch 2\.6"):
+        convert(tmp_path / "model.pth", tmp_path / "x", "neutral")
 
 
 TIMM = """

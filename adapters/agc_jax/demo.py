@@ -1,0 +1,79 @@
+"""JAX's part of ``agc demo``: the training; see :mod:`agc.demo`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, Final
+
+import jax
+import optax
+from flax import nnx
+
+import agc_jax
+from agc import AGC
+
+__all__ = ["train"]
+
+_NEVER: Final = 1e30  # a threshold that no gradient reaches
+
+
+@cache
+def _programs() -> tuple[nnx.Module, Callable[..., Any], Callable[..., Any]]:
+    """Return a model, a training step and the classifier; compiled once for all thresholds and rates."""
+    model = agc_jax.nfnet("tiny", dropout=0.0, stochastic_depth=0.0, rngs=nnx.Rngs(0))
+    graph, _, rest = nnx.split(model, nnx.Param, ...)
+    units = agc_jax.units(model)
+
+    def logits(params: Any, images: jax.Array) -> jax.Array:
+        found: jax.Array = nnx.merge(graph, params, rest)(images)
+        return found
+
+    def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), 0.1)
+        return optax.softmax_cross_entropy(logits(params, images), targets).mean()
+
+    @jax.jit  # type: ignore[untyped-decorator]
+    def step(params: Any, state: Any, rate: Any, clipping: Any, *batch: jax.Array) -> Any:
+        value, gradients = jax.value_and_grad(loss)(params, *batch)
+        tx = _optimizer(units, rate, clipping)
+        state = tx.init(params) if state is None else state
+        updates, state = tx.update(gradients, state, params)
+        found = agc_jax.stats(state)
+        return optax.apply_updates(params, updates), state, value, found.clipped / found.units
+
+    return model, step, jax.jit(logits)
+
+
+def _optimizer(units: Any, rate: Any, clipping: Any) -> optax.GradientTransformationExtraArgs:
+    """Return :func:`agc_jax.sgd_nfnet` with a threshold that is traced."""
+    return optax.chain(
+        agc_jax.adaptive_grad_clip(AGC.profile("deepmind"), units=units, clipping=clipping),
+        optax.add_decayed_weights(
+            2e-5, lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+        ),
+        optax.sgd(rate, 0.9, nesterov=True),
+    )
+
+
+def train(
+    initial: Mapping[str, Any],
+    batches: Iterator[tuple[Any, Any]],
+    rates: Sequence[float],
+    clipping: float | None,
+    test: tuple[Any, Any],
+) -> Iterator[tuple[float, float]]:
+    """Train ``tiny``; see :class:`agc.demo.Train`."""
+    model, step, logits = _programs()
+    agc_jax.from_neutral(model, initial)
+    params = nnx.state(model, nnx.Param)
+    threshold = jax.numpy.asarray(_NEVER if clipping is None else clipping)
+    state = None
+    for rate, batch in zip(rates, batches, strict=True):
+        params, state, loss, clipped = step(params, state, rate, threshold, *batch)
+        yield float(loss), float(clipped)
+        if not math.isfinite(loss):
+            return
+    images, labels = test
+    yield float((logits(params, images).argmax(-1) == labels).mean()), 0.0

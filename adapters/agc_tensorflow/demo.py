@@ -1,0 +1,64 @@
+"""TensorFlow's part of ``agc demo``: the training; see :mod:`agc.demo`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, Final
+
+import keras
+import tensorflow as tf
+
+import agc_tensorflow
+from agc import AGC
+
+__all__ = ["train"]
+
+_NEVER: Final = 1e30  # a threshold that no gradient reaches
+
+
+@cache
+def _programs() -> tuple[keras.Model, Any, tf.Variable, Callable[..., Any]]:
+    """Return a model, its optimizer, the threshold and a step; traced once for all thresholds and rates."""
+    model = agc_tensorflow.nfnet("tiny", dropout=0.0, stochastic_depth=0.0)
+    threshold = tf.Variable(_NEVER, dtype=tf.float64)
+    rule = AGC.profile("deepmind", clipping=lambda _: threshold.read_value())
+    optimizer = agc_tensorflow.sgd_nfnet(model, 0.0, rule=rule)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function(autograph=False)  # type: ignore[untyped-decorator]
+    def step(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        targets = 0.9 * tf.one_hot(labels, 10) + 0.01
+        with tf.GradientTape() as tape:
+            logits = model(images, training=True)
+            loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
+        variables = model.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        return loss
+
+    return model, optimizer, threshold, step
+
+
+def train(
+    initial: Mapping[str, Any],
+    batches: Iterator[tuple[Any, Any]],
+    rates: Sequence[float],
+    clipping: float | None,
+    test: tuple[Any, Any],
+) -> Iterator[tuple[float, float]]:
+    """Train ``tiny``; see :class:`agc.demo.Train`."""
+    model, optimizer, threshold, step = _programs()
+    agc_tensorflow.from_neutral(model, initial)
+    for variable in optimizer.variables:
+        variable.assign(tf.zeros(variable.shape, variable.dtype))
+    threshold.assign(_NEVER if clipping is None else clipping)
+    for rate, (images, labels) in zip(rates, batches, strict=True):
+        optimizer.learning_rate = rate
+        loss = float(step(tf.constant(images), tf.constant(labels)))
+        found = optimizer.stats().total()
+        yield loss, found.clipped / found.units
+        if not math.isfinite(loss):
+            return
+    images, labels = test
+    yield float((model(images).numpy().argmax(-1) == labels).mean()), 0.0

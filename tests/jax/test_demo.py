@@ -1,0 +1,7 @@
+"""The demo's training."""
+
+from agc_jax.demo import train
+
+
+def test_demo(try_demo):
+    try_demo(train)

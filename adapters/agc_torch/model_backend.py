@@ -41,7 +41,7 @@ def model_forward(problem: ModelProblem, device: str) -> ModelForward:
         logits = to_array(model(images))
         signals = model.signals(images) if problem.outputs else {}
     found = {kind: to_array(value) for kind, value in signals.items()}
-    return ModelForward(logits, {name: outputs[name] for name in outputs}, found)
+    return ModelForward(logits, outputs, found)
 
 
 def model_gradients(problem: ModelProblem, device: str) -> ModelGradients:
@@ -106,9 +106,7 @@ def _gradients(model: NFNet) -> dict[str, Array]:
     for name, parameter in model.named_parameters():
         gradient = to_array(parameter.grad)
         axes = (2, 3, 1, 0) if gradient.ndim == 4 else None  # None reverses
-        found[name] = np.ascontiguousarray(gradient.transpose(axes)).reshape(
-            gradient.transpose(axes).shape
-        )
+        found[name] = np.array(gradient.transpose(axes), order="C")
     return found
 
 

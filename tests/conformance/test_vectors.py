@@ -68,7 +68,8 @@ def test_vectors_are_sound() -> None:
 def test_every_level_clause_and_flag_is_covered() -> None:
     counts = vector_counts(load_vectors())
     assert set(counts["level"]) == {"L0", "L1", "L2", "L3"}
-    assert set(counts["clause"]) == set(CLAUSES)
+    # Of models, what is expected is computed: test_models.py.
+    assert set(counts["clause"]) == {name for name in CLAUSES if not name.startswith("NFNET")}
     assert set(counts["flag"]) == set(FLAGS)
 
 

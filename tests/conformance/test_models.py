@@ -20,8 +20,10 @@ from agc.backend import (
     ModelStep,
 )
 from agc.cli import main
-from agc.nfnet import blocks
+from agc.nfnet import blocks, seeded_batch, seeded_parameters
 from agc_conformance.models import mutants, study
+from agc_conformance.models.reference import ReferenceModels
+from agc_conformance.nfnet_golden import OPTIMIZER
 from agc_conformance.records import read_results
 from agc_conformance.reference_backend import ReferenceBackend
 from agc_conformance.reporting import html, markdown, summarize
@@ -72,6 +74,20 @@ def test_every_clause_has_results_and_mutants() -> None:
     assert {mutant.clause for mutant in mutants.MODEL_MUTANTS} >= clauses - {"NFNET-2", "NFNET-3"}
     assert {f"model-tiny-{kind}" for kind in study.KINDS} == set(study.result_ids("tiny"))
     assert set(study.result_ids("F0")) < {f"model-F0-{kind}" for kind in study.KINDS}
+
+
+def test_the_first_steps_are_compared_with_published_numbers() -> None:
+    """Whatever the reference says: the comparison with DeepMind's own numbers stands by itself."""
+    problem = ModelProblem("tiny", seeded_parameters("tiny"), *seeded_batch(2, 32))
+    recipe = ModelRecipe("nfnet", (0.1, 0.1))
+    steps = list(ReferenceModels().training(problem, recipe))
+    for number, (step, golden) in enumerate(zip(steps, OPTIMIZER, strict=True), start=1):
+        assert study._compare_golden(number, step, golden, problem.parameters) == ""
+    worse = replace(steps[1], loss=steps[1].loss + 1e-10)
+    message = study._compare_golden(2, worse, OPTIMIZER[1], problem.parameters)
+    assert message.startswith("step 2: the loss is 2.087298548")
+    late = study._compare_golden(2, steps[0], OPTIMIZER[1], problem.parameters)
+    assert "DeepMind's code has" in late
 
 
 class Wrong(ReferenceBackend):

@@ -72,3 +72,35 @@ def training() -> Training:
 def test_cost(measure: Measure, training: Training, turn: int, contestant: str) -> None:
     case = {"framework": "jax", "model": "convnet", "condition": "step"}
     measure(training.contestant(contestant), **case, turn=turn, contestant=contestant)
+
+
+def test_peak_memory(benchmark: Any) -> None:
+    """Temporary memory that SAM adds to a compiled step whose parameters dominate, in their copies."""
+    width = 1024
+    params = {name: jnp.ones((width, width)) for name in "abcd"}
+    x = jnp.ones((8, width))
+    tx = optax.sgd(0.1, 0.9)
+    state = tx.init(params)
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        for weight in params.values():
+            x = jnp.tanh(x @ weight)
+        return x.sum()
+
+    def compiled(value_and_grad: Callable[..., Any]) -> Any:
+        def step(params: Any, state: Any, x: jax.Array) -> Any:
+            _, gradients = value_and_grad(params, x)
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, x).compile()
+
+    plain, sam = compiled(jax.value_and_grad(loss)), compiled(sam_value_and_grad(loss, SAM()))
+    benchmark.group = "jax sam peak memory"
+    benchmark.pedantic(lambda: None, rounds=1)
+    sizes = [program.memory_analysis().temp_size_in_bytes for program in (plain, sam)]
+    assert sizes[1] > 0
+    benchmark.extra_info.update(
+        framework="jax", model="matrices", condition="step", contestant="sam"
+    )
+    benchmark.extra_info["peak_memory"] = (sizes[1] - sizes[0]) / (4 * 4 * width**2)

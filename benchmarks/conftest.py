@@ -52,8 +52,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "condition" in metafunc.fixturenames:
         conditions = getattr(metafunc.module, "CONDITIONS", CONDITIONS)
         metafunc.parametrize("condition", conditions, scope="module")
-    if "model" in metafunc.fixturenames:
-        metafunc.parametrize("model", MODELS, scope="module")
+        if "model" in metafunc.fixturenames:
+            metafunc.parametrize("model", MODELS, scope="module")
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:

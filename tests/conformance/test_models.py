@@ -125,7 +125,7 @@ def test_the_message_says_where() -> None:
     assert detail["loss"].startswith("loss: 0.001")
     assert detail["gradients"] == "stages.3.0.conv1.gain: nothing came back"
     assert "stages.3.0.conv1.gain: no gradient" in detail["decisions"]
-    assert detail["optimizer"] == "the training ends after 3 of 10 steps"
+    assert detail["optimizer"] == "the training ends after 3 of 50 steps"
     assert [r["status"] for key, r in found.items() if "-plan" in key] == ["passed"]
 
 

@@ -100,7 +100,7 @@ class Study:
 
 _RATES: Final = (0.1, 0.1, 0.05, 0.2, 0.15, 0.1, 0.02, 0.1, 0.05, 0.01)
 STUDIES: Final[dict[str, Study]] = {
-    "tiny": Study("tiny", 32, _RATES, 50),
+    "tiny": Study("tiny", 32, 5 * _RATES, 50),
     "F0": Study("F0", 64, _RATES[:3], 3, sizes=False, full=True),
 }
 """Name to study."""

@@ -28,6 +28,9 @@ TITLES = {
     "all": "all clipped", "none": "none clipped",
     "timm": "timm", "pytorch_optimizer": "pytorch_optimizer", "optax": "optax", "read": "*read once*",
     "naive": "naive port", "ours": "**agc**", "ours xla": "**agc**, XLA", "naive xla": "naive port, XLA",
+    "F0": "NFNet-F0", "forward": "forward", "plain functions": "plain functions",
+    "standardisation": "weight standardisation alone", "step": "training step",
+    "sam": "SAM", "fraction": "SAM, fraction 0.2",
 }  # fmt: skip
 
 

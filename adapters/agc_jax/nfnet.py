@@ -167,8 +167,9 @@ _FILTER: Final = (0, 1, 2)  # the axes of a filter, of which a weight has one fo
 
 def _standardise(weight: jax.Array, gain: jax.Array, ws_eps: WsEps) -> jax.Array:
     # Autodiff's gradient is good enough: XLA fuses what would be many passes over the weights.
-    centred = weight - weight.mean(_FILTER)
-    return centred * (gain * _scale(centred, ws_eps))
+    mean = weight.mean(_FILTER)
+    scale = gain * _scale(weight - mean, ws_eps)
+    return weight * scale - mean * scale  # the same as of the centred weight, which XLA would keep
 
 
 def _scale(centred: jax.Array, ws_eps: WsEps) -> jax.Array:

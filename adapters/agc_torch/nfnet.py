@@ -278,7 +278,8 @@ class WSConv2d(SameConv2d):
         if torch.compiler.is_compiling():  # a compiler fuses the formula and its gradient by itself
             result = _standardise(weight, gain, self.ws_eps)
         else:
-            result, *_ = _Standardise.apply(weight, gain, self.ws_eps)
+            run = _Standardise.apply if torch.is_grad_enabled() else _Standardise.forward
+            result, *_ = run(weight, gain, self.ws_eps)
         return result.to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

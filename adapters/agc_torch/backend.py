@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -370,8 +372,22 @@ def _clip_shard(rank: int, shards: int, folder: str, device: str, problem: Probl
         outcome = error
     if rank == 0:
         torch.save(outcome, Path(folder) / "outcome")
+    leave()
+
+
+def leave() -> NoReturn:
+    """End a process of a group that has done its work, all processes together.
+
+    Python's own way out would abort the process if one of the group's threads, on a machine that is busy, asks
+    for the interpreter's lock while it shuts down.
+    """
+    import torch.distributed as dist
+
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class _Network(nn.Module):  # type: ignore[misc]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from agc.backend import Examples, Optimizer, SharpnessOutcome, SharpnessProblem, Unsupported
 from agc.config import AGC
-from agc_torch.backend import attach_sgd, plain_sgd, to_array, to_tensor
+from agc_torch.backend import attach_sgd, leave, plain_sgd, to_array, to_tensor
 from agc_torch.sam import SharpnessAware
 
 __all__ = ["sharpen", "sharpness_scenario", "sharpness_trajectory"]
@@ -220,5 +220,4 @@ def _replica(rank: int, replicas: int, folder: str, device: str, problem: Sharpn
     parallel = nn.parallel.DistributedDataParallel(model)
     share = [part.chunk(replicas)[rank] for part in _batch(problem.examples, device)]
     torch.save(_look(problem, model, parallel, tuple(share)), Path(folder) / f"outcome{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()

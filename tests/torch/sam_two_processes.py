@@ -16,6 +16,7 @@ from test_sam import Net, by_reference, data, make_closure
 
 from agc.config import SAM
 from agc.errors import ConfigError
+from agc_torch.backend import leave
 from agc_torch.sam import SharpnessAware
 
 
@@ -79,7 +80,7 @@ def main() -> None:
         for a, b in zip(*parts, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
     print("fsdp2", flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

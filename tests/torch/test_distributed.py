@@ -18,6 +18,7 @@ from torch import nn
 import agc_torch
 from agc import AGC, AGCError
 from agc_torch import attach
+from agc_torch.backend import leave
 from agc_torch.parts import _rows, parts
 
 PROCESSES = 2
@@ -203,8 +204,7 @@ def worker(rank: int, folder: str) -> None:
         except Exception:
             results[name] = traceback.format_exc()
     torch.save(results, f"{folder}/{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

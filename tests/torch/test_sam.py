@@ -423,6 +423,30 @@ class TestScaler:
         assert scaler.get_scale() == 512.0
 
 
+def test_bfloat16_autocast():
+    batch = data(dtype=torch.float32)
+    rule, gradients = SAM(rho=0.5), []
+    for enabled in (True, False):
+        model = Net(dtype=torch.float32)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        inner = make_closure(model, optimizer, *batch)
+
+        def closure(inner=inner, enabled=enabled):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                return inner()
+
+        SharpnessAware(model, rule).step(optimizer, closure)
+        assert all(map(torch.equal, before, model.parameters()))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    low, full = gradients
+    plain = by_reference(Net(dtype=torch.float32), batch, SAM(rho=1e-9)).gradients
+    plain = torch.cat([torch.tensor(g).flatten() for g in plain.values()])
+    error = (low - full).norm()
+    assert 0 < error < 0.02 * full.norm()
+    assert error < 0.2 * (plain - full).norm()  # far closer than a step without SAM
+
+
 class TestErrors:
     def test_fraction_needs_a_batch(self):
         model, (x, y) = Net(), data()

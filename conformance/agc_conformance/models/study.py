@@ -26,6 +26,7 @@ has what is allowed; in float32 each known mistake of a port is larger. In bfloa
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -98,10 +99,10 @@ class Study:
     full: bool = False
 
 
-_RATES: Final = (0.1, 0.1, 0.05, 0.2, 0.15, 0.1, 0.02, 0.1, 0.05, 0.01)
+_RATES: Final = (0.1, 0.1, *(0.05 * (1 + math.cos(math.pi * step / 48)) for step in range(1, 49)))
 STUDIES: Final[dict[str, Study]] = {
-    "tiny": Study("tiny", 32, 5 * _RATES, 50),
-    "F0": Study("F0", 64, _RATES[:3], 3, sizes=False, full=True),
+    "tiny": Study("tiny", 32, _RATES, 50),
+    "F0": Study("F0", 64, (0.1, 0.1, 0.05), 3, sizes=False, full=True),
 }
 """Name to study."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, ClassVar, Final, Literal
@@ -60,8 +60,11 @@ class JaxBackend(Backend):
     def __init__(self, device: str = "cpu") -> None:
         # Eight devices for the sharded scenario. In a process that has already used JAX it is too late: there
         # are as many as there are, and the scenario says so if they do not suffice.
-        with suppress(RuntimeError):
+        try:
             jax.config.update("jax_num_cpu_devices", 8)
+        except RuntimeError as error:
+            if "initialized" not in str(error):
+                raise
         try:
             self._devices = jax.devices(device)
         except RuntimeError as error:

@@ -100,8 +100,8 @@ class _Standardised(NFNet):
     """Weight standardisation with another norm of the centred filters."""
 
     def squared_norm(self, centred: Array) -> Array:
-        """Return what the filters are divided by the root of."""
-        raise NotImplementedError
+        """Return what the filters are divided by the root of; here the right one, without its floor."""
+        return np.asarray(np.sum(centred**2, (0, 1, 2)))
 
     def standardise(
         self, weight: Array, gain: Array
@@ -114,14 +114,14 @@ class _Standardised(NFNet):
 @_network("additive epsilon", "weight standardisation adds 1e-5 to the variance (timm)")
 class _AdditiveEpsilon(_Standardised):
     def squared_norm(self, centred: Array) -> Array:
-        return np.asarray(np.sum(centred**2, (0, 1, 2)) + 1e-5 * math.prod(centred.shape[:3]))
+        return super().squared_norm(centred) + 1e-5 * math.prod(centred.shape[:3])
 
 
 @_network("sample variance", "weight standardisation divides by N - 1 (vballoli, benjs)")
 class _SampleVariance(_Standardised):
     def squared_norm(self, centred: Array) -> Array:
         count = math.prod(centred.shape[:3])
-        return np.asarray(np.sum(centred**2, (0, 1, 2)) * count / (count - 1))
+        return super().squared_norm(centred) * count / (count - 1)
 
 
 _erf: Final = np.vectorize(math.erf, otypes=[np.float64])

@@ -250,9 +250,9 @@ def _raise_if_any(plan: Plan, nonfinite: Any) -> None:
 
 Platform: TypeAlias = Literal["cpu", "gpu", "tpu"]
 
-_RUN: Final = 16  # squares added up in float32, one after the other
-_ROW: Final = 64  # the same where they lie next to each other and are added in vector lanes
+_RUN: Final = 64  # squares added up in float32, which XLA does in vector lanes or in pairs
 _MANY: Final = 512  # squares in a unit from which on the errors of its runs average out
+_SMALL: Final = 1 << 12  # elements up to which copying a parameter costs less than starting a kernel
 _LARGE: Final = 1 << 15  # squares in an array from which on their number matters at all
 _SAFE_EPS: Final = 1e-8  # floor from which on what float32 cannot hold does not matter
 
@@ -339,27 +339,34 @@ def _clip_on(
 ) -> tuple[list[jax.Array], Rows]:
     """Clip in the way of one platform."""
     real = jnp.zeros((), float).dtype
-    outputs: list[jax.Array] = []
-    groups: dict[Any, list[tuple[int, jax.Array, jax.Array, Any]]] = {}
+    outputs: list[jax.Array] = list(gradients)
+    groups: dict[Any, list[tuple[list[int], jax.Array, jax.Array, jax.Array]]] = {}
     with nullcontext() if platform == "tpu" else jax.enable_x64(True):
-        for index, (entry, gradient, weight) in enumerate(
-            zip(entries, gradients, weights, strict=True)
-        ):
+        for alike in _alike(entries, gradients, weights):
+            entry, gradient, weight = entries[alike[0]], gradients[alike[0]], weights[alike[0]]
             double = any(array.dtype in (np.float64, np.complex128) for array in (gradient, weight))
             wide = np.dtype(np.float64 if double or platform != "tpu" else np.float32)
-            clipping = _threshold(fixed[index], traced[index], step, wide)
             how = _How(entry.axes, platform, rule.eps, rule.div_eps, rule.nonfinite)
-            out, ratio_U, factor_U = _clip_parameter(gradient, weight, clipping, how=how)
-            outputs.append(out)
+            g_K, w_K = ([arrays[index] for index in alike] for arrays in (gradients, weights))
+            clipping_K = jnp.stack([_threshold(fixed[i], traced[i], step, wide) for i in alike])
+            if len(alike) == 1:
+                out, *units = _clip_parameter(gradient, weight, clipping_K[0], how=how)
+                out_K, (ratio_KU, factor_KU) = [out], (values_U[None] for values_U in units)
+            else:
+                out_K, ratio_KU, factor_KU = jax.vmap(partial(_clip_parameter, how=how))(
+                    jnp.stack(g_K), jnp.stack(w_K), clipping_K
+                )
+            for index, out in zip(alike, out_K, strict=True):
+                outputs[index] = out
             groups.setdefault((entry.count, double), []).append(
-                (index, ratio_U, factor_U, clipping)
+                (alike, ratio_KU, factor_KU, clipping_K)
             )
         # Parameters with equally many units are counted together: few small operations for a whole model.
         parts = [_count(*zip(*members, strict=True)) for members in groups.values()]
         clipped, nonfinite, max_ratio, min_scale = (
             jnp.concatenate(column) for column in zip(*parts, strict=True)
         )
-        order = np.argsort([member[0] for members in groups.values() for member in members])
+        order = np.argsort([i for members in groups.values() for alike, *_ in members for i in alike])
         if (order != np.arange(len(order))).any():
             clipped, nonfinite, max_ratio, min_scale = (
                 column[order] for column in (clipped, nonfinite, max_ratio, min_scale)
@@ -372,10 +379,24 @@ def _clip_on(
         )
 
 
+def _alike(
+    entries: Sequence[PlanEntry], gradients: Sequence[jax.Array], weights: Sequence[jax.Array]
+) -> list[list[int]]:
+    """Group small parameters, such as biases, that can be clipped as one; each large one is alone."""
+    groups: dict[Any, list[int]] = {}
+    for index, (entry, gradient, weight) in enumerate(
+        zip(entries, gradients, weights, strict=True)
+    ):
+        alone = gradient.size > _SMALL
+        key = index if alone else (entry.axes, gradient.dtype, weight.dtype)
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
 def _count(_: Any, ratios: Any, factors: Any, clippings: Any) -> Rows:
     """Numbers of K parameters with U units each, all in one reduction."""
-    ratio_KU, factor_KU = jnp.stack(ratios), jnp.stack(factors)
-    limit_K1 = jnp.stack(clippings)[:, None]
+    ratio_KU, factor_KU = jnp.concatenate(ratios), jnp.concatenate(factors)
+    limit_K1 = jnp.concatenate(clippings)[:, None]
     wide = ratio_KU.dtype.type
     bad_KU = jnp.isnan(ratio_KU)
     rows = (
@@ -498,14 +519,13 @@ def _split_into_runs(
     if axes.fan_in < _MANY or math.prod(view) < _LARGE:
         return None
     axis, length = max(reduce), 1
-    longest = _ROW if axis == len(view) - 1 else _RUN
-    while axis in reduce and length * view[axis] <= longest:
+    while axis in reduce and length * view[axis] <= _RUN:
         length *= view[axis]
         axis -= 1
     part = 1
     if axis in reduce:
-        part = max(size for size in range(1, longest // length + 1) if view[axis] % size == 0)
-    if part * length < longest // 4:
+        part = max(size for size in range(1, _RUN // length + 1) if view[axis] % size == 0)
+    if part * length < _RUN // 4:
         return None
     if part == 1:
         return view, tuple(a for a in reduce if a > axis), tuple(a for a in reduce if a <= axis)

@@ -21,8 +21,7 @@ __all__ = ["Fold", "fold", "in_xla", "scale_units", "splits_groups", "sum_of_squ
 
 _LEVELS: Final = 3
 """How often squares are added in pairs in float32: eight to one."""
-_WIDE_LEVELS: Final = 6
-"""How often squares are added in pairs in float64."""
+_RUN: Final = 1 << _LEVELS
 _SMALL: Final = 1 << 14
 """Below this many elements a branch or a compiled kernel costs more than it saves."""
 
@@ -164,24 +163,27 @@ _WIDE: Final = (tf.float64, tf.complex128)
 
 def _sum(view: tf.Tensor, reduce: tuple[int, ...], wide: bool) -> tf.Tensor:
     parts = [tf.math.real(view), tf.math.imag(view)] if view.dtype.is_complex else [view]
-    squares = [tf.square(tf.cast(part, tf.float64 if wide else tf.float32)) for part in parts]
-    total = squares[0] if len(squares) == 1 else squares[0] + squares[1]
-    if reduce:
-        longest = max(reduce, key=lambda axis: view.shape[axis] or 0)
-        total = _add_in_pairs(total, longest, wide)
-    return tf.reshape(tf.reduce_sum(tf.cast(total, tf.float64), reduce), [-1])
+    axis = max(reduce, key=lambda axis: view.shape[axis] or 0, default=0)
+    sums = []
+    for part in parts:
+        for piece in _pieces(tf.cast(part, tf.float64 if wide else tf.float32), axis):
+            squares = tf.square(piece)
+            if reduce and (piece.shape[axis] or 1) % _RUN == 0:
+                squares = _add_in_pairs(squares, axis)
+            sums.append(tf.reduce_sum(tf.cast(squares, tf.float64), reduce))
+    return tf.reshape(tf.add_n(sums), [-1])
 
 
-def _add_in_pairs(squares: tf.Tensor, axis: int, wide: bool) -> tf.Tensor:
+def _pieces(array: tf.Tensor, axis: int) -> list[tf.Tensor]:
+    """Cut off what is left of an axis when it is taken in runs."""
+    length = array.shape[axis] or 0
+    rest = length % _RUN
+    return tf.split(array, [length - rest, rest], axis) if 0 < rest < length else [array]
+
+
+def _add_in_pairs(squares: tf.Tensor, axis: int) -> tf.Tensor:
     """Fold an axis in half a few times, so that few roundings come together."""
-    length = squares.shape[axis] or 1
-    for _ in range(_WIDE_LEVELS if wide else _LEVELS):
-        if length % 2 and wide and length > 1:
-            squares = tf.pad(squares, [[0, int(a == axis)] for a in range(len(squares.shape))])
-            length += 1
-        if length % 2:
-            break  # the rest is added up in float64, where it does no harm
-        length //= 2
+    for _ in range(_LEVELS):
         low, high = tf.split(squares, 2, axis)
         # A snapshot keeps the graph optimizer from making one long sum of the pairs again.
         squares = tf.raw_ops.Snapshot(input=low + high)

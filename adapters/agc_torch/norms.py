@@ -2,7 +2,7 @@
 
 Eager PyTorch on a CPU has no kernel that reads float32 and adds in float64 without a copy, and its
 float32 norm adds up a whole row in one chain. So a CPU sums the squares of long float32 rows in blocks
-of 32 and adds the blocks in float64: rounding of many blocks averages out. A row that is mostly one
+of 64 and adds the blocks in float64: rounding of many blocks averages out. A row that is mostly one
 block is taken once more in float64, as is everything else, a piece that fits its cache at a time.
 Accelerators reduce in trees and take the norm as it is. Compiled code is fused, and adds in float64
 right away.
@@ -10,6 +10,7 @@ right away.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
@@ -23,7 +24,7 @@ from agc_torch.parts import Part, sum_over
 
 __all__ = ["all_norms", "on_host", "wide"]
 
-_BLOCK: Final = 32
+_BLOCK: Final = 64
 _PEAK: Final = 0.7  # share of a row's norm from which one block decides how accurate it is
 _LONG: Final = 512  # elements of a row from which rounding in its blocks averages out
 _SMALL: Final = 4096  # elements of a tensor up to which a copy of it is nothing
@@ -58,11 +59,15 @@ def all_norms(parts: list[Part], lower: float) -> Tensor:
     """
     device, mesh = parts[0].place
     found = _whole_norms(parts)
-    rows: list[_Rows] = []
+    long: dict[int, _Rows] = {}
     for index, part in enumerate(parts):
         if index not in found:
-            found[index] = _unit_norms(part.source, part.axes, rows)
-    _sharpen(rows)
+            rows = _rows(part.source, part.axes)
+            if rows is None:
+                found[index] = _unit_norms(part.source, part.axes)
+            else:
+                long[index] = rows
+    found.update(_block_norms(long))
     flat = torch.cat([part.gather(found[index]) for index, part in enumerate(parts)])
     flat = flat.to(wide(device))
     if mesh is not None:
@@ -73,29 +78,32 @@ def all_norms(parts: list[Part], lower: float) -> Tensor:
 
 
 class _Rows(NamedTuple):
-    """Norms that were taken in blocks, shape (units,), and what is needed to take them again."""
+    """A tensor whose units are one stretch of memory each: rows, with any number of axes before."""
 
-    norms: Tensor
-    peaks: Tensor  # the largest block of each
     tensor: Tensor
-    shape: tuple[int, ...]  # of the tensor as rows: (..., length)
+    shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+    @property
+    def blocks(self) -> int:
+        """Number of blocks in a row; the last one may be shorter."""
+        return -(-self.shape[-1] // _BLOCK)
 
-def _unit_norms(tensor: Tensor, axes: UnitAxes, rows: list[_Rows]) -> Tensor:
-    """L2 norm of every unit of a real tensor of the shape ``axes.view``, flat.
+    def select(self, mask: Tensor) -> Tensor:
+        """Return a copy of the rows that a flat mask chooses."""
+        return self.tensor.as_strided(self.shape, self.strides)[mask.view(self.shape[:-1])]
 
-    Norms that may not be accurate yet are appended to ``rows``.
-    """
-    if not on_host(tensor.device):
-        if not axes.reduce:  # an empty tuple would mean all axes
-            return tensor.abs().flatten()
-        return vector_norm(tensor, 2, axes.reduce, dtype=_accumulator(tensor)).flatten()
+
+def _rows(tensor: Tensor, axes: UnitAxes) -> _Rows | None:
+    """Return long float32 units on the host as rows; None if they are not that."""
+    if tensor.dtype != torch.float32 or not on_host(tensor.device):
+        return None
     length = _row_length(axes, tensor.stride())
-    if tensor.dtype == torch.float32 and length >= _LONG:
-        rows.append(_block_norms(tensor, axes, length))
-        return rows[-1].norms
-    return _exact_norms(tensor, axes)
+    if length < _LONG:
+        return None
+    sizes = [axes.view[axis] for axis in axes.keep]
+    strides = [tensor.stride(axis) for axis in axes.keep]
+    return _Rows(tensor, (*sizes, length), (*strides, 1))
 
 
 @lru_cache(maxsize=8192)
@@ -109,35 +117,49 @@ def _row_length(axes: UnitAxes, strides: tuple[int, ...]) -> int:
     return length
 
 
-def _block_norms(tensor: Tensor, axes: UnitAxes, length: int) -> _Rows:
-    """Norms of float32 units that are one long stretch of memory each."""
-    sizes = [axes.view[axis] for axis in axes.keep]
-    strides = [tensor.stride(axis) for axis in axes.keep]
+def _unit_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:
+    """L2 norm of every unit of a real tensor of the shape ``axes.view``, flat."""
+    if on_host(tensor.device):
+        return _exact_norms(tensor, axes)
+    if not axes.reduce:  # an empty tuple would mean all axes
+        return tensor.abs().flatten()
+    return vector_norm(tensor, 2, axes.reduce, dtype=_accumulator(tensor)).flatten()
+
+
+def _block_norms(long: dict[int, _Rows]) -> dict[int, Tensor]:
+    """Norms of rows, in float64, by place in the list: rows of as many blocks all at once."""
+    groups: dict[int, list[tuple[int, _Rows]]] = {}
+    for index, rows in long.items():
+        groups.setdefault(rows.blocks, []).append((index, rows))
+    found: dict[int, Tensor] = {}
+    for blocks, group in groups.items():
+        counts = [math.prod(rows.shape[:-1]) for _, rows in group]
+        table = torch.empty(sum(counts), blocks)
+        for (_, rows), norms in zip(group, table.split(counts), strict=True):
+            _fill(norms.view(*rows.shape[:-1], blocks), rows)
+        whole = vector_norm(table, 2, -1, dtype=torch.float64)
+        doubt = table.amax(-1) > _PEAK * whole
+        found.update(zip((index for index, _ in group), whole.split(counts), strict=True))
+        if doubt.any():
+            for (index, rows), again in zip(group, doubt.split(counts), strict=True):
+                if again.any():
+                    chosen = rows.select(again)
+                    pieces = chosen.split(max(1, _PIECE // chosen.shape[-1]))
+                    exact = torch.cat([vector_norm(piece.double(), 2, -1) for piece in pieces])
+                    found[index][again] = exact
+    return found
+
+
+def _fill(norms: Tensor, rows: _Rows) -> None:
+    """Write the norms of all blocks, shaped like the rows with blocks in place of elements."""
+    (*sizes, length), (*strides, _) = rows.shape, rows.strides
     blocks, rest = divmod(length, _BLOCK)
-    norms = vector_norm(tensor.as_strided((*sizes, blocks, _BLOCK), (*strides, _BLOCK, 1)), 2, -1)
+    whole = rows.tensor.as_strided((*sizes, blocks, _BLOCK), (*strides, _BLOCK, 1))
+    vector_norm(whole, 2, -1, out=norms[..., :blocks])
     if rest:
-        start = tensor.storage_offset() + blocks * _BLOCK
-        last = vector_norm(tensor.as_strided((*sizes, 1, rest), (*strides, 1, 1), start), 2, -1)
-        norms = torch.cat((norms, last), -1)
-    whole = vector_norm(norms, 2, -1, dtype=torch.float64)
-    return _Rows(whole.flatten(), norms.amax(-1).flatten(), tensor, (*sizes, length), (*strides, 1))
-
-
-def _sharpen(found: list[_Rows]) -> None:
-    """Take once more, in float64, the norms of rows that are mostly one block."""
-    if not found:
-        return
-    doubt = torch.cat([one.peaks for one in found]) > _PEAK * torch.cat(
-        [one.norms for one in found]
-    )
-    if not doubt.any():
-        return
-    for one, again in zip(found, doubt.split([len(one.norms) for one in found]), strict=True):
-        if again.any():
-            rows = one.tensor.as_strided(one.shape, one.strides)
-            chosen = rows[again.view(one.shape[:-1])]
-            pieces = chosen.split(max(1, _PIECE // chosen.shape[-1]))
-            one.norms[again] = torch.cat([vector_norm(piece.double(), 2, -1) for piece in pieces])
+        start = rows.tensor.storage_offset() + blocks * _BLOCK
+        last = rows.tensor.as_strided((*sizes, 1, rest), (*strides, 1, 1), start)
+        vector_norm(last, 2, -1, out=norms[..., blocks:])
 
 
 def _exact_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:

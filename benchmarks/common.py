@@ -1,4 +1,4 @@
-"""What is common to the three frameworks: the numbers that are clipped, and the bound of reading them."""
+"""What is common to the three frameworks: the numbers that are clipped, and the bound that memory sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CONDITIONS", "SAM_CONTESTANTS", "Measure", "draw", "nfnet_batch", "read", "sam_batch"]
+__all__ = ["CONDITIONS", "SAM_CONTESTANTS", "Measure", "bound", "draw", "nfnet_batch", "sam_batch"]
 
 CONDITIONS = ("all", "none")
 """Every unit is clipped, or no unit is."""
@@ -31,25 +31,38 @@ def draw(shape: tuple[int, ...], condition: str, seed: int) -> tuple[Any, Any]:
     return np.asarray(weight), np.asarray(gradient)
 
 
-def read(arrays: Sequence[Any]) -> Callable[[], None]:
-    """Return a function that reads all float32 arrays once, with every core, and does next to nothing else."""
+def bound(weights: Sequence[Any], gradients: Sequence[Any], condition: str) -> Callable[[], None]:
+    """Return a function that does what clipping cannot do without, with every core, and next to nothing else.
+
+    It reads all float32 arrays once and, if everything is clipped, writes to copies of the gradients in place.
+    """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     pool = ThreadPoolExecutor(cores)
-    step = 1 << 20
-    pieces = [
-        flat[start : start + step]
-        for flat in (np.asarray(array).reshape(-1) for array in arrays)
-        for start in range(0, flat.size, step)
-    ]
-    shares = [pieces[core::cores] for core in range(cores)]
+    if condition == "all":
+        gradients = [np.asarray(gradient).copy() for gradient in gradients]
 
-    def work(share: Sequence[Any]) -> None:
-        for piece in share:
-            np.dot(piece, piece)  # the fastest reader that NumPy has
+    def scale(piece: Any) -> None:
+        np.multiply(piece, np.float32(1), out=piece)
 
-    return lambda: list(pool.map(work, shares)) and None
+    def read(piece: Any) -> None:
+        np.dot(piece, piece)  # the fastest reader that NumPy has
+
+    work = [(read, piece) for piece in _pieces(weights)]
+    work += [(scale if condition == "all" else read, piece) for piece in _pieces(gradients)]
+    shares = [work[core::cores] for core in range(cores)]
+
+    def run(share: list[tuple[Callable[[Any], None], Any]]) -> None:
+        for action, piece in share:
+            action(piece)
+
+    return lambda: list(pool.map(run, shares)) and None
+
+
+def _pieces(arrays: Sequence[Any], step: int = 1 << 20) -> list[Any]:
+    flat = [np.asarray(array).reshape(-1) for array in arrays]
+    return [one[start : start + step] for one in flat for start in range(0, one.size, step)]
 
 
 def sam_batch() -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from benchmarks.plain_nfnet import forward as plain_forward
 
 CONTESTANTS = ("ours", "plain functions")
 CONDITIONS = ("forward", "step")
-TURNS = 4
+TURNS = 6
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
 

@@ -11,11 +11,11 @@ import tensorflow as tf
 
 import agc_tensorflow
 from agc import AGC
-from benchmarks.common import Measure, draw, read
+from benchmarks.common import Measure, bound, draw
 from benchmarks.shapes import MODELS, out_last
 
 RULE = AGC(clipping=0.01)
-CONTESTANTS = ("ours", "naive", "ours xla", "naive xla", "read")
+CONTESTANTS = ("ours", "naive", "ours xla", "naive xla", "bound")
 
 
 def naive(gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
@@ -70,8 +70,11 @@ def test_speed(
 ) -> None:
     case = {"framework": "tensorflow", "model": model, "condition": condition}
     run: Callable[[], Any]
-    if contestant == "read":
-        run = read([array.numpy() for array in (*tensors.variables, *tensors.gradients)])
+    if contestant == "bound":
+        variables, gradients = (
+            [array.numpy() for array in arrays] for arrays in (tensors.variables, tensors.gradients)
+        )
+        run = bound(variables, gradients, condition)
     else:
         run = lambda: tensors.run(contestant)  # noqa: E731
     measure(run, **case, turn=turn, contestant=contestant)

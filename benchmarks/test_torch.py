@@ -12,11 +12,11 @@ from pytorch_optimizer.optimizer.agc import agc as pytorch_optimizer_agc
 import agc_torch
 from agc import AGC
 from agc_conformance.peers import timm as timm_peer
-from benchmarks.common import Measure, draw, read
+from benchmarks.common import Measure, bound, draw
 from benchmarks.shapes import MODELS
 
 RULE = AGC(clipping=0.01)
-CONTESTANTS = ("ours", "timm", "pytorch_optimizer", "read")
+CONTESTANTS = ("ours", "timm", "pytorch_optimizer", "bound")
 timm_agc = timm_peer.load()
 
 
@@ -26,6 +26,7 @@ class Tensors:
     def __init__(self, model: str, condition: str) -> None:
         self.parameters: dict[str, torch.nn.Parameter] = {}
         self.gradients: list[torch.Tensor] = []
+        self.condition = condition
         for seed, (name, shape) in enumerate(MODELS[model]().items()):
             weight, gradient = map(torch.from_numpy, draw(shape, condition, seed))
             self.parameters[name] = torch.nn.Parameter(weight)
@@ -50,7 +51,8 @@ class Tensors:
                     parameter.grad = pytorch_optimizer_agc(parameter.detach(), parameter.grad)
 
             return one_by_one
-        return read([p.detach() for p in parameters] + [p.grad for p in parameters])
+        weights, gradients = [p.detach() for p in parameters], [p.grad for p in parameters]
+        return bound(weights, gradients, self.condition)
 
 
 @pytest.fixture(scope="module")

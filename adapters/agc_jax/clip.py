@@ -252,7 +252,9 @@ Platform: TypeAlias = Literal["cpu", "gpu", "tpu"]
 
 _RUN: Final = 64  # squares added up in float32, which XLA does in vector lanes or in pairs
 _MANY: Final = 512  # squares in a unit from which on the errors of its runs average out
-_SMALL: Final = 1 << 12  # elements up to which copying a parameter costs less than starting a kernel
+_SMALL: Final = (
+    1 << 12
+)  # elements up to which copying a parameter costs less than starting a kernel
 _LARGE: Final = 1 << 15  # squares in an array from which on their number matters at all
 _SAFE_EPS: Final = 1e-8  # floor from which on what float32 cannot hold does not matter
 
@@ -366,7 +368,9 @@ def _clip_on(
         clipped, nonfinite, max_ratio, min_scale = (
             jnp.concatenate(column) for column in zip(*parts, strict=True)
         )
-        order = np.argsort([i for members in groups.values() for alike, *_ in members for i in alike])
+        order = np.argsort(
+            [i for members in groups.values() for alike, *_ in members for i in alike]
+        )
         if (order != np.arange(len(order))).any():
             clipped, nonfinite, max_ratio, min_scale = (
                 column[order] for column in (clipped, nonfinite, max_ratio, min_scale)

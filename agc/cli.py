@@ -50,8 +50,11 @@ def _add_missing(commands: Any, name: str, cause: ImportError) -> None:
             f'try: pip install "agc-sam[{name}]"'
         )
 
-    command = commands.add_parser(name, help="(needs packages that are not installed)")
-    command.add_argument("rest", nargs=argparse.REMAINDER)
+    # No argument starts with a null character, so none is taken for an option, which would be unknown.
+    command = commands.add_parser(
+        name, help="(needs packages that are not installed)", prefix_chars="\0", add_help=False
+    )
+    command.add_argument("rest", nargs="*")
     command.set_defaults(run=explain)
 
 

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from agc.errors import ConfigError, MissingPackageError
 from agc.nfnet import parameters
+from agc.weights.files import check_target, named_files, need, replacing
 
 __all__ = ["CLASSES", "Experiment", "Run", "Train", "gratings", "learning_rates", "register"]
 
@@ -37,6 +38,7 @@ _CYCLES: Final = 6
 _PIXELS: Final = 32
 _TEST_IMAGES: Final = 512
 FRAMEWORKS: Final = ("torch", "jax", "tensorflow")
+_PICTURES: Final = ("svg", "png", "pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +48,18 @@ class Experiment:
     Attributes
     ----------
     clippings : tuple of float or None
-        Thresholds of AGC; None is training without it.
+        Thresholds of AGC, above 0; None is training without it.
     rates : tuple of float
-        Peak learning rates.
+        Peak learning rates, at least 0.
     seeds : int
         How many times each pair is trained, from other initial values on other images.
     steps, batch : int
         Length of a training, and images in a batch.
+
+    Raises
+    ------
+    ConfigError
+        If a number is none of these, or not finite.
     """
 
     clippings: tuple[float | None, ...] = (None, 0.08, 0.01)
@@ -63,11 +70,18 @@ class Experiment:
 
     def __post_init__(self) -> None:
         for name in ("seeds", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ConfigError(f"{name} must be an integer >= 1, got {number!r}")
         for name in ("clippings", "rates"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must name at least one number")
+        for clipping in self.clippings:
+            if clipping is not None and not (math.isfinite(clipping) and clipping > 0):
+                raise ConfigError(f"clippings must be none, or finite and > 0, got {clipping}")
+        for rate in self.rates:
+            if not (math.isfinite(rate) and rate >= 0):
+                raise ConfigError(f"rates must be finite and >= 0, got {rate}")
 
 
 @dataclass(frozen=True)
@@ -259,7 +273,7 @@ def table(experiment: Experiment, runs: Sequence[Run]) -> Table:
 
 
 def draw(experiment: Experiment, runs: Sequence[Run], path: Path) -> None:
-    """Draw the accuracies as a map, and the losses of the first seed; PNG, SVG or PDF by the file's name."""
+    """Draw the accuracies as a map, and the losses of the first seed; SVG, PNG or PDF by the file's name."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -290,10 +304,27 @@ def draw(experiment: Experiment, runs: Sequence[Run], path: Path) -> None:
         right.set_title(f"loss at learning rate {rate:g}", loc="left")
         right.legend(frameon=False, title="clipping")
         right.spines[["top", "right"]].set_visible(False)
-        kind = path.suffix.removeprefix(".") or "svg"
-        part = path.with_name(path.name + ".part")
-        figure.savefig(part, format=kind, dpi=150)
-        part.replace(path)
+        with replacing(path) as file:
+            figure.savefig(file, format=_picture(path), dpi=150)
+
+
+def _picture(path: Path) -> str:
+    return path.suffix.removeprefix(".").lower() or _PICTURES[0]
+
+
+def check_out(path: Path) -> Path:
+    """Return where the numbers go, beside the picture; raise ConfigError unless both can be written."""
+    try:
+        check_target(path)
+        numbers = path.with_suffix(".json")
+        check_target(numbers)
+    except OSError as error:
+        raise ConfigError(f"--out: {error}") from None
+    if _picture(path) not in _PICTURES:
+        raise ConfigError(
+            f"--out: {path} cannot be drawn; let its name end in .{', .'.join(_PICTURES)}"
+        )
+    return numbers
 
 
 def load(framework: str) -> Train:
@@ -322,7 +353,10 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--steps", type=int, default=plain.steps)
     parser.add_argument("--batch", type=int, default=plain.batch)
     parser.add_argument(
-        "--out", type=Path, default=Path("demo.svg"), help="picture; the numbers go beside it"
+        "--out",
+        type=Path,
+        default=Path("demo.svg"),
+        help="picture (.svg, .png or .pdf); the numbers go beside it",
     )
     parser.set_defaults(run=_run)
 
@@ -339,11 +373,13 @@ def _run(options: argparse.Namespace) -> int:
         steps=options.steps,
         batch=options.batch,
     )
+    # Whatever may be missing is missed before minutes of training.
+    numbers = check_out(options.out)
+    train = load(options.framework)
+    need("matplotlib.figure", "agc demo", "demo")
     console = Console()
-    runs = run(experiment, load(options.framework), console)
+    runs = run(experiment, train, console)
     console.print(table(experiment, runs))
-    draw(experiment, runs, options.out)
-    numbers = options.out.with_suffix(".json")
     data = {
         "framework": options.framework,
         "experiment": asdict(experiment),
@@ -353,8 +389,10 @@ def _run(options: argparse.Namespace) -> int:
             for one in runs
         ],
     }
-    part = numbers.with_name(numbers.name + ".part")
-    part.write_text(json.dumps(data, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(numbers)
+    text = json.dumps(data, allow_nan=False) + "\n"
+    with named_files():
+        with replacing(numbers) as file:
+            file.write(text.encode())
+        draw(experiment, runs, options.out)
     console.print(f"written: {options.out} and {numbers}", highlight=False)
     return 0

@@ -7,9 +7,13 @@ right before it, starting with ``<!-- setup``.
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ import numpy as np
 import pytest
 
 from agc.demo import gratings, initial_values, learning_rates
+from agc_conformance.nfnet_golden import GOLDEN, LIMITS
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(
@@ -63,6 +68,97 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         folder = metafunc.definition.path.parent.name
         mine = [snippet for snippet in find_snippets() if snippet.folder == folder]
         metafunc.parametrize("snippet", mine, ids=[snippet.place for snippet in mine])
+
+
+@pytest.fixture
+def run_suite(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Return a function that runs the suite on this folder's framework, in a process as a user's run is.
+
+    It takes more options, and returns the status of every result by ``id:dtype``.
+    """
+
+    def run(*options: str) -> dict[str, str]:
+        out = tmp_path / "results.jsonl"
+        command = ["conformance", "run", "--backend", request.path.parent.name, "--out", str(out)]
+        done = subprocess.run(
+            [sys.executable, "-m", "agc.cli", *command, *options],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        results = [record for record in records if record["type"] == "result"]
+        return {f"{record['id']}:{record['dtype']}": record["status"] for record in results}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def check_golden() -> Callable[..., None]:
+    """Return a function that compares a model in float64, as arrays, with the numbers of DeepMind's code."""
+    exact = LIMITS["float64"]
+
+    def same(found: float, expected: float, digits: float = 1e-12) -> None:
+        # The golden values are rounded, so half a digit is added to the limit.
+        assert found == pytest.approx(expected, rel=exact.gradient, abs=0.51 * digits)
+
+    def check(
+        variant: str,
+        *,
+        logits: Any,
+        loss: float,
+        pooled: Any,
+        signals: Mapping[str, Any],
+        gradients: Mapping[str, Any],
+        parameters: Mapping[str, Any],
+    ) -> None:
+        golden = GOLDEN[variant]
+        assert abs(loss - golden.loss) <= exact.loss
+        for row, expected in zip(logits, golden.logits, strict=True):
+            np.testing.assert_allclose(row[: len(expected)], expected, rtol=0, atol=1.5e-12)
+        same(np.sum(logits), golden.logits_sum)
+        same(_norm([logits]), golden.logits_norm)
+        same(_norm([pooled]), golden.pooled_norm)
+        np.testing.assert_allclose(signals["avg_var"], golden.avg_var, rtol=0, atol=5.1e-10)
+        for index, expected in golden.res_avg_var.items():
+            same(signals["res_avg_var"][index], expected, 1e-9)
+        for name, expected in golden.gradients.items():
+            digit = 10.0 ** (math.floor(math.log10(expected)) - 12)
+            limit = exact.skip_gain if name.endswith("skip_gain") else exact.gradient
+            assert _norm([gradients[name]]) == pytest.approx(expected, rel=limit, abs=0.51 * digit)
+        same(_norm(gradients.values()), golden.gradient_norm)
+        same(_norm(parameters.values()), golden.parameter_norm, 1e-9)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_single() -> Callable[..., None]:
+    """Return a function that compares logits, loss and gradients in float32 with those in float64."""
+    limits = LIMITS["float32"]
+
+    def check(found: tuple[Any, float, Mapping[str, Any]], exact: tuple[Any, Any, Any]) -> None:
+        logits = np.asarray(exact[0])
+        off = np.abs(np.asarray(found[0], np.float64) - logits).max()
+        assert off <= limits.logits * np.abs(logits).max()
+        assert abs(found[1] - float(exact[1])) <= limits.loss
+        errors = {
+            name: _norm([np.asarray(found[2][name], np.float64) - np.asarray(gradient)])
+            / _norm([gradient])
+            for name, gradient in exact[2].items()
+        }
+        skip_gains = {name for name in errors if name.endswith("skip_gain")}
+        assert len(skip_gains) == 12
+        assert statistics.median(errors.values()) <= limits.gradient_median
+        assert max(errors[name] for name in skip_gains) <= limits.skip_gain
+        assert max(errors[name] for name in errors.keys() - skip_gains) <= limits.gradient
+
+    return check
+
+
+def _norm(arrays: Iterable[Any]) -> float:
+    return math.sqrt(sum(float(np.square(np.asarray(a, np.float64)).sum()) for a in arrays))
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -342,34 +342,36 @@ def _clip_on(
     """Clip in the way of one platform."""
     real = jnp.zeros((), float).dtype
     outputs: list[jax.Array] = list(gradients)
-    groups: dict[Any, list[tuple[list[int], jax.Array, jax.Array, jax.Array]]] = {}
+    groups: dict[Any, tuple[_How, list[tuple[list[int], Any, Any, Any]]]] = {}
     with nullcontext() if platform == "tpu" else jax.enable_x64(True):
         for alike in _alike(entries, gradients, weights):
             entry, gradient, weight = entries[alike[0]], gradients[alike[0]], weights[alike[0]]
             double = any(array.dtype in (np.float64, np.complex128) for array in (gradient, weight))
             wide = np.dtype(np.float64 if double or platform != "tpu" else np.float32)
-            how = _How(entry.axes, platform, rule.eps, rule.div_eps, rule.nonfinite)
-            g_K, w_K = ([arrays[index] for index in alike] for arrays in (gradients, weights))
+            how = _How(entry.axes, platform, double, rule.eps, rule.div_eps, rule.nonfinite)
             clipping_K = jnp.stack([_threshold(fixed[i], traced[i], step, wide) for i in alike])
             if len(alike) == 1:
-                out, *units = _clip_parameter(gradient, weight, clipping_K[0], how=how)
-                out_K, (ratio_KU, factor_KU) = [out], (values_U[None] for values_U in units)
+                out, *sums = _clip_parameter(gradient, weight, clipping_K[0], how=how)
+                out_K, (g_KU, w_KU) = [out], (sum_U[None] for sum_U in sums)
             else:
-                out_K, ratio_KU, factor_KU = jax.vmap(partial(_clip_parameter, how=how))(
-                    jnp.stack(g_K), jnp.stack(w_K), clipping_K
+                out_K, g_KU, w_KU = jax.vmap(partial(_clip_parameter, how=how))(
+                    *(jnp.stack([arrays[i] for i in alike]) for arrays in (gradients, weights)),
+                    clipping_K,
                 )
             for index, out in zip(alike, out_K, strict=True):
                 outputs[index] = out
-            groups.setdefault((entry.count, double), []).append(
-                (alike, ratio_KU, factor_KU, clipping_K)
-            )
+            members = groups.setdefault((entry.count, double), (how, []))[1]
+            members.append((alike, g_KU, w_KU, clipping_K))
         # Parameters with equally many units are counted together: few small operations for a whole model.
-        parts = [_count(*zip(*members, strict=True)) for members in groups.values()]
+        parts = []
+        for how, members in groups.values():
+            _, *columns = zip(*members, strict=True)
+            parts.append(_count(*map(jnp.concatenate, columns), how=how))
         clipped, nonfinite, max_ratio, min_scale = (
             jnp.concatenate(column) for column in zip(*parts, strict=True)
         )
         order = np.argsort(
-            [i for members in groups.values() for alike, *_ in members for i in alike]
+            [i for _, members in groups.values() for alike, *_ in members for i in alike]
         )
         if (order != np.arange(len(order))).any():
             clipped, nonfinite, max_ratio, min_scale = (
@@ -391,23 +393,23 @@ def _alike(
     for index, (entry, gradient, weight) in enumerate(
         zip(entries, gradients, weights, strict=True)
     ):
-        alone = gradient.size > _SMALL
-        key = index if alone else (entry.axes, gradient.dtype, weight.dtype)
+        key: Any = index
+        if gradient.size <= _SMALL:
+            kinds = [(array.dtype, jax.typeof(array).sharding) for array in (gradient, weight)]
+            key = (entry.axes, *kinds)
         groups.setdefault(key, []).append(index)
     return list(groups.values())
 
 
-def _count(_: Any, ratios: Any, factors: Any, clippings: Any) -> Rows:
-    """Numbers of K parameters with U units each, all in one reduction."""
-    ratio_KU, factor_KU = jnp.concatenate(ratios), jnp.concatenate(factors)
-    limit_K1 = jnp.concatenate(clippings)[:, None]
-    wide = ratio_KU.dtype.type
-    bad_KU = jnp.isnan(ratio_KU)
+def _count(g: jax.Array, w: jax.Array, clipping: jax.Array, *, how: _How) -> Rows:
+    """Numbers of K parameters with U units each, from squared norms, all in one reduction."""
+    units = _compare(g, w, clipping[:, None], how)
+    wide = g.dtype.type
     rows = (
-        lax.convert_element_type(ratio_KU > limit_K1 * limit_K1, np.int32),
-        lax.convert_element_type(bad_KU, np.int32),
-        jnp.where(bad_KU, wide(0), ratio_KU),
-        jnp.where(bad_KU, wide(1), lax.convert_element_type(factor_KU, wide)),
+        lax.convert_element_type(units.clipped, np.int32),
+        lax.convert_element_type(units.bad, np.int32),
+        units.norm / units.floor,
+        jnp.where(units.clipped, 1 / units.excess, wide(1)),
     )
     start = (np.int32(0), np.int32(0), wide(0), wide(1))
     return lax.reduce(rows, start, _combine, (1,))  # type: ignore[no-any-return]
@@ -431,12 +433,41 @@ def _threshold(
     return np.array(fixed, wide)
 
 
+class _Units(NamedTuple):
+    """Squared norms of gradients, squared lower bounds of weights, and what follows from them; any shape."""
+
+    norm: jax.Array
+    floor: jax.Array
+    bad: jax.Array
+    clipped: jax.Array
+    excess: jax.Array
+    """What units that are clipped are divided by."""
+
+
+def _compare(g: jax.Array, w: jax.Array, clipping: jax.Array, how: _How) -> _Units:
+    """Compare squared norms with squared limits, so that only the factors need a root.
+
+    A sum that float32 cannot hold counts as infinite on every platform.
+    """
+    wide = g.dtype.type
+    largest = wide(float(jnp.finfo(np.float64 if how.double else np.float32).max))
+    usable = (clipping > 0) & (clipping < np.inf)  # a schedule may return anything
+    bad = ~((g <= largest) & (w <= largest) & usable)  # AGC-4
+    norm = jnp.where(bad, wide(0), g)
+    least = max(how.eps**2, float(jnp.finfo(wide).tiny)) if how.eps else 0
+    floor = jnp.where(norm == 0, wide(1), jnp.maximum(w, wide(least)))
+    clipped = norm > clipping * clipping * floor  # AGC-1, AGC-2: strictly
+    excess = jnp.sqrt(jnp.maximum(norm, wide(how.div_eps**2)) / floor) / clipping
+    return _Units(norm, floor, bad, clipped, excess)
+
+
 @dataclass(frozen=True)
 class _How:
     """What is known of the arithmetic of one parameter before it is compiled."""
 
     axes: UnitAxes
     platform: Platform
+    double: bool
     eps: float
     div_eps: float
     nonfinite: str
@@ -446,40 +477,24 @@ class _How:
 def _clip_parameter(
     gradient: jax.Array, weight: jax.Array, clipping: jax.Array, *, how: _How
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Clip one gradient; also its squared ratio, NaN where that is not finite, and factor of every unit.
-
-    Squared norms are compared with squared limits, so that only the factors need a root. A sum that float32
-    cannot hold counts as infinite on every platform.
-    """
-    double = any(array.dtype in (np.float64, np.complex128) for array in (gradient, weight))
-    wide, narrow = clipping.dtype.type, np.dtype(np.float64 if double else np.float32)
+    """Clip one gradient; also the squared norms of every unit of the gradient and of the weight."""
     clipping = lax.stop_gradient(clipping)
     g_U = _sum_of_squares(lax.stop_gradient(gradient), how=how, wide=clipping.dtype)
     w_U = _sum_of_squares(lax.stop_gradient(weight), how=how, wide=clipping.dtype)
-    largest = wide(float(jnp.finfo(narrow).max))
-    usable = (clipping > 0) & (clipping < np.inf)  # a schedule may return anything
-    bad_U = ~((g_U <= largest) & (w_U <= largest) & usable)  # AGC-4
-    silent_U = bad_U | (g_U == 0)
-    floor_U = jnp.maximum(w_U, wide(max(how.eps**2, float(jnp.finfo(wide).tiny)) if how.eps else 0))
-    floor_U = jnp.where(silent_U, wide(1), floor_U)
-    # Divisions come last: XLA fuses anything cheaper into all that follows, at worst into every element.
-    ratio_U = jnp.where(bad_U, wide(np.nan), g_U) / floor_U
-    norm_U = ratio_U
-    if how.div_eps:
-        norm_U = jnp.maximum(g_U, wide(how.div_eps**2)) / floor_U
+    units = _compare(g_U, w_U, clipping, how)
+    wide = clipping.dtype.type
     poison = wide(np.inf if how.nonfinite == "zero" else np.nan)
-    rest_U = jnp.where(bad_U, poison, wide(1))
-    clipped_U = ratio_U > clipping * clipping  # AGC-1, AGC-2: strictly
-    excess_U = jnp.where(clipped_U, jnp.sqrt(norm_U) / clipping, rest_U)
-    if how.eps >= _SAFE_EPS:  # then float32 can hold every factor
-        excess_U = lax.convert_element_type(excess_U, narrow)
+    excess_U = jnp.where(units.bad, poison, jnp.where(units.clipped, units.excess, wide(1)))
+    if how.eps >= _SAFE_EPS and not how.double:  # then float32 can hold every factor
+        excess_U = lax.convert_element_type(excess_U, np.float32)
+    # A division comes last: XLA fuses anything cheaper into all that follows, at worst into every element.
     factor_U = excess_U.dtype.type(1) / excess_U
     g_V, factor_V = gradient.reshape(how.axes.view), factor_U.reshape(how.axes.unit_shape)
     out_V = _times(g_V, factor_V)
     if how.nonfinite == "zero":
         out_V = jnp.where(factor_V == 0, jnp.zeros((), gradient.dtype), out_V)
     out_V = jnp.where(factor_V == 1, g_V, out_V)  # keeps the bits
-    return out_V.reshape(gradient.shape), ratio_U, factor_U
+    return out_V.reshape(gradient.shape), g_U, w_U
 
 
 def _times(array: jax.Array, factor: jax.Array) -> jax.Array:

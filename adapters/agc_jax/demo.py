@@ -13,6 +13,8 @@ from flax import nnx
 
 import agc_jax
 from agc import AGC
+from agc.nfnet import SMOOTHING
+from agc_jax.recipe import after_clipping
 
 __all__ = ["train"]
 
@@ -31,7 +33,7 @@ def _programs() -> tuple[nnx.Module, Callable[..., Any], Callable[..., Any]]:
         return found
 
     def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), 0.1)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), SMOOTHING)
         return optax.softmax_cross_entropy(logits(params, images), targets).mean()
 
     @jax.jit  # type: ignore[untyped-decorator]
@@ -50,10 +52,7 @@ def _optimizer(units: Any, rate: Any, clipping: Any) -> optax.GradientTransforma
     """Return :func:`agc_jax.sgd_nfnet` with a threshold that is traced."""
     return optax.chain(
         agc_jax.adaptive_grad_clip(AGC.profile("deepmind"), units=units, clipping=clipping),
-        optax.add_decayed_weights(
-            2e-5, lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
-        ),
-        optax.sgd(rate, 0.9, nesterov=True),
+        *after_clipping(rate),
     )
 
 

@@ -6,6 +6,7 @@ import jax
 import optax
 
 from agc import AGC
+from agc.nfnet import MOMENTUM, WEIGHT_DECAY, check_recipe, decays
 from agc_jax.optimizer import adaptive_grad_clip
 from agc_jax.units import PyTree, units
 
@@ -16,8 +17,8 @@ def sgd_nfnet(
     model: PyTree,
     lr: optax.ScalarOrSchedule,
     *,
-    momentum: float = 0.9,
-    weight_decay: float = 2e-5,
+    momentum: float = MOMENTUM,
+    weight_decay: float = WEIGHT_DECAY,
     rule: AGC | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Return DeepMind's optimizer for NFNets: AGC, weight decay and ``optax.sgd`` in a chain (AGC-7).
@@ -49,6 +50,8 @@ def sgd_nfnet(
     ------
     SelectorError
         By ``init``, if the model does not declare its classifier.
+    ConfigError
+        If ``momentum`` or ``weight_decay`` is not allowed.
 
     Examples
     --------
@@ -59,13 +62,22 @@ def sgd_nfnet(
     >>> agc_jax.plan(model, AGC.profile("deepmind")).count
     4855
     """
+    check_recipe(momentum, weight_decay)
     rule = AGC.profile("deepmind") if rule is None else rule
     return optax.chain(
-        adaptive_grad_clip(rule, units=units(model)),
+        adaptive_grad_clip(rule, units=units(model)), *after_clipping(lr, momentum, weight_decay)
+    )
+
+
+def after_clipping(
+    lr: optax.ScalarOrSchedule, momentum: float = MOMENTUM, weight_decay: float = WEIGHT_DECAY
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Return what follows in the chain: weight decay and momentum."""
+    return (
         optax.add_decayed_weights(weight_decay, mask=_decays),
         optax.sgd(lr, momentum or None, nesterov=momentum > 0),
     )
 
 
 def _decays(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    return jax.tree.map(lambda leaf: decays(leaf.ndim), params)

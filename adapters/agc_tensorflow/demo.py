@@ -12,6 +12,7 @@ import tensorflow as tf
 
 import agc_tensorflow
 from agc import AGC
+from agc.nfnet import SMOOTHING
 
 __all__ = ["train"]
 
@@ -29,7 +30,7 @@ def _programs() -> tuple[keras.Model, Any, tf.Variable, Callable[..., Any]]:
 
     @tf.function(autograph=False)  # type: ignore[untyped-decorator]
     def step(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-        targets = 0.9 * tf.one_hot(labels, 10) + 0.01
+        targets = (1 - SMOOTHING) * tf.one_hot(labels, 10) + SMOOTHING / 10
         with tf.GradientTape() as tape:
             logits = model(images, training=True)
             loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))

@@ -163,14 +163,12 @@ _WIDE: Final = (tf.float64, tf.complex128)
 
 def _sum(view: tf.Tensor, reduce: tuple[int, ...], wide: bool) -> tf.Tensor:
     parts = [tf.math.real(view), tf.math.imag(view)] if view.dtype.is_complex else [view]
-    axis = max(reduce, key=lambda axis: view.shape[axis] or 0, default=0)
-    sums = []
-    for part in parts:
-        for piece in _pieces(tf.cast(part, tf.float64 if wide else tf.float32), axis):
-            squares = tf.square(piece)
-            if reduce and (piece.shape[axis] or 1) % _RUN == 0:
-                squares = _add_in_pairs(squares, axis)
-            sums.append(tf.reduce_sum(tf.cast(squares, tf.float64), reduce))
+    parts = [tf.cast(part, tf.float64 if wide else tf.float32) for part in parts]
+    if not reduce:
+        sums = [tf.cast(tf.square(part), tf.float64) for part in parts]
+    else:
+        axis = max(reduce, key=lambda axis: view.shape[axis] or 0)
+        sums = [_sum_along(piece, axis, reduce) for part in parts for piece in _pieces(part, axis)]
     return tf.reshape(tf.add_n(sums), [-1])
 
 
@@ -181,13 +179,15 @@ def _pieces(array: tf.Tensor, axis: int) -> list[tf.Tensor]:
     return tf.split(array, [length - rest, rest], axis) if 0 < rest < length else [array]
 
 
-def _add_in_pairs(squares: tf.Tensor, axis: int) -> tf.Tensor:
-    """Fold an axis in half a few times, so that few roundings come together."""
-    for _ in range(_LEVELS):
-        low, high = tf.split(squares, 2, axis)
-        # A snapshot keeps the graph optimizer from making one long sum of the pairs again.
-        squares = tf.raw_ops.Snapshot(input=low + high)
-    return squares
+def _sum_along(array: tf.Tensor, axis: int, reduce: tuple[int, ...]) -> tf.Tensor:
+    """Sum squares over axes; along one of them eight in pairs first, so that few roundings come together."""
+    squares = tf.square(array)
+    if (array.shape[axis] or 1) % _RUN == 0:
+        for _ in range(_LEVELS):
+            low, high = tf.split(squares, 2, axis)
+            # A snapshot keeps the graph optimizer from making one long sum of the pairs again.
+            squares = tf.raw_ops.Snapshot(input=low + high)
+    return tf.reduce_sum(tf.cast(squares, tf.float64), reduce)
 
 
 def _select(view: tf.Tensor, scale: tf.Tensor, mask: tf.Tensor, zero: bool) -> tf.Tensor:

@@ -35,6 +35,7 @@ class _Program:
         self, variant: str | Variant, classes: int, dtype: str, stochastic_depth: float | None
     ) -> None:
         keras.utils.set_random_seed(0)
+        self.training = stochastic_depth is not None
         self.model: NFNet = nfnet(
             variant, classes, dropout=0.0, stochastic_depth=stochastic_depth, dtype=dtype
         )
@@ -44,7 +45,7 @@ class _Program:
     def _loss_and_gradients(self, images: tf.Tensor, labels: tf.Tensor, smoothing: float) -> Any:
         weights = list(self.variables.values())
         with tf.GradientTape() as tape:
-            logits = self.model(images)
+            logits = self.model(images, training=self.training)
             targets = tf.one_hot(labels, logits.shape[1], dtype=logits.dtype)
             targets = (1 - smoothing) * targets + smoothing / logits.shape[1]
             loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
@@ -67,8 +68,9 @@ def _of(problem: ModelProblem) -> _Program:
 
 def model_forward(problem: ModelProblem) -> ModelForward:
     """Run the model eagerly."""
-    model, images = _of(problem).model, tf.constant(problem.images)
-    logits = model(images, training=problem.stochastic_depth is not None).numpy()
+    program, images = _of(problem), tf.constant(problem.images)
+    model = program.model
+    logits = model(images, training=program.training).numpy()
     if not problem.outputs:
         return ModelForward(logits)
     outputs = {"stem": (x := model.stem(images))}

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from agc import AGC
-from agc.errors import ConfigError
+from agc.nfnet import MOMENTUM, WEIGHT_DECAY, check_recipe, decays
 from agc_tensorflow.optimizer import AdaptiveGradClip
 from agc_tensorflow.units import Model, Variable
 
@@ -20,8 +20,8 @@ def sgd_nfnet(
     model: Model,
     learning_rate: Any,
     *,
-    momentum: float = 0.9,
-    weight_decay: float = 2e-5,
+    momentum: float = MOMENTUM,
+    weight_decay: float = WEIGHT_DECAY,
     rule: AGC | None = None,
     **options: Any,
 ) -> AdaptiveGradClip:
@@ -106,16 +106,13 @@ class CoupledSGD(keras.optimizers.Optimizer):  # type: ignore[misc]
     def __init__(
         self,
         learning_rate: Any = 0.1,
-        momentum: float = 0.9,
+        momentum: float = MOMENTUM,
         nesterov: bool = True,
         weight_decay: float = 0.0,
         name: str = "CoupledSGD",
         **options: Any,
     ) -> None:
-        if not 0 <= momentum < 1:
-            raise ConfigError(f"momentum must be a number in [0, 1), got {momentum!r}")
-        if weight_decay is None or not 0 <= weight_decay < float("inf"):
-            raise ConfigError(f"weight_decay must be a number >= 0, got {weight_decay!r}")
+        check_recipe(momentum, weight_decay)
         super().__init__(learning_rate, weight_decay=weight_decay, name=name, **options)
         self.momentum = momentum
         self.nesterov = nesterov
@@ -130,7 +127,7 @@ class CoupledSGD(keras.optimizers.Optimizer):  # type: ignore[misc]
     def update_step(self, gradient: Any, variable: Variable, learning_rate: Any) -> None:
         """Update one variable."""
         gradient = tf.cast(tf.convert_to_tensor(gradient), variable.dtype)
-        if self.weight_decay and len(variable.shape) > 1 and self._use_weight_decay(variable):
+        if self.weight_decay and decays(len(variable.shape)) and self._use_weight_decay(variable):
             gradient += self.weight_decay * tf.convert_to_tensor(variable)
         step = gradient
         if self.momentum:

@@ -68,7 +68,9 @@ def from_neutral(model: Model, arrays: Mapping[str, Any]) -> None:
     pairs = _pairs(model)
     check_arrays((spec for spec, _ in pairs), arrays)
     for spec, variable in pairs:
-        variable.assign(tf.cast(np.asarray(arrays[spec.name]), variable.dtype))
+        array = np.asarray(arrays[spec.name])
+        array = array.astype(array.dtype.newbyteorder("="))  # TensorFlow reads no other
+        variable.assign(tf.cast(array, variable.dtype))
 
 
 def _pairs(model: Model) -> list[tuple[ParameterSpec, Variable]]:

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from agc import AGC
+from agc.nfnet import SMOOTHING
 from agc_torch.nfnet import nfnet
 from agc_torch.optimizer import attached
 from agc_torch.recipe import sgd_nfnet
@@ -34,7 +35,7 @@ def train(
             group["lr"] = rate
         optimizer.zero_grad()
         logits = model(torch.from_numpy(images).permute(0, 3, 1, 2))
-        loss = cross_entropy(logits, torch.from_numpy(labels), label_smoothing=0.1)
+        loss = cross_entropy(logits, torch.from_numpy(labels), label_smoothing=SMOOTHING)
         loss.backward()
         optimizer.step()
         handle = attached(optimizer)

@@ -49,7 +49,7 @@ _FUNCTIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
     "selu": F.selu,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
-    "softplus": F.softplus,
+    "softplus": lambda x: -F.logsigmoid(-x),  # PyTorch's own is the identity above 20
     "soft_sign": F.softsign,
     "log_sigmoid": F.logsigmoid,
     "identity": lambda x: x,
@@ -394,7 +394,8 @@ class NFBlock(nn.Module):  # type: ignore[misc]
 
     def kept(self, residual: Tensor) -> Tensor:
         """Draw stochastic depth: 1 for the images that keep the residual branch, 0 for the others."""
-        uniform = torch.rand((len(residual), 1, 1, 1), device=residual.device)
+        shape = (len(residual), 1, 1, 1)
+        uniform = torch.rand(shape, dtype=torch.float32, device=residual.device)
         return torch.floor(1 - self.drop_rate + uniform).to(residual.dtype)
 
     def join(self, residual: Tensor, shortcut: Tensor) -> Tensor:
@@ -533,12 +534,12 @@ class NFNet(nn.Module):  # type: ignore[misc]
             In evaluation mode, with plain convolutions and without gains; its parameters are frozen. Outputs
             are the same up to rounding.
         """
-        folded: NFNet = copy.deepcopy(self).eval()
+        folded: NFNet = copy.deepcopy(self)
         for parent in list(folded.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, WSConv2d):
                     setattr(parent, name, child.folded())
-        folded.requires_grad_(False)
+        folded.eval().requires_grad_(False)
         return folded
 
     def _finish(self, x: Tensor) -> Tensor:
@@ -550,9 +551,8 @@ class NFNet(nn.Module):  # type: ignore[misc]
     def _check(self, x: Tensor) -> None:
         channels = self.options.in_channels
         if x.dim() != 4 or x.shape[1] != channels:
-            hint = (
-                "; permute(0, 3, 1, 2) puts the channels second" if x.shape[-1] == channels else ""
-            )
+            last = x.dim() == 4 and x.shape[-1] == channels
+            hint = "; permute(0, 3, 1, 2) puts the channels second" if last else ""
             raise ShapeError(
                 f"images must have the shape (n, {channels}, height, width), got {tuple(x.shape)}{hint}; "
                 "nfnet(..., in_channels=...) makes a model for other channels"

@@ -89,9 +89,16 @@ class _Rows(NamedTuple):
         """Number of blocks in a row; the last one may be shorter."""
         return -(-self.shape[-1] // _BLOCK)
 
-    def select(self, mask: Tensor) -> Tensor:
-        """Return a copy of the rows that a flat mask chooses."""
-        return self.tensor.as_strided(self.shape, self.strides)[mask.view(self.shape[:-1])]
+    def exact(self, mask: Tensor) -> Tensor:
+        """Return the norms of the rows that a flat mask chooses, in float64."""
+        rows = self.tensor.as_strided(self.shape, self.strides)
+        length = self.shape[-1]
+        chosen = (rows if mask.all() else rows[mask.view(self.shape[:-1])]).reshape(-1, length)
+        norms = [
+            torch.stack([vector_norm(p.double(), 2, -1) for p in some.split(_PIECE, -1)], -1)
+            for some in chosen.split(max(1, _PIECE // length))
+        ]
+        return vector_norm(torch.cat(norms), 2, -1)
 
 
 def _rows(tensor: Tensor, axes: UnitAxes) -> _Rows | None:
@@ -134,7 +141,7 @@ def _block_norms(long: dict[int, _Rows]) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     for blocks, group in groups.items():
         counts = [math.prod(rows.shape[:-1]) for _, rows in group]
-        table = torch.empty(sum(counts), blocks)
+        table = group[0][1].tensor.new_empty(sum(counts), blocks)
         for (_, rows), norms in zip(group, table.split(counts), strict=True):
             _fill(norms.view(*rows.shape[:-1], blocks), rows)
         whole = vector_norm(table, 2, -1, dtype=torch.float64)
@@ -143,10 +150,7 @@ def _block_norms(long: dict[int, _Rows]) -> dict[int, Tensor]:
         if doubt.any():
             for (index, rows), again in zip(group, doubt.split(counts), strict=True):
                 if again.any():
-                    chosen = rows.select(again)
-                    pieces = chosen.split(max(1, _PIECE // chosen.shape[-1]))
-                    exact = torch.cat([vector_norm(piece.double(), 2, -1) for piece in pieces])
-                    found[index][again] = exact
+                    found[index][again] = rows.exact(again)
     return found
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from agc import AGC
+from agc.nfnet import MOMENTUM, WEIGHT_DECAY, check_recipe, decays
 from agc_torch.optimizer import attach
 from agc_torch.units import named_parameters
 
@@ -18,8 +19,8 @@ def sgd_nfnet(
     model: nn.Module,
     lr: float | torch.Tensor,
     *,
-    momentum: float = 0.9,
-    weight_decay: float = 2e-5,
+    momentum: float = MOMENTUM,
+    weight_decay: float = WEIGHT_DECAY,
     rule: AGC | None = None,
     **options: Any,
 ) -> torch.optim.SGD:
@@ -53,6 +54,8 @@ def sgd_nfnet(
     ------
     SelectorError
         If the model does not declare its classifier.
+    ConfigError
+        If ``momentum`` or ``weight_decay`` is not allowed.
 
     Examples
     --------
@@ -60,12 +63,13 @@ def sgd_nfnet(
     >>> attached(sgd_nfnet(nfnet("tiny"), lr=0.1)).plan.count
     4855
     """
+    check_recipe(momentum, weight_decay)
     named = [
         (name, tensor) for name, tensor in named_parameters(model).items() if tensor.requires_grad
     ]
     groups = [
-        {"params": [p for _, p in named if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for _, p in named if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for _, p in named if decays(p.dim())], "weight_decay": weight_decay},
+        {"params": [p for _, p in named if not decays(p.dim())], "weight_decay": 0.0},
     ]
     settings = {"nesterov": momentum > 0, **options}
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, **settings)

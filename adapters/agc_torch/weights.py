@@ -70,6 +70,8 @@ def from_neutral(model: nn.Module, arrays: Mapping[str, Any]) -> None:
         array = np.asarray(arrays[spec.name])
         if array.dtype.name not in ("float16", "float32", "float64"):
             array = array.astype(np.float32)  # bfloat16 and the like, which PyTorch does not read
+        # Nor does it read another byte order, or strides that run backwards.
+        array = np.asarray(array, array.dtype.newbyteorder("="), order="C")
         with torch.no_grad():
             tensor.copy_(torch.tensor(array).permute(_axes(array.ndim, out_first=True)))
 

@@ -22,6 +22,7 @@ outputs)``, a dense layer's ``(inputs, outputs)``, gains and biases are ``(outpu
 
 from agc.nfnet.architecture import Block, Conv, blocks, final_conv, same_padding, stem
 from agc.nfnet.parameters import HEAD, Initial, Kind, ParameterSpec, check_arrays, parameters
+from agc.nfnet.recipe import MOMENTUM, SMOOTHING, WEIGHT_DECAY, check_recipe, decays
 from agc.nfnet.seeded import seeded_batch, seeded_parameters
 from agc.nfnet.variants import (
     ALPHA,
@@ -41,9 +42,12 @@ __all__ = [
     "ALPHA",
     "GAMMAS",
     "HEAD",
+    "MOMENTUM",
+    "SMOOTHING",
     "STEM",
     "STOCHASTIC_DEPTH",
     "VARIANTS",
+    "WEIGHT_DECAY",
     "WS_EPS",
     "Block",
     "Conv",
@@ -55,6 +59,8 @@ __all__ = [
     "WsEps",
     "blocks",
     "check_arrays",
+    "check_recipe",
+    "decays",
     "final_conv",
     "options",
     "parameters",

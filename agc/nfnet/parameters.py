@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 from agc.errors import ParameterError
 from agc.nfnet.architecture import Conv, blocks, final_conv, stem
+from agc.nfnet.recipe import decays
 from agc.nfnet.variants import Variant
 from agc.nfnet.variants import variant as _variant
 from agc.units import Units
@@ -85,7 +86,7 @@ class ParameterSpec:
     @property
     def decays(self) -> bool:
         """Whether DeepMind's optimizer decays it: weights, and no gain or bias."""
-        return len(self.shape) > 1
+        return decays(len(self.shape))
 
     @property
     def clipped(self) -> bool:
@@ -181,7 +182,8 @@ def check_arrays(specs: Iterable[ParameterSpec], arrays: Mapping[str, Any]) -> N
     Raises
     ------
     ParameterError
-        The message names every tensor that is missing, extra, or of another shape (ten of each kind).
+        The message names the tensors that are missing, unknown, of another shape, or not floating point, up
+        to ten of each kind.
     """
     wanted = {spec.name: spec for spec in specs}
     problems = []
@@ -201,7 +203,7 @@ def check_arrays(specs: Iterable[ParameterSpec], arrays: Mapping[str, Any]) -> N
             [
                 f"{name} ({arrays[name].dtype})"
                 for name in wanted
-                if name in arrays and "float" not in str(arrays[name].dtype)
+                if name in arrays and "float" not in _dtype_name(arrays[name])
             ],
         ),
     ):
@@ -215,3 +217,8 @@ def check_arrays(specs: Iterable[ParameterSpec], arrays: Mapping[str, Any]) -> N
             + ". Is it the same variant, with the same number of classes and of image channels? "
             "For other classes, put the model's own head.weight and head.bias into the arrays"
         )
+
+
+def _dtype_name(array: Any) -> str:
+    # NumPy prints another byte order as '>f8', whose name is float64 too; PyTorch's dtypes have no name.
+    return str(getattr(array.dtype, "name", array.dtype))

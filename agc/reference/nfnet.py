@@ -84,7 +84,7 @@ class NFNet:
     ----------
     parameters : dict of str to float64 array
     gradients : dict of str to float64 array
-        Filled by a pass's ``backward``.
+        Those of the last ``backward`` of any pass.
 
     Raises
     ------
@@ -102,7 +102,8 @@ class NFNet:
 
     def __init__(self, variant: str | Variant, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         self.variant = find_variant(variant)
-        classes = arrays[f"{HEAD}.bias"].shape[0] if f"{HEAD}.bias" in arrays else None
+        bias = arrays.get(f"{HEAD}.bias")
+        classes = None if bias is None or bias.ndim != 1 else bias.shape[0]
         first = arrays.get("stem.conv0.weight")
         self.channels = 3 if first is None or first.ndim != 4 else first.shape[2]
         check_arrays(parameters(self.variant, classes, self.channels), arrays)
@@ -153,7 +154,7 @@ class NFNet:
         def backward(gradient: Array) -> dict[str, Array]:
             for step in reversed(backs):
                 gradient = step(gradient)
-            return self.gradients
+            return dict(self.gradients)  # which the next pass overwrites
 
         moments = [_moments(value) for value in outputs.values()]
         signals = {

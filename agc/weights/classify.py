@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from agc.errors import ConfigError, FormatError
+from agc.errors import ConfigError, FormatError, NonFiniteError
 from agc.nfnet import Options, options, seeded_parameters
 from agc.nfnet.images import evaluation_image
 from agc.weights.files import need
@@ -45,20 +45,37 @@ class Guess:
 def read_image(path: str | Path, pixels: int) -> npt.NDArray[np.float32]:
     """Read a photograph and prepare it (:func:`agc.nfnet.images.evaluation_image`).
 
-    As in DeepMind's code, a camera's note on which side is up (EXIF) is not followed.
+    As in DeepMind's code, a camera's note on which side is up (EXIF) is not followed. Grey of 16 bits is
+    scaled to 8.
 
     Raises
     ------
     FormatError
-        If it is not an image, or a truncated one.
+        If it is not an image, or a truncated one, or its numbers do not say what white is.
     """
     images = need("PIL.Image", f"{path}: reading images")
     try:
         with images.open(path) as image:
-            colours = np.asarray(image.convert("RGB"))
+            colours = _colours(path, image)
+    except FormatError:
+        raise
     except (OSError, ValueError, SyntaxError, images.DecompressionBombError) as error:
         raise FormatError(f"{path}: cannot be read as an image; {error}") from None
     return evaluation_image(colours, pixels)
+
+
+def _colours(path: str | Path, image: Any) -> npt.NDArray[np.uint8]:
+    """Return an image as RGB of 8 bits; Pillow would cut off wider grey at 255, not scale it."""
+    # Older versions of Pillow have the 16 bits of a PNG file in 32.
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+        grey = np.rint(np.asarray(image) / 257).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise FormatError(
+            f"{path}: has 32 bits a pixel, which do not say what is black and what is white; "
+            "scale it to 8 bits a channel, 0 to 255, and save it as PNG"
+        )
+    return np.asarray(image.convert("RGB"))
 
 
 def classifier(backend: str, chosen: Options, arrays: Mapping[str, Array]) -> Classifier:
@@ -156,7 +173,19 @@ def untrained(arrays: Mapping[str, Array]) -> bool:
 
 
 def top(logits: Array, count: int, names: Sequence[str] | None) -> list[Guess]:
-    """Return the most probable classes of one image's logits, the best first."""
+    """Return the most probable classes of one image's logits, the best first.
+
+    Raises
+    ------
+    NonFiniteError
+        If a logit is NaN or infinite.
+    """
+    lost = int(np.sum(~np.isfinite(logits)))
+    if lost:
+        raise NonFiniteError(
+            f"{lost} of {len(logits)} logits are NaN or infinite; so are some of the weights, "
+            "or they are too large for float32: take other weights"
+        )
     shifted = np.exp(logits.astype(np.float64) - logits.max())
     probabilities = shifted / shifted.sum()
     best = np.argsort(-probabilities, kind="stable")[:count]

@@ -6,12 +6,10 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agc.errors import ConfigError, FormatError
+from agc.errors import ConfigError, NonFiniteError
 from agc.nfnet import VARIANTS, WS_EPS, Options
 from agc.weights.classify import (
     BACKENDS,
@@ -24,7 +22,7 @@ from agc.weights.classify import (
     top,
     untrained,
 )
-from agc.weights.files import need
+from agc.weights.files import named_files, need
 from agc.weights.forms import FORMS
 from agc.weights.store import convert, open_weights
 
@@ -72,7 +70,7 @@ def _convert(chosen: argparse.Namespace) -> int:
     )
     quiet = not console.is_terminal
     with (
-        _named_files(),
+        named_files(),
         progress.Progress(*columns, console=console, transient=True, disable=quiet) as bar,
     ):
         task = bar.add_task("reading", total=None)
@@ -104,9 +102,10 @@ def _convert(chosen: argparse.Namespace) -> int:
 
 
 def _classify(chosen: argparse.Namespace) -> int:
-    with _named_files():
+    with named_files():
         if chosen.weights == _RANDOM:
             options, arrays = random_weights(chosen.variant or "tiny")
+            options = _override(options, activation=chosen.activation, ws_eps=chosen.ws_eps)
         else:
             with open_weights(
                 chosen.weights,
@@ -119,12 +118,15 @@ def _classify(chosen: argparse.Namespace) -> int:
             raise ConfigError(f"--top must be >= 1, got {chosen.top}")
         classes = options.num_classes
         names = read_names(chosen.labels, classes) if chosen.labels else class_names(classes)
-        logits = classifier(chosen.backend, options, arrays)
+        model = classifier(chosen.backend, options, arrays)
         pixels = options.variant.test_pixels
-        found = {
-            path: top(logits(read_image(path, pixels)[None])[0], chosen.top, names)
-            for path in chosen.images
-        }
+        found = {}
+        for path in chosen.images:
+            logits = model(read_image(path, pixels)[None])[0]
+            try:
+                found[path] = top(logits, chosen.top, names)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{path} with {chosen.weights}: {error}") from None
     note = None
     if chosen.weights == _RANDOM:
         note = "THE WEIGHTS ARE RANDOM: these answers mean nothing"
@@ -135,6 +137,11 @@ def _classify(chosen: argparse.Namespace) -> int:
     else:
         _print_tables(chosen, options, note, found)
     return 0
+
+
+def _override(options: Options, **given: str | None) -> Options:
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(options, **changes)
 
 
 def _print_json(
@@ -185,12 +192,3 @@ def _print_tables(
 
 def _describe(options: Options) -> str:
     return f"NFNet-{options.variant.name}, {options.num_classes} classes"
-
-
-@contextmanager
-def _named_files() -> Iterator[None]:
-    """Report a file that cannot be opened, read or written as one of this project's errors."""
-    try:
-        yield
-    except OSError as error:
-        raise FormatError(str(error)) from None

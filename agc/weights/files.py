@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import math
 import os
 import secrets
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +27,9 @@ __all__ = [
     "DTYPES",
     "Source",
     "Tensor",
+    "check_target",
+    "in_memory",
+    "named_files",
     "need",
     "open_source",
     "replacing",
@@ -89,7 +95,10 @@ def open_source(path: Path) -> Iterator[Source]:
     """
     with path.open("rb") as file:
         start = file.read(16)
-    if start.startswith(b"PK"):
+    if _is_safetensors(start, path.stat().st_size):
+        with _safetensors(path) as source:
+            yield source
+    elif start.startswith(b"PK"):
         with _open_zip(path) as archive:
             names = archive.namelist()
             if any(name.endswith("/data.pkl") for name in names):
@@ -102,10 +111,7 @@ def open_source(path: Path) -> Iterator[Source]:
         yield _torch(path, zipped=False)
     elif start.startswith(b"\x80"):
         arrays = read_pickle(path)
-        yield Source(path, {name: _in_memory(array) for name, array in arrays.items()}, {})
-    elif start[8:9] == b"{":
-        with _safetensors(path) as source:
-            yield source
+        yield Source(path, {name: in_memory(array) for name, array in arrays.items()}, {})
     else:
         raise FormatError(
             f"{path}: neither safetensors, npz, a PyTorch file nor a pickle; it starts with {start!r}"
@@ -115,7 +121,8 @@ def open_source(path: Path) -> Iterator[Source]:
 _LEGACY_TORCH: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # its magic number, pickled
 
 
-def _in_memory(array: Array) -> Tensor:
+def in_memory(array: Array) -> Tensor:
+    """Return an array that is there already as a tensor."""
     return Tensor(array.shape, array.dtype.name, lambda: array)
 
 
@@ -130,6 +137,16 @@ DTYPES: Final[Mapping[str, str]] = {
 """Code in a safetensors file to the dtype's name: what weights may be made of."""
 
 
+def _is_safetensors(start: bytes, size: int) -> bool:
+    """Whether a file of this size, which starts with these bytes, is safetensors.
+
+    Its first eight bytes are the length of its header and can be those of any other kind, so the brace that
+    follows decides, unless the header would not fit and the file looks like another kind.
+    """
+    fits = int.from_bytes(start[:8], "little") <= size - 8
+    return start[8:9] == b"{" and (fits or not start.startswith((b"PK", b"\x80")))
+
+
 @contextmanager
 def _safetensors(path: Path) -> Iterator[Source]:
     library = need("safetensors", f"{path}: reading safetensors")
@@ -141,9 +158,14 @@ def _safetensors(path: Path) -> Iterator[Source]:
 
         def tensor(name: str) -> Tensor:
             part = file.get_slice(name)
-            dtype = part.get_dtype()
-            shape = tuple(part.get_shape())
-            return Tensor(shape, DTYPES.get(dtype, dtype), lambda: file.get_tensor(name))
+            dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
+
+            def read() -> Array:
+                if dtype == "bfloat16":  # which NumPy has only once this is imported
+                    need("ml_dtypes", f"{path}: reading bfloat16")
+                return np.asarray(file.get_tensor(name))
+
+            return Tensor(tuple(part.get_shape()), dtype, read)
 
         yield Source(path, {name: tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
 
@@ -212,7 +234,7 @@ def _bytes(array: Array) -> memoryview:
 def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise FormatError(f"{path}: truncated, or not a whole zip archive; {error}") from None
     with archive:
         yield archive
@@ -242,12 +264,26 @@ def _npz(path: Path, archive: zipfile.ZipFile) -> Source:
     return Source(path, tensors, metadata)
 
 
+# RuntimeError is zipfile's for a member that is encrypted, or compressed in a way that it does not know; OSError
+# is what a place outside of the file gives.
+_BROKEN_MEMBER: Final = (
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    OSError,
+)
+
+
 @contextmanager
 def _member(path: Path, archive: zipfile.ZipFile, member: str) -> Iterator[IO[bytes]]:
     try:
         with archive.open(member) as file:
             yield file
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+    except _BROKEN_MEMBER as error:
         raise FormatError(
             f"{path}: {member.removesuffix('.npy')} cannot be read; {error}"
         ) from None
@@ -280,15 +316,19 @@ def _torch(path: Path, *, zipped: bool) -> Source:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch's reader raises what it likes for broken files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FormatError(
-            f"{path}: PyTorch cannot read it with weights_only=True, which runs nothing; {reason}"
+            f"{path}: PyTorch cannot read it with weights_only=True, which runs nothing; {_reason(error)}"
         ) from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict):
         raise FormatError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
+    for name in loaded:
+        if not isinstance(name, str):
+            raise FormatError(
+                f"{path}: {name!r} is a {type(name).__name__}, not the name of a tensor; save model.state_dict()"
+            )
 
     def tensor(name: str, value: Any) -> Tensor:
         if not isinstance(value, torch.Tensor):
@@ -306,7 +346,44 @@ def _torch(path: Path, *, zipped: bool) -> Source:
     return Source(path, {name: tensor(name, value) for name, value in loaded.items()}, {})
 
 
+def _reason(error: Exception) -> str:
+    """Return what PyTorch found, without its advice to load the file by less careful means."""
+    text = str(error).rpartition("WeightsUnpickler error: ")[2]
+    lines = text.strip().removeprefix("Weights only load failed. ").splitlines()
+    found = [line for line in lines if line.strip() and "weights_only" not in line]
+    # A name in the file can hold what a terminal obeys.
+    printable = "".join(filter(str.isprintable, (found or lines or [""])[0]))
+    return printable.partition(" Please use ")[0].strip() or type(error).__name__
+
+
 # --- Writing -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def named_files() -> Iterator[None]:
+    """Report a file that cannot be opened, read or written as one of this project's errors."""
+    try:
+        yield
+    except OSError as error:
+        raise FormatError(str(error)) from None
+
+
+def check_target(path: Path) -> None:
+    """Raise unless a file of this name can stand there.
+
+    Raises
+    ------
+    IsADirectoryError
+        If a folder does.
+    FileNotFoundError
+        If the folder that it would be in does not exist.
+    """
+    if path.is_dir():
+        what = f"{os.strerror(errno.EISDIR)}, name a file in it"
+        raise IsADirectoryError(errno.EISDIR, what, str(path))
+    if not path.parent.is_dir():
+        what = f"{os.strerror(errno.ENOENT)}, make its folder first"
+        raise FileNotFoundError(errno.ENOENT, what, str(path))
 
 
 @contextmanager
@@ -314,7 +391,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside ``path`` that takes its place in the end, or leaves no trace.
 
     Whatever stands there stays until everything is written.
+
+    Raises
+    ------
+    OSError
+        As :func:`check_target`, before anything else; or if writing fails.
     """
+    check_target(path)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("xb") as file:

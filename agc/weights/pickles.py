@@ -197,10 +197,28 @@ def _reconstruct(kind: object, *_: object) -> _Array:
     return _Array()
 
 
-def _finished(data: object, dtype: object, shape: object, order: object) -> _Array:
+def _finished(
+    data: object, dtype: object, shape: object, order: object, axes: object = None
+) -> _Array:
     array = _Array()
-    object.__setattr__(array, "value", _from_bytes(data, dtype, shape, order))
+    # Since NumPy 2.4 a transposed array is its bytes in C order, and where its axes go.
+    value = _from_bytes(data, dtype, shape, "C" if order == "K" else order)
+    if order == "K":
+        value = _transposed(value, axes)
+    elif axes is not None:
+        raise _RefusedError("describes an array with axes that its order does not need")
+    object.__setattr__(array, "value", value)
     return array
+
+
+def _transposed(array: Array, axes: object) -> Array:
+    if (
+        not isinstance(axes, tuple)
+        or not all(isinstance(axis, int) for axis in axes)
+        or sorted(axes) != list(range(array.ndim))
+    ):
+        raise _RefusedError("describes an array whose axes do not fit its shape")
+    return array.transpose(axes)
 
 
 def _scalar(dtype: object, data: object) -> _Array:

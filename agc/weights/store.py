@@ -26,6 +26,7 @@ from agc.weights.files import (
     DTYPES,
     Source,
     Tensor,
+    in_memory,
     open_source,
     replacing,
     write_npz,
@@ -105,7 +106,7 @@ def open_weights(
         If it is truncated, of a later version, or no such file.
     ParameterError
         If tensors are missing, unknown, of another shape, or not floating point; the message names them as the
-        file does.
+        file does, up to ten of each kind.
     MissingPackageError
         If the package that reads this kind of file is not installed.
     ConfigError
@@ -160,9 +161,11 @@ def save(
         If they are not; the message names them.
     ConfigError
         If there is no such form, or the variant is one that is only yours and has no name to be found by.
+    OSError
+        If ``path`` is a folder, or in none.
     """
     check_arrays(_specs(chosen), arrays)
-    tensors = {name: _in_memory(np.asarray(array)) for name, array in arrays.items()}
+    tensors = {name: in_memory(np.asarray(array)) for name, array in arrays.items()}
     _write(Path(path), chosen, tensors, _form(to), None)
 
 
@@ -248,12 +251,20 @@ def _check(source: Source, form: Form, chosen: Options) -> dict[str, Tensor]:
     try:
         check_arrays([form.spec(spec) for spec in specs], source.tensors)
     except ParameterError as error:
-        like = guess({name: tensor.shape for name, tensor in source.tensors.items()})[1].name
-        hint = "" if like == chosen.variant.name else f". Its tensors look like those of {like}"
         raise ParameterError(
-            f"{source.path}, read as {form.name} weights of {chosen.variant.name}: {error}{hint}"
+            f"{source.path}, read as {form.name} weights of {chosen.variant.name}: "
+            f"{error}{_hint(source, chosen)}"
         ) from None
     return {spec.name: _decoded(form, spec, source.tensors[form.spec(spec).name]) for spec in specs}
+
+
+def _hint(source: Source, chosen: Options) -> str:
+    """Say what the tensors look like, if not like what they should be."""
+    try:
+        like = guess({name: tensor.shape for name, tensor in source.tensors.items()})[1].name
+    except KeyError:
+        return ". None of its names is an NFNet's"
+    return "" if like == chosen.variant.name else f". Its tensors look like those of {like}"
 
 
 def _metadata(chosen: Options, form: Form) -> dict[str, str]:
@@ -322,7 +333,3 @@ def _form(name: str) -> Form:
     if name not in FORMS:
         raise ConfigError(f"unknown form {name!r}; the forms are {', '.join(FORMS)}")
     return FORMS[name]
-
-
-def _in_memory(array: Array) -> Tensor:
-    return Tensor(array.shape, array.dtype.name, lambda: array)

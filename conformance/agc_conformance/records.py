@@ -97,6 +97,8 @@ class Header(TypedDict):
     date: str
     full: NotRequired[bool]
     select: NotRequired[str | None]
+    train: NotRequired[bool]
+    models: NotRequired[bool]
 
 
 class ResultRecord(TypedDict):

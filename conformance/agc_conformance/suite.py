@@ -82,7 +82,14 @@ def run(
         Exit status: 0, or 1 if something failed or was not there.
     """
     console = console or Console(stderr=True)
-    common: dict[str, Any] = {"vectors": digest(), "full": full, "select": select, "device": device}
+    common: dict[str, Any] = {
+        "vectors": digest(),
+        "full": full,
+        "select": select,
+        "train": train,
+        "models": models,
+        "device": device,
+    }
     try:
         backend = load_backend(spec, device)
     except Unavailable as reason:

@@ -9,6 +9,7 @@ import pytest
 
 from agc.errors import FormatError
 from agc_conformance.reporting.overview import errors_figure, overview, publish
+from agc_conformance.vectors import CLAUSES
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "conformance" / "results"
@@ -27,10 +28,15 @@ def test_readme_shows_the_committed_report(report):
 
 
 def test_committed_report_is_complete(report):
-    names = {run["header"]["backend"] for run in report["runs"]}
-    assert {"torch", "jax", "tensorflow", "reference"} & names >= {"torch", "jax", "tensorflow"}
+    backends = [run for run in report["runs"] if run["header"]["role"] == "backend"]
+    assert {run["header"]["backend"] for run in backends} >= {"torch", "jax", "tensorflow"}
+    for run in backends:
+        assert list(run["clauses"]) == list(CLAUSES)
+        assert {cell["verdict"] for cell in run["clauses"].values()} <= {"passed", "unsupported"}
     assert report["ok"]
     assert not report["failures"]
+    assert not report["notices"]
+    assert {mutant["status"] for mutant in report["mutants"]} == {"killed"}
 
 
 def test_what_the_matrix_says(report):
@@ -42,6 +48,7 @@ def test_what_the_matrix_says(report):
     titles = overview(report).splitlines()[0]
     assert titles.index("PyTorch") < titles.index("JAX") < titles.index("TensorFlow")
     assert rows["AGC-1"][:3] == ["✓", "✓", "✓"]
+    assert rows["NFNET-5"] == ["✓", "✓", "✓"]
     assert any(cell.startswith("✗") for row in rows.values() for cell in row[3:])
 
 
@@ -50,6 +57,17 @@ def test_a_failure_shows_in_the_matrix(report):
     run = next(run for run in changed["runs"] if run["header"]["backend"] == "torch")
     run["clauses"]["AGC-1"].update(verdict="failed", counts={"passed": 3, "failed": 1})
     assert "| ✗ 3/4 |" in overview(changed)
+
+
+def test_what_is_not_offered_or_not_asked_shows_in_the_matrix(report):
+    changed = json.loads(json.dumps(report))
+    run = next(run for run in changed["runs"] if run["header"]["backend"] == "torch")
+    run["clauses"]["AGC-1"].update(verdict="passed", counts={"passed": 3, "unsupported": 2})
+    del run["clauses"]["NFNET-2"]
+    page = overview(changed)
+    assert "| ✓ (2 n/a) |" in page
+    (row,) = (line for line in page.splitlines() if line.startswith("| **NFNET-2**"))
+    assert row.split("|")[2].strip() == ""
 
 
 def test_figure_shows_every_framework(report):
@@ -77,7 +95,8 @@ def test_publish(report, tmp_path):
         (lambda report: report.update(format="other"), "not a report"),
         (lambda report: report.update(runs=report["runs"][:1]), "no run of"),
         (lambda report: report.update(ok=False, headline="2 failed"), "2 failed; only a complete"),
-        (lambda report: report.update(notices=["another suite"]), "only a complete"),
+        (lambda report: report.update(notices=["another suite"]), "another suite; only a complete"),
+        (lambda report: report.update(mutants=[]), "no mutants; only a complete"),
     ],
 )
 def test_only_a_good_report_is_published(report, change, message, tmp_path):

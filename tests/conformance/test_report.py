@@ -15,6 +15,7 @@ from agc.errors import FormatError
 from agc_conformance.records import Writer, make_header, make_result, read_results
 from agc_conformance.reporting import Summary, html, junit, markdown, report, summarize, terminal
 from agc_conformance.reporting.figures import histograms
+from agc_conformance.vectors import CLAUSES
 
 EVIL = "<script>alert('x')</script> | \x01"
 
@@ -56,6 +57,29 @@ def files(tmp_path: Path) -> dict[str, Path]:
         "killed_by": ["L1-a:float32"],
     }
     return {
+        "whole": write(
+            tmp_path / "whole.jsonl",
+            "run",
+            *(result(f"L1-{clause}", clause=clause) for clause in CLAUSES),
+            backend="whole",
+            role="backend",
+        ),
+        "hasty": write(
+            tmp_path / "hasty.jsonl",
+            "run",
+            *(result(f"L1-{clause}", clause=clause) for clause in CLAUSES),
+            backend="hasty",
+            role="backend",
+            train=False,
+            models=False,
+        ),
+        "parser": write(
+            tmp_path / "parser.jsonl",
+            "run",
+            *(result(f"L0-{clause}", clause=clause, level="L0") for clause in CLAUSES),
+            backend="parser",
+            role="backend",
+        ),
         "good": write(
             tmp_path / "good.jsonl",
             "run",
@@ -130,8 +154,9 @@ def quiet() -> Console:
         (["good", "tpu", "teeth"], 0),
         (["good", "bad"], 1),
         (["good", "survivor"], 1),
+        (["absent"], 1),
     ],
-    ids=["right", "with-subject", "with-absent", "with-teeth", "failed", "survivor"],
+    ids=["right", "with-subject", "with-absent", "with-teeth", "failed", "survivor", "nothing"],
 )
 def test_exit_status(files: dict[str, Path], names: list[str], status: int) -> None:
     assert report([files[name] for name in names], console=quiet()) == status
@@ -144,8 +169,21 @@ def test_headline_and_mood(files: dict[str, Path]) -> None:
         "1 unavailable, 1 of 1 mutants killed"
     )
     assert everything.mood == "no"
-    assert summary(files, "good").mood == "ok"
-    assert summary(files, "good", "absent").mood == "partly"
+    assert summary(files, "whole").mood == "ok"
+    assert summary(files, "whole", "absent").mood == "partly"
+    assert summary(files, "whole", "parser").headline.startswith("1 of 2 backends conform")
+
+
+def test_what_was_not_asked_is_said(files: dict[str, Path]) -> None:
+    assert summary(files, "whole").notices == []
+    (notice,) = summary(files, "good").notices
+    assert notice.startswith("good on cpu was not asked about AGC-1, AGC-3, ")
+    assert "NFNET-5" in notice
+    assert summary(files, "good").mood == "partly"
+    assert summary(files, "hasty").notices == [
+        "hasty on cpu ran without training on real images.",
+        "hasty on cpu ran without NFNets.",
+    ]
 
 
 def test_four_files_are_written(files: dict[str, Path], tmp_path: Path) -> None:

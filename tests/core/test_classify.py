@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 
 from agc import nfnet
 from agc.cli import main
-from agc.errors import ConfigError, FormatError, MissingPackageError
+from agc.errors import ConfigError, FormatError, MissingPackageError, NonFiniteError
 from agc.nfnet.images import evaluation_image
 from agc.weights import classify, save
 
@@ -27,6 +27,12 @@ def test_top():
     np.testing.assert_allclose([row.probability for row in rows], exact, rtol=1e-12)
     assert classify.top(np.float32([1000, 0]), 5, None)[0].probability == 1
     assert len(classify.top(np.float32([1000, 0]), 5, None)) == 2
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite(bad):
+    with pytest.raises(NonFiniteError, match="1 of 3 logits are NaN or infinite"):
+        classify.top(np.float32([0, bad, 1]), 3, None)
 
 
 def test_names(tmp_path):
@@ -82,6 +88,35 @@ def test_read_image(tmp_path, mode):
     image.save(path)
     expected = evaluation_image(np.asarray(image.convert("RGB")), 32)
     np.testing.assert_array_equal(classify.read_image(path, 32), expected)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tiff"])
+def test_grey_of_16_bits_is_scaled(tmp_path, name):
+    grey = np.asarray(Image.fromarray(FLOWER).convert("L"))
+    Image.fromarray(grey).save(tmp_path / "narrow.png")
+    Image.fromarray(grey.astype("uint16") * 257).save(tmp_path / name)
+    with Image.open(tmp_path / name) as image:
+        assert image.mode in ("I;16", "I")
+    expected = classify.read_image(tmp_path / "narrow.png", 32)
+    np.testing.assert_array_equal(classify.read_image(tmp_path / name, 32), expected)
+
+
+def test_grey_of_16_bits_as_older_pillow_has_it(tmp_path, monkeypatch):
+    grey = np.asarray(Image.fromarray(FLOWER).convert("L"))
+    Image.fromarray(grey).save(tmp_path / "x.png")
+    expected = classify.read_image(tmp_path / "x.png", 32)
+    wide = Image.fromarray(grey.astype("int32") * 257)
+    wide.format = "PNG"
+    monkeypatch.setattr(Image, "open", lambda path: wide)
+    np.testing.assert_array_equal(classify.read_image(tmp_path / "x.png", 32), expected)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_grey_of_32_bits_is_refused(tmp_path, dtype):
+    path = tmp_path / "x.tiff"
+    Image.fromarray(np.asarray(Image.fromarray(FLOWER).convert("L")).astype(dtype)).save(path)
+    with pytest.raises(FormatError, match=r"^[^:]*x\.tiff: has 32 bits .*scale it to 8 bits a"):
+        classify.read_image(path, 32)
 
 
 def test_bad_images(tmp_path):
@@ -167,6 +202,36 @@ def test_random_weights_are_announced(photographs, brightness, capsys, tmp_path)
     save(tmp_path / "new", chosen, arrays)
     assert main([*command, "--weights", str(tmp_path / "new")]) == 0
     assert "THE WEIGHTS LOOK UNTRAINED" in capsys.readouterr().out
+
+
+def test_random_weights_take_the_options(photographs, monkeypatch, capsys):
+    seen = []
+
+    def make(chosen, arrays):
+        seen.append((chosen.activation, chosen.ws_eps))
+        return lambda images: np.zeros((1, 10), "float32")
+
+    monkeypatch.setattr(classify, "BACKENDS", {**classify.BACKENDS, "torch": make})
+    command = ["classify", photographs[0], "--backend", "torch", "--weights", "random"]
+    assert main(command) == 0
+    assert main([*command, "--activation", "silu", "--ws-eps", "timm"]) == 0
+    assert seen == [("gelu", "deepmind"), ("silu", "timm")]
+    capsys.readouterr()
+    assert main([*command, "--activation", "mish"]) == 2
+    assert "agc: unknown activation 'mish'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_no_classes_without_finite_logits(photographs, monkeypatch, capsys, more):
+    def make(chosen, arrays):
+        return lambda images: np.full((1, 10), np.nan, "float32")
+
+    monkeypatch.setattr(classify, "BACKENDS", {**classify.BACKENDS, "torch": make})
+    command = ["classify", photographs[0], "--backend", "torch", "--weights", "random"]
+    assert main([*command, *more]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"agc: {photographs[0]} with random: 10 of 10 logits are NaN or infinite" in err
 
 
 def test_misuse(photographs, brightness, capsys, tmp_path):

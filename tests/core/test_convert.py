@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 import struct
+import subprocess
 import sys
 import tracemalloc
 import types
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from agc import nfnet
 from agc.cli import main
-from agc.errors import ConfigError, FormatError, ParameterError
+from agc.errors import ConfigError, FormatError, MissingPackageError, ParameterError
 from agc.weights import FORMS, convert, load, open_weights, save
 from agc.weights.forms import guess
 
@@ -203,6 +204,48 @@ def test_dtypes_stay(tmp_path, arrays, form, dtype):
         assert value.tobytes() == values[name].tobytes()
 
 
+@pytest.mark.parametrize("code", [0x80, 0x4B50])  # how a pickle starts, and a zip archive
+def test_headers_whose_length_looks_like_another_kind(tmp_path, neutral, arrays, code):
+    path = tmp_path / "looks"
+    said = {**metadata_of(neutral), "note": ""}
+    write_safetensors(path, arrays, said)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    said["note"] = "x" * ((code - length) % (256 if code < 256 else 65536))
+    write_safetensors(path, arrays, said)
+    assert path.read_bytes().startswith(code.to_bytes(2, "little").rstrip(b"\0"))
+    chosen, found = load(path)
+    assert chosen == nfnet.options("tiny")
+    assert all(np.array_equal(found[name], value) for name, value in arrays.items())
+    convert(path, tmp_path / "back", "neutral")
+    assert (tmp_path / "back").read_bytes() == neutral.read_bytes()
+
+
+READ_BFLOAT16 = """
+import sys
+from agc.weights import load
+assert "ml_dtypes" not in sys.modules
+print(load(sys.argv[1])[1]["head.bias"].dtype)
+"""
+
+
+def test_bfloat16_needs_nothing_to_be_imported_before(tmp_path, arrays):
+    path = tmp_path / "narrow"
+    values = {name: value.astype(ml_dtypes.bfloat16) for name, value in arrays.items()}
+    save(path, nfnet.options("tiny"), values)
+    command = [sys.executable, "-c", READ_BFLOAT16, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("bfloat16", "")
+
+
+def test_bfloat16_names_the_extra(tmp_path, arrays, monkeypatch):
+    path = tmp_path / "narrow"
+    values = {name: value.astype(ml_dtypes.bfloat16) for name, value in arrays.items()}
+    save(path, nfnet.options("tiny"), values)
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(MissingPackageError, match=r"narrow: reading bfloat16 needs ml_dtypes"):
+        load(path)
+
+
 def test_mixed_dtypes_are_aligned(tmp_path, arrays):
     values = {k: v.astype("float16") if ".gain" in k else v for k, v in arrays.items()}
     values["stem.conv0.bias"] = values["stem.conv0.bias"].astype("float64")
@@ -351,6 +394,14 @@ def test_wrong_variants_are_named(tmp_path, neutral):
     assert not (tmp_path / "x").exists()
 
 
+def test_names_of_no_form_are_named_too(tmp_path, neutral):
+    renamed = {f"model.{name}": value for name, value in load_file(neutral).items()}
+    write_safetensors(tmp_path / "renamed", renamed, metadata_of(neutral))
+    with pytest.raises(ParameterError, match=r"233 missing: .*233 unknown: model\.") as caught:
+        load(tmp_path / "renamed")
+    assert str(caught.value).endswith("None of its names is an NFNet's")
+
+
 def load_as(path, **options):
     with open_weights(path, **options) as found:
         return found.arrays()
@@ -406,6 +457,73 @@ def test_damaged_archives(tmp_path, neutral):
     assert folder(tmp_path / "target") == ["flipped", "neutral.safetensors", "whole"]
 
 
+def npy(header):
+    """An array of eight zeros under any header."""
+    text = header.ljust(117).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(32)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (8,",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (8,), }}",
+        "  {'descr': '<f4'\n 'shape'",
+        "{'descr': '<f3', 'fortran_order': False, 'shape': (8,), }",
+    ],
+)
+def test_broken_headers_in_archives(tmp_path, header):
+    with zipfile.ZipFile(tmp_path / "x", "w") as archive:
+        archive.writestr("NFNet/~/linear/b.npy", npy(header))
+    with pytest.raises(FormatError, match="x: NFNet/~/linear/b cannot be read; "):
+        load(tmp_path / "x")
+
+
+def test_damaged_compression(tmp_path, arrays):
+    haiku = {spec.haiku: arrays[spec.name] for spec in nfnet.parameters("tiny")}
+    np.savez_compressed(tmp_path / "x.npz", **haiku)
+    with zipfile.ZipFile(tmp_path / "x.npz") as archive:
+        info = archive.getinfo("NFNet/~/linear/w.npy")
+    data = bytearray((tmp_path / "x.npz").read_bytes())
+    names = struct.unpack_from("<HH", data, info.header_offset + 26)
+    data[info.header_offset + 30 + sum(names)] = 7  # a kind of block that does not exist
+    (tmp_path / "x.npz").write_bytes(data)
+    with pytest.raises(FormatError, match=r"NFNet/~/linear/w cannot be read; .*invalid block type"):
+        load(tmp_path / "x.npz")
+
+
+def test_archives_of_a_later_version(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x", "w") as archive:
+        archive.writestr("NFNet/~/linear/b.npy", npy("{}"))
+    data = bytearray((tmp_path / "x").read_bytes())
+    data[data.index(b"PK\x01\x02") + 6] = 99
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(FormatError, match=r"x: truncated, or not .*; zip file version 9\.9"):
+        load(tmp_path / "x")
+
+
+def test_members_outside_of_the_archive(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x", "w") as archive:
+        archive.writestr("NFNet/~/linear/b.npy", npy("{}"))
+    data = bytearray((tmp_path / "x").read_bytes())
+    place = data.index(b"PK\x05\x06") + 16  # where the archive says that its directory starts
+    struct.pack_into("<I", data, place, struct.unpack_from("<I", data, place)[0] + 1000)
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(FormatError, match="x: "):
+        load(tmp_path / "x")
+
+
+def test_encrypted_archives(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x", "w") as archive:
+        archive.writestr("NFNet/~/linear/b.npy", npy("{}"))
+    data = bytearray((tmp_path / "x").read_bytes())
+    for start in (6, data.index(b"PK\x01\x02") + 8):
+        data[start] |= 1
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(FormatError, match=r"linear/b cannot be read; .*encrypted"):
+        load(tmp_path / "x")
+
+
 def test_objects_in_archives_are_not_unpickled(tmp_path, arrays):
     haiku = {spec.haiku: arrays[spec.name] for spec in nfnet.parameters("tiny")}
     haiku["NFNet/~/linear/b"] = np.array([0.0] * 9 + [print], dtype=object)
@@ -419,6 +537,7 @@ def test_objects_in_archives_are_not_unpickled(tmp_path, arrays):
     [
         (b"<!DOCTYPE html>", "neither safetensors, npz, a PyTorch file nor a pickle"),
         (b"", "it starts with b''"),
+        (b"PK\x03\x04\x14\0\0\0{", "truncated, or not a whole zip archive"),
         (b"PK\x05\x06" + bytes(18), "a zip archive, but neither NumPy's nor PyTorch's"),
         (struct.pack("<Q", 2**40) + b"{}", "x: "),
     ],
@@ -427,6 +546,74 @@ def test_other_files(tmp_path, content, message):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(FormatError, match=message):
         load(tmp_path / "x")
+
+
+# --- PyTorch's files, without PyTorch: what its reader says is written down here
+
+
+UNSAFE = (
+    "In PyTorch 2.6, we changed the default value of the `weights_only` argument in `torch.load` from `False` to "
+    "`True`. Re-running `torch.load` with `weights_only` set to `False` will likely succeed."
+)
+DOCS = "\n\nCheck the documentation of torch.load to learn more"
+UNKNOWN = "Unsupported global: GLOBAL my.Model was not an allowed global by default."
+BLOCKED = "Trying to load unsupported GLOBAL posix.system whose module posix is blocked."
+
+
+@pytest.fixture
+def pytorch(tmp_path, monkeypatch):
+    """Return a function that lets PyTorch read something, or fail, and the file that it reads."""
+
+    def make(found):
+        def read(path, **how):
+            assert how["weights_only"] is True
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        fake = types.SimpleNamespace(__version__="2.6.0", load=read, Tensor=np.ndarray)
+        monkeypatch.setitem(sys.modules, "torch", fake)
+        path = tmp_path / "model.pth"
+        path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            "Weights only load failed. This file can still be loaded, to do so you have two options, \033[1mdo "
+            f"those steps only if you trust the source of the checkpoint\033[0m. \n\t(1) {UNSAFE}\n\t(2) "
+            "Alternatively, to load with `weights_only=True` please check the recommended steps in the following "
+            f"error message.\n\tWeightsUnpickler error: {UNKNOWN} Please use `add_safe_globals([Model])`{DOCS}",
+            UNKNOWN,
+        ),
+        (
+            f"Weights only load failed. {UNSAFE}\nPlease file an issue with the following so that we can make "
+            f"`weights_only=True` compatible: WeightsUnpickler error: \n\nUnsupported operand 149{DOCS}",
+            "Unsupported operand 149",
+        ),
+        (f"Weights only load failed. {UNSAFE}\n\n\n{BLOCKED}{DOCS}", BLOCKED),
+        (f"Weights only load failed. x must be imported to load\n {UNSAFE}\n", "x must be imported to load"),
+        ("Ran out of input", "Ran out of input"),
+        ("GLOBAL \033[1mbold", "GLOBAL [1mbold"),
+        ("", "EOFError"),
+    ],
+)  # fmt: skip
+def test_what_pytorch_found_is_said(pytorch, said, reason):
+    path = pytorch(EOFError(said))
+    with pytest.raises(FormatError) as caught:
+        load(path)
+    assert str(caught.value).endswith(f"with weights_only=True, which runs nothing; {reason}")
+
+
+@pytest.mark.parametrize("name", [0, ("a", "b")])
+def test_state_dicts_have_names(pytorch, name):
+    path = pytorch({"head.bias": np.zeros(10), name: np.zeros(2)})
+    with pytest.raises(FormatError, match=r"model\.pth: .* is a (int|tuple), not the name of"):
+        load(path)
 
 
 # --- Nothing half-written
@@ -480,6 +667,23 @@ def test_misuse(tmp_path, neutral, arrays):
     with pytest.raises(ConfigError, match="'mine' is not one of F0"):
         save(tmp_path / "x", nfnet.options(mine), nfnet.seeded_parameters(mine))
     assert not (tmp_path / "x").exists()
+
+
+def test_targets_that_cannot_be(tmp_path, neutral, arrays, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    chosen, before = nfnet.options("tiny"), folder(neutral)
+    for place in (".", "..", "", str(tmp_path)):
+        with pytest.raises(IsADirectoryError, match="name a file in it: "):
+            save(place, chosen, arrays)
+        with pytest.raises(IsADirectoryError, match="name a file in it: "):
+            convert(neutral, place, "torch")
+    with pytest.raises(FileNotFoundError, match=r"make its folder first: 'none/x'"):
+        save("none/x", chosen, arrays)
+    assert main(["convert", str(neutral), ".", "--to", "torch"]) == 2
+    assert "Is a directory, name a file in it: '.'" in capsys.readouterr().err
+    assert main(["convert", str(neutral), "none/x", "--to", "torch"]) == 2
+    assert capsys.readouterr().err.endswith("make its folder first: 'none/x'\n")
+    assert folder(neutral) == before
 
 
 # --- Memory

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,17 +94,106 @@ def test_command(monkeypatch, tmp_path, capsys):
 
 
 def test_bad_input(capsys, tmp_path):
-    with pytest.raises(ConfigError, match="seeds must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="seeds must be an integer >= 1, got 0"):
         demo.Experiment(seeds=0)
+    with pytest.raises(ConfigError, match=r"batch must be an integer >= 1, got 1\.5"):
+        demo.Experiment(batch=1.5)
     with pytest.raises(ConfigError, match="rates must name at least one number"):
         demo.Experiment(rates=())
     assert main(["demo", "--steps", "0", "--out", str(tmp_path / "x.svg")]) == 2
-    assert "steps must be at least 1, got 0" in capsys.readouterr().err
+    assert "steps must be an integer >= 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("clipping", [0.0, -0.01, math.nan, math.inf])
+def test_bad_clippings(clipping):
+    with pytest.raises(ConfigError, match=f"clippings must be none, or .*> 0, got {clipping}"):
+        demo.Experiment(clippings=(None, clipping))
+
+
+@pytest.mark.parametrize("rate", [-0.1, math.nan, math.inf])
+def test_bad_rates(rate):
+    with pytest.raises(ConfigError, match=f"rates must be finite and >= 0, got {rate}"):
+        demo.Experiment(rates=(0.1, rate))
+    assert demo.Experiment(rates=(0.0,)).rates == (0.0,)
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """A framework that must not be asked to train."""
+
+    def train(*_):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(demo, "load", lambda framework: train)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("none/x.svg", "--out: .*No such file or directory, make its folder first: .*x.svg"),
+        ("folder", "--out: .*Is a directory, name a file in it: .*folder"),
+        (".", "--out: .*Is a directory, name a file in it: "),
+        ("taken.svg", "--out: .*Is a directory, name a file in it: .*taken.json"),
+        ("x.json", r"--out: .*x.json cannot be drawn; .* in .svg, .png, .pdf"),
+        ("x.tiff", r"--out: .*x.tiff cannot be drawn; .* in .svg, .png, .pdf"),
+    ],
+)
+def test_where_nothing_can_be_written(tmp_path, monkeypatch, capsys, untrained, out, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder", "taken.json"):
+        (tmp_path / name).mkdir()
+    assert main(["demo", "--out", out]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch, capsys, untrained):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["demo", "--out", str(tmp_path / "x.svg")]) == 2
+    err = capsys.readouterr().err
+    assert "agc demo needs matplotlib" in err
+    assert 'pip install "agc-sam[demo]"' in err
+
+
+SHORT = ["demo", "--clippings", "0.08", "--rates", "0.1", "--steps", "3", "--seeds", "1"]
+
+
+@pytest.mark.parametrize("name", ["x", "x.svg", "x.PNG", "x.pdf"])
+def test_pictures(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(demo, "load", lambda framework: fake)
+    assert main([*SHORT, "--out", str(tmp_path / name)]) == 0
+    start = (tmp_path / name).read_bytes()[:5]
+    assert start == {".PNG": b"\x89PNG\r", ".pdf": b"%PDF-"}.get(Path(name).suffix, b"<?xml")
+
+
+def test_a_folder_that_is_lost_meanwhile(monkeypatch, tmp_path, capsys):
+    place = tmp_path / "place"
+    place.mkdir()
+
+    def train(*given):
+        if place.exists():
+            place.rmdir()
+        return fake(*given)
+
+    monkeypatch.setattr(demo, "load", lambda framework: train)
+    assert main([*SHORT, "--out", str(place / "x.svg")]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_numbers_survive_a_picture_that_fails(monkeypatch, tmp_path):
+    def draw(*_):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(demo, "load", lambda framework: fake)
+    monkeypatch.setattr(demo, "draw", draw)
+    with pytest.raises(RuntimeError, match="no ink"):
+        main([*SHORT, "--out", str(tmp_path / "x.svg")])
+    assert len(json.loads((tmp_path / "x.json").read_text())["runs"]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_a_framework_that_is_not_installed(monkeypatch, capsys):
-    import sys
-
     monkeypatch.setitem(sys.modules, "agc_torch.demo", None)
     assert main(["demo", "--framework", "torch"]) == 2
     assert 'pip install "agc-sam[torch,demo]"' in capsys.readouterr().err

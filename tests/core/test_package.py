@@ -64,3 +64,23 @@ def test_command_without_its_packages_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "agc_conformance.cli", None)
     assert main(["conformance", "run", "--backend", "x"]) == 2
     assert 'pip install "agc-sam[conformance]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["--framework", "torch"],
+        ["--out=x.svg", "-v", "rest"],
+        ["--help"],
+        ["--", "-x"],
+    ],
+)
+def test_whatever_is_given_to_a_command_without_its_packages(capsys, monkeypatch, given):
+    from agc.cli import main
+
+    monkeypatch.setitem(sys.modules, "agc.demo", None)
+    assert main(["demo", *given]) == 2
+    err = capsys.readouterr().err
+    assert "'agc demo' needs packages that are not installed" in err
+    assert 'pip install "agc-sam[demo]"' in err

@@ -107,6 +107,7 @@ def test_pickles_of_arrays(tmp_path, protocol, dtype):
         "m": {
             "a": np.arange(24, dtype=dtype).reshape(2, 3, 4),
             "t": np.arange(6, dtype=dtype).reshape(2, 3).T,
+            "oihw": np.arange(120, dtype=dtype).reshape(2, 3, 4, 5).transpose(3, 2, 0, 1),
             "empty": np.zeros((0, 3), dtype),
             "zero": np.array(7, dtype),
             "scalar": np.dtype(dtype).type(8),
@@ -119,11 +120,6 @@ def test_pickles_of_arrays(tmp_path, protocol, dtype):
         assert found[f"m/{name}"].dtype == value.dtype
 
 
-# --- Malicious files
-
-MARK = "executed"
-
-
 class Call:
     """What is pickled as a call of a function."""
 
@@ -132,6 +128,45 @@ class Call:
 
     def __reduce__(self):
         return self.reduced
+
+
+def transposed(axes, order="K"):
+    """What NumPy 2.4 makes of a transposed array in protocol 5, by hand; any NumPy gives the name."""
+    values = np.arange(120, dtype="f4")
+    made = Call(
+        np.zeros(2).__reduce_ex__(5)[0], values.tobytes(), values.dtype, (2, 3, 4, 5), order, *axes
+    )
+    return pickle.dumps({"m": {"a": made}}, 5)
+
+
+def test_order_of_axes(tmp_path):
+    found = read(tmp_path, transposed([(3, 2, 0, 1)]))["m/a"]
+    values = np.arange(120, dtype="f4").reshape(2, 3, 4, 5).transpose(3, 2, 0, 1)
+    np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (transposed([(3, 2, 0)]), "axes do not fit"),
+        (transposed([(3, 2, 0, 0)]), "axes do not fit"),
+        (transposed([(3, 2, 0, 4)]), "axes do not fit"),
+        (transposed([(3, 2, 0, -3)]), "axes do not fit"),
+        (transposed([(3, 2, 0, "1")]), "axes do not fit"),
+        (transposed([[3, 2, 0, 1]]), "axes do not fit"),
+        (transposed([]), "axes do not fit"),
+        (transposed([(3, 2, 0, 1)], "C"), "axes that its order does not need"),
+        (transposed([], "A"), "bytes do not fit"),
+    ],
+)
+def test_wrong_orders_of_axes(tmp_path, data, message):
+    with pytest.raises(FormatError, match=message):
+        read(tmp_path, data)
+
+
+# --- Malicious files
+
+MARK = "executed"
 
 
 def touch():

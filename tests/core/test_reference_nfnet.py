@@ -113,6 +113,24 @@ def test_bad_input():
     assert len(parameters("tiny")) == len(model.parameters)
 
 
+def test_gradients_stay():
+    images, labels = seeded_batch(2, 16)
+    found = NFNet(SMALL, seeded_parameters(SMALL))(images)
+    _, d_logits = smoothed_cross_entropy(found.logits, labels)
+    first = found.backward(d_logits)
+    before = {name: gradient.copy() for name, gradient in first.items()}
+    second = found.backward(2 * d_logits)
+    for name, gradient in before.items():
+        assert np.array_equal(first[name], gradient)
+        assert np.allclose(second[name], 2 * gradient, rtol=1e-12, atol=1e-300)
+
+
+def test_a_bias_without_axes():
+    arrays = {**seeded_parameters(SMALL), "head.bias": np.array(0.0)}
+    with pytest.raises(ParameterError, match=r"head\.bias \(has \(\), needs \(10,\)\)"):
+        NFNet(SMALL, arrays)
+
+
 def test_loss_gradient():
     random = np.random.RandomState(1)
     logits, labels = random.standard_normal((3, 5)), np.array([4, 0, 2])

@@ -536,4 +536,4 @@ def test_runs_cover_every_element_once(shape: list[int], mask: int, data: st.Dat
     assert not set(inside) & set(between)
     rest = [found[a] for a in range(len(found)) if a not in (*inside, *between)]
     assert rest == [size for axis, size in enumerate(shape) if axis in axes.keep]
-    assert 4 <= np.prod([found[a] for a in inside]) <= clip_module._ROW
+    assert 4 <= np.prod([found[a] for a in inside]) <= clip_module._RUN

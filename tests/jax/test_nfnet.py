@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -129,45 +128,29 @@ def close(found: Any, expected: Any, limit: float) -> None:
 
 
 @pytest.mark.parametrize("variant", GOLDEN)
-def test_golden_values(variant):
-    golden, found = GOLDEN[variant], exact(variant)
-    logits, gradients = found["logits"], found["gradients"]
-
-    def same(found: float, expected: float, digits: float = 1e-12) -> None:
-        # The golden values are rounded, so half a digit is added to the limit.
-        assert found == pytest.approx(expected, rel=EXACT.gradient, abs=0.51 * digits)
-
-    assert abs(float(found["loss"]) - golden.loss) <= EXACT.loss
-    for row, expected in zip(logits, golden.logits, strict=True):
-        np.testing.assert_allclose(row[: len(expected)], expected, rtol=0, atol=1.5e-12)
-    same(float(logits.sum()), golden.logits_sum)
-    same(norm([logits]), golden.logits_norm)
-    same(norm([found["features"]["pooled"]]), golden.pooled_norm)
-    np.testing.assert_allclose(found["signals"]["avg_var"], golden.avg_var, rtol=0, atol=5.1e-10)
-    for index, expected in golden.res_avg_var.items():
-        same(float(found["signals"]["res_avg_var"][index]), expected, 1e-9)
-    for name, expected in golden.gradients.items():
-        digit = 10.0 ** (math.floor(math.log10(expected)) - 12)
-        limit = EXACT.skip_gain if name.endswith("skip_gain") else EXACT.gradient
-        assert norm([gradients[name]]) == pytest.approx(expected, rel=limit, abs=0.51 * digit)
-    same(norm(gradients.values()), golden.gradient_norm)
-    same(norm(drawn(variant, len(logits[0]), 3).values()), golden.parameter_norm, 1e-9)
+def test_golden_values(variant, check_golden):
+    found = exact(variant)
+    check_golden(
+        variant,
+        logits=np.asarray(found["logits"]),
+        loss=float(found["loss"]),
+        pooled=found["features"]["pooled"],
+        signals=found["signals"],
+        gradients=found["gradients"],
+        parameters=drawn(variant, len(found["logits"][0]), 3),
+    )
 
 
-def test_single_precision():
+def test_single_precision(check_single):
     expected = exact("tiny")
     images, labels = batch(2, 32, dtype=jnp.float32)
     found = everything(seeded(param_dtype=jnp.float32), images, labels)
     gradients = values_of(found["gradients"])
     assert found["logits"].dtype == gradients["stem.conv0.gain"].dtype == jnp.float32
-    close(found["logits"], expected["logits"], SINGLE.logits)
-    assert abs(float(found["loss"]) - float(expected["loss"])) <= SINGLE.loss
-    errors = {name: relative(gradients[name], g) for name, g in expected["gradients"].items()}
-    skip_gains = {name for name in errors if name.endswith("skip_gain")}
-    assert len(skip_gains) == 12
-    assert statistics.median(errors.values()) <= SINGLE.gradient_median
-    assert max(errors[name] for name in skip_gains) <= SINGLE.skip_gain
-    assert max(errors[name] for name in errors.keys() - skip_gains) <= SINGLE.gradient
+    check_single(
+        (found["logits"], float(found["loss"]), gradients),
+        (expected["logits"], expected["loss"], expected["gradients"]),
+    )
 
 
 def test_bfloat16():

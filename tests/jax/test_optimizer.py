@@ -327,10 +327,10 @@ def test_linen_train_state() -> None:
         np.testing.assert_allclose(got, want, atol=1e-7)
 
 
-def mesh(*axes: str, shape: tuple[int, ...]) -> Any:
-    auto = (jax.sharding.AxisType.Auto,) * len(axes)
+def mesh(*axes: str, shape: tuple[int, ...], kind: str = "Auto") -> Any:
+    types = (jax.sharding.AxisType[kind],) * len(axes)
     return jax.make_mesh(
-        shape, axes, axis_types=auto, devices=jax.devices("cpu")[: int(np.prod(shape))]
+        shape, axes, axis_types=types, devices=jax.devices("cpu")[: int(np.prod(shape))]
     )
 
 
@@ -343,25 +343,34 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("layout", SPECS)
-def test_sharded_equals_unsharded(layout: str) -> None:
+# Where shardings are types, a gradient has its parameter's.
+EXPLICIT = [
+    layout for layout, (of_gradient, of_weight) in SPECS.items() if of_gradient == of_weight
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [*((layout, "Auto") for layout in SPECS), *((layout, "Explicit") for layout in EXPLICIT)],
+)
+def test_sharded_equals_unsharded(layout: str, kind: str) -> None:
     """GSPMD on eight devices (AGC-8), large enough for every way of adding squares."""
     rng = np.random.default_rng(3)
-    shapes = {"kernel": (1024, 64), "bias": (64,)}
+    shapes = {"kernel": (1024, 64), "bias": (64,), "replicated": (64,)}
     params, gradients = (
         {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
         for _ in range(2)
     )
     tx = optax.chain(agc_jax.adaptive_grad_clip(RULE), optax.sgd(0.1))
     whole, state = update(tx, gradients, params)
-    devices = mesh("d", "m", shape=(4, 2))
+    devices = mesh("d", "m", shape=(4, 2), kind=kind)
 
     def place(tree: Any, spec: tuple[str | None, ...]) -> Any:
-        def put(x: Any) -> Any:
-            axes = spec if x.ndim == 2 else spec[1:]
-            return jax.device_put(x, jax.sharding.NamedSharding(devices, jax.P(*axes)))
-
-        return jax.tree.map(put, tree)
+        axes = {"kernel": spec, "bias": spec[1:], "replicated": ()}
+        return {
+            name: jax.device_put(x, jax.sharding.NamedSharding(devices, jax.P(*axes[name])))
+            for name, x in tree.items()
+        }
 
     of_gradient, of_weight = SPECS[layout]
     split, split_state = update(tx, place(gradients, of_gradient), place(params, of_weight))

@@ -14,7 +14,7 @@ from flax import nnx
 import agc_jax
 from agc import AGC
 from agc import nfnet as core
-from agc.errors import SelectorError
+from agc.errors import ConfigError, SelectorError
 from agc_conformance.nfnet_golden import LIMITS, OPTIMIZER, SMOOTHING
 
 SHALLOW = core.Variant("shallow", (1, 1), 0.0, 32, 32, (16, 32), 8, 10)  # quick to compile
@@ -103,3 +103,10 @@ def test_other_rules_and_models():
     plain = -0.1 * (0.01 + 2e-5 * params["last"]["kernel"][...])
     np.testing.assert_allclose(updates["last"]["kernel"][...], plain, rtol=1e-5)
     assert not [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (4, 2)]  # no momentum
+
+
+@pytest.mark.parametrize("options", [{"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1.0}])
+def test_bad_options(options):
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"{name} must be a number"):
+        agc_jax.sgd_nfnet({"a": jnp.ones((2, 2))}, 0.1, **options)

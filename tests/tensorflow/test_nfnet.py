@@ -101,32 +101,19 @@ def test_close_notices_an_error():
 
 
 @pytest.mark.parametrize("variant", GOLDEN)
-def test_golden_values(variant):
-    golden = GOLDEN[variant]
+def test_golden_values(variant, check_golden):
     model = seeded(variant)
-    images, labels = batch(golden.batch, golden.pixels)
+    images, labels = batch(GOLDEN[variant].batch, GOLDEN[variant].pixels)
     logits, loss, gradients = loss_and_gradients(model, images, labels)
-
-    def same(found: float, expected: float, digits: float = 1e-12) -> None:
-        # The golden values are rounded, so half a digit is added to the limit.
-        assert found == pytest.approx(expected, rel=EXACT.gradient, abs=0.51 * digits)
-
-    assert abs(float(loss) - golden.loss) <= EXACT.loss
-    for row, expected in zip(logits.numpy(), golden.logits, strict=True):
-        np.testing.assert_allclose(row[: len(expected)], expected, rtol=0, atol=1.5e-12)
-    same(logits.numpy().sum(), golden.logits_sum)
-    same(norm([logits]), golden.logits_norm)
-    same(norm([model.features(images)["pooled"]]), golden.pooled_norm)
-    signals = model.signals(images)
-    np.testing.assert_allclose(signals["avg_var"], golden.avg_var, rtol=0, atol=5.1e-10)
-    for index, expected in golden.res_avg_var.items():
-        same(float(signals["res_avg_var"][index]), expected, 1e-9)
-    for name, expected in golden.gradients.items():
-        digit = 10.0 ** (math.floor(math.log10(expected)) - 12)
-        limit = EXACT.skip_gain if name.endswith("skip_gain") else EXACT.gradient
-        assert norm([gradients[name]]) == pytest.approx(expected, rel=limit, abs=0.51 * digit)
-    same(norm(gradients.values()), golden.gradient_norm)
-    same(norm(agc_tensorflow.to_neutral(model).values()), golden.parameter_norm, 1e-9)
+    check_golden(
+        variant,
+        logits=logits.numpy(),
+        loss=float(loss),
+        pooled=model.features(images)["pooled"],
+        signals={name: value.numpy() for name, value in model.signals(images).items()},
+        gradients=gradients,
+        parameters=agc_tensorflow.to_neutral(model),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -135,22 +122,13 @@ def exact(tiny: Any) -> Any:
     return loss_and_gradients(tiny, *batch(2, 32))
 
 
-def check_single(found: Any, exact: Any) -> None:
-    close(found[0], exact[0], SINGLE.logits)
-    assert abs(float(found[1]) - float(exact[1])) <= SINGLE.loss
-    errors = {name: relative(found[2][name], gradient) for name, gradient in exact[2].items()}
-    skip_gains = {name for name in errors if name.endswith("skip_gain")}
-    assert statistics.median(errors.values()) <= SINGLE.gradient_median
-    assert max(errors[name] for name in skip_gains) <= SINGLE.skip_gain
-    assert max(errors[name] for name in errors.keys() - skip_gains) <= SINGLE.gradient
-
-
 @pytest.mark.parametrize("mode", WRAPPERS)
-def test_single_precision(mode, exact):
+def test_single_precision(mode, exact, check_single):
     images, labels = batch(2, 32, dtype="float32")
     model = seeded(dtype="float32")
     assert len(named_variables(model)) == len(exact[2]) == 233
-    check_single(loss_and_gradients(model, images, labels, mode), exact)
+    logits, loss, gradients = loss_and_gradients(model, images, labels, mode)
+    check_single((logits, float(loss), gradients), exact)
 
 
 @pytest.mark.parametrize("mode", ["graph", "xla"])

@@ -106,3 +106,11 @@ def test_other_models_are_refused():
         agc_tensorflow.to_neutral(keras.layers.Dense(3))
     with pytest.raises(ParameterError, match="is folded and has no gains"):
         agc_tensorflow.to_neutral(agc_tensorflow.nfnet("tiny").fold())
+
+
+def test_another_byte_order():
+    arrays = core.seeded_parameters("tiny")
+    model = agc_tensorflow.nfnet("tiny", dtype="float64")
+    agc_tensorflow.from_neutral(model, {n: value.astype(">f8") for n, value in arrays.items()})
+    for name, value in agc_tensorflow.to_neutral(model).items():
+        np.testing.assert_array_equal(value, arrays[name])

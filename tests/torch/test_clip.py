@@ -790,3 +790,29 @@ def test_clipping_again_changes_next_to_nothing(shape, seed, clipping):
     weight, gradient = pair(shape, seed)
     once = clip(weight, gradient, clipping)
     torch.testing.assert_close(clip(weight, once, clipping), once, rtol=4e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype):
+    parameters = {"w": nn.Parameter(tensor(draw((4, 1200), 1), torch.float32))}
+    parameters["w"].grad = tensor(draw((4, 1200), 2), torch.float32)
+    rule = AGC(clipping=0.01, units={"w": "o i -> o"})
+    want = by_reference(parameters, rule)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            agc_torch.adaptive_clip_grad_(parameters, rule)
+    finally:
+        torch.set_default_dtype(before)
+    assert ulp_error(parameters["w"].grad, want.gradients["w"]) <= 4
+
+
+def test_one_long_unit_that_is_mostly_one_block():
+    values = draw((300_000,), 1) * 1e-3
+    values[70_000:70_050] = 7.3
+    parameter = nn.Parameter(tensor(values, torch.float32))
+    parameter.grad = tensor(values[::-1].copy(), torch.float32)
+    want = by_reference({"w": parameter}, AGC(clipping=0.01))
+    agc_torch.adaptive_clip_grad_({"w": parameter}, AGC(clipping=0.01))
+    assert ulp_error(parameter.grad, want.gradients["w"]) <= 4

@@ -12,7 +12,7 @@ from torch import nn
 import agc_torch
 from agc import AGC
 from agc import nfnet as core
-from agc.errors import SelectorError
+from agc.errors import ConfigError, SelectorError
 from agc_conformance.nfnet_golden import LIMITS, OPTIMIZER, SMOOTHING
 
 
@@ -66,3 +66,10 @@ def test_other_rules_and_models():
     handle = agc_torch.attached(optimizer)
     assert handle.plan["0.weight"].threshold() == 0.1
     assert not any(group["nesterov"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("options", [{"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1.0}])
+def test_bad_options(options):
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"{name} must be a number"):
+        agc_torch.sgd_nfnet(agc_torch.nfnet("tiny"), 0.1, **options)

@@ -100,3 +100,13 @@ def test_other_models_are_refused():
         agc_torch.from_neutral(
             agc_torch.nfnet("tiny", device="meta"), core.seeded_parameters("tiny")
         )
+
+
+def test_arrays_that_pytorch_does_not_read_by_itself():
+    arrays = core.seeded_parameters("tiny")
+    odd = {name: value.astype(">f8") for name, value in arrays.items()}
+    odd["head.bias"] = odd["head.bias"][::-1].copy()[::-1]
+    model = agc_torch.nfnet("tiny", dtype=torch.float64)
+    agc_torch.from_neutral(model, odd)
+    for name, value in agc_torch.to_neutral(model).items():
+        np.testing.assert_array_equal(value, arrays[name])

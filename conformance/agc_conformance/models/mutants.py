@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
-from agc.backend import ModelProblem, ModelRecipe, ModelStep
+from agc.backend import ModelForward, ModelProblem, ModelRecipe, ModelStep
 from agc.nfnet import ALPHA, HEAD, Block
 from agc.plan import Parameter, Plan, make_plan
 from agc.reference.nfnet import Array, NFNet
@@ -63,19 +63,19 @@ def run_model_mutant(mutant: ModelMutant) -> list[str]:
     return [
         f"{r['id']}:{r['dtype']}"
         for r in records
-        if r["type"] == "result" and r["status"] in ("failed", "error")
+        if r["type"] == "result" and r["status"] == "failed"
     ]
 
 
 def _network(
-    name: str, comment: str, kinds: str = "logits"
+    name: str, comment: str, kinds: str = "logits", clause: str = "NFNET-1"
 ) -> Callable[[type[NFNet]], type[NFNet]]:
     """Register a wrong network."""
 
     def register(network: type[NFNet]) -> type[NFNet]:
         models = ReferenceModels()
         models.network = network
-        MODEL_MUTANTS.append(ModelMutant(f"NFNet: {name}", comment, "NFNET-1", models, kinds))
+        MODEL_MUTANTS.append(ModelMutant(f"NFNet: {name}", comment, clause, models, kinds))
         return network
 
     return register
@@ -184,6 +184,79 @@ class _CountsPadding(NFNet):
         padded = np.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
         out, backward = super().pool(padded)
         return out, lambda d: backward(d)[:, :height, :width]
+
+
+# --- gradients and signals ---------------------------------------------------------------------------
+
+
+@_models("no smoothing", "cross-entropy with the labels as they are", "NFNET-2", "loss")
+class _NoSmoothing(ReferenceModels):
+    def loss_and_gradients(
+        self, problem: ModelProblem, weights: Mapping[str, npt.NDArray[Any]]
+    ) -> tuple[float, dict[str, npt.NDArray[Any]]]:
+        return super().loss_and_gradients(replace(problem, smoothing=0.0), weights)
+
+
+@_network(
+    "mean without gradient", "standardisation takes the mean for a constant", "gradients", "NFNET-2"
+)
+class _DetachedMean(NFNet):
+    def standardise(
+        self, weight: Array, gain: Array
+    ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+        out, backward = super().standardise(weight, gain)
+
+        def without_mean(d: Array) -> tuple[Array, Array]:
+            centred = weight - weight.mean((0, 1, 2))
+            scale = 1 / np.linalg.norm(centred.reshape(-1, centred.shape[-1]), axis=0)
+            _, d_gain = backward(d)
+            return gain * scale * (d - scale * d_gain * centred), d_gain
+
+        return out, without_mean
+
+
+@_network(
+    "zeros take their share of gradients",
+    "pooling's way back counts the padding; at odd sizes only",
+    "odd-back",
+    "NFNET-2",
+)
+class _PaddingTakesGradients(NFNet):
+    def pool(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+        out, _ = super().pool(x)
+        _, height, width, _ = x.shape
+        return out, lambda d: (d / 4).repeat(2, 1).repeat(2, 2)[:, :height, :width]
+
+
+@_models("variance of a sample", "signals divide by N - 1", "NFNET-3", "signals")
+class _SampleSignals(ReferenceModels):
+    def forward(self, problem: ModelProblem) -> ModelForward:
+        found = super().forward(problem)
+        counts = np.array([out[..., 0].size for out in found.outputs.values()])
+        variance = found.signals["avg_var"] * counts / (counts - 1)
+        return replace(found, signals={**found.signals, "avg_var": variance})
+
+
+@_models("mean over all", "one mean of all channels, not one each", "NFNET-3", "signals")
+class _PooledMean(ReferenceModels):
+    def forward(self, problem: ModelProblem) -> ModelForward:
+        found = super().forward(problem)
+        mean = np.array([out.mean() ** 2 for out in found.outputs.values()])
+        return replace(found, signals={**found.signals, "avg_sq_mean": mean})
+
+
+@_models("branch before its gates", "a signal of another place", "NFNET-3", "signals")
+class _EarlySignals(ReferenceModels):
+    def forward(self, problem: ModelProblem) -> ModelForward:
+        class Early(NFNet):
+            def gate(self, block: Block, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+                early.append(x.var((0, 1, 2)).mean())
+                return super().gate(block, x)
+
+        early: list[Any] = []
+        found = super().forward(problem)
+        Early(problem.variant, problem.parameters)(problem.images)
+        return replace(found, signals={**found.signals, "res_avg_var": np.array(early)})
 
 
 # --- training mode, plan and optimizer ---------------------------------------------------------------

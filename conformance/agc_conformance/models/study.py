@@ -7,6 +7,7 @@ called ``model-<study>-<kind>``:
 ``logits``     NFNET-1  in float64, float32 and bfloat16
 ``outputs``    NFNET-1  after the stem and after each block
 ``odd``        NFNET-1  logits of images of 45 by 51 pixels
+``odd-back``   NFNET-2  gradients of every tensor for them
 ``single``     NFNET-1  logits of one image of 50 by 38 pixels
 ``depth``      NFNET-1  training mode: each image keeps its residual branch as it is, or loses it
 ``loss``       NFNET-2
@@ -21,7 +22,9 @@ called ``model-<study>-<kind>``:
 
 Errors are relative (largest error by largest logit; L2 norm of the error by that of the tensor), not in units
 in the last place: hundreds of sums stand behind each number. :data:`agc_conformance.nfnet_golden.LIMITS`
-has what is allowed; in float32 each known mistake of a port is larger. In bfloat16 only the logits are looked at.
+has what is allowed; in float32 each known mistake of a port is larger. In bfloat16 the logits, the loss and the
+median gradient are looked at; parameters in bfloat16 lose a step smaller than half their last place, so nobody trains so. ``tiny`` and F0 in float64 are also compared with
+:data:`agc_conformance.nfnet_golden.GOLDEN`, whatever the reference says.
 """
 
 from __future__ import annotations
@@ -44,7 +47,14 @@ from agc.nfnet import Variant, blocks, seeded_batch, seeded_parameters
 from agc_conformance.compare import accumulation_dtype
 from agc_conformance.data import dtype_of
 from agc_conformance.models.reference import ReferenceModels
-from agc_conformance.nfnet_golden import LIMITS, OPTIMIZER, Limits, OptimizerStep
+from agc_conformance.nfnet_golden import (
+    GOLDEN,
+    LIMITS,
+    OPTIMIZER,
+    Golden,
+    Limits,
+    OptimizerStep,
+)
 from agc_conformance.records import ModelRecord, Status, make_result
 from agc_conformance.runner import describe
 
@@ -56,6 +66,7 @@ KINDS: Final[dict[str, str]] = {
     "logits": "NFNET-1",
     "outputs": "NFNET-1",
     "odd": "NFNET-1",
+    "odd-back": "NFNET-2",
     "single": "NFNET-1",
     "depth": "NFNET-1",
     "loss": "NFNET-2",
@@ -239,6 +250,8 @@ def _asks(study: Study) -> list[_Ask]:
     ]
     asks.append(_Ask(("logits",), "bfloat16", _forward))
     if study.sizes:
+        asks.append(_Ask(("loss", "gradients"), "bfloat16", _gradients))
+    if study.sizes:
         asks += [_Ask((kind,), "float32", _SIZES[kind]) for kind in _SIZES]
     for dtype in ("float64", "float32"):
         asks.append(_Ask(("loss", "gradients", "plan", "decisions", "clip"), dtype, _gradients))
@@ -284,8 +297,8 @@ def _expected_forward(*size: Any) -> ModelForward:
 
 
 @cache
-def _expected_gradients(variant: str, pixels: int) -> Any:
-    problem = _problem(variant, pixels, pixels)
+def _expected_gradients(variant: str, height: int, width: int) -> Any:
+    problem = _problem(variant, height, width)
     loss, gradients = _REFERENCE.loss_and_gradients(problem, problem.parameters)
     plan = _REFERENCE.plan(problem)
     return loss, gradients, plan, _REFERENCE.clipping(plan, problem.parameters, gradients)
@@ -317,6 +330,9 @@ def _forward(backend: Backend, study: Study, dtype: str) -> Findings:
     found = {"logits": _compare({"logits": (got.logits, want.logits)}, limit, _largest)}
     if dtype == "bfloat16":
         return found
+    golden = GOLDEN.get(study.variant)
+    if golden and dtype == "float64" and not found["logits"].problem:
+        found["logits"].problem = _compare_golden_logits(np.asarray(got.logits), golden)
     pairs = {name: (got.outputs.get(name), value) for name, value in want.outputs.items()}
     found["outputs"] = _compare(pairs, limit, _norm)
     # A squared mean is that of numbers which cancel: it is as exact as the variance beside it.
@@ -378,22 +394,41 @@ def _depth(backend: Backend, study: Study, dtype: str) -> Findings:  # noqa: ARG
     return {"depth": finding}
 
 
-_SIZES: Final = {"odd": _size(45, 51, 2), "single": _size(50, 38, 1), "depth": _depth}
+_ODD: Final = (45, 51)
+"""Where pooling, and padding under stride 2, meet an edge."""
+
+
+def _odd_back(backend: Backend, study: Study, dtype: str) -> Findings:
+    got = backend.model_gradients(_fresh(_problem(study.variant, *_ODD, dtype=dtype)))
+    _, gradients, *_ = _expected_gradients(study.variant, *_ODD)
+    pairs = {name: (got.gradients.get(name), value) for name, value in gradients.items()}
+    return {"odd-back": _compare_gradients(pairs, LIMITS[dtype])}
+
+
+_SIZES: Final = {
+    "odd": _size(*_ODD, 2),
+    "odd-back": _odd_back,
+    "single": _size(50, 38, 1),
+    "depth": _depth,
+}
 
 
 def _gradients(backend: Backend, study: Study, dtype: str) -> Findings:
-    got = backend.model_gradients(
-        _fresh(_problem(study.variant, study.pixels, study.pixels, dtype=dtype))
-    )
-    loss, gradients, plan, clipping = _expected_gradients(study.variant, study.pixels)
+    size = (study.variant, study.pixels, study.pixels)
+    got = backend.model_gradients(_fresh(_problem(*size, dtype=dtype)))
+    loss, gradients, plan, clipping = _expected_gradients(*size)
     limits = LIMITS[dtype]
     raw = {name: (got.gradients.get(name), value) for name, value in gradients.items()}
     clipped = {name: (got.clipped.get(name), value) for name, value in clipping.gradients.items()}
+    golden = GOLDEN.get(study.variant)
+    compared = _compare_gradients(raw, limits)
+    if golden and dtype == "float64" and not compared.problem:
+        compared.problem = _compare_golden_gradients(got.gradients, golden)
     return {
         "loss": _compare(
             {"loss": (got.loss, loss)}, limits.loss, lambda error, _: float(np.abs(error))
         ),
-        "gradients": _compare_gradients(raw, limits),
+        "gradients": compared,
         "clip": _compare_gradients(clipped, limits),
         "plan": _compare_plans(got.plan.decisions(), plan.decisions()),
         "decisions": _compare_decisions(got.gradients, got.clipped, plan, clipping, limits, dtype),
@@ -439,7 +474,7 @@ def _compare_decisions(
     total = near_limit = 0
     for entry in plan:
         before, after = gradients.get(entry.name), clipped.get(entry.name)
-        if before is None or after is None or np.shape(before) != entry.shape != np.shape(after):
+        if any(got is None or np.shape(got) != entry.shape for got in (before, after)):
             return Finding(f"{entry.name}: no gradient of shape {entry.shape} came back")
         axes = entry.axes
         changed = np.asarray(before) != np.asarray(after)
@@ -541,6 +576,30 @@ def _compare_golden(
     ):
         if not abs(have - want) <= 1e-11:
             return f"step {number}: {name} is {have:.13g}, DeepMind's code has {want:.13g}"
+    return ""
+
+
+def _compare_golden_logits(logits: Array, golden: Golden) -> str:
+    """Compare with the logits of DeepMind's own code."""
+    for row, wanted in zip(logits, golden.logits, strict=True):
+        for have, want in zip(row, wanted, strict=False):  # the first ones are written down
+            if not abs(have - want) <= 1e-11:
+                return f"a logit is {have:.13g}, DeepMind's code has {want:.13g}"
+    norm = float(np.linalg.norm(logits))
+    if not abs(norm - golden.logits_norm) <= 1e-11:
+        return (
+            f"the norm of the logits is {norm:.13g}, DeepMind's code has {golden.logits_norm:.13g}"
+        )
+    return ""
+
+
+def _compare_golden_gradients(gradients: Mapping[str, Array], golden: Golden) -> str:
+    """Compare norms of gradients with those of DeepMind's own code."""
+    wanted = {**golden.gradients, "all together": golden.gradient_norm}
+    for name, want in wanted.items():
+        have = _total(gradients) if name == "all together" else _total({name: gradients[name]})
+        if not abs(have - want) <= 1e-10 * want:
+            return f"{name}: the norm is {have:.13g}, DeepMind's code has {want:.13g}"
     return ""
 
 

@@ -100,7 +100,7 @@ def model_errors(found: Mapping[str, Sequence[ModelRecord]]) -> str:
     -------
     str
         A panel a kind of result, logarithmic: a colour a run, strong in float64 and pale in float32; the red
-        lines are what is allowed. An error of 0 lies at the bottom.
+        lines are what is allowed. An error of 0 lies at the bottom; a cross at the top is NaN, or infinite.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -113,15 +113,22 @@ def model_errors(found: Mapping[str, Sequence[ModelRecord]]) -> str:
         figure = Figure(figsize=(7.6, 0.3 + 2.0 * len(kinds)), layout="constrained")
         for plot, kind in zip(figure.subplots(len(kinds), squeeze=False)[:, 0], kinds, strict=True):
             names: list[str] = []
+            labelled: set[str] = set()
             for number, (title, records) in enumerate(found.items()):
                 for record in records:
                     if record["kind"] != kind:
                         continue
                     names = list(record["errors"])
-                    errors = [_FLOOR if e == 0 else e for e in record["errors"].values()]
+                    errors: list[float | None] = [
+                        _FLOOR if e == 0 else e for e in record["errors"].values()
+                    ]
                     shade = _SHADES.get(record["dtype"], 0.2)
-                    label = title if shade == 1.0 else None
+                    label = None if title in labelled else title
+                    labelled.add(title)
                     plot.plot(errors, f"C{number}.-", ms=3, lw=0.7, alpha=shade, label=label)
+                    lost = [place for place, error in enumerate(errors) if error is None]
+                    top = plot.get_xaxis_transform()
+                    plot.plot(lost, [0.97] * len(lost), f"C{number}x", ms=6, transform=top)
                     limits = [np.nan if x is None else x for x in record["limits"].values()]
                     plot.plot(limits, "#b3161b", lw=0.8, drawstyle="steps-mid")
             plot.set_yscale("log")

@@ -33,8 +33,8 @@ def overview(report: Mapping[str, Any]) -> str:
     Returns
     -------
     str
-        A row a clause, SAM's and the models' folded away (where the report has them); a column a backend, then
-        a subject; errors and provenance below.
+        A row a clause, SAM's and the models' folded away; a column a backend, then a subject; errors and
+        provenance below.
     """
     runs = [*_runs(report, "backend"), *_runs(report, "subject")]
     head = ["", *(_title(run) for run in runs)]
@@ -43,14 +43,14 @@ def overview(report: Mapping[str, Any]) -> str:
         return [
             [f"**{clause}** {what}", *(_cell(run, clause) for run in columns)]
             for clause, what in CLAUSES.items()
-            if clause.startswith(method) and all(clause in run["clauses"] for run in columns)
+            if clause.startswith(method)
         ]
 
     backends = [*_runs(report, "backend")]  # nobody else is asked about models
-    models = rows("NFNET", backends)
-    folded = [("The same for SAM", head, rows("SAM", runs))]
-    if models:
-        folded.append(("The same for NFNets", head[: 1 + len(backends)], models))
+    folded = [
+        ("The same for SAM", head, rows("SAM", runs)),
+        ("The same for NFNets", head[: 1 + len(backends)], rows("NFNET", backends)),
+    ]
     worst = ["largest error in float32, of 4 ULP allowed", *(_worst(run) for run in runs)]
     date = min(run["header"]["date"] for run in runs)
     killed = [mutant["status"] for mutant in report["mutants"]].count("killed")
@@ -70,7 +70,8 @@ def overview(report: Mapping[str, Any]) -> str:
                     "",
                 )
             ),
-            f"✓ all checks of a clause passed; ✗ how many did; n/a: there is no such option. {killed} of "
+            "✓ all checks of a clause passed, but for those of what is not offered (n/a); ✗ how many did. "
+            f"{killed} of "
             f"{len(report['mutants'])} wrong implementations, let loose on the same checks, were caught. "
             f"On a CPU, {date.split()[0]}; "
             "[the numbers](conformance/results/cpu.json), [how they are found](conformance/README.md).",
@@ -127,9 +128,10 @@ def publish(report: Path, results: Path, readme: Path) -> None:
         raise FormatError(f"{report}: not JSON ({error}); run: nox -s conformance") from error
     if not isinstance(data, dict) or data.get("format") != "agc-report":
         raise FormatError(f"{report}: not a report; give the report.json of: nox -s conformance")
-    missing = sorted(_NAMES.keys() - {run["header"]["backend"] for run in data["runs"]})
+    missing = [f"no run of {name}" for name in sorted(_NAMES.keys() - _backends(data))]
+    missing += [] if data["mutants"] else ["no mutants"]
     if missing or not data["ok"] or data["notices"]:
-        reason = f"no run of {', '.join(missing)}" if missing else data["headline"]
+        reason = ", ".join(missing) or " ".join([data["headline"], *data["notices"]])
         raise FormatError(f"{report}: {reason}; only a complete and good report is published")
     page = readme.read_text(encoding="utf-8")
     if _BEGIN not in page or _END not in page:
@@ -139,6 +141,10 @@ def publish(report: Path, results: Path, readme: Path) -> None:
     _write(results / "cpu.json", text)
     _write(results / "errors.svg", errors_figure(data) + "\n")
     _write(readme, f"{before}{_BEGIN}\n\n{overview(data)}\n\n{after}")
+
+
+def _backends(report: Mapping[str, Any]) -> set[str]:
+    return {run["header"]["backend"] for run in report["runs"]}
 
 
 def _write(path: Path, text: str) -> None:
@@ -164,11 +170,13 @@ def _title(run: Run) -> str:
 
 
 def _cell(run: Run, clause: str) -> str:
-    cell = run["clauses"][clause]
+    cell = run["clauses"].get(clause, {"verdict": "none"})
     sign = _SIGNS[cell["verdict"]]
+    counts = cell.get("counts", {})
+    if cell["verdict"] == "passed" and counts.get("unsupported"):
+        return f"{sign} ({counts['unsupported']} n/a)"
     if cell["verdict"] != "failed":
         return sign
-    counts = cell["counts"]
     return f"{sign} {counts.get('passed', 0)}/{sum(counts.values()) - counts.get('unsupported', 0)}"
 
 

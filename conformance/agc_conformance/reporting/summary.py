@@ -18,6 +18,8 @@ Verdict = Literal["passed", "failed", "expected", "unsupported", "none"]
 
 ULP_LIMITS: Final = {"AGC": LIMITS, "SAM": SHARPNESS_LIMITS}
 """Largest errors allowed, by method, which is how its clauses begin, and dtype."""
+_PARTS: Final = {"train": "training on real images", "models": "NFNets"}
+"""What a run may leave out, by the key of its header."""
 _ORDER = ["-", "float32", "float64", "bfloat16", "float16", "complex64", "complex128"]
 
 
@@ -111,6 +113,11 @@ class Column:
         """All results."""
         return Cell(self.file.results)
 
+    @property
+    def conforms(self) -> bool:
+        """Whether anything was computed rightly: parsing a configuration is not enough."""
+        return any(r["status"] == "passed" and r["level"] != "L0" for r in self.file.results)
+
     def histograms(self, method: str) -> dict[str, list[int]]:
         """Elements by error in ULP, per dtype of the gradient, of one method's results that passed."""
         found: dict[str, list[int]] = {}
@@ -184,9 +191,10 @@ class Summary:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed."""
+        """Whether nothing failed, and something was there."""
         broken = any(program["status"] == "failed" for program in self.programs)
-        return not self.failures and not self.survivors and not broken
+        absent = bool(self.unavailable) and not self.columns
+        return not self.failures and not self.survivors and not broken and not absent
 
     @property
     def mood(self) -> Literal["ok", "partly", "no"]:
@@ -200,7 +208,7 @@ class Summary:
     def headline(self) -> str:
         """One sentence."""
         counts = Cell([r for c in self.backends for r in c.file.results]).counts
-        good = [c for c in self.backends if not c.total.bad and c.total.results]
+        good = [c for c in self.backends if not c.total.bad and c.conforms]
         asked = len(self.backends) + len(self.unavailable)
         parts = [f"{len(good)} of {asked} backend{'s' * (asked != 1)} conform{'s' * (asked == 1)}"]
         parts += [
@@ -252,6 +260,14 @@ def _notices(files: Sequence[ResultFile], columns: Sequence[Column]) -> list[str
         selected = column.file.header.get("select")
         if selected is not None:
             notices.append(f"{column.title} ran only {selected!r}.")
+        for key, what in _PARTS.items():
+            if not column.file.header.get(key, True):
+                notices.append(f"{column.title} ran without {what}.")
+        empty = [clause for clause, cell in column.cells.items() if not cell.results]
+        # Nobody but backends is asked about models; who ran a part says so above.
+        whole = selected is None and column.file.header.get("models", True)
+        if column.role == "backend" and column.file.results and whole and empty:
+            notices.append(f"{column.title} was not asked about {', '.join(empty)}.")
         if not column.file.results:
             notices.append(f"{column.title} has no results at all.")
     names = Counter(column.title for column in columns)

@@ -72,8 +72,8 @@ def sam_batch() -> tuple[Any, Any]:
     return images.astype(np.float32), random.integers(0, 10, 100)
 
 
-def nfnet_batch() -> tuple[Any, Any]:
-    """Return 4 images of shape (128, 128, 3), channels last, and their labels."""
+def nfnet_batch(count: int = 4, pixels: int = 128) -> tuple[Any, Any]:
+    """Return images of shape (pixels, pixels, 3), channels last, and their labels."""
     random = np.random.default_rng(0)
-    images = random.normal(size=(4, 128, 128, 3))
-    return images.astype(np.float32), random.integers(0, 1000, 4)
+    images = random.normal(size=(count, pixels, pixels, 3))
+    return images.astype(np.float32), random.integers(0, 1000, count)

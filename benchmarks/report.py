@@ -124,6 +124,13 @@ class Results:
         """Return the peak memory of a training step of F0, in copies of the parameters."""
         return self.model_peaks.get((framework, contestant))
 
+    def standardisation(self) -> float | None:
+        """Return the share of weight standardisation in a training step of PyTorch, where it was measured."""
+        case = ("torch", "F0 in training", "step")
+        if case not in self._turns:
+            return None
+        return self.milliseconds(case, "standardisation") / self.milliseconds(case, "ours")
+
     def sam_cost(self, framework: str, contestant: str) -> float:
         """Return what a training step takes, as a multiple of one without SAM."""
         return self.ratio(_step(framework), contestant, "plain")
@@ -172,6 +179,13 @@ def verdicts(results: Results) -> list[tuple[str, bool]]:
                 f"{TITLES[peer]} {theirs:.2f} (at most as much)"
             )
             found.append((text, ours <= theirs * (1 + NOISE)))
+    share = results.standardisation()
+    if share is not None:
+        text = (
+            f"PyTorch, NFNet-F0 in training (16 images of 192x192): weight standardisation is {100 * share:.1f} % "
+            f"of a step (at most {100 * NOISE:g} %, which cannot be told from noise)"
+        )
+        found.append((text, share <= NOISE))
     for framework, copies in results.sam_peaks.items():
         text = (
             f"{TITLES[framework]}, SAM: extra memory {copies:.2f} copies of the weights "

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import agc_torch
-from agc.nfnet import parameters, seeded_parameters
+from agc import nfnet as core
 from agc.weights.forms import FORMS
 from agc_conformance.peers import timm as timm_peer
 from agc_torch.nfnet import WSConv2d
@@ -28,10 +28,8 @@ class Models:
     """Both models with the same batch; dropout and stochastic depth off."""
 
     def __init__(self) -> None:
-        images, labels = nfnet_batch()
-        self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        self.labels = torch.from_numpy(labels)
-        neutral = seeded_parameters("F0")
+        self.images, self.labels = _batch()
+        neutral = core.seeded_parameters("F0")
         self.ours = agc_torch.nfnet(
             "F0", dropout=0.0, stochastic_depth=0.0, activation="gelu_erf", ws_eps="timm"
         )
@@ -81,11 +79,16 @@ class Models:
             weight.backward(weight.detach())
 
 
+def _batch(*size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = nfnet_batch(*size)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+
+
 def _timm_state(neutral: dict[str, Any]) -> dict[str, torch.Tensor]:
     form = FORMS["timm"]
     return {
         form.rename(spec): torch.from_numpy(form.encode(spec, neutral[spec.name]).astype("float32"))
-        for spec in parameters("F0")
+        for spec in core.parameters("F0")
     }
 
 
@@ -107,6 +110,18 @@ def test_contestants_do_the_same_work(models: Models) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
     sizes = [sum(p.numel() for p in m.parameters()) for m in (models.ours, models.timm)]
     assert sizes == [71_489_284, 71_489_284]
+
+
+@pytest.mark.parametrize("contestant", ["ours", "standardisation"])
+def test_share_of_standardisation(measure: Measure, models: Models, contestant: str) -> None:
+    """What weight standardisation takes of a step on a batch of the size that F0 is trained with."""
+    models.images, models.labels = _batch(16, core.variant("F0").train_pixels)
+    try:
+        run = models.contestant(contestant, "step")
+        case = {"framework": "torch", "model": "F0 in training", "condition": "step"}
+        measure(run, rounds=2, **case, turn=0, contestant=contestant)
+    finally:
+        models.images, models.labels = _batch()
 
 
 @pytest.mark.parametrize("contestant", ["ours", "timm"])

@@ -48,7 +48,7 @@ class DTypeError(AGCError, TypeError):
 
 
 class NonFiniteError(AGCError, ArithmeticError):
-    """A unit's norm is NaN or infinite, and the policy is ``"raise"`` (AGC-4)."""
+    """A unit's norm is NaN or infinite under the policy ``"raise"`` (AGC-4), or so is what a model returns."""
 
 
 class MissingGradientError(AGCError, ValueError):

@@ -21,7 +21,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agc import nfnet as core
 from agc.demo import gratings, initial_values, learning_rates
+from agc.errors import ParameterError
+from agc.weights import save
 from agc_conformance.nfnet_golden import GOLDEN, LIMITS
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +95,40 @@ def run_suite(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., d
         return {f"{record['id']}:{record['dtype']}": record["status"] for record in results}
 
     return run
+
+
+@pytest.fixture(scope="session")
+def arrays() -> dict[str, Any]:
+    """Return the seeded parameters of ``tiny`` in float32."""
+    return {name: a.astype("float32") for name, a in core.seeded_parameters("tiny").items()}
+
+
+@pytest.fixture
+def neutral(tmp_path: Path, arrays: dict[str, Any]) -> Path:
+    """Return a file of them."""
+    save(tmp_path / "neutral", core.options("tiny"), arrays)
+    return tmp_path / "neutral"
+
+
+@pytest.fixture(scope="session")
+def check_refused() -> Callable[[Callable[[], Any], Callable[[Any], None]], None]:
+    """Return a function of a model's ``to_neutral`` and ``from_neutral``: wrong arrays change nothing."""
+
+    def check(read: Callable[[], Any], write: Callable[[Any], None]) -> None:
+        before = read()
+        wrong = dict(core.seeded_parameters("tiny"))
+        wrong["stages.3.2.conv2.wait"] = wrong.pop("stages.3.2.conv2.weight")
+        wrong["head.bias"] = np.zeros(11)
+        with pytest.raises(ParameterError) as caught:
+            write(wrong)
+        message = str(caught.value)
+        assert "1 missing: stages.3.2.conv2.weight;" in message
+        assert "1 unknown: stages.3.2.conv2.wait;" in message
+        assert "head.bias (has (11,), needs (10,))" in message
+        after = read()
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+
+    return check
 
 
 @pytest.fixture(scope="session")

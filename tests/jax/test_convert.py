@@ -6,7 +6,6 @@ import json
 
 import jax
 import numpy as np
-import pytest
 import safetensors.flax
 from flax import nnx
 from PIL import Image
@@ -14,21 +13,9 @@ from safetensors.numpy import load_file
 from sklearn.datasets import load_sample_images
 
 import agc_jax
-from agc import nfnet as core
 from agc.cli import main
 from agc.nfnet.images import evaluation_image
 from agc.weights import convert, load, save
-
-
-@pytest.fixture(scope="module")
-def arrays():
-    return {name: a.astype("float32") for name, a in core.seeded_parameters("tiny").items()}
-
-
-@pytest.fixture
-def neutral(tmp_path, arrays):
-    save(tmp_path / "neutral", core.options("tiny"), arrays)
-    return tmp_path / "neutral"
 
 
 def test_names_are_the_paths_of_the_state(tmp_path, neutral, arrays):

@@ -28,17 +28,6 @@ from agc.weights import convert, load, save
 CHINA, FLOWER = load_sample_images().images
 
 
-@pytest.fixture(scope="module")
-def arrays():
-    return {name: a.astype("float32") for name, a in core.seeded_parameters("tiny").items()}
-
-
-@pytest.fixture
-def neutral(tmp_path, arrays):
-    save(tmp_path / "neutral", core.options("tiny"), arrays)
-    return tmp_path / "neutral"
-
-
 def test_state_dict(tmp_path, neutral, arrays):
     convert(neutral, tmp_path / "torch", "torch")
     model = agc_torch.nfnet("tiny")

@@ -219,11 +219,11 @@ def test_train_with_sam_notices(monkeypatch, part, mistake, noticed):
     assert statuses(run_task(BACKEND, "sam-digits", steps=4))[noticed] == "failed"
 
 
-def test_devices():
+def test_devices(monkeypatch):
     with pytest.raises(Unavailable, match="not on 'tpu'"):
         TorchBackend("tpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(Unavailable, match="sees no CUDA device"):
-            TorchBackend("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Unavailable, match="sees no CUDA device"):
+        TorchBackend("cuda")
     assert BACKEND.device_name() == "cpu"
     assert set(BACKEND.versions()) == {"torch", "numpy"}

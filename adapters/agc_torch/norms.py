@@ -105,23 +105,24 @@ def _rows(tensor: Tensor, axes: UnitAxes) -> _Rows | None:
     """Return long float32 units on the host as rows; None if they are not that."""
     if tensor.dtype != torch.float32 or not on_host(tensor.device):
         return None
-    length = _row_length(axes, tensor.stride())
-    if length < _LONG:
-        return None
-    sizes = [axes.view[axis] for axis in axes.keep]
-    strides = [tensor.stride(axis) for axis in axes.keep]
-    return _Rows(tensor, (*sizes, length), (*strides, 1))
+    found = _layout(axes, tensor.stride())
+    return found and _Rows(tensor, *found)
 
 
 @lru_cache(maxsize=8192)
-def _row_length(axes: UnitAxes, strides: tuple[int, ...]) -> int:
-    """Return how many elements a unit has if they are one stretch of memory; 0 if they are not."""
+def _layout(
+    axes: UnitAxes, strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Return shape and strides of the rows, if units are one long stretch of memory each."""
     length = 1
     for axis in sorted(axes.reduce, key=lambda axis: strides[axis]):
         if axes.view[axis] != 1 and strides[axis] != length:
-            return 0
+            return None
         length *= axes.view[axis]
-    return length
+    if length < _LONG:
+        return None
+    sizes = (axes.view[axis] for axis in axes.keep)
+    return (*sizes, length), (*(strides[axis] for axis in axes.keep), 1)
 
 
 def _unit_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:

@@ -84,7 +84,8 @@ def test_speed(
 ) -> None:
     run = models.contestant(contestant, condition)
     case = {"framework": "jax", "model": "F0", "condition": condition}
-    measure(run, rounds=1, **case, turn=turn, contestant=contestant)
+    rounds = 5 if condition == "forward" else 2
+    measure(run, rounds=rounds, **case, turn=turn, contestant=contestant)
 
 
 def test_contestants_do_the_same_work(models: Models) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from agc.errors import FormatError
+from agc_conformance.models.study import result_ids
+from agc_conformance.records import read_results
 from agc_conformance.reporting.overview import errors_figure, overview, publish
 from agc_conformance.vectors import CLAUSES
 
@@ -37,6 +39,15 @@ def test_committed_report_is_complete(report):
     assert not report["failures"]
     assert not report["notices"]
     assert {mutant["status"] for mutant in report["mutants"]} == {"killed"}
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax", "tensorflow"])
+def test_committed_results_of_f0(backend):
+    file = read_results(RESULTS / f"f0-{backend}.jsonl")
+    assert file.header["backend"] == backend
+    assert {result["id"] for result in file.results} == set(result_ids("F0"))
+    assert {result["status"] for result in file.results} == {"passed"}
+    assert {result["dtype"] for result in file.results} == {"float64", "float32", "bfloat16"}
 
 
 def test_what_the_matrix_says(report):

@@ -234,7 +234,8 @@ def _bytes(array: Array) -> memoryview:
 def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+    # The latter two are zipfile's for a version that it does not know and for names that are no text.
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise FormatError(f"{path}: truncated, or not a whole zip archive; {error}") from None
     with archive:
         yield archive

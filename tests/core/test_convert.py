@@ -492,24 +492,36 @@ def test_damaged_compression(tmp_path, arrays):
         load(tmp_path / "x.npz")
 
 
-def test_archives_of_a_later_version(tmp_path):
-    with zipfile.ZipFile(tmp_path / "x", "w") as archive:
-        archive.writestr("NFNet/~/linear/b.npy", npy("{}"))
-    data = bytearray((tmp_path / "x").read_bytes())
+def later_version(data):
     data[data.index(b"PK\x01\x02") + 6] = 99
-    (tmp_path / "x").write_bytes(data)
-    with pytest.raises(FormatError, match=r"x: truncated, or not .*; zip file version 9\.9"):
-        load(tmp_path / "x")
 
 
-def test_members_outside_of_the_archive(tmp_path):
-    with zipfile.ZipFile(tmp_path / "x", "w") as archive:
-        archive.writestr("NFNet/~/linear/b.npy", npy("{}"))
-    data = bytearray((tmp_path / "x").read_bytes())
+def outside(data):
     place = data.index(b"PK\x05\x06") + 16  # where the archive says that its directory starts
     struct.pack_into("<I", data, place, struct.unpack_from("<I", data, place)[0] + 1000)
+
+
+def no_text(data):
+    entry = data.index(b"PK\x01\x02")
+    data[entry + 9] |= 8  # names are UTF-8
+    data[entry + 46] = 0xFF
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (later_version, r"x: truncated, or not .*; zip file version 9\.9"),
+        (no_text, "x: truncated, or not .*; 'utf-8' codec"),
+        (outside, "x: NFNet/~/linear/b cannot be read; "),
+    ],
+)
+def test_damaged_directories_of_archives(tmp_path, damage, message):
+    with zipfile.ZipFile(tmp_path / "x", "w") as archive:
+        archive.writestr("NFNet/~/linear/b.npy", npy("{}"))
+    data = bytearray((tmp_path / "x").read_bytes())
+    damage(data)
     (tmp_path / "x").write_bytes(data)
-    with pytest.raises(FormatError, match="x: "):
+    with pytest.raises(FormatError, match=message):
         load(tmp_path / "x")
 
 

@@ -90,6 +90,29 @@ def test_the_first_steps_are_compared_with_published_numbers() -> None:
     assert "DeepMind's code has" in late
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("logits", lambda g: {"logits": ((g.logits[0][0] + 1e-9,), g.logits[1])}, "a logit is"),
+        ("logits", lambda g: {"logits_norm": g.logits_norm + 1e-9}, "the norm of the logits is"),
+        ("gradients", lambda g: {"gradient_norm": g.gradient_norm * (1 + 1e-9)}, "all together: "),
+        (
+            "gradients",
+            lambda g: {"gradients": {n: x * (1 + 1e-9) for n, x in g.gradients.items()}},
+            "stem.conv0.weight: the norm is",
+        ),
+    ],
+)
+def test_published_numbers_decide_where_the_reference_would_agree(
+    monkeypatch: pytest.MonkeyPatch, kind: str, change: Any, message: str
+) -> None:
+    golden = study.GOLDEN["tiny"]
+    monkeypatch.setitem(study.GOLDEN, "tiny", replace(golden, **change(golden)))
+    (result,) = asked(ReferenceBackend(), f"*-{kind}", dtypes=("float64",)).values()
+    assert result["status"] == "failed"
+    assert result["detail"].startswith(message)
+
+
 class Wrong(ReferenceBackend):
     """Answers that are changed at the end."""
 

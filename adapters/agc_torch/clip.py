@@ -29,6 +29,9 @@ __all__ = ["adaptive_clip_grad_", "clip_"]
 
 Step: TypeAlias = int | Tensor
 
+_CHUNK: Final = (
+    1 << 22
+)  # elements clipped at a time, which are read again while they are in the cache
 _PIECE: Final = 1 << 16  # elements that a CPU copies at a time
 _SMALLEST: Final = 2.0**-100  # factors down to here are accurate in float32
 
@@ -117,16 +120,18 @@ def clip_(
     """
     with torch.no_grad():
         jobs = _jobs(pairs)
-        places: dict[Place, list[_Job]] = {}
-        for job in jobs:
-            places.setdefault(job.gradient.place, []).append(job)
-        groups = [_decide(some, rule, step, grad_scale) for some in places.values()]
-        numbers = [one for _, one in groups]
-        if rule.nonfinite == "raise" and not (found_inf is not None and found_inf.any()):
-            _raise_nonfinite(numbers)
-        for some, one in groups:
-            _scale(some, one, zero=rule.nonfinite == "zero")
-    return Stats([job.entry.name for job in jobs], numbers)
+        careful = rule.nonfinite == "raise" and not (found_inf is not None and found_inf.any())
+        work = []
+        for some in _chunks(jobs):
+            one = _decide(some, rule, step, grad_scale)
+            work.append((some, one))
+            if not careful:
+                _scale(some, one, zero=rule.nonfinite == "zero")
+        if careful:
+            _raise_nonfinite([one for _, one in work])
+            for some, one in work:
+                _scale(some, one, zero=False)
+    return Stats([job.entry.name for job in jobs], [one for _, one in work])
 
 
 class _Job(NamedTuple):
@@ -157,40 +162,44 @@ def _jobs(pairs: Iterable[tuple[PlanEntry, Tensor]]) -> list[_Job]:
     return jobs
 
 
-def _decide(
-    jobs: list[_Job], rule: AGC, step: Step, grad_scale: Tensor | None
-) -> tuple[list[_Job], Numbers]:
-    """Norms and limits of all units that are in one place (AGC-1)."""
-    runs, jobs = _runs(jobs, step)
-    least = min([value if isinstance(value, float) else 0.0 for value, _ in runs])
-    floor = all_norms([job.weight for job in jobs], rule.eps).clamp(min=rule.eps)
-    limit = torch.cat(
-        [
-            part * value
-            for part, (value, _) in zip(floor.split([n for _, n in runs]), runs, strict=True)
-        ]
-    )
-    norm = all_norms([job.gradient for job in jobs], least * rule.eps)
+def _chunks(jobs: list[_Job]) -> Iterable[list[_Job]]:
+    """Group jobs that are in one place and have one threshold; on a CPU, as many as its cache holds."""
+    groups: list[tuple[tuple[Place, Clipping], list[_Job]]] = []
+    for job in jobs:
+        kind = job.gradient.place, job.entry.clipping
+        some = next((group for one, group in groups if one == kind), None)
+        if some is None:
+            groups.append((kind, [job]))
+        else:
+            some.append(job)
+    for ((device, mesh), _), group in groups:
+        if mesh is not None or not on_host(device):
+            yield group
+            continue
+        group.sort(key=lambda job: (job.gradient.tensor.numel(), job.gradient.count))
+        chunk: list[_Job] = []
+        left = _CHUNK
+        for job in group:
+            left -= job.gradient.tensor.numel()
+            if left < 0 and chunk:
+                yield chunk
+                chunk, left = [], _CHUNK - job.gradient.tensor.numel()
+            chunk.append(job)
+        yield chunk
+
+
+def _decide(jobs: list[_Job], rule: AGC, step: Step, grad_scale: Tensor | None) -> Numbers:
+    """Norms and limits of all units of jobs that belong together (AGC-1)."""
+    threshold = _threshold(jobs[0].entry, step)
+    least = threshold if isinstance(threshold, float) else 0.0
+    both = [job.weight for job in jobs] + [job.gradient for job in jobs]
+    norms = all_norms(both, min(least, 1.0) * rule.eps)
+    floor, norm = norms.view(2, norms.numel() // 2)
+    floor = floor.clamp(min=rule.eps)
     if grad_scale is not None:
         norm = norm / grad_scale.to(norm.device, non_blocking=True)
     counts = [(job.entry.name, job.gradient.count) for job in jobs]
-    return jobs, Numbers(counts, floor, limit, norm, rule.div_eps)
-
-
-def _runs(jobs: list[_Job], step: Step) -> tuple[list[tuple[float | Tensor, int]], list[_Job]]:
-    """Sort jobs by threshold; return each threshold with its number of units, and the jobs (AGC-10)."""
-    kinds: list[tuple[Clipping, list[_Job]]] = []
-    for job in jobs:
-        some = next((some for kind, some in kinds if kind == job.entry.clipping), None)
-        if some is None:
-            kinds.append((job.entry.clipping, [job]))
-        else:
-            some.append(job)
-    runs = [
-        (_threshold(some[0].entry, step), sum(job.gradient.count for job in some))
-        for _, some in kinds
-    ]
-    return runs, [job for _, some in kinds for job in some]
+    return Numbers(counts, floor, floor * threshold, norm, rule.div_eps)
 
 
 def _threshold(entry: PlanEntry, step: Step) -> float | Tensor:
@@ -221,19 +230,23 @@ def _scale(jobs: list[_Job], numbers: Numbers, *, zero: bool) -> None:
         calm = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
         if calm.all():
             return
-        touched = [index for index, units in enumerate(calm.split(sizes)) if not units.all()]
-    factors = narrow = torch.where(numbers.bad, torch.nan, numbers.scale)
+        if calm.any():
+            touched = [index for index, units in enumerate(calm.split(sizes)) if not units.all()]
+    factors = narrow = numbers.factor
     if host and not (factors < _SMALLEST).any():
         # Float64 factors make a float64 copy of the gradient on a CPU. Only factors that float32 cannot
         # hold are worth that: of gradients 1e30 times too large.
         narrow = factors.float()
-    wide_factors, narrow_factors, bad = (x.split(sizes) for x in (factors, narrow, numbers.bad))
+    wide_factors, narrow_factors = factors.split(sizes), narrow.split(sizes)
     for index in touched:
         gradient = jobs[index].gradient
         chosen = wide_factors if gradient.tensor.dtype == torch.float64 else narrow_factors
-        for piece, factor in _pieces(gradient.tensor, gradient.spread(chosen[index]), host):
-            piece.mul_(factor)
-        if zero:
+        for piece, scale in _pieces(gradient.tensor, gradient.spread(chosen[index]), host):
+            piece.mul_(scale)
+    if zero:
+        bad = numbers.bad.split(sizes)
+        for index in touched:
+            gradient = jobs[index].gradient
             gradient.tensor.masked_fill_(gradient.spread(bad[index]), 0)
 
 

@@ -2,8 +2,8 @@
 
 Eager PyTorch on a CPU has no kernel that reads float32 and adds in float64 without a copy, and its
 float32 norm adds up a whole row in one chain. So a CPU sums the squares of long float32 rows in blocks
-of 64 and adds the blocks in float64: rounding of many blocks averages out. A row that is mostly one
-block is taken once more in float64, as is everything else, a piece that fits its cache at a time.
+of 64 and adds the blocks in float64: rounding of many blocks averages out. A row that is mostly a few
+blocks is taken once more in float64, as is everything else, a piece that fits its cache at a time.
 Accelerators reduce in trees and take the norm as it is. Compiled code is fused, and adds in float64
 right away.
 """
@@ -25,7 +25,7 @@ from agc_torch.parts import Part, sum_over
 __all__ = ["all_norms", "on_host", "wide"]
 
 _BLOCK: Final = 64
-_PEAK: Final = 0.7  # share of a row's norm from which one block decides how accurate it is
+_FEW: Final = 4  # blocks that as good as all of a row is in, up to which their rounding shows
 _LONG: Final = 512  # elements of a row from which rounding in its blocks averages out
 _SMALL: Final = 4096  # elements of a tensor up to which a copy of it is nothing
 _PIECE: Final = 1 << 16  # elements, which in float64 fill half a megabyte
@@ -48,7 +48,7 @@ def all_norms(parts: list[Part], lower: float) -> Tensor:
     Parameters
     ----------
     parts : list of Part
-        Weights or gradients, not empty.
+        Weights or gradients or both, not empty.
     lower : float
         The least that any norm is going to be compared with; what is less need not be accurate.
 
@@ -58,23 +58,22 @@ def all_norms(parts: list[Part], lower: float) -> Tensor:
         Unit after unit, part after part.
     """
     device, mesh = parts[0].place
-    found = _whole_norms(parts)
-    long: dict[int, _Rows] = {}
-    for index, part in enumerate(parts):
-        if index not in found:
-            rows = _rows(part.source, part.axes)
-            if rows is None:
-                found[index] = _unit_norms(part.source, part.axes)
-            else:
-                long[index] = rows
-    found.update(_block_norms(long))
-    flat = torch.cat([part.gather(found[index]) for index, part in enumerate(parts)])
-    flat = flat.to(wide(device))
+    host = on_host(device)
+    found = {} if host else _whole_norms(parts)
+    for group in _groups(parts) if host else []:
+        norms = _row_norms(list(group.values()))
+        if len(group) == len(parts) and mesh is None:
+            return _repair(norms, parts, lower)  # as it stands: the usual case of large tensors
+        found.update(zip(group, norms.split([rows.units for rows in group.values()]), strict=True))
+    flat = torch.cat(
+        [
+            part.gather(found[index] if index in found else _unit_norms(part.source, part.axes))
+            for index, part in enumerate(parts)
+        ]
+    ).to(wide(device))
     if mesh is not None:
         return sum_over(mesh, flat)
-    if on_host(device) and flat.numel():
-        _repair(flat, parts, lower)
-    return flat
+    return _repair(flat, parts, lower) if host and flat.numel() else flat
 
 
 class _Rows(NamedTuple):
@@ -83,11 +82,13 @@ class _Rows(NamedTuple):
     tensor: Tensor
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    units: int
 
-    @property
-    def blocks(self) -> int:
-        """Number of blocks in a row; the last one may be shorter."""
-        return -(-self.shape[-1] // _BLOCK)
+    def flat(self) -> Tensor:
+        """Return the elements, row after row."""
+        if self.tensor.dim() == 1:
+            return self.tensor
+        return self.tensor.as_strided(self.shape, self.strides).reshape(-1)
 
     def exact(self, mask: Tensor) -> Tensor:
         """Return the norms of the rows that a flat mask chooses, in float64."""
@@ -101,28 +102,38 @@ class _Rows(NamedTuple):
         return vector_norm(torch.cat(norms), 2, -1)
 
 
-def _rows(tensor: Tensor, axes: UnitAxes) -> _Rows | None:
-    """Return long float32 units on the host as rows; None if they are not that."""
-    if tensor.dtype != torch.float32 or not on_host(tensor.device):
-        return None
-    found = _layout(axes, tensor.stride())
-    return found and _Rows(tensor, *found)
+def _groups(parts: list[Part]) -> list[dict[int, _Rows]]:
+    """Find tensors on the host whose norms are taken together, by place in the list."""
+    groups: dict[int, dict[int, _Rows]] = {}
+    for index, part in enumerate(parts):
+        tensor = part.source
+        layout = _layout(part.axes, tensor.stride())
+        if layout is not None:
+            length = layout[0][-1]
+            if 0 < tensor.numel() <= _SMALL:
+                groups.setdefault(-length, {})[index] = _Rows(tensor, *layout)
+            elif length >= _LONG and tensor.dtype == torch.float32:
+                groups.setdefault(_blocks(length), {})[index] = _Rows(tensor, *layout)
+    return list(groups.values())
 
 
 @lru_cache(maxsize=8192)
 def _layout(
     axes: UnitAxes, strides: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Return shape and strides of the rows, if units are one long stretch of memory each."""
+) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
+    """Return shape, strides and number of rows, if units are one stretch of memory each."""
     length = 1
     for axis in sorted(axes.reduce, key=lambda axis: strides[axis]):
         if axes.view[axis] != 1 and strides[axis] != length:
             return None
         length *= axes.view[axis]
-    if length < _LONG:
-        return None
-    sizes = (axes.view[axis] for axis in axes.keep)
-    return (*sizes, length), (*(strides[axis] for axis in axes.keep), 1)
+    sizes = tuple(axes.view[axis] for axis in axes.keep)
+    return (*sizes, length), (*(strides[axis] for axis in axes.keep), 1), math.prod(sizes)
+
+
+def _blocks(length: int) -> int:
+    """Return the number of blocks in a row; the last one may be shorter."""
+    return -(-length // _BLOCK)
 
 
 def _unit_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:
@@ -134,37 +145,41 @@ def _unit_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:
     return vector_norm(tensor, 2, axes.reduce, dtype=_accumulator(tensor)).flatten()
 
 
-def _block_norms(long: dict[int, _Rows]) -> dict[int, Tensor]:
-    """Norms of rows, in float64, by place in the list: rows of as many blocks all at once."""
-    groups: dict[int, list[tuple[int, _Rows]]] = {}
-    for index, rows in long.items():
-        groups.setdefault(rows.blocks, []).append((index, rows))
-    found: dict[int, Tensor] = {}
-    for blocks, group in groups.items():
-        counts = [math.prod(rows.shape[:-1]) for _, rows in group]
-        table = group[0][1].tensor.new_empty(sum(counts), blocks)
-        for (_, rows), norms in zip(group, table.split(counts), strict=True):
-            _fill(norms.view(*rows.shape[:-1], blocks), rows)
-        whole = vector_norm(table, 2, -1, dtype=torch.float64)
-        doubt = table.amax(-1) > _PEAK * whole
-        found.update(zip((index for index, _ in group), whole.split(counts), strict=True))
-        if doubt.any():
-            for (index, rows), again in zip(group, doubt.split(counts), strict=True):
-                if again.any():
-                    found[index][again] = rows.exact(again)
-    return found
+def _row_norms(group: list[_Rows]) -> Tensor:
+    """Norms of rows of one length, or of equally many blocks, in float64."""
+    length = group[0].shape[-1]
+    if group[0].tensor.numel() <= _SMALL:
+        copy = torch.cat([rows.flat() for rows in group]).double()
+        return copy.square_().view(-1, length).sum(-1).sqrt_()
+    counts = [rows.units for rows in group]
+    table = group[0].tensor.new_empty(sum(counts), _blocks(length))
+    for rows, norms in zip(group, table.split(counts), strict=True):
+        _fill(norms, rows)
+    squares = table.double().square_()
+    whole = squares.sum(-1)
+    # As many equal blocks as these would have the same ratio of the two sums.
+    doubt = vector_norm(squares, 2, -1) > whole / math.sqrt(_FEW)
+    whole.sqrt_()
+    if doubt.any():
+        for rows, norms, again in zip(group, whole.split(counts), doubt.split(counts), strict=True):
+            if again.any():
+                norms[again] = rows.exact(again)
+    return whole
 
 
 def _fill(norms: Tensor, rows: _Rows) -> None:
-    """Write the norms of all blocks, shaped like the rows with blocks in place of elements."""
+    """Write the norms of all blocks, a row of them for a row."""
     (*sizes, length), (*strides, _) = rows.shape, rows.strides
     blocks, rest = divmod(length, _BLOCK)
+    norms = norms.view(*sizes, _blocks(length))
     whole = rows.tensor.as_strided((*sizes, blocks, _BLOCK), (*strides, _BLOCK, 1))
+    if not rest:
+        vector_norm(whole, 2, -1, out=norms)
+        return
     vector_norm(whole, 2, -1, out=norms[..., :blocks])
-    if rest:
-        start = rows.tensor.storage_offset() + blocks * _BLOCK
-        last = rows.tensor.as_strided((*sizes, 1, rest), (*strides, 1, 1), start)
-        vector_norm(last, 2, -1, out=norms[..., blocks:])
+    start = rows.tensor.storage_offset() + blocks * _BLOCK
+    last = rows.tensor.as_strided((*sizes, 1, rest), (*strides, 1, 1), start)
+    vector_norm(last, 2, -1, out=norms[..., blocks:])
 
 
 def _exact_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:
@@ -177,14 +192,23 @@ def _exact_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:
         ]
         outer = distances.index(max(distances))  # pieces lie together in memory
         pieces = tensor.split(max(1, _PIECE * axes.view[outer] // tensor.numel()), outer)
-    sums = []
+    # One kernel that converts and adds, but in one chain, and fast along memory only.
+    inner = tensor.dtype != torch.float64 and bool(axes.reduce)
+    inner = inner and min(range(tensor.dim()), key=tensor.stride) in axes.reduce
+    norms = []
     for piece in pieces:
-        squares = piece.double().square()
-        sums.append(squares.sum(axes.reduce, keepdim=True) if axes.reduce else squares)
-    if len(sums) == 1:
-        return sums[0].flatten().sqrt()
-    total = torch.cat(sums, outer) if outer in axes.keep else torch.stack(sums).sum(0)
-    return total.flatten().sqrt()
+        if inner:
+            norms.append(vector_norm(piece, 2, axes.reduce, keepdim=True, dtype=torch.float64))
+        else:
+            squares = piece.double().square()
+            norms.append(
+                squares.sum(axes.reduce, keepdim=True).sqrt() if axes.reduce else squares.sqrt()
+            )
+    if len(norms) == 1:
+        return norms[0].flatten()
+    return (
+        torch.cat(norms, outer) if outer in axes.keep else vector_norm(torch.stack(norms), 2, 0)
+    ).flatten()
 
 
 def _whole_norms(parts: list[Part]) -> dict[int, Tensor]:
@@ -193,9 +217,7 @@ def _whole_norms(parts: list[Part]) -> dict[int, Tensor]:
     if torch.compiler.is_compiling():
         return {}
     for index, part in enumerate(parts):
-        if not part.axes.keep and not (
-            part.source.numel() > _SMALL and on_host(part.source.device)
-        ):
+        if not part.axes.keep:
             batches.setdefault(_accumulator(part.source), []).append(index)
     found: dict[int, Tensor] = {}
     for dtype, batch in batches.items():
@@ -212,12 +234,13 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
     return wide(tensor.device) if torch.compiler.is_compiling() else torch.float32
 
 
-def _repair(flat: Tensor, parts: list[Part], lower: float) -> None:
+def _repair(flat: Tensor, parts: list[Part], lower: float) -> Tensor:
     """Take once more, in float64, norms whose squares float32 could not hold."""
     if flat.max() < torch.inf and (lower >= _TINY or flat.min() >= _TINY):
-        return
+        return flat
     doubt = ~((flat < torch.inf) & (flat.clamp(min=lower) >= _TINY))
     sizes = [part.count for part in parts]
     for part, norms, again in zip(parts, flat.split(sizes), doubt.split(sizes), strict=True):
         if again.any():
             norms.copy_(_exact_norms(part.source, part.axes))
+    return flat

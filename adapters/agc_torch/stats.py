@@ -46,7 +46,17 @@ class Numbers:
     @property
     def scale(self) -> Tensor:
         """Factor of the unit; 1 if it is not clipped, and if it is not finite."""
-        return torch.where(self.clipped, self.limit / self.norm.clamp(min=self.div_eps), 1.0)
+        return torch.where(self.bad, 1.0, self._scale)
+
+    @property
+    def factor(self) -> Tensor:
+        """What the gradient is multiplied by: the scale, but NaN if the unit is not finite."""
+        return torch.where(self.bad, torch.nan, self._scale)
+
+    @property
+    def _scale(self) -> Tensor:
+        quotient = self.limit / self.norm.clamp(min=self.div_eps)
+        return torch.where(self.norm > self.limit, quotient, 1.0)
 
     @property
     def ratio(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -410,6 +411,36 @@ def test_schedules(step, path):
     agc_torch.adaptive_clip_grad_(as_number, rule, step=step)
     for name, p in as_number.items():
         assert torch.equal(as_tensor[name].grad, p.grad)
+
+
+@dataclass
+class Ramp:  # compares equal by value, so it cannot be hashed
+    slope: float
+
+    def __call__(self, step: int) -> float:
+        return 0.01 + self.slope * step
+
+
+def test_a_schedule_that_cannot_be_hashed(path):
+    check(model_of(torch.float32), AGC(clipping={"conv*": Ramp(0.1), "*": Ramp(0.2)}), step=2)
+
+
+@pytest.mark.parametrize("most", [1, 100, 3000])
+@pytest.mark.parametrize("policy", ["propagate", "zero", "raise"])
+def test_a_few_parameters_at_a_time(most, policy, monkeypatch):
+    monkeypatch.setattr("agc_torch.clip._CHUNK", most)
+    rule = AGC(clipping={"conv*": 0.05, "*": 0.02}, nonfinite=policy)
+    check(model_of(torch.float32), rule)
+    parameters = model_of(torch.float32)
+    parameters["wide"].grad[0, 0] = torch.nan  # the last of them
+    if policy != "raise":
+        check(parameters, rule)
+        return
+    before = {name: p.grad.clone() for name, p in parameters.items()}
+    with pytest.raises(NonFiniteError, match="parameter 'wide': 1 of 4 units"):
+        agc_torch.adaptive_clip_grad_(parameters, rule)
+    for name, p in parameters.items():
+        assert torch.equal(bits(p.grad), bits(before[name]))
 
 
 def test_whole_tensors(path):

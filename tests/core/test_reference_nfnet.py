@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -90,6 +91,74 @@ def test_outputs_and_sizes():
     assert shapes == [(1, 12, 13, 16), (1, 6, 7, 64), (1, 2, 2, 96)]
     assert found.signals["avg_var"].shape == (13,)
     assert found.signals["res_avg_var"].shape == (12,)
+
+
+def by_hand(values, depths, x):
+    """The network once more, as plainly as can be."""
+
+    def act(x):
+        cubic = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+        return 1.7015043497085571 * 0.5 * x * (1 + np.tanh(cubic))
+
+    def conv(x, name, stride=1):
+        w = values[f"{name}.weight"]
+        size = w[..., 0].size
+        variance = w.var((0, 1, 2))
+        w = (w - w.mean((0, 1, 2))) / np.sqrt(np.maximum(size * variance, 1e-4))
+        w, k = w * values[f"{name}.gain"], len(w)
+        pads = [(0, 0)]
+        for n in x.shape[1:3]:
+            total = max((math.ceil(n / stride) - 1) * stride + k - n, 0)
+            pads += [(total // 2, total - total // 2)]
+        x = np.pad(x, [*pads, (0, 0)])
+        windows = np.lib.stride_tricks.sliding_window_view(x, (k, k), (1, 2))
+        windows = windows[:, ::stride, ::stride]  # n h w i k k
+        groups = x.shape[-1] // w.shape[2]
+        parts = [
+            np.einsum("nhwikl,klio->nhwo", a, b)
+            for a, b in zip(np.split(windows, groups, 3), np.split(w, groups, 3), strict=True)
+        ]
+        return np.concatenate(parts, -1) + values[f"{name}.bias"]
+
+    def pool(x):
+        rows = [x[:, i : i + 2].mean(1, keepdims=True) for i in range(0, x.shape[1], 2)]
+        x = np.concatenate(rows, 1)
+        columns = [x[:, :, i : i + 2].mean(2, keepdims=True) for i in range(0, x.shape[2], 2)]
+        return np.concatenate(columns, 2)
+
+    def dense(x, name):
+        return x @ values[f"{name}.weight"] + values[f"{name}.bias"]
+
+    for k, stride in enumerate((2, 1, 1, 2)):
+        x = conv(x if k == 0 else act(x), f"stem.conv{k}", stride)
+    variance = 1.0
+    for stage, depth in enumerate(depths):
+        for place in range(depth):
+            name = f"stages.{stage}.{place}"
+            stride = 2 if stage and not place else 1
+            out = act(x) / math.sqrt(variance)
+            if place == 0:
+                x = conv(pool(out) if stride == 2 else out, f"{name}.shortcut")
+            variance = (1.0 if place == 0 else variance) + 0.04
+            out = conv(out, f"{name}.conv0")
+            out = conv(act(out), f"{name}.conv1", stride)
+            out = conv(act(out), f"{name}.conv1b")
+            out = conv(act(out), f"{name}.conv2")
+            gate = np.maximum(dense(out.mean((1, 2)), f"{name}.se.fc0"), 0)
+            gate = 1 / (1 + np.exp(-dense(gate, f"{name}.se.fc1")))
+            x = x + 0.2 * values[f"{name}.skip_gain"] * 2 * gate[:, None, None] * out
+    return dense(act(conv(x, "final_conv")).mean((1, 2)), "head")
+
+
+@pytest.mark.parametrize(
+    ("images", "height", "width"), [(2, 32, 38), (2, 45, 51), (1, 50, 33), (1, 64, 64), (3, 7, 1)]
+)
+def test_sizes(images, height, width):
+    """Odd and even, where padding and pooling differ from the frameworks' own, and one image alone."""
+    arrays = seeded_parameters(SMALL)
+    x, _ = seeded_batch(images, height, width)
+    want = by_hand(arrays, SMALL.depths, x)
+    np.testing.assert_allclose(NFNet(SMALL, arrays)(x).logits, want, rtol=1e-11, atol=1e-13)
 
 
 def test_other_classes_channels_and_dtypes():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Final, Literal, TypeVar, get_args
 
-from agc.errors import ConfigError
+from agc.errors import ConfigError, UnitsError
 from agc.units import Units
 
 __all__ = [
@@ -108,14 +109,15 @@ class Schedule:
             raise ConfigError("Schedule needs at least one point, for example [(0, 0.01)]")
         last = -1
         for step, value in points:
-            if isinstance(step, bool) or not isinstance(step, int) or step <= last:
+            if isinstance(step, bool) or not isinstance(step, Integral) or step <= last:
                 raise ConfigError(
                     "Schedule steps must be ascending integers from 0 on, "
                     f"got {[step for step, _ in points]}"
                 )
-            last = step
+            last = int(step)
             _positive("Schedule value", value)
-        object.__setattr__(self, "points", tuple((step, float(value)) for step, value in points))
+        points = tuple((int(step), float(value)) for step, value in points)
+        object.__setattr__(self, "points", points)
 
     def __call__(self, step: int) -> float:
         """Return the value at a step (a Python integer)."""
@@ -173,8 +175,9 @@ class AGC:
         \quad\text{if}\quad \|G_i\| > \lambda \max(\|W_i\|, \epsilon)
 
     Name patterns are shell-style globs (``*``, ``?``, ``[a-z]``) matched case-sensitively against the
-    whole dotted name; ``/`` in a name or pattern counts as ``.``. A pattern that matches no parameter
-    is an error when the plan is made.
+    whole dotted name; ``/`` in a name or pattern counts as ``.``. A pattern that is literally a
+    parameter's name means that parameter alone. A pattern that matches no parameter is an error when the
+    plan is made.
 
     References
     ----------
@@ -203,6 +206,11 @@ class AGC:
         if isinstance(self.clipping, Mapping):
             if not self.clipping:
                 raise ConfigError("clipping is an empty mapping; give {'*': 0.01}, or None")
+            if _SCHEDULE in self.clipping:
+                raise ConfigError(
+                    f"clipping: the pattern {_SCHEDULE!r} is reserved for schedules written as data; "
+                    "give clipping=agc.Schedule([(step, value), ...])"
+                )
             clipping = FrozenMap(
                 {
                     _pattern("clipping", pattern): _clipping(f"clipping[{pattern!r}]", value)
@@ -221,7 +229,7 @@ class AGC:
                 f"{{'pos_embed': 'n d -> n'}}, got {self.units!r}"
             )
         units = {
-            _pattern("units", pattern): value if isinstance(value, Units) else Units(value)
+            _pattern("units", pattern): _units(f"units[{pattern!r}]", value)
             for pattern, value in self.units.items()
         }
         object.__setattr__(self, "units", FrozenMap(units))
@@ -369,8 +377,7 @@ class SAM:
     eps: float = 0.0
 
     def __post_init__(self) -> None:
-        if not callable(self.rho):
-            object.__setattr__(self, "rho", _positive("rho", self.rho))
+        object.__setattr__(self, "rho", _number_or_schedule("rho", self.rho))
         if not isinstance(self.adaptive, bool):
             raise ConfigError(f"adaptive must be True or False, got {self.adaptive!r}")
         object.__setattr__(self, "eta", _not_negative("eta", self.eta))
@@ -379,8 +386,8 @@ class SAM:
         if not 0 < fraction <= 1:
             raise ConfigError(f"fraction must be a number above 0 and at most 1, got {fraction!r}")
         object.__setattr__(self, "fraction", fraction)
-        _count("microbatches", self.microbatches)
-        _count("every", self.every)
+        for name in ("microbatches", "every"):
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
         _choice("scope", self.scope, get_args(Scope))
         _choice("nonfinite", self.nonfinite, get_args(SkipPolicy))
         object.__setattr__(self, "only", _patterns("only", self.only))
@@ -388,9 +395,7 @@ class SAM:
 
     def radius(self, step: int) -> float:
         """Return rho at a step (a Python integer); raise ConfigError if a schedule returns nonsense."""
-        if not callable(self.rho):
-            return self.rho
-        return _positive("the value that the schedule of rho returned", float(self.rho(step)))
+        return schedule_value("rho", self.rho, step) if callable(self.rho) else self.rho
 
     def perturbs(self, step: int) -> bool:
         """Tell whether a step (a Python integer) is one of every k-th that perturb (SAM-11)."""
@@ -478,22 +483,66 @@ def _known_fields(cls: type[AGC] | type[SAM], data: Mapping[str, Any]) -> dict[s
     if not isinstance(data, Mapping):
         raise ConfigError(f"a configuration of {name} is a mapping, got {type(data).__name__}")
     known = [item.name for item in fields(cls)]
-    unknown = sorted(set(data) - set(known))
+    unknown = sorted(set(data) - set(known), key=repr)
     if unknown:
         raise ConfigError(f"unknown {name} field {unknown[0]!r}; the fields are {', '.join(known)}")
     return dict(data)
 
 
+def check_step(step: Any) -> int:
+    """Return a step as a Python integer; raise ConfigError if it is not an integer from 0 on."""
+    return _integer("step", step, 0)
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return a number of things as a Python integer; raise ConfigError if it is not one from 1 on."""
+    return _integer(name, value, 1)
+
+
+def schedule_value(name: str, schedule: Callable[[Any], Any], step: Any) -> float:
+    """Return what a schedule says of a step; raise ConfigError unless it is a finite number above 0."""
+    step = check_step(step)
+    value = schedule(step)
+    try:
+        # What is not a number may still convert to one: an array of one element does, and so does text.
+        number = math.nan if isinstance(value, str | bytes | bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ConfigError(
+            f"{name}: the schedule returned {value!r} at step {step}; it must return a finite number > 0"
+        )
+    return number
+
+
 def _clipping(name: str, value: Any) -> Clipping:
-    if value is None or callable(value):
-        return value  # type: ignore[no-any-return]
-    return _positive(name, value, " (None switches clipping off)")
+    if value is None:
+        return None
+    return _number_or_schedule(name, value, " (None switches clipping off)")
+
+
+def _number_or_schedule(name: str, value: Any, hint: str = "") -> float | Callable[[Any], Any]:
+    if isinstance(value, type):
+        raise ConfigError(f"{name} is the class {value.__name__}; give a number or an instance")
+    return value if callable(value) else _positive(name, value, hint)
+
+
+def _units(name: str, value: Any) -> Units:
+    try:
+        return value if isinstance(value, Units) else Units(value)
+    except UnitsError as error:
+        raise UnitsError(f"{name}: {error}") from None
 
 
 def _number(name: str, value: Any, requirement: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    try:
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        number = float(value) if real else math.nan
+    except OverflowError:
+        raise ConfigError(f"{name} must be {requirement}, got one beyond float64") from None
+    if not math.isfinite(number):
         raise ConfigError(f"{name} must be {requirement}, got {value!r}")
-    return float(value)
+    return number
 
 
 def _positive(name: str, value: Any, hint: str = "") -> float:
@@ -511,9 +560,14 @@ def _not_negative(name: str, value: Any) -> float:
     return number
 
 
-def _count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
+def _integer(name: str, value: Any, least: int) -> int:
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
+    return number
 
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

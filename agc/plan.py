@@ -7,19 +7,20 @@ decides *what* here; an adapter carries it out.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, Final
+from reprlib import repr as short_repr
+from typing import Any, Final, TypeVar
 
-from agc.config import AGC, SAM, Clipping, clipping_from_data, clipping_to_data
+from agc.config import AGC, SAM, Clipping, clipping_from_data, clipping_to_data, schedule_value
 from agc.errors import (
     AmbiguousUnitsError,
-    ConfigError,
     FormatError,
     ParameterError,
     SelectorError,
+    ShapeError,
     UnitsError,
 )
 from agc.profiles import Layout, rank_units
@@ -32,8 +33,11 @@ __all__ = [
     "PlanEntry",
     "canonical_name",
     "make_plan",
+    "matching_names",
     "perturbed_names",
 ]
+
+V = TypeVar("V")
 
 WHOLE: Final = Units("... ->")
 """The whole tensor is one unit."""
@@ -116,11 +120,18 @@ class PlanEntry:
         return self.units.bind(self.shape)
 
     def threshold(self, step: int = 0) -> float | None:
-        """Return the clipping threshold at a step (a Python integer); None if it is not clipped."""
+        """Return the clipping threshold at a step (a Python integer); None if it is not clipped.
+
+        Raises
+        ------
+        ConfigError
+            If there is a schedule, and its value is not a finite number above 0 or the step is not an
+            integer from 0 on.
+        """
         if not self.clipped:
             return None
         if callable(self.clipping):
-            return _check_threshold(self.name, float(self.clipping(step)))
+            return schedule_value(f"clipping of {self.name!r}", self.clipping, step)
         return self.clipping
 
 
@@ -153,7 +164,8 @@ class Plan:
         return len(self.entries)
 
     def __contains__(self, name: object) -> bool:
-        return any(entry.name == name for entry in self.entries)
+        wanted = canonical_name(name) if isinstance(name, str) else name
+        return any(entry.name == wanted for entry in self.entries)
 
     def __getitem__(self, name: str) -> PlanEntry:
         wanted = canonical_name(name)
@@ -200,32 +212,20 @@ class Plan:
         """
         if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
             raise FormatError(f"this is not an AGC plan: 'format' is not {_FORMAT!r}")
-        if data.get("version") != _VERSION:
+        version = data.get("version")
+        if type(version) is not int or version != _VERSION:
             raise FormatError(
-                f"this plan is of version {data.get('version')!r}, this library reads {_VERSION}"
+                f"this plan is of version {short_repr(version)}, this library reads {_VERSION}"
             )
-        entries = []
+        items = data.get("parameters")
+        if not isinstance(items, list | tuple):
+            raise FormatError(
+                f"this plan is damaged: 'parameters' must be a list, got {short_repr(items)}"
+            )
         try:
-            for item in data["parameters"]:
-                entry = PlanEntry(
-                    name=str(item["name"]),
-                    shape=tuple(int(size) for size in item["shape"]),
-                    units=Units(item["units"]),
-                    count=int(item["count"]),
-                    clipping=clipping_from_data(item["clipping"]),
-                    excluded=bool(item["excluded"]),
-                )
-                if entry.axes.count != entry.count:
-                    raise FormatError(
-                        f"plan entry {entry.name!r} says {entry.count} units, but {entry.units} "
-                        f"gives the shape {entry.shape} {entry.axes.count}"
-                    )
-                entries.append(entry)
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, FormatError):
-                raise
-            raise FormatError(f"plan entry {len(entries)} is damaged: {error!r}") from error
-        return cls(tuple(entries))
+            return cls(tuple(_read_entry(place, item) for place, item in enumerate(items)))
+        except ParameterError as error:
+            raise FormatError(f"this plan is damaged: {error}") from None
 
     def to_json(self) -> str:
         """Return the plan as a JSON document."""
@@ -242,7 +242,7 @@ class Plan:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"this plan is not JSON, or is truncated: {error}") from error
         return cls.from_dict(data)
 
@@ -270,6 +270,57 @@ class Plan:
         clipped = sum(entry.clipped for entry in self.entries)
         lines.append(f"{len(self)} parameters, {clipped} clipped, {self.count} units")
         return "\n".join(lines)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+_FIELDS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    "name": (lambda value: isinstance(value, str), "a string"),
+    "shape": (
+        lambda value: isinstance(value, list | tuple) and all(map(_is_size, value)),
+        "a list of integers >= 0",
+    ),
+    "units": (lambda value: isinstance(value, str), "a string"),
+    "count": (_is_size, "an integer >= 0"),
+    "clipping": (
+        lambda value: value is None or isinstance(value, int | float | dict),
+        "a number, null or a schedule",
+    ),
+    "excluded": (lambda value: isinstance(value, bool), "true or false"),
+}
+"""Fields of an entry as data: what is valid, and how to say it."""
+
+
+def _read_entry(place: int, item: Any) -> PlanEntry:
+    """Read one entry of :meth:`Plan.to_dict`'s data; ``place`` is for messages."""
+    where = f"plan entry {place} is damaged:"
+    if not isinstance(item, Mapping):
+        raise FormatError(f"{where} it must be a mapping, got {short_repr(item)}")
+    for field, (valid, wanted) in _FIELDS.items():
+        if field not in item:
+            raise FormatError(f"{where} {field!r} is missing")
+        if not valid(item[field]):
+            raise FormatError(f"{where} {field!r} must be {wanted}, got {short_repr(item[field])}")
+    try:
+        entry = PlanEntry(
+            name=canonical_name(item["name"]),
+            shape=tuple(item["shape"]),
+            units=Units(item["units"]),
+            count=item["count"],
+            clipping=clipping_from_data(item["clipping"]),
+            excluded=item["excluded"],
+        )
+        count = entry.axes.count
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} {error}") from error
+    if count != entry.count:
+        raise FormatError(
+            f"plan entry {entry.name!r} says {entry.count} units, but {entry.units} "
+            f"gives the shape {entry.shape} {count}"
+        )
+    return entry
 
 
 def _describe(entry: PlanEntry) -> str:
@@ -306,8 +357,8 @@ def make_plan(parameters: Iterable[Parameter], rule: AGC, *, head: str | None = 
         head is selected but unknown.
     AmbiguousUnitsError
         If nothing settles the units of a parameter that would be clipped.
-    UnitsError
-        If a pattern does not fit a shape.
+    UnitsError, ShapeError
+        If a pattern does not fit a shape, or what is given as a shape is none.
 
     Notes
     -----
@@ -324,18 +375,17 @@ def make_plan(parameters: Iterable[Parameter], rule: AGC, *, head: str | None = 
     excluded: set[str] = set()
     for selector in rule.exclude:
         excluded.update(_select("exclude", selector, given, head))
-    for pattern in rule.units:
-        _match("units", pattern, names)
+    declared = _first_matches("units", rule.units, names)
     thresholds = _thresholds(rule, names)
     entries = []
     for parameter in given:
         clipping = thresholds[parameter.name]
         acts = clipping is not None and parameter.name not in excluded
-        units = _resolve(parameter, rule, required=acts)
+        units = _resolve(parameter, rule, declared.get(parameter.name), required=acts)
         try:
             axes = units.bind(parameter.shape)
-        except UnitsError as error:
-            raise UnitsError(f"parameter {parameter.name!r}: {error}") from None
+        except (ShapeError, UnitsError) as error:
+            raise type(error)(f"parameter {parameter.name!r}: {error}") from None
         entries.append(
             PlanEntry(
                 name=parameter.name,
@@ -372,9 +422,19 @@ def perturbed_names(names: Iterable[str], rule: SAM) -> tuple[str, ...]:
     return tuple(name for name, dot in zip(given, dotted, strict=True) if dot in chosen)
 
 
+def matching_names(pattern: str, names: Iterable[str]) -> list[str]:
+    """Return the dotted names that a name pattern means, in the order given (AGC-6).
+
+    A pattern that is literally one of the names means that one: brackets in a name are no glob.
+    """
+    given, wanted = list(names), canonical_name(pattern)
+    if wanted in given:
+        return [wanted]
+    return [name for name in given if fnmatchcase(name, wanted)]
+
+
 def _match(field: str, pattern: str, names: list[str]) -> list[str]:
-    wanted = canonical_name(pattern)
-    found = [name for name in names if fnmatchcase(name, wanted)]
+    found = matching_names(pattern, names)
     if not found:
         listing = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise SelectorError(
@@ -396,20 +456,25 @@ def _select(field: str, selector: str, parameters: list[Parameter], head: str | 
             f"{field}: {selector!r} needs the name of the classifier layer, and the model does not "
             "declare one; give it in the rule, for example head='fc'"
         )
-    found = _match("head", f"{head}.*", [parameter.name for parameter in parameters])
+    names = [parameter.name for parameter in parameters]
+    layer = f"{canonical_name(head)}."
+    found = [name for name in names if name.startswith(layer)] or _match("head", f"{head}.*", names)
     if selector == "@head":
         return found
-    return [p.name for p in parameters if p.name in found and len(p.shape) >= 2]
+    matrices = [p.name for p in parameters if p.name in found and len(p.shape) >= 2]
+    if not matrices:
+        raise SelectorError(
+            f"{field}: {selector!r} matches no parameter, because the head {head!r} has no matrix, only "
+            f"{', '.join(found)}; name what you mean instead"
+        )
+    return matrices
 
 
 def _thresholds(rule: AGC, names: list[str]) -> dict[str, Clipping]:
     """Threshold of every parameter: the first pattern that matches decides."""
     if not isinstance(rule.clipping, Mapping):
         return dict.fromkeys(names, rule.clipping)
-    chosen: dict[str, Clipping] = {}
-    for pattern, value in rule.clipping.items():
-        for name in _match("clipping", pattern, names):
-            chosen.setdefault(name, value)
+    chosen = _first_matches("clipping", rule.clipping, names)
     missing = [name for name in names if name not in chosen]
     if missing:
         raise SelectorError(
@@ -419,13 +484,23 @@ def _thresholds(rule: AGC, names: list[str]) -> dict[str, Clipping]:
     return chosen
 
 
-def _resolve(parameter: Parameter, rule: AGC, *, required: bool) -> Units:
+def _first_matches(field: str, patterns: Mapping[str, V], names: list[str]) -> dict[str, V]:
+    """Name to the value of the first pattern that matches it; names that none matches are left out."""
+    chosen: dict[str, V] = {}
+    for pattern, value in patterns.items():
+        for name in _match(field, pattern, names):
+            chosen.setdefault(name, value)
+    return chosen
+
+
+def _resolve(
+    parameter: Parameter, rule: AGC, declared: str | Units | None, *, required: bool
+) -> Units:
     rank = len(parameter.shape)
     if rule.granularity == "tensor":
         return WHOLE
-    for pattern, units in rule.units.items():
-        if fnmatchcase(parameter.name, canonical_name(pattern)):
-            return units if isinstance(units, Units) else Units(units)
+    if declared is not None:
+        return declared if isinstance(declared, Units) else Units(declared)
     if rule.unit_rule != "declared" and required:
         try:
             return rank_units(rule.unit_rule, parameter.shape, parameter.layout, parameter.units)
@@ -447,13 +522,3 @@ def _resolve(parameter: Parameter, rule: AGC, *, required: bool) -> Units:
         f"'{names} -> {names.split()[0]}'}}) if the first axis is the output, "
         f"'{names} ->' to take the tensor as one unit, or exclude the parameter"
     )
-
-
-def _check_threshold(name: str, value: float) -> float:
-    """Return a schedule's value if it is a finite number above 0; raise ConfigError otherwise."""
-    if not 0 < value < float("inf"):
-        raise ConfigError(
-            f"clipping of {name!r}: the schedule returned {value!r}; it must return a finite "
-            "number > 0"
-        )
-    return value

@@ -70,7 +70,7 @@ A.5, the only one that the paper states.
 
 def profile(name: str, /, **changes: Any) -> AGC:
     """Return the profile ``name`` with the fields in ``changes`` replaced (see :meth:`AGC.profile`)."""
-    if name not in PROFILES:
+    if not isinstance(name, str) or name not in PROFILES:
         raise ConfigError(f"unknown profile {name!r}; the profiles are {', '.join(PROFILES)}")
     try:
         return replace(PROFILES[name], **changes)
@@ -80,7 +80,7 @@ def profile(name: str, /, **changes: Any) -> AGC:
 
 def sam_profile(name: str, /, **changes: Any) -> SAM:
     """Return the SAM profile ``name`` with the fields in ``changes`` replaced."""
-    if name not in SAM_PROFILES:
+    if not isinstance(name, str) or name not in SAM_PROFILES:
         raise ConfigError(f"unknown profile {name!r}; the profiles are {', '.join(SAM_PROFILES)}")
     try:
         return replace(SAM_PROFILES[name], **changes)

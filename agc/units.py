@@ -16,11 +16,13 @@ other axis is reduced. ``(a b)`` splits one axis into several, ``...`` stands fo
 from __future__ import annotations
 
 import math
+import operator
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 
-from agc.errors import UnitsError
+from agc.errors import ShapeError, UnitsError
 
 __all__ = ["UnitAxes", "Units"]
 
@@ -114,7 +116,7 @@ class Units:
         for axis, value in sizes.items():
             if axis not in names:
                 raise UnitsError(f"size {axis}={value!r} names no axis of the pattern {pattern!r}")
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise UnitsError(
                     f"size {axis}={value!r} of the pattern {pattern!r} must be a positive integer"
                 )
@@ -122,7 +124,7 @@ class Units:
         for group in axes:
             members: list[tuple[str, int | None]] = []
             for name, size in group:
-                given = sizes.get(name, size)
+                given = int(sizes[name]) if name in sizes else size
                 if size is not None and given != size:
                     raise UnitsError(
                         f"size {name}={given} contradicts {name}={size} in the pattern {pattern!r}"
@@ -158,10 +160,16 @@ class Units:
 
         Raises
         ------
+        ShapeError
+            If the shape is not a sequence of integers from 0 on.
         UnitsError
             If the number of axes differs, a fixed size differs, or a split does not divide its axis.
         """
-        return _bind(self, tuple(int(size) for size in shape))
+        try:
+            sizes = tuple(map(operator.index, shape))
+        except TypeError:
+            raise _not_a_shape(shape) from None
+        return _bind(self, sizes)
 
     def count(self, shape: tuple[int, ...]) -> int:
         """Return the number of units of a parameter of this shape (0 if it is empty)."""
@@ -262,7 +270,12 @@ def _parse(
     return tuple(axes), tuple(right)
 
 
+def _not_a_shape(shape: object) -> ShapeError:
+    return ShapeError(f"a shape is a sequence of integers >= 0, got {shape!r}")
+
+
 def _error(pattern: str, place: int, problem: str) -> UnitsError:
+    pattern = re.sub(r"\s", " ", pattern)  # a tab or newline would move the caret
     return UnitsError(f"units pattern: {problem}\n    {pattern}\n    {' ' * place}^")
 
 
@@ -276,6 +289,8 @@ def _format(axes: tuple[tuple[tuple[str, int | None], ...], ...], right: tuple[s
 
 @lru_cache(maxsize=4096)
 def _bind(units: Units, shape: tuple[int, ...]) -> UnitAxes:
+    if any(size < 0 for size in shape):
+        raise _not_a_shape(shape)
     axes = units._axes
     place = next((i for i, group in enumerate(axes) if group[0][0] == _ELLIPSIS), None)
     fixed = len(axes) - (place is not None)

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from agc.config import AGC
+from agc.config import AGC, check_step
 from agc.errors import (
+    ConfigError,
     DTypeError,
     MissingGradientError,
     NonFiniteError,
@@ -50,11 +51,32 @@ class RowSparse:
         The rows' values.
     shape : tuple of int
         Shape of the dense gradient.
+
+    Raises
+    ------
+    ShapeError
+        If the values are not one row for each index, or a row is outside of the shape.
+    DTypeError
+        If the indices are not integers.
     """
 
     indices: Array
     values: Array
     shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        indices = np.asarray(self.indices)
+        wanted = (*indices.shape, *self.shape[1:])
+        if not self.shape or indices.ndim != 1 or np.shape(self.values) != wanted:
+            raise ShapeError(
+                f"a row-sparse gradient of shape {self.shape} with indices of shape {indices.shape} "
+                f"has values of shape {np.shape(self.values)}; it needs one row for each index"
+            )
+        if not np.issubdtype(indices.dtype, np.integer):
+            raise DTypeError(f"the indices have dtype {indices.dtype}; rows are integers")
+        outside = indices[(indices < 0) | (indices >= self.shape[0])]
+        if outside.size:
+            raise ShapeError(f"row {outside[0]} is outside of the gradient's shape {self.shape}")
 
     def coalesce(self) -> RowSparse:
         """Return the same gradient with ascending indices, each once."""
@@ -191,10 +213,12 @@ def clip_units(
 
     Raises
     ------
+    ConfigError
+        If a hyper-parameter is outside what the specification defines.
     ShapeError
         If gradient and weight differ in shape.
     DTypeError
-        If either is neither floating point nor complex.
+        If either is neither floating point nor complex, or is wider than float64.
     NonFiniteError
         If ``nonfinite="raise"`` and the norm of any unit is not finite.
 
@@ -205,36 +229,30 @@ def clip_units(
     array([[0.05774, 0.05774, 0.05774],
            [0.001  , 0.001  , 0.001  ]])
     """
+    rule = AGC(clipping=clipping, eps=eps, nonfinite=nonfinite, div_eps=div_eps)  # type: ignore[arg-type]
+    if not isinstance(rule.clipping, float):
+        raise ConfigError(f"clipping must be a finite number > 0, got {clipping!r}")
     g, w = widen("gradient", gradient), widen("weight", weight)
     if g.shape != w.shape:
         raise ShapeError(f"the gradient has shape {g.shape}, the weight {w.shape}")
     axes = units.bind(w.shape)
-    return _clip(
-        g, axes, unit_norms(g, units), unit_norms(w, units), clipping, eps, nonfinite, div_eps
-    )
+    return _clip(g, axes, unit_norms(g, units), unit_norms(w, units), rule.clipping, rule)
 
 
 def _clip(
-    g: Array,
-    axes: UnitAxes,
-    g_norm: Array,
-    w_norm: Array,
-    clipping: float,
-    eps: float,
-    nonfinite: str,
-    div_eps: float,
+    g: Array, axes: UnitAxes, g_norm: Array, w_norm: Array, clipping: float, rule: AGC
 ) -> Clipped:
     bad = ~(np.isfinite(g_norm) & np.isfinite(w_norm))  # AGC-4
-    if nonfinite == "raise" and bad.any():
+    if rule.nonfinite == "raise" and bad.any():
         raise NonFiniteError(f"{int(bad.sum())} of {bad.size} units have a norm that is not finite")
-    limit = clipping * np.maximum(w_norm, eps)  # AGC-1
+    limit = clipping * np.maximum(w_norm, rule.eps)  # AGC-1
     clipped = (g_norm > limit) & ~bad  # AGC-2: strictly
     scale = np.ones_like(limit)
-    np.divide(limit, np.maximum(g_norm, div_eps), out=scale, where=clipped)
+    np.divide(limit, np.maximum(g_norm, rule.div_eps), out=scale, where=clipped)
     view = g.reshape(axes.view)
     out = np.where(clipped, view * scale, view)
     if bad.any():
-        out = np.where(bad, 0.0 if nonfinite == "zero" else np.nan * np.ones_like(view), out)
+        out = np.where(bad, 0.0 if rule.nonfinite == "zero" else np.nan * np.ones_like(view), out)
     return Clipped(out.reshape(g.shape), w_norm, g_norm, limit, scale, clipped, bad)
 
 
@@ -268,6 +286,8 @@ def adaptive_clip(
 
     Raises
     ------
+    ConfigError
+        If the step is not an integer from 0 on, or a schedule's value is not a finite number above 0.
     ParameterError
         If the names differ from the plan's.
     MissingGradientError
@@ -275,6 +295,7 @@ def adaptive_clip(
     ShapeError, DTypeError, UnitsError, NonFiniteError
         As :func:`clip_units`, with the parameter's name.
     """
+    step = check_step(step)
     planned = {entry.name for entry in plan}
     for kind, names in (("parameter", parameters), ("gradient", gradients)):
         strange = [name for name in names if canonical_name(name) not in planned]
@@ -360,7 +381,7 @@ def _clip_sparse(
             f"the gradient of shape {gradient.shape} is row-sparse, but the rows are not units "
             f"of {entry.units}; declare row units such as 'v d -> v', or make the gradient dense"
         )
-    return _clip(g, axes, g_norm, w_norm, threshold, rule.eps, rule.nonfinite, rule.div_eps)
+    return _clip(g, axes, g_norm, w_norm, threshold, rule)
 
 
 def _stats(found: Clipped, eps: float) -> Stats:
@@ -390,9 +411,12 @@ def _total(stats: list[Stats]) -> Stats:
 def widen(what: str, array: Array) -> Array:
     """Return the array in float64 or complex128; float16 and bfloat16 widen without rounding."""
     array = np.asarray(array)
-    if np.issubdtype(array.dtype, np.complexfloating):
-        return array.astype(np.complex128)
     # bfloat16 comes from ml_dtypes, whose kind is "V" to NumPy.
-    if np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16":
-        return array.astype(np.float64)
-    raise DTypeError(f"the {what} has dtype {array.dtype}; AGC needs floating point or complex")
+    if not np.issubdtype(array.dtype, np.inexact) and array.dtype.name != "bfloat16":
+        raise DTypeError(f"the {what} has dtype {array.dtype}; AGC needs floating point or complex")
+    wide = np.complex128 if np.issubdtype(array.dtype, np.complexfloating) else np.float64
+    if not np.can_cast(array.dtype, wide):
+        raise DTypeError(
+            f"the {what} has dtype {array.dtype}, which float64 cannot hold; cast it first"
+        )
+    return array.astype(wide)

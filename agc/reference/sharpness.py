@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from agc.config import SAM
+from agc.config import SAM, check_count, check_step
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError
 from agc.plan import perturbed_names
 from agc.reference.clipping import widen
@@ -78,6 +78,8 @@ def perturbation(
 
     Raises
     ------
+    ConfigError
+        If the step is not an integer from 0 on, or rho's schedule gives no finite number above 0.
     SelectorError
         If nothing is left to perturb, or a pattern matches nothing.
     MissingGradientError
@@ -88,6 +90,7 @@ def perturbation(
     ``e = rho * T^2 g / norm(T g)`` with ``T = 1``, or for ASAM ``T = |w| + eta`` in parameters of two or
     more axes. Like the norms of AGC, this norm is divided by the largest magnitude before squaring.
     """
+    step = check_step(step)
     scales: dict[str, Array] = {}
     directions: dict[str, Array] = {}
     for name in perturbed_names(weights, rule):
@@ -154,7 +157,8 @@ def sharpness_aware_gradients(
     Raises
     ------
     ConfigError
-        If the batch is not divisible by the replicas, or a micro-batch would be empty.
+        If the batch is not divisible by the replicas, a micro-batch would be empty, or the step is not
+        an integer from 0 on.
     NonFiniteError
         If ``rule.nonfinite`` is ``"raise"`` and the norm of an ascent gradient is not finite.
 
@@ -162,6 +166,7 @@ def sharpness_aware_gradients(
     -----
     With ``scope="local"``, R replicas are R micro-batches: each has its own perturbation.
     """
+    step, replicas = check_step(step), check_count("replicas", replicas)
     weights = {name: widen("weight", weight) for name, weight in weights.items()}
     examples = len(batch[0])
     if examples % replicas:

@@ -24,6 +24,24 @@ def test_clipping_must_be_finite_and_positive(value):
         AGC(clipping=value)
 
 
+def test_an_integer_beyond_float64():
+    with pytest.raises(ConfigError, match=r"clipping must be a finite number > 0 .*beyond float64"):
+        AGC(clipping=10**400)
+
+
+@pytest.mark.parametrize(("rule", "field"), [(AGC, "clipping"), (SAM, "rho")])
+def test_a_class_is_not_a_schedule(rule, field):
+    with pytest.raises(
+        ConfigError, match=f"{field} is the class Schedule; give a number or an ins"
+    ):
+        rule(**{field: Schedule})
+
+
+def test_a_pattern_that_a_dict_could_not_tell_from_a_schedule():
+    with pytest.raises(ConfigError, match="clipping: the pattern '@schedule' is reserved"):
+        AGC(clipping={"@schedule": 0.1})
+
+
 def test_clipping_in_a_mapping_names_its_pattern():
     with pytest.raises(ConfigError, match=r"clipping\['stem.\*'\] must be a finite number > 0"):
         AGC(clipping={"stem.*": 0, "*": 0.01})
@@ -61,6 +79,14 @@ def test_bad_units_pattern_points_at_the_place():
         AGC(units={"w": "o i -> x"})
 
 
+@pytest.mark.parametrize("value", ["o i", 3])
+def test_bad_units_are_named(value):
+    with pytest.raises(
+        UnitsError, match=r"^units\['a'\]: (units pattern: '->' is miss|a units pat)"
+    ):
+        AGC(units={"*": "... ->", "a": value})
+
+
 def test_one_pattern_may_be_given_as_text():
     assert AGC(exclude="head.*") == AGC(exclude=["head.*"])
 
@@ -89,8 +115,11 @@ def test_order_of_patterns_is_part_of_the_value():
     assert AGC(clipping={"a": 0.1, "*": 0.2}) != AGC(clipping={"*": 0.2, "a": 0.1})
 
 
-def test_numpy_numbers_become_floats():
+def test_numpy_numbers_become_pythons():
     assert json.dumps(AGC(clipping=np.float32(0.5)).to_dict()["clipping"]) == "0.5"
+    schedule = Schedule([(np.int64(0), 0.5), (np.int64(2), np.float32(0.25))])
+    assert json.dumps(schedule.points) == "[[0, 0.5], [2, 0.25]]"
+    assert json.dumps(SAM(every=np.int64(2)).to_dict()["every"]) == "2"
 
 
 def test_a_callable_cannot_be_written():
@@ -102,6 +131,7 @@ def test_a_callable_cannot_be_written():
     ("data", "message"),
     [
         ({"clip": 1}, "unknown AGC field 'clip'; the fields are clipping, eps"),
+        ({1: 2, "a": 3}, "unknown AGC field 'a'; the fields are clipping, eps"),
         ([], "is a mapping, got list"),
         ({"eps": -1}, "eps must be"),
     ],
@@ -151,6 +181,9 @@ class TestProfiles:
             ConfigError, match="unknown profile 'nfnet'; the profiles are paper, deep"
         ):
             AGC.profile("nfnet")
+        for rule in (AGC, SAM):
+            with pytest.raises(ConfigError, match=r"unknown profile \[\]; the profiles are"):
+                rule.profile([])
 
     def test_unknown_field(self):
         with pytest.raises(ConfigError, match="clip"):
@@ -183,8 +216,10 @@ class TestSam:
             SAM(**fields)
 
     def test_a_schedule_that_returns_nonsense(self):
-        with pytest.raises(ConfigError, match="the schedule of rho returned"):
+        with pytest.raises(ConfigError, match=r"rho: the schedule returned -0\.9 at step 1"):
             SAM(rho=lambda step: 0.1 - step).radius(1)
+        with pytest.raises(ConfigError, match="rho: the schedule returned None at step 0"):
+            SAM(rho=lambda step: None).radius(0)
 
     @pytest.mark.parametrize(
         "rule",

@@ -1,18 +1,20 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 
-from agc import AGC, Plan, Schedule, Units
+from agc import AGC, SAM, Plan, Schedule, Units
 from agc.errors import (
     AmbiguousUnitsError,
     ConfigError,
     FormatError,
     ParameterError,
     SelectorError,
+    ShapeError,
     UnitsError,
 )
-from agc.plan import WHOLE, Parameter, make_plan
+from agc.plan import WHOLE, Parameter, make_plan, perturbed_names
 
 DENSE = Units("o i -> o")
 
@@ -101,6 +103,11 @@ def test_pattern_that_does_not_fit_names_the_parameter():
         make_plan(model(), AGC(units={"fc.*": "o i -> o"}))
 
 
+def test_a_shape_that_is_none_names_the_parameter():
+    with pytest.raises(ShapeError, match=r"parameter 'pos': a shape .* got \(-1, 3\)"):
+        make_plan([ambiguous((-1, 3), layout="out-first")], AGC())
+
+
 class TestSelectors:
     def test_exclusion(self):
         plan = make_plan(model(), AGC(exclude=["fc.*"]))
@@ -125,6 +132,32 @@ class TestSelectors:
             make_plan(model(), AGC(exclude=["fc"]))
         with pytest.raises(SelectorError):
             make_plan(model(), AGC(exclude=["FC.*"]))
+
+    def test_a_parameters_name_is_a_pattern_that_means_it_alone(self):
+        """Brackets in a name are no glob, and the way out that an error shows works."""
+        parameters = [Parameter(name, (5, 4, 3)) for name in ("d.a[0]", "d.a0")]
+        with pytest.raises(AmbiguousUnitsError, match=r"units=\{'d\.a\[0\]': 'a b c -> a'"):
+            make_plan(parameters, AGC())
+        units = {"d.a[0]": "a b c -> a", "*": "a b c -> b"}
+        assert [entry.count for entry in make_plan(parameters, AGC(units=units))] == [5, 4]
+        plan = make_plan(parameters, AGC(units={"*": "... ->"}, exclude=["d/a[0]"]))
+        assert [entry.excluded for entry in plan] == [True, False]
+        clipping = {"d.a[0]": 0.5, "*": 0.25}
+        plan = make_plan(parameters, AGC(units={"*": "... ->"}, clipping=clipping))
+        assert [entry.clipping for entry in plan] == [0.5, 0.25]
+        names = [parameter.name for parameter in parameters]
+        assert perturbed_names(names, SAM(only=["d.a[0]"])) == ("d.a[0]",)
+        assert perturbed_names(names, SAM(exclude=["d.a[0]"])) == ("d.a0",)
+
+    def test_a_head_with_brackets(self):
+        parameters = [Parameter("d[0].bias", (5,)), Parameter("d0.bias", (5,))]
+        plan = make_plan(parameters, AGC(exclude=["@head"], head="d[0]"))
+        assert [entry.excluded for entry in plan] == [True, False]
+
+    def test_a_head_without_a_matrix(self):
+        parameters = [Parameter("fc.bias", (5,)), Parameter("w", (5,))]
+        with pytest.raises(SelectorError, match=r"'@head\.weight' matches no .* only fc\.bias"):
+            make_plan(parameters, AGC.profile("deepmind", head="fc"))
 
     @pytest.mark.parametrize(
         ("profile", "excluded"),
@@ -165,11 +198,22 @@ class TestThresholds:
         plan = make_plan(model(), AGC(clipping=lambda step: 1.0 / (1 + step)))
         assert plan["fc.bias"].threshold(3) == 0.25
 
-    @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+    @pytest.mark.parametrize(
+        "value", [0.0, -1.0, float("nan"), float("inf"), None, "0.1", True, 10**400, 1j, [0.1]]
+    )
     def test_schedule_must_return_positive_numbers(self, value):
         plan = make_plan(model(), AGC(clipping=lambda step: value))
-        with pytest.raises(ConfigError, match=r"clipping of 'fc.bias': the schedule returned"):
-            plan["fc.bias"].threshold(0)
+        with pytest.raises(
+            ConfigError, match=r"clipping of 'fc.bias': the schedule returned .* at step 3; it must"
+        ):
+            plan["fc.bias"].threshold(3)
+
+    @pytest.mark.parametrize("step", ["a", -1, 0.5, None, True])
+    def test_steps_are_integers_from_0_on(self, step):
+        plan = make_plan(model(), AGC(clipping=Schedule([(0, 0.1), (10, 0.2)])))
+        with pytest.raises(ConfigError, match=f"step must be an integer >= 0, got {step!r}"):
+            plan["fc.bias"].threshold(step)
+        assert plan["fc.bias"].threshold(np.int64(10)) == 0.2
 
 
 class TestRankRules:
@@ -224,6 +268,11 @@ class TestDocument:
         assert hash(Plan.from_json(plan.to_json())) == hash(plan)
         assert pickle.loads(pickle.dumps(plan)) == plan
 
+    def test_a_parameter_without_a_name_round_trips(self):
+        """A tree that is one array has it."""
+        plan = make_plan([Parameter("", (3,))], AGC())
+        assert Plan.from_json(plan.to_json()) == plan
+
     def test_plans_differ_when_anything_does(self):
         assert make_plan(model(), AGC()) != make_plan(model(), AGC(clipping=0.02))
         assert make_plan(model(), AGC()) != make_plan(model(), AGC(exclude=["fc.bias"]))
@@ -259,6 +308,8 @@ class TestDocument:
             self.plan()["nothere"]
         assert "nothere" not in self.plan()
         assert "fc.bias" in self.plan()
+        assert "fc/bias" in self.plan()
+        assert 3 not in self.plan()
 
     @pytest.mark.parametrize(
         ("damage", "message"),
@@ -268,7 +319,14 @@ class TestDocument:
             (lambda d: d["parameters"][1].pop("shape"), "entry 1 is damaged"),
             (lambda d: d["parameters"][0].update(count=7), "says 7 units, but"),
             (lambda d: d["parameters"][0].update(units="o -> x"), "entry 0 is damaged"),
-            (lambda d: d.pop("parameters"), "damaged"),
+            (lambda d: d.pop("parameters"), "'parameters' must be a list, got None"),
+            (lambda d: d.update(parameters="ab"), "'parameters' must be a list, got 'ab'"),
+            (lambda d: d.update(version=True), "of version True"),
+            (lambda d: d["parameters"].insert(1, "ab"), "entry 1 is damaged: it must be a mapping"),
+            (
+                lambda d: d["parameters"].append(d["parameters"][1]),
+                "damaged: two parameters are .*'st",
+            ),
         ],
     )
     def test_damaged_documents(self, damage, message):
@@ -277,7 +335,36 @@ class TestDocument:
         with pytest.raises(FormatError, match=message):
             Plan.from_dict(data)
 
-    @pytest.mark.parametrize("text", ["", "[1, 2", "nonsense"])
+    @pytest.mark.parametrize(
+        ("field", "value", "wanted"),
+        [
+            ("name", None, "a string, got None"),
+            ("shape", [2.7, 3], r"a list of integers >= 0, got \[2.7, 3\]"),
+            ("shape", "23", "a list of integers >= 0, got '23'"),
+            ("shape", [-2, 3], r"a list of integers >= 0, got \[-2, 3\]"),
+            ("shape", [True, 3], r"a list of integers >= 0, got \[True, 3\]"),
+            ("count", 2.9, "an integer >= 0, got 2.9"),
+            ("count", -2, "an integer >= 0, got -2"),
+            ("count", True, "an integer >= 0, got True"),
+            ("excluded", "false", "true or false, got 'false'"),
+            ("excluded", 0, "true or false, got 0"),
+            ("units", None, "a string, got None"),
+            ("clipping", "0.1", "a number, null or a schedule, got '0.1'"),
+        ],
+    )
+    def test_fields_of_another_kind_are_named(self, field, value, wanted):
+        data = json.loads(self.plan().to_json())
+        data["parameters"][1][field] = value
+        with pytest.raises(FormatError, match=f"entry 1 is damaged: '{field}' must be {wanted}"):
+            Plan.from_dict(data)
+
+    def test_thresholds_are_checked(self):
+        data = json.loads(self.plan().to_json())
+        data["parameters"][2]["clipping"] = -1
+        with pytest.raises(FormatError, match="entry 2 is damaged: clipping must be a finite"):
+            Plan.from_dict(data)
+
+    @pytest.mark.parametrize("text", ["", "[1, 2", "nonsense", "[" * 100_000])
     def test_not_json(self, text):
         with pytest.raises(FormatError, match="not JSON, or is truncated"):
             Plan.from_json(text)

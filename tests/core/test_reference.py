@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from agc import AGC, Units
 from agc.errors import (
+    ConfigError,
     DTypeError,
     MissingGradientError,
     NonFiniteError,
@@ -130,6 +131,38 @@ class TestNorms:
         with pytest.raises(DTypeError, match="needs floating point or complex"):
             unit_norms(np.ones((2, 2), dtype), ROWS)
 
+    def test_what_float64_cannot_hold_is_refused(self):
+        if np.finfo(np.longdouble).bits == 64:
+            pytest.skip("here a longdouble is a float64")
+        huge = np.array([[np.longdouble(2) ** 2000]])
+        for array in (huge, huge * 1j):
+            with pytest.raises(DTypeError, match="which float64 cannot hold"):
+                clip_units(array, np.ones((1, 1)), ROWS)
+
+
+class TestHyperParameters:
+    """What the specification does not define is refused, here as in a rule."""
+
+    @pytest.mark.parametrize(
+        ("field", "value", "message"),
+        [
+            *[("clipping", value, "a finite number > 0") for value in (-1, 0, NAN, None, abs)],
+            *[("eps", value, "a finite number >= 0") for value in (NAN, -1)],
+            *[("div_eps", value, "a finite number >= 0") for value in (NAN, -1)],
+            ("nonfinite", "banana", "one of 'propagate', 'zero', 'raise'"),
+        ],
+    )
+    def test_clip_units(self, field, value, message):
+        with pytest.raises(ConfigError, match=f"{field} must be {message}"):
+            clip_units(np.ones((1, 2)), np.ones((1, 2)), ROWS, **{field: value})
+
+    @pytest.mark.parametrize("step", [-1, "a", 0.5])
+    def test_adaptive_clip(self, step):
+        plan = small_model(AGC(), w=(2, 2))
+        ones = {"w": np.ones((2, 2))}
+        with pytest.raises(ConfigError, match=f"step must be an integer >= 0, got {step!r}"):
+            adaptive_clip(ones, ones, plan, AGC(), step=step)
+
 
 class TestNonFinite:
     """AGC-4: the policy decides for the whole unit."""
@@ -248,6 +281,21 @@ class TestRowSparse:
         want = adaptive_clip({"w": self.weight}, dense, plan, rule).gradients["w"]
         got = adaptive_clip({"w": self.weight}, {"w": self.sparse}, plan, rule).gradients["w"]
         assert np.allclose(got.to_dense(), want, rtol=1e-15)
+
+    @pytest.mark.parametrize(
+        ("indices", "width", "error", "message"),
+        [
+            ([0, 1], (1, 3), ShapeError, r"values of shape \(1, 3\); it needs one row for each"),
+            ([0], (1, 2), ShapeError, r"gradient of shape \(5, 3\) .* values of shape \(1, 2\)"),
+            ([[0]], (1, 3), ShapeError, r"indices of shape \(1, 1\)"),
+            ([-1], (1, 3), ShapeError, r"row -1 is outside of the gradient's shape \(5, 3\)"),
+            ([5], (1, 3), ShapeError, r"row 5 is outside of the gradient's shape \(5, 3\)"),
+            ([0.0], (1, 3), DTypeError, "the indices have dtype float64; rows are integers"),
+        ],
+    )
+    def test_rows_that_are_none(self, indices, width, error, message):
+        with pytest.raises(error, match=message):
+            RowSparse(np.array(indices), np.ones(width), (5, 3))
 
     def test_other_units_are_refused(self):
         rule = AGC(units={"w": "v d -> d"})

@@ -177,8 +177,18 @@ class TestGradients:
         out = sharpness_aware_gradients(poisoned, weights, batch, rule)
         assert np.array_equal(out.gradients["w"], quadratic(weights, batch)[1]["w"])
 
+    @pytest.mark.parametrize("step", [-1, "a", 0.5])
+    def test_steps_are_integers_from_0_on(self, problem, step):
+        weights, batch = problem
+        with pytest.raises(ConfigError, match=f"step must be an integer >= 0, got {step!r}"):
+            sharpness_aware_gradients(quadratic, weights, batch, SAM(), step=step)
+        with pytest.raises(ConfigError, match=f"step must be an integer >= 0, got {step!r}"):
+            perturbation(quadratic(weights, batch)[1], weights, SAM(), step=step)
+
     def test_batch_errors(self, problem):
         weights, batch = problem
+        with pytest.raises(ConfigError, match="replicas must be an integer >= 1, got 0"):
+            sharpness_aware_gradients(quadratic, weights, batch, SAM(), replicas=0)
         with pytest.raises(ConfigError, match="10 examples cannot be split over 3 replicas"):
             sharpness_aware_gradients(quadratic, weights, batch, SAM(), replicas=3)
         with pytest.raises(ConfigError, match="microbatches=11 is more than the 10 examples"):

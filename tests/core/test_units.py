@@ -1,11 +1,12 @@
 import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agc import Units
-from agc.errors import UnitsError
+from agc.errors import ShapeError, UnitsError
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,28 @@ def test_bind_errors(pattern, shape, message):
     with pytest.raises(UnitsError, match="units pattern") as caught:
         Units(pattern).bind(shape)
     assert message in str(caught.value)
+
+
+def test_the_caret_stands_below_the_place_whatever_the_white_space():
+    with pytest.raises(UnitsError) as caught:
+        Units("o\ti\n -> x")
+    assert str(caught.value).split("\n")[1:] == ["    o i  -> x", "            ^"]
+
+
+@pytest.mark.parametrize(
+    "shape", [(-1, 3), (3, -1), 6, "ab", None, (None, 3), (2.5, 3), (2.0, 3)], ids=repr
+)
+def test_what_is_not_a_shape(shape):
+    Units("o i -> o").bind((2, 3))  # remembered, and equal to the last of them
+    with pytest.raises(ShapeError, match="a shape is a sequence of integers >= 0, got") as caught:
+        Units("o i -> o").bind(shape)
+    assert str(caught.value).endswith(repr(shape))
+
+
+def test_numpy_integers_are_sizes():
+    units = Units("(g i) o -> g o", g=np.int64(2))
+    assert str(units) == "(g=2 i) o -> g o"
+    assert repr(units.bind((np.int64(6), np.int64(5))).view) == "(2, 3, 5)"
 
 
 @pytest.mark.parametrize(

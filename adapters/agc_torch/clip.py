@@ -49,7 +49,9 @@ def adaptive_clip_grad_(
     rule : AGC
         The configuration.
     plan : Plan, optional
-        A plan made before, by :func:`agc_torch.plan`. A module's plan is remembered anyway.
+        A plan made before, by :func:`agc_torch.plan`: its units, thresholds and exclusions take the place
+        of the rule's, and only ``eps``, ``div_eps`` and ``nonfinite`` are the rule's. A module's plan is
+        remembered anyway.
     step : int or integer tensor, default 0
         The optimizer step, for schedules. Inside ``torch.compile`` give a tensor: it is traced, and does
         not recompile.
@@ -64,10 +66,10 @@ def adaptive_clip_grad_(
     MissingGradientError
         If no parameter has a gradient.
     ShapeError, DTypeError, UnitsError, NonFiniteError
-        If a gradient and its parameter differ in shape, are not floating point or complex, if a sparse
+        If a gradient and its parameter differ in shape, have a dtype that AGC does not support, if a sparse
         gradient does not fit its units, or if a norm is not finite and ``nonfinite="raise"``. The message
         names the parameter; no gradient has been changed.
-    SelectorError, AmbiguousUnitsError, ParameterError
+    ConfigError, SelectorError, AmbiguousUnitsError, ParameterError
         As :func:`agc_torch.plan`.
 
     Notes

@@ -67,7 +67,7 @@ def all_norms(parts: list[Part], lower: float) -> Tensor:
         found.update(zip(group, norms.split([rows.units for rows in group.values()]), strict=True))
     flat = torch.cat(
         [
-            part.gather(found[index] if index in found else _unit_norms(part.source, part.axes))
+            part.gather(found[index] if index in found else _unit_norms(part))
             for index, part in enumerate(parts)
         ]
     ).to(wide(device))
@@ -112,7 +112,7 @@ def _groups(parts: list[Part]) -> list[dict[int, _Rows]]:
             length = layout[0][-1]
             if 0 < tensor.numel() <= _SMALL:
                 groups.setdefault(-length, {})[index] = _Rows(tensor, *layout)
-            elif length >= _LONG and tensor.dtype == torch.float32:
+            elif length >= _LONG and tensor.dtype == torch.float32 and not part.exact:
                 groups.setdefault(_blocks(length), {})[index] = _Rows(tensor, *layout)
     return list(groups.values())
 
@@ -136,13 +136,14 @@ def _blocks(length: int) -> int:
     return -(-length // _BLOCK)
 
 
-def _unit_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:
-    """L2 norm of every unit of a real tensor of the shape ``axes.view``, flat."""
+def _unit_norms(part: Part) -> Tensor:
+    """L2 norm of every unit of a tensor, flat."""
+    tensor, axes = part.source, part.axes
     if on_host(tensor.device):
         return _exact_norms(tensor, axes)
     if not axes.reduce:  # an empty tuple would mean all axes
         return tensor.abs().flatten()
-    return vector_norm(tensor, 2, axes.reduce, dtype=_accumulator(tensor)).flatten()
+    return vector_norm(tensor, 2, axes.reduce, dtype=_accumulator(part)).flatten()
 
 
 def _row_norms(group: list[_Rows]) -> Tensor:
@@ -218,7 +219,7 @@ def _whole_norms(parts: list[Part]) -> dict[int, Tensor]:
         return {}
     for index, part in enumerate(parts):
         if not part.axes.keep:
-            batches.setdefault(_accumulator(part.source), []).append(index)
+            batches.setdefault(_accumulator(part), []).append(index)
     found: dict[int, Tensor] = {}
     for dtype, batch in batches.items():
         norms = torch._foreach_norm([parts[index].source for index in batch], 2, dtype)
@@ -226,10 +227,11 @@ def _whole_norms(parts: list[Part]) -> dict[int, Tensor]:
     return found
 
 
-def _accumulator(tensor: Tensor) -> torch.dtype:
+def _accumulator(part: Part) -> torch.dtype:
     """Return the dtype to add squares in, where that is not done in blocks."""
+    tensor = part.source
     # An accelerator would make a float64 copy of the whole tensor first; compiled code does not.
-    if tensor.dtype == torch.float64 or tensor.device.type == "cpu":
+    if part.exact or tensor.dtype == torch.float64 or tensor.device.type == "cpu":
         return torch.float64
     return wide(tensor.device) if torch.compiler.is_compiling() else torch.float32
 

@@ -21,7 +21,7 @@ from agc.errors import ConfigError, FormatError, ParameterError
 from agc.plan import PlanEntry
 from agc_torch.clip import clip_
 from agc_torch.stats import Stats
-from agc_torch.units import Model, resolve
+from agc_torch.units import Model, named_parameters, resolve
 
 __all__ = ["Handle", "attach", "attached"]
 
@@ -48,7 +48,7 @@ def attach(optimizer: Optimizer, model: Model, rule: AGC) -> Handle:
     ------
     ParameterError
         If the optimizer has a parameter that is not the model's, or AGC is attached to it already.
-    SelectorError, AmbiguousUnitsError, UnitsError
+    ConfigError, SelectorError, AmbiguousUnitsError, UnitsError
         As :func:`agc_torch.plan`.
 
     Notes
@@ -105,7 +105,10 @@ class Handle:
                 f"AGC is attached to this {type(optimizer).__name__} already; remove() that handle first"
             )
         self.optimizer = optimizer
-        self.model: Model = model if isinstance(model, (torch.nn.Module, Mapping)) else dict(model)
+        # An iterator can be read only once.
+        self.model: Model = (
+            model if isinstance(model, (torch.nn.Module, Mapping)) else named_parameters(model)
+        )
         self.rule = rule
         self._steps = torch.zeros((), dtype=torch.int64)
         self._stats: Stats | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from agc.units import UnitAxes
 __all__ = ["Part", "Piece", "Place", "check", "parts", "sum_over"]
 
 Place: TypeAlias = tuple[torch.device, Any]
+_REAL: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def parts(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[Part, Part]:
@@ -39,6 +40,15 @@ def parts(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[Part, Par
     ParameterError
         If one of the two is a ``DTensor`` and the other is not.
     """
+    made = _parts(entry, weight, gradient)
+    if weight.dtype != gradient.dtype:
+        kinds = [part.tensor.dtype for part in made]
+        for part in made:
+            part.exact = torch.float64 in kinds
+    return made
+
+
+def _parts(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[Part, Part]:
     axes = entry.axes
     if gradient.layout == torch.sparse_coo:
         return _sparse_parts(entry, weight, gradient)
@@ -64,10 +74,12 @@ def check(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> None:
             f"{tuple(gradient.shape)}, and the plan says {entry.shape}"
         )
     for what, dtype in (("gradient", gradient.dtype), ("weight", weight.dtype)):
-        if not (dtype.is_floating_point or dtype.is_complex):
+        if dtype in _REAL or dtype.is_complex:
+            continue
+        if entry.clipped or not dtype.is_floating_point:
             raise DTypeError(
                 f"parameter {entry.name!r}: the {what} has dtype {dtype}; "
-                "AGC needs floating point or complex"
+                "AGC supports float16, bfloat16, float32, float64 and complex"
             )
 
 
@@ -84,9 +96,13 @@ class Part:
         Which axes of ``tensor`` are reduced and kept.
     count : int
         Number of units.
+    exact : bool
+        Whether squares are added in float64 whatever the dtype: the other of the two is float64.
     place : (device, mesh)
         Where the numbers are; the mesh is None unless they are spread over one.
     """
+
+    exact = False
 
     def __init__(self, tensor: Tensor, axes: UnitAxes) -> None:
         if axes.view != axes.shape:

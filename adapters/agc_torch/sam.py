@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,8 +32,10 @@ from agc.errors import (
     MissingGradientError,
     NonFiniteError,
     OrderError,
+    ParameterError,
 )
 from agc.plan import perturbed_names
+from agc_torch.units import check_rule
 
 __all__ = ["SamStats", "SharpnessAware", "Verification", "verify_sam"]
 
@@ -73,15 +76,21 @@ class SharpnessAware:
 
     Raises
     ------
+    ParameterError
+        If ``model`` is not a module.
     SelectorError
         If a name pattern matches nothing, or nothing is left to perturb.
     ConfigError
-        If ``scope="local"`` is asked of a fully sharded model, whose gradients are always reduced.
+        If ``rule`` is not a SAM, or ``scope="local"`` is asked of a fully sharded model, whose gradients
+        are always reduced.
 
     Notes
     -----
     Memory: one copy of the perturbed weights during the second pass, nothing between steps. The state
     is one counter (SAM-13).
+
+    The model refuses to be saved while its weights are perturbed. It can be copied and pickled otherwise,
+    and a copy knows nothing of this object.
 
     Examples
     --------
@@ -98,6 +107,11 @@ class SharpnessAware:
     """
 
     def __init__(self, model: nn.Module, rule: SAM) -> None:
+        check_rule(rule, SAM)
+        if not isinstance(model, nn.Module):
+            raise ParameterError(
+                f"SharpnessAware needs a torch.nn.Module, got {type(model).__name__}"
+            )
         named = [(name.removeprefix("module."), p) for name, p in model.named_parameters()]
         chosen = set(perturbed_names([name for name, _ in named], rule))
         self.model = model
@@ -112,7 +126,7 @@ class SharpnessAware:
                 "scope='local' needs gradients that are not reduced, and the gradients of a fully "
                 "sharded model always are; use SAM(scope='global')"
             )
-        model.register_state_dict_pre_hook(self._refuse_while_perturbed)
+        model.register_state_dict_pre_hook(_Refusal(self))
 
     @property
     def count(self) -> int:
@@ -161,6 +175,8 @@ class SharpnessAware:
         ------
         ConfigError
             If ``fraction`` or ``microbatches`` needs a batch and there is none, or the closure takes none.
+        ParameterError
+            If the optimizer holds none of the model's parameters.
         MissingGradientError
             If the closure leaves no gradient on any perturbed parameter.
         NonFiniteError
@@ -173,6 +189,7 @@ class SharpnessAware:
         The policies ``skip_step`` and ``raise`` read one number from the device after both passes were
         queued (SAM-5); with a scaler, ``skip_step`` leaves the decision to the scaler and reads nothing.
         """
+        self._check_optimizer(optimizer)
         self._check_batch(closure, batch)
         if not self._lock.acquire(blocking=False):
             raise OrderError("a step of this SharpnessAware is already under way")
@@ -201,8 +218,15 @@ class SharpnessAware:
         The gradients are cleared at the start, so that the block's backward leaves the descent
         gradient; the weights are restored bit for bit at the end, also after an exception.
 
+        If the norm of the ascent gradient is not finite, ``nonfinite="skip_step"`` cannot keep the
+        optimizer from acting: all gradients are NaN after the block, as a GradScaler and other code that
+        skips bad steps looks for. Without such code, check them before ``optimizer.step()``, or use
+        :meth:`step`, ``"skip_perturb"`` or ``"raise"``.
+
         Raises
         ------
+        NonFiniteError
+            After the block, if ``rule.nonfinite`` is ``"raise"`` and that norm is not finite.
         MissingGradientError
             If no perturbed parameter has a gradient: call backward first.
         OrderError
@@ -226,7 +250,10 @@ class SharpnessAware:
             yield
         finally:
             self._restore()
-        self._may_step(norm, None)
+        if self.rule.nonfinite == "skip_step":
+            self._poison(self._everywhere(norm))
+        else:
+            self._may_step(norm, None)
 
     def state_dict(self) -> dict[str, int]:
         """Return the counter (SAM-13); the optimizer's state is saved by the optimizer.
@@ -333,6 +360,7 @@ class SharpnessAware:
     def _perturb(self, direction: list[tuple[nn.Parameter, Tensor]], norm: Tensor) -> None:
         """Copy the weights aside and move them to ``w + e``; not at all if the norm is 0 or not finite."""
         factor = self.rule.radius(self._count) / (norm + self.rule.eps)
+        factor = factor.clamp(max=torch.finfo(torch.float32).max)  # the norm may be subnormal
         usable = (norm > 0) & norm.isfinite()
         factor = torch.where(usable, factor, 0.0)
         # Detached tensors throughout, so autograd does not record this.
@@ -353,10 +381,14 @@ class SharpnessAware:
                 w.copy_(w.to(wide) + e)
 
     def _pieces(self, parameter: Tensor, gradient: Tensor) -> Iterator[Tensor]:
-        """Yield this process's part of ``T g`` in pieces, in the precision of its norm."""
+        """Yield numbers that have the norm of this process's part of ``T g``, in pieces."""
         weight, local = _local(parameter), _local(gradient)
         for w, g in _pieces(weight, local):
-            yield g * (w.abs() + self.rule.eta) if self._is_scaled(parameter) else g
+            if self._is_scaled(parameter):
+                # As wide as the norm: in half precision the product would leave the range.
+                size = g.abs() if g.is_complex() else g
+                g = w.abs().double().add_(self.rule.eta).mul_(size.double())
+            yield g
 
     def _restore(self) -> None:
         backup, self._backup = self._backup, None
@@ -373,12 +405,9 @@ class SharpnessAware:
         """Apply the policy for a norm that is not finite (SAM-5)."""
         if self.rule.nonfinite == "skip_perturb":
             return True
+        norm = self._everywhere(norm)
         if scaler is not None and self.rule.nonfinite == "skip_step":
-            poison = torch.where(norm.isfinite(), 0.0, torch.nan)
-            with torch.no_grad():
-                for parameter in self.model.parameters():
-                    if parameter.grad is not None:
-                        _local(parameter.grad).add_(poison.to(parameter.grad))
+            self._poison(norm)
             return True
         value = norm.item()
         if math.isfinite(value):
@@ -389,6 +418,24 @@ class SharpnessAware:
                 "SAM(nonfinite='skip_step') skips such steps"
             )
         return False
+
+    def _everywhere(self, norm: Tensor) -> Tensor:
+        """Return the norm, or NaN if another replica's own norm is not finite: all act alike (SAM-5)."""
+        group = getattr(self.model, "process_group", None)
+        if group is None or self.rule.scope != "local":
+            return norm
+        bad = (~norm.isfinite()).to(norm.dtype)
+        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX, group)
+        return torch.where((bad > 0) & norm.isfinite(), torch.nan, norm)
+
+    def _poison(self, norm: Tensor) -> None:
+        """Make all gradients NaN if the norm is not finite, without waiting for the device."""
+        bad = ~norm.isfinite()
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                gradient = _local(parameter.grad)
+                values = gradient._values() if gradient.is_sparse else gradient
+                values.masked_fill_(bad.to(values.device), torch.nan)
 
     def _step_with_closure(
         self, optimizer: torch.optim.Optimizer, closure: Closure, batch: Any, scaler: Any
@@ -429,6 +476,17 @@ class SharpnessAware:
             return context
         return nullcontext()
 
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        groups = getattr(optimizer, "param_groups", None)
+        if groups is None:
+            return  # a wrapper that does not say what it holds
+        held = {id(p) for group in groups for p in group["params"]}
+        if not any(id(p) in held for p in self.model.parameters()):
+            raise ParameterError(
+                f"{type(optimizer).__name__} holds none of the model's parameters; make it from those of "
+                "the model that SharpnessAware was given"
+            )
+
     def _check_batch(self, closure: Closure, batch: Sequence[Tensor] | None) -> None:
         needs = self.rule.fraction != 1 or self.rule.microbatches != 1
         if batch is None:
@@ -456,11 +514,27 @@ class SharpnessAware:
                 f"microbatches={self.rule.microbatches} is more than the {min(sizes)} examples"
             )
 
-    def _refuse_while_perturbed(self, *_: Any) -> None:
+    def _refuse_while_perturbed(self) -> None:
         if self.is_perturbed:
             raise OrderError(
                 "the weights are perturbed: save after step(), or outside the perturbed() block"
             )
+
+
+class _Refusal:
+    """What a model asks before it is saved. Its copies are nobody's: those of the model are free."""
+
+    def __init__(self, owner: SharpnessAware | None = None) -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
+
+    def __call__(self, *_: Any) -> None:
+        owner = None if self._owner is None else self._owner()
+        if owner is not None:
+            owner._refuse_while_perturbed()
+
+    def __reduce__(self) -> tuple[type[_Refusal], tuple[()]]:
+        self()  # a pickle of the model has its weights too
+        return _Refusal, ()
 
 
 # --- probe ------------------------------------------------------------------------------------------
@@ -617,6 +691,11 @@ def _keep_buffers(model: nn.Module | None) -> Iterator[None]:
     if model is None:
         yield
         return
+    places = [
+        (module._buffers, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
     kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
@@ -624,6 +703,9 @@ def _keep_buffers(model: nn.Module | None) -> Iterator[None]:
         with torch.no_grad():
             for buffer, copy in kept:
                 buffer.copy_(copy)
+        for buffers, name, buffer in places:
+            if buffers.get(name) is not buffer:  # the model bound the name to another tensor
+                buffers[name] = buffer
 
 
 def _random_state(parameters: Sequence[Tensor]) -> dict[Any, Tensor]:

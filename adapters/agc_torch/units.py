@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,11 +16,20 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from agc import AGC, Plan, Units
-from agc.errors import ParameterError
+from agc import AGC, SAM, Plan, Units
+from agc.errors import ConfigError, ParameterError
 from agc.plan import WHOLE, Parameter, PlanEntry, canonical_name, make_plan
 
-__all__ = ["Model", "named_parameters", "plan", "register_units", "resolve", "units", "unwrap"]
+__all__ = [
+    "Model",
+    "check_rule",
+    "named_parameters",
+    "plan",
+    "register_units",
+    "resolve",
+    "units",
+    "unwrap",
+]
 
 Model: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 LayerUnits: TypeAlias = Mapping[str, str | Units]
@@ -49,8 +58,11 @@ def plan(model: Model, rule: AGC) -> Plan:
     ------
     SelectorError, AmbiguousUnitsError, UnitsError
         As :func:`agc.plan.make_plan`; the message names the parameter.
+    ConfigError
+        If ``rule`` is not an AGC.
     ParameterError
-        If a parameter is lazy and not yet initialised, or the model holds FSDP1's flat parameters.
+        If ``model`` is none of these, a parameter is lazy and not yet initialised, or the model holds FSDP1's
+        flat parameters.
 
     Notes
     -----
@@ -68,6 +80,7 @@ def plan(model: Model, rule: AGC) -> Plan:
     1.weight   8x4x2x2  (g=1 i) o ... -> g o      4  0.01
     3 parameters, 2 clipped, 12 units
     """
+    check_rule(rule, AGC)
     survey = _survey(model) if isinstance(model, nn.Module) else {}
     parameters = []
     for name, tensor in named_parameters(model).items():
@@ -143,12 +156,13 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
     Raises
     ------
     ParameterError
-        If the model holds flat parameters of FSDP1, whose units are cut apart (AGC-8).
+        If ``model`` is neither a module nor named tensors, or holds flat parameters of FSDP1, whose units are
+        cut apart (AGC-8).
     """
     if isinstance(model, nn.Module):
         named: Iterable[tuple[str, Tensor]] = unwrap(model).named_parameters()
     else:
-        named = model.items() if isinstance(model, Mapping) else model
+        named = _named_tensors(model)
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in named:
@@ -165,6 +179,12 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
             raise ParameterError(f"two parameters are called {name!r}")
         found[name] = tensor
     return found
+
+
+def check_rule(rule: object, kind: type[AGC] | type[SAM]) -> None:
+    """Raise ConfigError unless a rule is a configuration of the right kind."""
+    if not isinstance(rule, kind):
+        raise ConfigError(f"rule must be an agc.{kind.__name__}, got {rule!r}")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -185,9 +205,12 @@ def resolve(
 
     Raises
     ------
+    ConfigError
+        If ``rule`` is not an AGC.
     ParameterError
         If the names of a plan that is given are not the model's.
     """
+    check_rule(rule, AGC)
     named = named_parameters(model)
     if plan_ is not None:
         return plan_, _pair(plan_, named)
@@ -209,6 +232,23 @@ def resolve(
 Pairs: TypeAlias = list[tuple[PlanEntry, Tensor]]
 _RESOLVED: Final[WeakKeyDictionary[nn.Module, tuple[AGC, Plan, Pairs]]] = WeakKeyDictionary()
 _WRAPPERS: Final = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def _named_tensors(model: object) -> list[tuple[str, Tensor]]:
+    if isinstance(model, Mapping):
+        model = model.items()
+    named: list[Any] = [model]
+    if isinstance(model, Iterable) and not isinstance(model, Tensor):
+        named = list(model)
+    for pair in named:
+        shown = list(pair) if isinstance(pair, (tuple, list)) else [pair]
+        if not (len(shown) == 2 and isinstance(shown[0], str) and isinstance(shown[1], Tensor)):
+            kinds = ", ".join(type(part).__name__ for part in shown)
+            raise ParameterError(
+                f"model must be a module or pairs (name, tensor), got ({kinds}); "
+                "give the module, or model.named_parameters()"
+            )
+    return named
 
 
 def _pair(plan_: Plan, named: Mapping[str, Tensor]) -> Pairs:

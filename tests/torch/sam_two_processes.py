@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ sys.path.insert(0, sys.argv[1])
 from test_sam import Net, by_reference, data, make_closure
 
 from agc.config import SAM
-from agc.errors import ConfigError
+from agc.errors import ConfigError, NonFiniteError
 from agc_torch.backend import leave
 from agc_torch.sam import SharpnessAware
 
@@ -61,6 +62,21 @@ def main() -> None:
         assert last < first
         assert agree(list(model.parameters())), f"replicas differ after 200 steps, scope={scope}"
         print(f"ddp {scope}", flush=True)
+
+    poisoned = mine[0].float().clone()
+    poisoned[0, 0] = torch.inf if rank == 0 else 0
+    for scope in ("local", "global"):
+        for policy in ("skip_step", "raise"):
+            model = DistributedDataParallel(Net(dtype=torch.float32))
+            before = [p.detach().clone() for p in model.parameters()]
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            sam = SharpnessAware(model, SAM(scope=scope, nonfinite=policy))
+            closure = make_closure(model, optimizer, poisoned, mine[1])
+            with pytest.raises(NonFiniteError) if policy == "raise" else nullcontext():
+                sam.step(optimizer, closure)
+            for p, kept in zip(model.parameters(), before, strict=True):
+                assert torch.equal(p, kept), f"rank {rank} took a step that the other skipped"
+    print("one bad replica", flush=True)
 
     single = Net()
     sharded = copy.deepcopy(single)

@@ -20,9 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import agc_torch
-from agc import AGC, Schedule
+from agc import AGC, SAM, Schedule
 from agc.errors import (
     AmbiguousUnitsError,
+    ConfigError,
     DTypeError,
     MissingGradientError,
     NonFiniteError,
@@ -184,6 +185,19 @@ def test_every_dtype(dtype, path):
 )
 def test_gradients_of_another_dtype(dtype, gradient_dtype, path):
     check(model_of(dtype, gradient_dtype), AGC(clipping=0.02))
+
+
+@pytest.mark.parametrize("wide", ["weight", "gradient"])
+def test_float64_on_one_side_is_exact(wide, path):
+    dtypes = {"weight": torch.float32, "gradient": torch.float32, wide: torch.float64}
+    weight, gradient = (
+        tensor(draw((3, 4608), seed, 0.1), dtype) for seed, dtype in enumerate(dtypes.values())
+    )
+    made = {"w": parameter(weight, gradient), "b": parameter(weight[0], gradient[0])}
+    stats = agc_torch.adaptive_clip_grad_(made, AGC())
+    ratio = gradient.double().norm(dim=1) / weight.double().norm(dim=1)
+    assert stats.total().max_ratio == pytest.approx(ratio.max().item(), rel=1e-14)
+    assert stats.parameters()["b"].max_ratio == pytest.approx(ratio[0].item(), rel=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -514,6 +528,72 @@ def test_integer_weight():
     made.grad = torch.ones(2, 3, dtype=torch.int64)
     with pytest.raises(DTypeError, match=r"'w': the gradient has dtype torch\.int64"):
         agc_torch.adaptive_clip_grad_({"w": made}, AGC())
+
+
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", FLOAT8, ids=str)
+def test_float8(dtype):
+    made = torch.ones(2, 3).to(dtype)
+    made.grad = torch.ones(2, 3).to(dtype)
+    good = parameter(torch.ones(2), torch.ones(2))
+    with pytest.raises(DTypeError, match=r"'w': the gradient has dtype torch\.float8.* supports"):
+        agc_torch.adaptive_clip_grad_({"w": made, "b": good}, AGC())
+    agc_torch.adaptive_clip_grad_({"w": made, "b": good}, AGC(exclude=["w"]))
+    assert good.grad.max() < 1
+
+
+@pytest.mark.parametrize("rule", [None, 0.01, {"clipping": 0.01}, SAM(), AGC], ids=str)
+def test_rule_that_is_none(rule):
+    model = model_of(torch.float32)
+    plan = agc_torch.plan(model, AGC())
+    for call in (
+        partial(agc_torch.adaptive_clip_grad_, model, rule),
+        partial(agc_torch.adaptive_clip_grad_, model, rule, plan=plan),
+        partial(agc_torch.plan, model, rule),
+        partial(agc_torch.plan, nn.Linear(2, 2), rule),
+        partial(agc_torch.attach, torch.optim.SGD([model["bias"]]), model, rule),
+    ):
+        with pytest.raises(ConfigError, match=r"^rule must be an agc\.AGC, got "):
+            call()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda model: model.parameters(),
+        lambda model: list(model.parameters()),
+        lambda model: dict(enumerate(model.parameters())),
+        lambda model: dict.fromkeys(model.state_dict()),
+        lambda model: model.weight,
+        lambda model: [("weight",)],
+        lambda model: "weight",
+        lambda model: None,
+    ],
+    ids=["parameters", "list", "no-names", "no-tensors", "tensor", "short", "text", "None"],
+)
+def test_model_without_names(given):
+    model = nn.Linear(2, 2)
+    model(torch.ones(1, 2)).sum().backward()
+    for call in (
+        lambda: agc_torch.adaptive_clip_grad_(given(model), AGC()),
+        lambda: agc_torch.plan(given(model), AGC()),
+        lambda: agc_torch.attach(torch.optim.SGD(model.parameters()), given(model), AGC()),
+    ):
+        with pytest.raises(
+            ParameterError, match=r"give the module, or model\.named_parameters\(\)"
+        ):
+            call()
+
+
+def test_a_plan_takes_the_place_of_the_rule():
+    model = model_of(torch.float32)
+    plan = agc_torch.plan(model, AGC(clipping=1e-3, exclude=["bias"]))
+    want = by_reference(model, AGC(clipping=1e-3, exclude=["bias"]))
+    agc_torch.adaptive_clip_grad_(model, AGC(clipping=0.5, exclude=["conv"]), plan=plan)
+    for name, made in model.items():
+        np.testing.assert_allclose(made.grad.numpy(), want.gradients[name], rtol=1e-5)
 
 
 def test_ambiguous_shape():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import threading
 
 import numpy as np
@@ -10,13 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from agc.config import SAM, Schedule
+from agc.config import AGC, SAM, Schedule
 from agc.errors import (
     ConfigError,
     FormatError,
     MissingGradientError,
     NonFiniteError,
     OrderError,
+    ParameterError,
     SelectorError,
 )
 from agc.reference import sharpness_aware_gradients
@@ -283,6 +286,27 @@ def test_a_parameter_with_a_gradient_in_only_one_pass(active):
     assert moved == (active == (2,))
 
 
+class Rebinding(nn.Module):
+    """Normalisation written by hand: new tensors take the place of old ones, one of them grows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 3, dtype=torch.float64)
+        self.register_buffer("mean", torch.zeros(6, dtype=torch.float64))
+        self.register_buffer("n", torch.tensor(0))
+        self.register_buffer("queue", torch.zeros(0, 6, dtype=torch.float64))
+        self.register_buffer("first", None)
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        self.n = self.n + 1
+        self.queue = torch.cat([self.queue, x[:1]])
+        if self.first is None:
+            self.first = x.mean(0)
+        return self.layer(x - self.mean)
+
+
 class TestModelState:
     def model(self):
         torch.manual_seed(0)
@@ -308,6 +332,22 @@ class TestModelState:
         assert model[1].num_batches_tracked == 1
         mean = model[0](batch[0]).mean(0)
         assert torch.allclose(model[1].running_mean, mean, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("rule", "updates"),
+        [(SAM(), 1), (SAM(fraction=0.5), 1), (SAM(microbatches=2), 2)],
+        ids=["plain", "fraction", "microbatches"],
+    )
+    def test_buffers_that_are_bound_anew_are_updated_once(self, rule, updates):
+        model, batch = Rebinding(), data()
+        twin = copy.deepcopy(model)
+        for part in (batch[0].tensor_split(updates)) if updates > 1 else [batch[0]]:
+            twin(part)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        sam = SharpnessAware(model, rule)
+        sam.step(optimizer, make_closure(model, optimizer), batch=batch)
+        for name, buffer in twin.named_buffers():
+            assert torch.equal(model.get_buffer(name), buffer), name
 
     def test_dropout_has_the_same_mask_in_both_passes_and_moves_on(self):
         model, (x, y) = self.model(), data(dtype=torch.float32)
@@ -391,7 +431,123 @@ def test_gradient_accumulation_in_the_closure():
     )
 
 
+def test_adaptive_norm_of_half_precision():
+    # In float16 the product underflows in the first row, and overflows in the second.
+    for w, g in ((0.01, 1e-6), (300.0, 300.0)):
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.full((2, 2), w, dtype=torch.float16))
+        seen = []
+
+        def closure(model=model, g=g, seen=seen):
+            seen.append(model.weight.detach().clone())
+            model.weight.grad = torch.full((2, 2), g, dtype=torch.float16)
+            return torch.tensor(1.0)
+
+        sam = SharpnessAware(model, SAM(rho=0.5, adaptive=True))
+        sam.step(torch.optim.SGD(model.parameters(), lr=0.0), closure)
+        weight, gradient = seen[0].double(), model.weight.grad.double()
+        norm = ((weight + 0.01) * gradient).norm()
+        assert sam.stats().norm.item() == pytest.approx(norm.item(), rel=1e-12)
+        moved = weight + 0.5 * (weight + 0.01) ** 2 * gradient / norm
+        assert torch.allclose(seen[1].double(), moved, rtol=1e-3)
+
+
+class TestCopies:
+    """A model under SAM is copied and saved like any other, and the copy is not under SAM."""
+
+    def copies(self, model):
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        return [
+            copy.deepcopy(model),
+            pickle.loads(pickle.dumps(model)),
+            torch.load(file, weights_only=False),
+            torch.optim.swa_utils.AveragedModel(model).module,
+        ]
+
+    def test_the_copy_is_free(self):
+        model, (x, y) = Net(), data()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        closure = make_closure(model, optimizer, x, y)
+        sam = SharpnessAware(model, SAM())
+        sam.step(optimizer, closure)
+        copies = self.copies(model)
+        closure()
+        with sam.perturbed():
+            with pytest.raises(OrderError, match="weights are perturbed: save after"):
+                model.state_dict()
+            for one in copies:
+                assert torch.equal(one.state_dict()["inner.bias"], copies[0].inner.bias)
+            closure()
+
+    def test_a_copy_has_its_own_sam(self):
+        model, (x, y) = Net(), data()
+        SharpnessAware(model, SAM())
+        for one in self.copies(model):
+            optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+            closure = make_closure(one, optimizer, x, y)
+            sam = SharpnessAware(one, SAM())
+            sam.step(optimizer, closure)
+            with sam.perturbed(), pytest.raises(OrderError, match="weights are perturbed"):
+                one.state_dict()
+
+    def test_perturbed_weights_are_not_saved_with_the_model(self):
+        model, (x, y) = Net(), data()
+        sam = SharpnessAware(model, SAM())
+        make_closure(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y)()
+        with sam.perturbed(), pytest.raises(OrderError, match="weights are perturbed: save after"):
+            torch.save(model, io.BytesIO())
+
+
+class TestPerturbedBlock:
+    def gradients(self, rule):
+        model, (x, y) = Net(), data()
+        sam = SharpnessAware(model, rule)
+        closure = make_closure(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y)
+        closure()
+        model.inner.weight.grad[0, 0] = torch.inf
+        with sam.perturbed():
+            closure()
+        return [p.grad for p in model.parameters()]
+
+    def test_skip_step_leaves_nan(self):
+        assert all(g.isnan().all() for g in self.gradients(SAM()))
+
+    def test_skip_perturb_leaves_the_plain_gradient(self):
+        assert all(g.isfinite().all() for g in self.gradients(SAM(nonfinite="skip_perturb")))
+
+    def test_raise(self):
+        with pytest.raises(NonFiniteError, match="norm of the ascent gradient is inf"):
+            self.gradients(SAM(nonfinite="raise"))
+
+
 class TestScaler:
+    @pytest.mark.parametrize("poison", [False, True])
+    def test_sparse_gradients(self, poison):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        rows, y = torch.tensor([[0, 1], [1, 1], [5, 0]]), torch.tensor([0, 1, 2])
+
+        def closure():
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(rows), y)
+            scaler.scale(loss).backward()
+            if poison and not sam.is_perturbed:
+                model[2].bias.grad[0] = torch.inf
+            return loss
+
+        before = copy.deepcopy(model)
+        sam = SharpnessAware(model, SAM())
+        sam.step(optimizer, closure, scaler=scaler)
+        assert model[0].weight.grad.is_sparse
+        assert poison == bool(model[0].weight.grad.to_dense()[[0, 1, 5]].isnan().all())
+        for a, b in zip(model.parameters(), before.parameters(), strict=True):
+            assert torch.equal(a, b) == poison
+        assert scaler.get_scale() == (512.0 if poison else 1024.0)
+
     def step(self, init_scale, poison=False):
         model, (x, y) = Net(dtype=torch.float32), data(dtype=torch.float32)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -519,6 +675,25 @@ class TestErrors:
         sam.step(optimizer, closure)
         assert caught == ["a step of this SharpnessAware is already under way"] * 2
 
+    def test_optimizer_of_another_model(self):
+        model, (x, y) = Net(), data()
+        optimizer = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
+        calls = []
+        with pytest.raises(ParameterError, match="SGD holds none of the model's parameters"):
+            SharpnessAware(model, SAM()).step(optimizer, lambda: calls.append(1))
+        assert not calls
+        part = torch.optim.SGD(model.outer.parameters(), lr=0.1)  # some of them are enough
+        SharpnessAware(model, SAM()).step(part, make_closure(model, part, x, y))
+
+    @pytest.mark.parametrize("rule", [None, 0.05, {"rho": 0.05}, AGC(), SAM], ids=str)
+    def test_rule(self, rule):
+        with pytest.raises(ConfigError, match=r"rule must be an agc\.SAM, got "):
+            SharpnessAware(Net(), rule)
+
+    def test_model(self):
+        with pytest.raises(ParameterError, match=r"needs a torch\.nn\.Module, got generator"):
+            SharpnessAware(Net().parameters(), SAM())
+
     def test_state(self):
         with pytest.raises(FormatError, match="not a state of SharpnessAware"):
             SharpnessAware(Net(), SAM()).load_state_dict({"count": 3})
@@ -583,3 +758,20 @@ class TestVerify:
         found = self.verify(step, model, optimizer)
         assert not found.ok
         assert not found.restored
+
+
+def test_a_subnormal_norm_moves_weights_no_further_than_rho():
+    weight = nn.Parameter(torch.ones(4))
+    model = nn.ParameterList([weight])
+    seen = []
+
+    def closure():
+        weight.grad = None
+        seen.append(weight.detach().clone())
+        loss = (weight * 1e-41).sum()
+        loss.backward()
+        return loss
+
+    SharpnessAware(model, SAM(rho=0.05)).step(torch.optim.SGD([weight], lr=0.0), closure)
+    moved = (seen[1] - seen[0]).norm()
+    assert 0 < moved <= 0.05 * (1 + 1e-5)

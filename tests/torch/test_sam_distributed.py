@@ -18,5 +18,5 @@ def test_two_processes():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for line in ("ddp local", "ddp global", "fsdp2"):
+    for line in ("ddp local", "ddp global", "one bad replica", "fsdp2"):
         assert done.stdout.count(line) == 2, done.stdout  # once from each process

@@ -39,9 +39,9 @@ from agc.errors import (
 )
 from agc.units import UnitAxes
 from agc_jax.telemetry import Columns, Stats, no_stats
-from agc_jax.units import ModelUnits, PyTree, flatten, is_absent, plan_tree
+from agc_jax.units import ModelUnits, PyTree, check_options, flatten, is_absent, plan_tree
 
-__all__ = ["Clipper", "adaptive_clip_gradients", "clipper"]
+__all__ = ["Clipper", "adaptive_clip_gradients", "call_schedule", "clipper"]
 
 
 def adaptive_clip_gradients(
@@ -76,6 +76,8 @@ def adaptive_clip_gradients(
 
     Raises
     ------
+    ConfigError
+        If ``rule`` is not an AGC, or a schedule's value is known and is not a finite number above 0.
     ParameterError
         If ``params`` is None or lacks a parameter that has a gradient.
     ShapeError
@@ -83,7 +85,7 @@ def adaptive_clip_gradients(
     DTypeError
         If either is neither floating point nor complex.
     MissingGradientError
-        If no leaf is a gradient.
+        If no leaf is a gradient, unless there are no parameters either.
     NonFiniteError
         If ``rule.nonfinite`` is ``"raise"`` and a norm is not finite. Inside ``jax.jit`` the error surfaces
         as JAX's own runtime error, whose message holds this one.
@@ -129,12 +131,12 @@ class Clipper:
     def plan(self, params: PyTree) -> Plan:
         """Return the plan of a tree of parameters, made once for each structure."""
         _, leaves, structure = flatten(params)
-        key = (
-            structure,
-            tuple((getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves),
-        )
+        kinds = tuple((np.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
+        key = (structure, kinds)
         if key not in self._plans:
-            self._plans[key] = plan_tree(params, self.rule, self.units)
+            # Where there is nothing, as optax asks for the state of, no pattern can match.
+            known = plan_tree(params, self.rule, self.units) if leaves else Plan(())
+            self._plans[key] = known
         return self._plans[key]
 
     def __call__(
@@ -170,9 +172,14 @@ class Clipper:
                 raise ShapeError(
                     f"parameter {name!r} has shape {weight.shape}, its gradient {gradient.shape}"
                 )
-            if plan.entries[places[name]].clipped:
-                work[places[name]] = (index, gradient, weight)
-        if not present and not any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+            if (place := places.get(name)) is None:
+                raise ParameterError(
+                    f"{name!r} has a gradient, but is a setting of an Equinox module"
+                )
+            if plan.entries[place].clipped:
+                work[place] = (index, gradient, weight)
+        masked = any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
+        if weights and not present and not masked:
             raise MissingGradientError(
                 "no parameter has a gradient; compute gradients before clipping them"
             )
@@ -200,7 +207,11 @@ class Clipper:
         clipping: Any,
     ) -> tuple[list[jax.Array], Stats]:
         """Clip the parameters at these places of the plan; compile that unless it is being traced."""
-        scheduled = clipping is None and any(callable(plan.entries[p].clipping) for p in places)
+        entries = [plan.entries[place] for place in places]
+        scheduled = clipping is None and any(callable(entry.clipping) for entry in entries)
+        if scheduled and not isinstance(step, jax.core.Tracer):
+            # What is compiled cannot raise if a schedule returns nonsense.
+            _call_schedules(entries, np.int32(step) if isinstance(step, int) else step)
         step = jax.device_put(np.int32(step)) if scheduled and isinstance(step, int) else step
         arguments = (gradients, weights, step if scheduled else None, clipping)
         program = partial(_clip, self.rule, plan, places)
@@ -219,10 +230,13 @@ class Clipper:
         return clipped, stats
 
 
-@lru_cache(maxsize=32)
 def clipper(rule: AGC, units: ModelUnits | None) -> Clipper:
     """Return the clipper of a rule, the same one each time, so that nothing is prepared twice."""
-    return Clipper(rule, units)
+    check_options(rule, units)  # before they are hashed
+    return _clipper(rule, units)
+
+
+_clipper = lru_cache(maxsize=32)(Clipper)
 
 
 def _array(name: str, what: str, leaf: Any) -> jax.Array:
@@ -242,7 +256,7 @@ def _raise_if_any(plan: Plan, nonfinite: Any) -> None:
         others = f", and so of {found.size - 1} other parameters" if found.size > 1 else ""
         raise NonFiniteError(
             f"parameter {entry.name!r}: {counts[found[0]]} of {entry.count} units have a norm "
-            f"that is not finite{others}"
+            f"that is not finite, or a threshold that is not a finite number above 0{others}"
         )
 
 
@@ -283,31 +297,41 @@ def _clip(
 
 
 def _call_schedules(entries: Sequence[PlanEntry], step: jax.Array | None) -> list[Any]:
-    """Replace callables by what they return for the traced step; a Schedule is left for later."""
-    known: dict[int, jax.Array] = {}
+    """Replace callables by what they return for the step; a Schedule is left for later."""
+    known: dict[int, float | jax.Array] = {}
     values: list[Any] = []
     for entry in entries:
         value = entry.clipping
         if callable(value) and not isinstance(value, Schedule):
             if id(value) not in known:
-                known[id(value)] = _call(entry.name, value, step)
+                known[id(value)] = call_schedule(f"clipping of {entry.name!r}", value, step)
             value = known[id(value)]
         values.append(value)
     return values
 
 
-def _call(name: str, schedule: Callable[[Any], Any], step: jax.Array | None) -> jax.Array:
+def call_schedule(
+    what: str, schedule: Callable[[Any], Any], step: int | jax.Array | None
+) -> float | jax.Array:
+    """Return a schedule's value; raise ConfigError if it is known and not a finite number above 0."""
     try:
-        found = jnp.asarray(schedule(step), float)
+        value = schedule(step)
+        found = jnp.asarray(value, float)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"clipping of {name!r}: the schedule {schedule!r} must return a number for a traced step: {error}"
+            f"{what}: the schedule {schedule!r} must return a number for a traced step: {error}"
         ) from error
     if found.shape != ():
         raise ConfigError(
-            f"clipping of {name!r}: the schedule {schedule!r} must return a scalar, got the shape {found.shape}"
+            f"{what}: the schedule {schedule!r} must return a scalar, got the shape {found.shape}"
         )
-    return found
+    if isinstance(value, jax.core.Tracer):
+        return found
+    if not 0 < float(value) < math.inf:
+        raise ConfigError(
+            f"{what}: the schedule returned {value!r}; it must return a finite number > 0"
+        )
+    return float(value)
 
 
 def _columns(plan: Plan, places: tuple[int, ...], rows: Rows) -> Columns:
@@ -439,6 +463,8 @@ class _Units(NamedTuple):
     norm: jax.Array
     floor: jax.Array
     bad: jax.Array
+    senseless: jax.Array
+    """Units whose threshold is not a finite number above 0; they are bad as well."""
     clipped: jax.Array
     excess: jax.Array
     """What units that are clipped are divided by."""
@@ -451,14 +477,14 @@ def _compare(g: jax.Array, w: jax.Array, clipping: jax.Array, how: _How) -> _Uni
     """
     wide = g.dtype.type
     largest = wide(float(jnp.finfo(np.float64 if how.double else np.float32).max))
-    usable = (clipping > 0) & (clipping < np.inf)  # a schedule may return anything
-    bad = ~((g <= largest) & (w <= largest) & usable)  # AGC-4
+    senseless = ~((clipping > 0) & (clipping < np.inf))  # a schedule may return anything (AGC-10)
+    bad = ~((g <= largest) & (w <= largest)) | senseless  # AGC-4
     norm = jnp.where(bad, wide(0), g)
     least = max(how.eps**2, float(jnp.finfo(wide).tiny)) if how.eps else 0
     floor = jnp.where(norm == 0, wide(1), jnp.maximum(w, wide(least)))
     clipped = norm > clipping * clipping * floor  # AGC-1, AGC-2: strictly
     excess = jnp.sqrt(jnp.maximum(norm, wide(how.div_eps**2)) / floor) / clipping
-    return _Units(norm, floor, bad, clipped, excess)
+    return _Units(norm, floor, bad, senseless, clipped, excess)
 
 
 @dataclass(frozen=True)
@@ -483,7 +509,9 @@ def _clip_parameter(
     w_U = _sum_of_squares(lax.stop_gradient(weight), how=how, wide=clipping.dtype)
     units = _compare(g_U, w_U, clipping, how)
     wide = clipping.dtype.type
-    poison = wide(np.inf if how.nonfinite == "zero" else np.nan)
+    poison = wide(np.nan)
+    if how.nonfinite == "zero":
+        poison = jnp.where(units.senseless, poison, wide(np.inf))
     excess_U = jnp.where(units.bad, poison, jnp.where(units.clipped, units.excess, wide(1)))
     if how.eps >= _SAFE_EPS and not how.double:  # then float32 can hold every factor
         excess_U = lax.convert_element_type(excess_U, np.float32)

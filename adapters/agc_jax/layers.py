@@ -66,10 +66,7 @@ def register_units(layer: type | str, units: LayerRule) -> None:
 
 def by_type(model: Any, keys: tuple[Any, ...], name: str, shape: Shape) -> Parameter | None:
     """Return what the innermost registered layer on a leaf's path says of it; None if none speaks for it."""
-    owners = [(model, keys)]
-    for place, key in enumerate(keys[:-1], start=1):
-        owners.append((_child(owners[-1][0], key), keys[place:]))
-    for owner, rest in reversed(owners):
+    for owner, rest in reversed(_owners(model, keys)):
         below = ".".join(map(str, rest))
         for glob, declared in _table(owner).items():
             if fnmatchcase(below, glob):
@@ -78,6 +75,15 @@ def by_type(model: Any, keys: tuple[Any, ...], name: str, shape: Shape) -> Param
                 layout = None if found is None else _layout(owner)
                 return Parameter(name, shape, found, layout, type(owner).__name__)
     return None
+
+
+def in_equinox(model: Any, keys: tuple[Any, ...]) -> bool:
+    """Tell whether a leaf on this path belongs to an Equinox module."""
+    return any(
+        _path(kind).startswith("equinox.")
+        for owner, _ in _owners(model, keys)
+        for kind in type(owner).__mro__
+    )
 
 
 def stacked(units: Units, extra: int) -> Units:
@@ -107,6 +113,14 @@ class _Expected:
         ):
             return None
         return stacked(self.units, extra)
+
+
+def _owners(model: Any, keys: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Return what holds a leaf, outermost first, each with the keys that lead from there to the leaf."""
+    owners = [(model, keys)]
+    for place, key in enumerate(keys[:-1], start=1):
+        owners.append((_child(owners[-1][0], key), keys[place:]))
+    return owners
 
 
 def _child(node: Any, key: Any) -> Any:

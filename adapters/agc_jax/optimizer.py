@@ -15,7 +15,7 @@ from agc.config import Clipping
 from agc.errors import ParameterError
 from agc_jax.clip import clipper
 from agc_jax.telemetry import Stats, no_stats
-from agc_jax.units import ModelUnits, PyTree, flatten
+from agc_jax.units import ModelUnits, PyTree, check_options
 
 __all__ = ["AdaptiveGradClipState", "adaptive_grad_clip", "stats"]
 
@@ -45,6 +45,8 @@ def adaptive_grad_clip(
 
     Raises
     ------
+    ConfigError
+        If ``rule`` is not an AGC or a threshold is not a finite number above 0; see the notes.
     ParameterError
         By ``update``, if it is called without parameters.
     SelectorError, AmbiguousUnitsError, UnitsError
@@ -62,9 +64,10 @@ def adaptive_grad_clip(
     ``shard_map`` and ``pmap`` code sees one shard: average the gradients first (``lax.pmean``), and keep the
     parameters whole there; a parameter that is split is an error if ``units`` is given.
 
-    *Schedules* (AGC-10). ``agc.Schedule`` is evaluated on the device; any other callable is given the traced
-    step. A threshold that is not a finite number above 0 makes every unit it applies to fall under the
-    non-finite policy.
+    *Schedules* (AGC-10). ``agc.Schedule`` is evaluated on the device; any other callable is given the step,
+    traced under ``jit``. A threshold that is not a finite number above 0 is an error where its value is known,
+    as it is outside ``jit``. Inside, which cannot raise, every unit it belongs to becomes NaN under every policy
+    and counts as non-finite; ``nonfinite="raise"`` reports it, too.
 
     *Masks*. What ``optax.masked`` and ``optax.partition`` leave out is left alone. Give ``units`` there, so
     that the name patterns of the rule are verified with the whole model.
@@ -88,19 +91,22 @@ def adaptive_grad_clip(
     >>> print(tx.init(params).hyperparams["clipping"])
     0.04
     """
+    check_options(rule, units)
     dynamic = None
     if isinstance(clipping, jax.Array | np.ndarray):
         dynamic = jax.numpy.asarray(clipping)
         if dynamic.shape != ():
             raise ParameterError(f"clipping must be a scalar, got the shape {dynamic.shape}")
+        if not isinstance(clipping, jax.core.Tracer):
+            replace(rule, clipping=float(clipping))  # raises if it is not a finite number above 0
     elif clipping is not None:
         rule = _with_clipping(rule, clipping)
     clip = clipper(rule, units)
 
     def init(params: PyTree) -> AdaptiveGradClipState:
-        # optax asks for the state of a tree without leaves to learn which of its parts are like parameters.
-        length = len(clip.plan(params)) if flatten(params)[1] else 0
-        return AdaptiveGradClipState(jax.numpy.zeros((), np.int32), no_stats(length))
+        return AdaptiveGradClipState(
+            jax.numpy.zeros((), np.int32), no_stats(len(clip.plan(params)))
+        )
 
     def update(
         updates: PyTree, state: AdaptiveGradClipState, params: PyTree = None, **extra: Any

@@ -11,16 +11,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
+import numpy as np
 
 from agc.config import SAM, Schedule
-from agc.errors import ConfigError, NonFiniteError
-from agc.plan import perturbed_names
+from agc.errors import ConfigError, DTypeError, NonFiniteError, ParameterError
+from agc.plan import canonical_name, perturbed_names
+from agc_jax.clip import call_schedule
 
 __all__ = ["SamStats", "Verification", "sam_value_and_grad", "verify_sam"]
 
@@ -34,7 +37,7 @@ class SamStats(NamedTuple):
     ----------
     norm : Array
         Norm of the ascent gradient (the largest, if there were several micro-batches); 0 in a plain
-        step.
+        step. In float32, or float64 if a weight is.
     loss, perturbed_loss : Array
         Mean loss at ``w`` (of the examples of the ascent pass) and at ``w + e``.
     """
@@ -93,7 +96,13 @@ def sam_value_and_grad(
     Raises
     ------
     ConfigError
-        If ``fraction`` or ``microbatches`` is given without ``batch_argnums``, or a step is missing.
+        If ``rule`` is not a SAM, ``fraction`` or ``microbatches`` is given without ``batch_argnums``, a
+        step is missing, an argument is not there, or a schedule of rho returns what is known not to be a
+        finite number above 0.
+    DTypeError
+        If a weight is neither floating point nor complex.
+    ParameterError
+        If two weights have the same name.
     SelectorError
         If a name pattern matches nothing, or nothing is left to perturb.
 
@@ -102,6 +111,11 @@ def sam_value_and_grad(
     Every argument, random keys among them, is the same in both passes (SAM-12). If the norm of the
     ascent gradient is not finite, ``nonfinite="skip_step"`` returns gradients of NaN, for
     :func:`optax.apply_if_finite` to skip the step; ``"raise"`` works outside ``jit`` only (SAM-5).
+    A schedule of rho is called with the step as it is given. Traced, it cannot raise: where it returns
+    nonsense the gradients are NaN under every policy (SAM-11).
+
+    The gradients of complex weights are those of :func:`jax.grad`, conjugates of the steepest ascent;
+    the perturbation goes uphill.
 
     Examples
     --------
@@ -109,16 +123,16 @@ def sam_value_and_grad(
     ...     return jnp.mean((x @ w) ** 2)
     >>> value, gradients = sam_value_and_grad(loss_fn, SAM(rho=0.05))(jnp.ones(3), jnp.ones((4, 3)))
     """
-    weights_at = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    batch_at = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums or ())
+    if not isinstance(rule, SAM):
+        raise ConfigError(f"rule must be an agc.SAM, got {rule!r}")
+    weights_at = _positions("argnums", argnums)
+    batch_at = () if batch_argnums is None else _positions("batch_argnums", batch_argnums)
     if (rule.fraction != 1 or rule.microbatches != 1) and not batch_at:
         raise ConfigError(
             f"fraction={rule.fraction} and microbatches={rule.microbatches} take parts of the batch: "
             "say which arguments are the batch, for example batch_argnums=(1, 2)"
         )
-    overlap = sorted(set(weights_at) & set(batch_at))
-    if overlap:
-        raise ConfigError(f"argument {overlap[0]} is in both argnums and batch_argnums")
+    _check_apart(weights_at, batch_at)
     gradient_fn = (
         jax.value_and_grad(loss_fn, argnums=weights_at, has_aux=True)
         if has_aux
@@ -131,8 +145,9 @@ def sam_value_and_grad(
             raise ConfigError(
                 "rho is a schedule, or every is above 1: call with step=, the optimizer's step count"
             )
+        _check_call(weights_at, batch_at, len(args))
         axes = axis_name
-        weights = tuple(args[i] for i in weights_at)
+        weights = _arrays(tuple(args[i] for i in weights_at))
         if axes is not None:
             weights = _varying(weights, axes)
 
@@ -145,20 +160,20 @@ def sam_value_and_grad(
         batch = tuple(args[i] for i in batch_at)
 
         def sharpness_aware() -> Any:
-            return _gradients(compute, weights, batch, rule, step, axes)
+            return _gradients(compute, weights, batch, rule, _radius(rule, step), axes)
 
         def plain() -> Any:
             (value, aux), gradients = compute(weights, batch)
             if rule.microbatches > 1:  # the same structure as the other branch
                 aux = jax.tree.map(lambda leaf: jnp.stack([leaf] * rule.microbatches), aux)
-            return value, aux, gradients, SamStats(_zero(value), value, value)
+            norm = jnp.zeros_like(value, _norm_dtype(weights))
+            return value, aux, gradients, SamStats(norm, value, value)
 
-        if rule.every == 1:
-            value, aux, gradients, stats = sharpness_aware()
+        perturbs = rule.every == 1 or step % rule.every == 0
+        if isinstance(perturbs, jax.core.Tracer):
+            value, aux, gradients, stats = jax.lax.cond(perturbs, sharpness_aware, plain)
         else:
-            value, aux, gradients, stats = jax.lax.cond(
-                step % rule.every == 0, sharpness_aware, plain
-            )
+            value, aux, gradients, stats = sharpness_aware() if perturbs else plain()
         if axes is not None:
             value, gradients, stats = jax.lax.pmean((value, gradients, stats), axes)
         gradients = gradients[0] if isinstance(argnums, int) else gradients
@@ -176,12 +191,12 @@ def _gradients(
     weights: tuple[Tree, ...],
     batch: tuple[Tree, ...],
     rule: SAM,
-    step: Any,
+    rho: float | jax.Array,
     axes: Any,
 ) -> Any:
     """Clean loss, auxiliary data, descent gradients and stats of one batch."""
     if rule.microbatches == 1:
-        return _two_passes(compute, weights, batch, rule, step, axes)
+        return _two_passes(compute, weights, batch, rule, rho, axes)
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1:
         raise ConfigError(
@@ -192,7 +207,7 @@ def _gradients(
         raise ConfigError(f"microbatches={rule.microbatches} is more than the {examples} examples")
 
     def run(part: tuple[Tree, ...]) -> Any:
-        return _two_passes(compute, weights, part, rule, step, axes)
+        return _two_passes(compute, weights, part, rule, rho, axes)
 
     if examples % rule.microbatches == 0:
         shape = (rule.microbatches, examples // rule.microbatches)
@@ -232,7 +247,7 @@ def _two_passes(
     weights: tuple[Tree, ...],
     batch: tuple[Tree, ...],
     rule: SAM,
-    step: Any,
+    rho: float | jax.Array,
     axes: Any,
 ) -> Any:
     first = batch
@@ -241,42 +256,46 @@ def _two_passes(
     (value, clean_aux), ascent = compute(weights, first)
     if axes is not None and rule.scope == "global":
         ascent = _varying(jax.lax.pmean(ascent, axes), axes)
-    moved, norm = _perturb(weights, ascent, rule, step)
+    moved, norm = _perturb(weights, ascent, rule, rho)
     (perturbed_value, aux), descent = compute(moved, batch)
-    finite = jnp.isfinite(norm)
+    sound = jnp.isfinite(norm)
     if rule.nonfinite == "raise":
-        _raise_unless(finite, norm)
-    elif rule.nonfinite == "skip_step":
-        descent = jax.tree.map(
-            lambda leaf: jnp.where(finite, leaf, jnp.nan).astype(leaf.dtype), descent
-        )
+        _raise_unless(sound, norm)
+    if rule.nonfinite == "skip_perturb":
+        sound = jnp.ones_like(sound)
+    sound &= jnp.isfinite(rho)
+    descent = jax.tree.map(lambda leaf: jnp.where(sound, leaf, jnp.nan).astype(leaf.dtype), descent)
     kept = clean_aux if rule.fraction == 1 else aux
-    stats = SamStats(norm.astype(value.dtype), value, perturbed_value)
+    stats = SamStats(norm.astype(_norm_dtype(weights)), value, perturbed_value)
     return value, kept, descent, stats
 
 
 def _perturb(
-    weights: tuple[Tree, ...], ascent: tuple[Tree, ...], rule: SAM, step: Any
+    weights: tuple[Tree, ...], ascent: tuple[Tree, ...], rule: SAM, rho: float | jax.Array
 ) -> tuple[tuple[Tree, ...], jax.Array]:
     """Return the weights at ``w + e`` and the norm of the ascent gradient (SAM-1, SAM-2, SAM-10)."""
     tree = weights[0] if len(weights) == 1 else weights
     paths, structure = jax.tree_util.tree_flatten_with_path(tree)
-    names = [_name(path) or "w" for path, _ in paths]
+    names = [canonical_name(_name(path)) or "w" for path, _ in paths]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ParameterError(f"two parameters are called {name!r}")
     chosen = set(perturbed_names(names, rule))
     leaves = [leaf for _, leaf in paths]
     gradients = jax.tree.leaves(ascent)
     directions = {}
     for name, w, g in zip(names, leaves, gradients, strict=True):
-        if name in chosen and jnp.issubdtype(w.dtype, jnp.inexact):
-            scaled = g.astype(_wide(g.dtype))
-            directions[name] = scaled * _scale(w, rule)
+        if name in chosen:
+            # JAX's gradient of a complex weight is the conjugate of the steepest ascent.
+            directions[name] = jnp.conj(g.astype(_wide(g.dtype))) * _scale(w, rule)
+    nothing = jnp.zeros((), jnp.float32)
     largest = functools.reduce(
-        jnp.maximum, [jnp.max(jnp.abs(d)) for d in directions.values() if d.size]
+        jnp.maximum, [jnp.max(jnp.abs(d)) for d in directions.values() if d.size], nothing
     )
     safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     squares = [jnp.sum(jnp.square(jnp.abs(d / safe))) for d in directions.values()]
     norm = jnp.sqrt(functools.reduce(jnp.add, squares)) * safe
-    factor = _radius(rule, step) / (norm + rule.eps)
+    factor = rho / (norm + rule.eps)
     usable = (norm > 0) & jnp.isfinite(norm)
     moved = []
     for name, w in zip(names, leaves, strict=True):
@@ -295,13 +314,17 @@ def _scale(w: jax.Array, rule: SAM) -> Any:
     return 1
 
 
-def _radius(rule: SAM, step: Any) -> Any:
+def _radius(rule: SAM, step: Any) -> float | jax.Array:
+    """Rho at a step; NaN if it is traced and not a finite number above 0."""
     if isinstance(rule.rho, Schedule):
         steps, values = zip(*rule.rho.points, strict=True)
         return jnp.interp(
             jnp.asarray(step, float), jnp.asarray(steps, float), jnp.asarray(values, float)
         )
-    return rule.rho(step) if callable(rule.rho) else rule.rho
+    if not callable(rule.rho):
+        return rule.rho
+    rho = call_schedule("rho", rule.rho, step)
+    return rho if isinstance(rho, float) else jnp.where((rho > 0) & (rho < jnp.inf), rho, jnp.nan)
 
 
 def _raise_unless(finite: jax.Array, norm: jax.Array) -> None:
@@ -384,7 +407,7 @@ def verify_sam(
     start = _flatten(weights)
     _, gradients = make(watched)(weights, *args)
     jax.effects_barrier()
-    points = {bytes(memoryview(jax.device_get(point)).cast("B")): point for point in visited}
+    points = {np.asarray(point).tobytes(): point for point in visited}
     last = max(
         points.values(), key=lambda point: float(jnp.linalg.norm(point - start)), default=start
     )
@@ -396,7 +419,8 @@ def verify_sam(
     return Verification(
         passes=len(points),
         perturbation=float(jnp.linalg.norm(moved)),
-        cosine=float(moved @ uphill) / length if length else 0.0,
+        # JAX's gradient of complex weights is the conjugate of the direction uphill.
+        cosine=float((moved @ uphill).real) / length if length else 0.0,
         gradient_error=float(
             jnp.linalg.norm(_flatten(gradients) - wanted) / jnp.linalg.norm(wanted)
         ),
@@ -404,6 +428,50 @@ def verify_sam(
 
 
 # --- helpers ----------------------------------------------------------------------------------------
+
+
+def _positions(name: str, given: int | Sequence[int]) -> tuple[int, ...]:
+    positions = given if isinstance(given, Sequence) else (given,)
+    if not all(isinstance(one, int) for one in positions):
+        raise ConfigError(
+            f"{name} must be positions of arguments, such as 0 or (0, 2), got {given!r}"
+        )
+    return tuple(positions)
+
+
+def _check_apart(weights_at: Sequence[int], batch_at: Sequence[int]) -> None:
+    for position in weights_at:
+        if position in batch_at:
+            raise ConfigError(f"argument {position} is in both argnums and batch_argnums")
+
+
+def _check_call(weights_at: Sequence[int], batch_at: Sequence[int], count: int) -> None:
+    for name, positions in (("argnums", weights_at), ("batch_argnums", batch_at)):
+        for position in positions:
+            if not -count <= position < count:
+                raise ConfigError(
+                    f"{name}: there is no argument {position} in a call with {count} positional arguments"
+                )
+    _check_apart([at % count for at in weights_at], [at % count for at in batch_at])
+
+
+def _arrays(weights: tuple[Tree, ...]) -> tuple[Tree, ...]:
+    """Return the weights as JAX's arrays, as ``jit`` makes them of NumPy's and of Python's numbers."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        weights[0] if len(weights) == 1 else weights
+    ):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise DTypeError(
+                f"parameter {_name(path) or 'w'!r}: the weight has dtype {jnp.result_type(leaf)}; SAM needs "
+                "floating point or complex: give other arrays in an argument that is not in argnums"
+            )
+    arrays: tuple[Tree, ...] = jax.tree.map(jnp.asarray, weights)
+    return arrays
+
+
+def _norm_dtype(weights: tuple[Tree, ...]) -> Any:
+    """Dtype of the norm over these weights: float32, or float64 if one of them is."""
+    return jnp.finfo(jnp.result_type(jnp.float32, *jax.tree.leaves(weights))).dtype
 
 
 def _flatten(tree: Tree) -> jax.Array:
@@ -440,7 +508,3 @@ def _name(path: tuple[Any, ...]) -> str:
 def _wide(dtype: Any) -> Any:
     """Dtype to compute norms and perturbations in: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def _zero(like: jax.Array) -> jax.Array:
-    return jnp.zeros_like(like)

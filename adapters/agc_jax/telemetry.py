@@ -24,7 +24,7 @@ class Columns(NamedTuple):
     clipped : array of int32
         Units whose gradient was scaled down.
     nonfinite : array of int32
-        Units that fell under the non-finite policy (AGC-4).
+        Units that fell under the non-finite policy (AGC-4), or whose schedule returned nonsense (AGC-10).
     max_ratio : array of float
         Largest ``norm(G_i) / max(norm(W_i), eps)`` of the finite units; 0 if there are none.
     min_scale : array of float

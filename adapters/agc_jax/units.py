@@ -19,19 +19,21 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen, nnx
 from flax.core.meta import AxisMetadata
 
 from agc import AGC, Plan, Units
-from agc.errors import ParameterError, ShapeError
+from agc.errors import ConfigError, ParameterError, ShapeError
 from agc.plan import Parameter, canonical_name, make_plan
-from agc_jax.layers import by_type, register_units
+from agc_jax.layers import by_type, in_equinox, register_units
 from agc_jax.names import by_name
 
 __all__ = [
     "ModelUnits",
     "PyTree",
+    "check_options",
     "flatten",
     "is_absent",
     "plan",
@@ -66,8 +68,10 @@ def plan(model: PyTree, rule: AGC, *, units: ModelUnits | None = None) -> Plan:
     ------
     SelectorError, AmbiguousUnitsError, UnitsError
         As :func:`agc.plan.make_plan`; the message names the parameter.
+    ConfigError
+        If ``rule`` is not an AGC.
     ParameterError, ShapeError
-        If ``units`` lacks a parameter or has it with another shape.
+        If ``model`` is no model, or ``units`` lacks a parameter or has it with another shape.
 
     Notes
     -----
@@ -86,6 +90,7 @@ def plan(model: PyTree, rule: AGC, *, units: ModelUnits | None = None) -> Plan:
     layers.1.kernel  2x2x4x8  ... o i -> o      4  0.01
     3 parameters, 2 clipped, 12 units
     """
+    _check_model(model)
     return plan_tree(model, rule, units)
 
 
@@ -108,7 +113,7 @@ def units(model: PyTree, *, wrt: Any = nnx.Param) -> ModelUnits:
     Raises
     ------
     ParameterError
-        If the model is a Linen module, which holds no parameters.
+        If the model is none, or a Linen module, which holds no parameters.
 
     Notes
     -----
@@ -125,14 +130,29 @@ def units(model: PyTree, *, wrt: Any = nnx.Param) -> ModelUnits:
     >>> str(found["query.kernel"]), str(found["out.kernel"]), str(found["query.bias"])
     ('i h d -> h d', 'h d o -> o', '... ->')
     """
+    _check_model(model)
+    return _units(model, wrt)
+
+
+def _check_model(model: PyTree) -> None:
+    single = is_absent(model) or jax.tree_util.all_leaves([model])
+    if single and not hasattr(model, "dtype") and not isinstance(model, linen.Module):
+        raise ParameterError(f"model must be a model or a tree of arrays, got {model!r}")
+
+
+def _units(model: PyTree, wrt: Any = nnx.Param) -> ModelUnits:
     if isinstance(model, linen.Module):
         raise ParameterError(
             f"the Linen module {type(model).__name__} holds no parameters; give the tree that its init "
             'returned, for example units(variables["params"])'
         )
     tree = nnx.state(model, wrt) if isinstance(model, nnx.Module) else model
-    named = [(name, keys, leaf) for name, keys, leaf in _named(tree) if _is_inexact(leaf)]
-    shapes = {name: tuple(leaf.shape) for name, _, leaf in named}
+    named = [
+        (name, keys, leaf)
+        for name, keys, leaf in _named(tree)
+        if _is_inexact(leaf) and (hasattr(leaf, "dtype") or not in_equinox(model, keys))
+    ]
+    shapes = {name: tuple(np.shape(leaf)) for name, _, leaf in named}
     parameters = tuple(
         by_type(model, keys, name, shapes[name]) or by_name(name, shapes) for name, keys, _ in named
     )
@@ -182,12 +202,11 @@ def plan_tree(model: PyTree, rule: AGC, units: ModelUnits | None) -> Plan:
     With ``units``, the patterns of the rule are matched with all of the model's parameters. Without them, a
     pattern that can only mean what ``optax.masked`` left out is passed over.
     """
+    check_options(rule, units)
     if units is None:
         found = _units(model)
         masked = [name for name, _, leaf in _named(model) if isinstance(leaf, optax.MaskedNode)]
         return make_plan(found.parameters, _without(rule, masked, found), head=found.head)
-    if not isinstance(units, ModelUnits):
-        raise ParameterError(f"units= takes what agc_jax.units(model) returns, got {units!r}")
     shapes = _units(model)
     for name in shapes:
         if name not in units:
@@ -205,6 +224,14 @@ def plan_tree(model: PyTree, rule: AGC, units: ModelUnits | None) -> Plan:
     return Plan(tuple(entry for entry in whole if entry.name in shapes))
 
 
+def check_options(rule: AGC, units: ModelUnits | None) -> None:
+    """Raise unless these are a rule and the units of a model."""
+    if not isinstance(rule, AGC):
+        raise ConfigError(f"rule must be an agc.AGC, got {rule!r}")
+    if units is not None and not isinstance(units, ModelUnits):
+        raise ParameterError(f"units= takes what agc_jax.units(model) returns, got {units!r}")
+
+
 def flatten(tree: PyTree) -> tuple[tuple[str, ...], list[Any], Any]:
     """Return the names, the leaves and the structure of a tree; None and ``MaskedNode`` are leaves."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_absent)
@@ -214,9 +241,6 @@ def flatten(tree: PyTree) -> tuple[tuple[str, ...], list[Any], Any]:
 def is_absent(leaf: Any) -> bool:
     """Tell whether a leaf stands for no array: None, or what ``optax.masked`` left out."""
     return leaf is None or isinstance(leaf, optax.MaskedNode)
-
-
-_units = units  # where an argument has that name
 
 
 @lru_cache(maxsize=256)
@@ -246,8 +270,11 @@ def _key(part: Any) -> Any:
 
 
 def _is_inexact(leaf: Any) -> bool:
+    """Tell whether a leaf is a parameter. A Python float is one, as it is an array under ``jit``."""
     dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+    if dtype is None:
+        return isinstance(leaf, float | complex)
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _without(rule: AGC, masked: list[str], found: ModelUnits) -> AGC:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import agc_jax
-from agc import AGC, Schedule, Units
+from agc import AGC, SAM, Schedule, Units
 from agc.errors import (
     ConfigError,
     DTypeError,
@@ -249,6 +249,7 @@ try:
     jax.effects_barrier()
 except jax.errors.JaxRuntimeError as error:
     assert "parameter 'kernel': 4 of 4 units have a norm that is not finite" in str(error), error
+    assert "or a threshold that is not a finite number above 0" in str(error), error
     print("raised")
 """
     done = subprocess.run(
@@ -371,15 +372,90 @@ def test_schedules(schedule: str, step: int) -> None:
     assert ulps(clipped["kernel"], exact) <= 4
 
 
-def test_a_schedule_that_returns_nonsense() -> None:
-    """The step is traced, so nothing can be raised: the policy makes it visible."""
-    for value in (-1.0, 0.0, np.nan, np.inf):
-        rule = AGC(clipping=lambda step, value=value: value + 0 * step)
-        clipped, _ = agc_jax.adaptive_clip_gradients(KERNEL, KERNEL, rule)
-        assert bool(jnp.isnan(clipped["kernel"]).all())
+NONSENSE = [-1.0, 0.0, np.nan, np.inf]
+
+
+@pytest.mark.parametrize("value", NONSENSE)
+def test_a_schedule_that_returns_nonsense_for_a_known_step(value: float) -> None:
+    message = r"clipping of 'kernel': the schedule returned .* a finite number > 0"
+    rule = AGC(clipping=lambda step: value + 0 * step)
+    for step in (0, jnp.int32(0)):
+        with pytest.raises(ConfigError, match=message):
+            agc_jax.adaptive_clip_gradients(KERNEL, KERNEL, rule, step=step)
+    with pytest.raises(ConfigError, match=message):
+        jax.jit(lambda g: agc_jax.adaptive_clip_gradients(g, g, AGC(clipping=lambda _: value)))(
+            KERNEL
+        )
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
+@pytest.mark.parametrize("value", NONSENSE)
+def test_a_schedule_that_returns_nonsense_for_a_traced_step(value: float, nonfinite: Any) -> None:
+    """Nothing can be raised, so all of its units become NaN; the others are clipped."""
+    rule = AGC(clipping={"kernel": lambda step: value + 0 * step, "*": 0.1}, nonfinite=nonfinite)
+    params = KERNEL | {"bias": jnp.ones(2)}
+    gradients = {"kernel": KERNEL["kernel"].at[0].set(0), "bias": jnp.ones(2)}
+    clipped, stats = jax.jit(
+        lambda g, p, step: agc_jax.adaptive_clip_gradients(g, p, rule, step=step)
+    )(gradients, params, 0)
+    assert bool(jnp.isnan(clipped["kernel"]).all())
+    np.testing.assert_allclose(clipped["bias"], 0.1, rtol=1e-6)
+    total = stats.total()
+    assert (total.units, total.nonfinite, total.clipped) == (3, 2, 1)
+    assert total.min_scale == pytest.approx(0.1)
+
+
+def test_a_schedule_that_returns_no_number() -> None:
     for returned, message in ((None, "must return a number"), (np.ones(3), "must return a scalar")):
         with pytest.raises(ConfigError, match=f"clipping of 'kernel': the schedule .* {message}"):
             agc_jax.adaptive_clip_gradients(KERNEL, KERNEL, AGC(clipping=lambda _, r=returned: r))
+
+
+@pytest.mark.parametrize("scalar", [2.0, 2 + 1j, np.float32(2)])
+def test_python_numbers_are_parameters_as_under_jit(scalar: Any) -> None:
+    """An integer is none, there as here, and is not mistaken for one that is."""
+    rule = AGC(clipping=0.1)
+    params = {"scale": scalar, "count": 3, "kernel": jnp.ones((3, 2))}
+    gradients = {"scale": 1.0 + 0 * scalar, "count": None, "kernel": jnp.ones((3, 2))}
+    for other in ({"scale": 2, "count": 3}, params):
+        names = [entry.name for entry in agc_jax.plan(other, rule)]
+        assert ("scale" in names) == (other is params)
+    agc_jax.adaptive_grad_clip(rule).init({**params, "scale": 2})
+    by_hand, stats = agc_jax.adaptive_clip_gradients(gradients, params, rule)
+    jitted, other = jax.jit(lambda g, p: agc_jax.adaptive_clip_gradients(g, p, rule))(
+        gradients, params
+    )
+    assert abs(by_hand["scale"]) == pytest.approx(0.1 * abs(scalar))
+    assert same(by_hand, jitted)
+    assert stats.total() == other.total()
+    state = agc_jax.adaptive_grad_clip(rule).init(params)
+    assert state.stats.columns.units.shape == other.columns.units.shape == (2,)
+
+
+def test_a_tree_without_parameters() -> None:
+    assert agc_jax.adaptive_clip_gradients({}, {}, AGC(exclude=["head.*"]))[0] == {}
+
+
+@pytest.mark.parametrize("rule", [None, 0.01, {"clipping": 0.01}, SAM()], ids=repr)
+def test_a_wrong_rule(rule: Any) -> None:
+    for function in (
+        lambda: agc_jax.adaptive_clip_gradients(KERNEL, KERNEL, rule),
+        lambda: agc_jax.adaptive_grad_clip(rule),
+        lambda: agc_jax.adaptive_grad_clip(rule, clipping=0.1),
+        lambda: agc_jax.plan(KERNEL, rule),
+    ):
+        with pytest.raises(ConfigError, match=r"rule must be an agc\.AGC, got"):
+            function()
+
+
+def test_wrong_units() -> None:
+    units: Any = {"kernel": "i o -> o"}
+    for function in (
+        lambda: agc_jax.adaptive_clip_gradients(KERNEL, KERNEL, AGC(), units=units),
+        lambda: agc_jax.adaptive_grad_clip(AGC(), units=units),
+    ):
+        with pytest.raises(ParameterError, match=r"units= takes what agc_jax\.units\(model\)"):
+            function()
 
 
 def pair(seed: int = 3) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -86,6 +86,49 @@ def test_errors_come_early(params: Any, gradients: Any) -> None:
         agc_jax.adaptive_grad_clip(RULE, clipping=-0.1)
     with pytest.raises(ParameterError, match=r"must be a scalar, got the shape \(2,\)"):
         agc_jax.adaptive_grad_clip(RULE, clipping=jnp.ones(2))
+    for array in (jnp.array(-1.0), np.array(np.nan)):
+        with pytest.raises(ConfigError, match="clipping must be a finite number > 0"):
+            agc_jax.adaptive_grad_clip(RULE, clipping=array)
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
+def test_a_traced_threshold_of_nonsense(params: Any, gradients: Any, nonfinite: Any) -> None:
+    @jax.jit
+    def step(clipping: Any) -> Any:
+        tx = agc_jax.adaptive_grad_clip(AGC(nonfinite=nonfinite), clipping=clipping)
+        return tx.update(gradients, tx.init(params), params)[0]
+
+    assert all(bool(jnp.isnan(leaf).all()) for leaf in jax.tree.leaves(step(-1.0)))
+
+
+def test_a_schedule_of_nonsense_outside_jit(params: Any, gradients: Any) -> None:
+    tx = agc_jax.adaptive_grad_clip(AGC(clipping=lambda step: 0.01 - 0.01 * step))
+    state = tx.init(params)
+    _, state = tx.update(gradients, state, params)
+    with pytest.raises(ConfigError, match="the schedule returned"):
+        tx.update(gradients, state, params)
+
+
+def test_a_tree_without_parameters() -> None:
+    for rule in (RULE, AGC(exclude=["head.*"])):
+        tx = agc_jax.adaptive_grad_clip(rule)
+        state = tx.init({})
+        updates, state = tx.update({}, state, {})
+        assert updates == {}
+        assert state.count == 1
+
+
+def test_python_numbers_in_a_scan() -> None:
+    tx = agc_jax.adaptive_grad_clip(RULE)
+    params = {"scale": 2.0, "kernel": jnp.ones((3, 2))}
+
+    def step(carry: Any, _: Any) -> Any:
+        params, state = carry
+        updates, state = tx.update(params, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (after, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=2)
+    assert float(after["scale"]) == pytest.approx(2 * 1.01**2)
 
 
 def test_weight_decay_comes_after(params: Any, gradients: Any) -> None:

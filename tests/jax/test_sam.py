@@ -14,8 +14,9 @@ import numpy as np
 import optax
 import pytest
 
+from agc import AGC
 from agc.config import SAM, Schedule
-from agc.errors import ConfigError, NonFiniteError, SelectorError
+from agc.errors import ConfigError, DTypeError, NonFiniteError, ParameterError, SelectorError
 from agc.reference import sharpness_aware_gradients
 from agc_jax.sam import sam_value_and_grad, verify_sam
 
@@ -194,6 +195,100 @@ class TestNonFinite:
             jax.jit(function)(jnp.ones(1), jnp.ones(1))
 
 
+def squares(w, *_):
+    """Sum of squared magnitudes, of any tree."""
+    return sum(jnp.sum(jnp.abs(leaf) ** 2) for leaf in jax.tree.leaves(w))
+
+
+class TestScheduleOfNonsense:
+    @pytest.mark.parametrize("every", [1, 2])
+    @pytest.mark.parametrize("value", [-1.0, 0.0, np.nan, np.inf])
+    def test_a_known_step_raises(self, value, every):
+        rule = SAM(rho=lambda step: value + 0 * step, every=every)
+        for step in (4, jnp.int32(4)):
+            with pytest.raises(
+                ConfigError, match=r"rho: the schedule returned .* a finite number > 0"
+            ):
+                sam_value_and_grad(squares, rule)(jnp.ones(3), step=step)
+        if every == 2:  # where nothing is perturbed
+            sam_value_and_grad(squares, rule)(jnp.ones(3), step=5)
+
+    @pytest.mark.parametrize("nonfinite", ["skip_step", "skip_perturb"])
+    @pytest.mark.parametrize("value", [-1.0, 0.0, np.nan, np.inf])
+    def test_a_traced_step_is_nan(self, value, nonfinite):
+        """Also where the gradient does not depend on the weights."""
+        rule = SAM(rho=lambda step: value + 0 * step, nonfinite=nonfinite)
+        function = jax.jit(sam_value_and_grad(lambda w: 2 * w.sum(), rule))
+        assert jnp.isnan(function(jnp.ones(3), step=4)[1]).all()
+
+    def test_not_a_number(self):
+        with pytest.raises(ConfigError, match=r"rho: the schedule .* must return a number"):
+            sam_value_and_grad(squares, SAM(rho=lambda step: None))(jnp.ones(3), step=0)
+
+
+class TestComplex:
+    @pytest.mark.parametrize("adaptive", [False, True])
+    @pytest.mark.parametrize("dtype", [jnp.complex64, jnp.complex128])
+    def test_moves_uphill(self, dtype, adaptive):
+        w = {"a": jnp.array([[2j, 2j]], dtype), "b": jnp.array([3.0 - 4j], dtype)}
+        rule = SAM(rho=0.5, adaptive=adaptive, eta=0.0)
+        (value, gradients, stats) = sam_value_and_grad(squares, rule, has_stats=True)(w)
+        norm = np.sqrt(4 * 33) if not adaptive else np.sqrt(2 * 8**2 + 10**2)
+        grown = {k: 1 + 0.5 * (4 if adaptive and k == "a" else 1) * 2 / norm for k in w}
+        assert value == 33
+        assert gradients["a"].dtype == dtype
+        assert stats.norm.dtype == (jnp.float32 if dtype == jnp.complex64 else jnp.float64)
+        assert stats.perturbed_loss == pytest.approx(8 * grown["a"] ** 2 + 25 * grown["b"] ** 2)
+        for name, array in w.items():  # as jax.grad gives them
+            np.testing.assert_allclose(
+                gradients[name], 2 * grown[name] * jnp.conj(array), rtol=1e-6
+            )
+
+    def test_verify(self):
+        w = {"a": jnp.array([[2j, 1 - 2j]]), "b": jnp.array([3.0, -4])}
+        found = verify_sam(lambda f: sam_value_and_grad(f, SAM()), squares, w)
+        assert found.ok
+        assert found.perturbation == pytest.approx(0.05, rel=1e-12)
+        assert found.cosine == pytest.approx(1, rel=1e-12)
+
+        def downhill(f):
+            def function(w):
+                g = jax.grad(f)(w)
+                return jax.value_and_grad(f)(jax.tree.map(lambda w, g: w - 0.01 * g.conj(), w, g))
+
+            return function
+
+        assert not verify_sam(downhill, squares, w).ok
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_the_norm_is_wide(dtype, step):
+    w = jnp.full(2, 16, dtype)
+
+    def huge(w):  # each element fits float16, their norm does not
+        return jnp.sum(w * jnp.asarray([60000, -60000], dtype))
+
+    function = sam_value_and_grad(huge, SAM(every=2), has_stats=True)
+    for run in (function, jax.jit(function)):
+        norm = run(w, step=step)[2].norm
+        assert norm.dtype == ("float64" if dtype == "float64" else "float32")
+        assert norm == pytest.approx(0 if step else 60000 * np.sqrt(2), rel=1e-3)
+
+
+def test_every_perturbed_weight_is_empty():
+    w = {"a": jnp.zeros((0, 3)), "b": jnp.ones(2)}
+    value, gradients, stats = sam_value_and_grad(squares, SAM(only=["a"]), has_stats=True)(w)
+    assert (value, stats.norm) == (2, 0)
+    assert gradients["b"].tolist() == [2, 2]
+
+
+def test_python_numbers_are_weights():
+    by_hand = sam_value_and_grad(squares, SAM())({"a": 2.0, "b": np.ones(2)})
+    jitted = jax.jit(sam_value_and_grad(squares, SAM()))({"a": 2.0, "b": np.ones(2)})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), by_hand, jitted)
+
+
 def test_in_a_scan_with_optax():
     weights, (x, y) = make_weights(), data()
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.3, 0.9, nesterov=True))
@@ -276,6 +371,35 @@ class TestErrors:
             SelectorError, match=r"matches no parameter; the names are: inner\.bias"
         ):
             sam_value_and_grad(loss_fn, SAM(only=["head.*"]))(weights, x, y)
+
+    def test_two_weights_of_one_name(self):
+        with pytest.raises(ParameterError, match=r"two parameters are called 'a\.b'"):
+            sam_value_and_grad(squares, SAM())({"a.b": jnp.ones(2), "a": {"b": jnp.ones(2)}})
+
+    @pytest.mark.parametrize("rule", [AGC(), None, 0.05, {"rho": 0.05}], ids=repr)
+    def test_rule(self, rule):
+        with pytest.raises(ConfigError, match=r"rule must be an agc\.SAM, got"):
+            sam_value_and_grad(loss_fn, rule)
+
+    def test_positions(self):
+        for name in ("argnums", "batch_argnums"):
+            with pytest.raises(ConfigError, match=f"{name} must be positions of arguments"):
+                sam_value_and_grad(squares, SAM(), **{name: "w"})
+            function = sam_value_and_grad(squares, SAM(), **{name: 3})
+            with pytest.raises(
+                ConfigError, match=f"{name}: there is no argument 3 in a call with 1 positional"
+            ):
+                function(jnp.ones(2))
+        function = sam_value_and_grad(squares, SAM(), argnums=-2, batch_argnums=0)
+        with pytest.raises(ConfigError, match="argument 0 is in both"):
+            function(jnp.ones(2), jnp.ones(2))
+
+    def test_integer_weights(self):
+        w = {"a": jnp.ones(2), "n": jnp.ones(2, int)}
+        with pytest.raises(
+            DTypeError, match="parameter 'n': the weight has dtype int64; SAM needs"
+        ):
+            sam_value_and_grad(squares, SAM())(w)
 
 
 class TestVerify:

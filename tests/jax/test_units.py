@@ -428,6 +428,21 @@ def test_patterns_are_verified() -> None:
         agc_jax.plan(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), AGC(exclude=["fc.*"]))
 
 
+@pytest.mark.parametrize("model", [None, 5.0, "x"])
+def test_what_is_no_model(model: Any) -> None:
+    for function in (agc_jax.units, lambda model: agc_jax.plan(model, AGC())):
+        with pytest.raises(ParameterError, match="model must be a model or a tree of arrays, got"):
+            function(model)
+
+
+def test_python_numbers_in_an_equinox_module_are_settings() -> None:
+    dropout = eqx.nn.Dropout(0.5)
+    assert list(agc_jax.units({"net": dropout, "scale": 1.0})) == ["scale"]
+    assert len(agc_jax.plan(dropout, AGC())) == 0
+    with pytest.raises(ParameterError, match="'p' has a gradient, but is a setting"):
+        agc_jax.adaptive_clip_gradients(dropout, dropout, AGC())
+
+
 def test_units_of_another_model() -> None:
     units = agc_jax.units({"kernel": jnp.zeros((2, 3))})
     assert dict(units) == {"kernel": None}

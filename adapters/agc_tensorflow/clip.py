@@ -32,7 +32,7 @@ from agc.errors import (
 )
 from agc.plan import PlanEntry
 from agc_tensorflow.kernels import fold, in_xla, scale_units, sum_of_squares
-from agc_tensorflow.units import Model, Variable, resolve
+from agc_tensorflow.units import Model, Variable, resolve, variable_key
 
 __all__ = ["IDLE", "Gradient", "Stats", "adaptive_clip_gradients", "clip"]
 
@@ -121,7 +121,11 @@ def adaptive_clip_gradients(
     >>> stats.total()
     Stats(units=1, clipped=1, nonfinite=0, max_ratio=0.2, min_scale=0.05)
     """
+    if any(hasattr(given, "shape") for given in (gradients, variables)):
+        raise ParameterError("give sequences of gradients and variables, also if there is only one")
     gradients, variables = list(gradients), list(variables)
+    if len(set(map(variable_key, variables))) < len(variables):
+        raise ParameterError("a variable was given twice; give it once, with its whole gradient")
     if len(gradients) != len(variables):
         raise ParameterError(
             f"{len(gradients)} gradients were given for {len(variables)} variables; "
@@ -219,9 +223,11 @@ def clip(
     g_U = tf.sqrt(tf.concat([job.gradient_squares for job in jobs], 0))
     finite_U = tf.math.is_finite(w_U) & tf.math.is_finite(g_U)
     floor_U = tf.maximum(w_U, _number(rule.eps))
-    limit_U = _thresholds(jobs, ids_U, step) * floor_U  # AGC-1
-    # A schedule that returns nonsense inside a graph is made visible as a poisoned unit.
-    finite_U &= ~tf.math.is_nan(limit_U)
+    threshold_U = _thresholds(jobs, ids_U, step)
+    limit_U = threshold_U * floor_U  # AGC-1
+    # A schedule that returns nonsense inside a graph, which cannot raise, poisons its units.
+    senseless_U = tf.math.is_nan(threshold_U)
+    finite_U &= ~senseless_U
     clipped_U = finite_U & (g_U > limit_U)  # AGC-2: strictly
     scale_U = tf.where(clipped_U, limit_U / tf.maximum(g_U, _number(rule.div_eps)), _number(1))
     touched_U = clipped_U | ~finite_U
@@ -231,8 +237,10 @@ def clip(
     for job in jobs:
         units_P[job.place] = job.units
     table = _table(units_P, places, floor_U, g_U, scale_U, clipped_U, finite_U)
-    poison = _number(0 if rule.nonfinite == "zero" else math.nan)
-    scale_U = tf.where(finite_U, scale_U, poison)  # AGC-4
+    poison_U = _number(math.nan)
+    if rule.nonfinite == "zero":
+        poison_U = tf.where(senseless_U, poison_U, _number(0))
+    scale_U = tf.where(finite_U, scale_U, poison_U)  # AGC-4
     guard = _raise_nonfinite(table, names) if rule.nonfinite == "raise" else None
 
     touched_P = tf.unstack(
@@ -448,7 +456,10 @@ def _table(
 
 def _raise_nonfinite(table: tf.Tensor, names: tuple[str, ...]) -> tf.Operation | None:
     """Raise if any unit's norm is not finite: now, or inside a graph when it runs (AGC-4)."""
-    what = "have units whose norm is not finite (AGC-4, nonfinite='raise')"
+    what = (
+        "have units whose norm is not finite, or a schedule whose value is no finite number above 0 "
+        "(AGC-4, nonfinite='raise')"
+    )
     if in_xla():
         raise ConfigError(
             "nonfinite='raise' cannot work under XLA, which drops assertions; "

@@ -8,7 +8,9 @@ optimizer keeps its state, its learning rate and its counter, and the wrapper sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import keras
@@ -17,7 +19,14 @@ import tensorflow as tf
 from agc import AGC, Plan, PlanEntry
 from agc.errors import ConfigError, MissingGradientError, ParameterError
 from agc_tensorflow.clip import IDLE, Gradient, Stats, clip
-from agc_tensorflow.units import Model, Variable, named_variables, resolve, variable_key
+from agc_tensorflow.units import (
+    Model,
+    Variable,
+    check_rule,
+    named_variables,
+    resolve,
+    variable_key,
+)
 
 __all__ = ["AdaptiveGradClip"]
 
@@ -63,8 +72,9 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
     * Schedules of ``clipping`` count updates: with ``gradient_accumulation_steps=4``, one for four batches.
     * Learning rate, weight decay, moving averages, accumulation and every other setting are those of the
       inner optimizer; reading or setting them here reaches it.
-    * ``model.save`` keeps the configuration and the plan. The plan is kept by the position of the variables,
-      as Keras keeps an optimizer's state, so a loaded model needs nothing else.
+    * ``model.save`` keeps the configuration and the plan of every parameter, frozen ones too, by the paths of
+      the variables, so a loaded model needs nothing else. If its layers have got other names, the order of
+      the trainable variables decides.
 
     References
     ----------
@@ -89,8 +99,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         name: str | None = None,
     ) -> None:
         inner = _check_inner(optimizer)
-        if not isinstance(rule, AGC):
-            raise ConfigError(f"rule must be an agc.AGC, got {rule!r}")
+        check_rule(rule)
         super().__init__(learning_rate=0.0, name=name)
         for state in _STATE:
             self.__dict__.pop(state, None)
@@ -177,12 +186,14 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         ConfigError
             If the rule holds a callable that is not an ``agc.Schedule``.
         """
-        entries = tuple(self._seam.entries)
+        plan = self._seam.plan
         return {
             "name": self.name,
             "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "rule": self.rule.to_dict(),
-            "plan": Plan(entries).to_dict() if entries else None,
+            "plan": plan and plan.to_dict(),
+            "paths": self._seam.paths,
+            "order": self._seam.order(),
         }
 
     @classmethod
@@ -193,7 +204,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         inner = keras.saving.deserialize_keras_object(config["optimizer"], custom_objects)
         made = cls(inner, AGC.from_dict(config["rule"]), name=config["name"])
         if config["plan"] is not None:
-            made._seam.restore(Plan.from_dict(config["plan"]))
+            made._seam.restore(Plan.from_dict(config["plan"]), config["paths"], config["order"])
         return made
 
     def __getattr__(self, name: str) -> Any:
@@ -240,9 +251,11 @@ class _Seam:
         self.rule = rule
         self.plan: Plan | None = None
         self.entries: list[PlanEntry] = []  # in the order of the optimizer's variables
+        self.paths: dict[str, str] = {}  # of variables, to the names in the plan
         self.table: tf.Variable | None = None
         self.passed = False
         self._of_model: dict[object, PlanEntry] | None = None
+        self._model: weakref.ref[Any] | None = None
         self._variables: list[Variable] = []
         self._places: dict[object, int] = {}  # of the variables
         self._current: list[int] = []  # places of the gradients under way
@@ -259,15 +272,30 @@ class _Seam:
         self.plan, entries = resolve(list(named.values()), self.rule, model=model)
         keys = [variable_key(variable) for variable in named.values()]
         self._of_model = dict(zip(keys, entries, strict=True))
+        self.paths = _paths(named.values(), entries)
+        if isinstance(model, keras.Layer):
+            self._model = weakref.ref(model)
         trainable = getattr(model, "trainable_variables", named.values())
         self.entries = [
             self._of_model[key] for key in map(variable_key, trainable) if key in self._of_model
         ]
 
-    def restore(self, plan: Plan) -> None:
-        """Take a plan whose entries stand in the order of the optimizer's variables."""
+    def order(self) -> list[str]:
+        """Return the names of what is trainable now, as an optimizer is going to be built with."""
+        model = self._model() if self._model else None
+        if model is not None and self._of_model is not None:
+            found = map(self._of_model.get, map(variable_key, model.trainable_variables))
+            return [entry.name for entry in found if entry is not None]
+        if not self._variables:
+            return [entry.name for entry in self.entries]
+        pairs = zip(self._variables, self.entries, strict=True)
+        return [entry.name for variable, entry in pairs if variable.trainable]
+
+    def restore(self, plan: Plan, paths: dict[str, str], order: list[str]) -> None:
+        """Take a saved plan, the paths of its variables, and the order in which the optimizer had them."""
         self.plan = plan
-        self.entries = list(plan)
+        self.paths = paths
+        self.entries = [plan[name] for name in order]
 
     def build(self, variables: Sequence[Variable]) -> None:
         """Pair the optimizer's variables with their entries and make room for telemetry."""
@@ -277,9 +305,10 @@ class _Seam:
         if self._of_model is not None:
             self.entries = [self._entry(variable) for variable in variables]
         elif self.plan is not None:
-            _check_restored(variables, self.entries)
+            self.entries = self._restored(variables, self.plan)
         else:
             self.plan, self.entries = resolve(variables, self.rule)
+            self.paths = _paths(variables, self.entries)
         self._variables = variables
         self._places = {variable_key(v): place for place, v in enumerate(variables)}
         with tf.init_scope():
@@ -315,6 +344,22 @@ class _Seam:
         done: list[Gradient] = self._inner_clip([clipped[place] for place in self._current])
         return done
 
+    def _restored(self, variables: Sequence[Variable], plan: Plan) -> list[PlanEntry]:
+        """Pair variables with the entries of a saved plan."""
+        names = [self.paths.get(_path(variable)) for variable in variables]
+        found = [plan[name] for name in names if name is not None]
+        entries = (
+            found if len(found) == len(names) else self.entries
+        )  # layers are renamed: by position
+        shapes = [tuple(variable.shape) for variable in variables]
+        wanted = [entry.shape for entry in entries]
+        if shapes != wanted:
+            raise ParameterError(
+                f"the saved plan is for {len(wanted)} variables of shapes {wanted}, the optimizer is built "
+                f"with {len(shapes)} of shapes {shapes}; make a new AdaptiveGradClip(..., model=model)"
+            )
+        return entries
+
     def _entry(self, variable: Variable) -> PlanEntry:
         assert self._of_model is not None
         entry = self._of_model.get(variable_key(variable))
@@ -348,11 +393,12 @@ def _check_inner(optimizer: Any) -> Any:
     return inner
 
 
-def _check_restored(variables: Sequence[Variable], entries: Sequence[PlanEntry]) -> None:
-    shapes = [tuple(variable.shape) for variable in variables]
-    wanted = [entry.shape for entry in entries]
-    if shapes != wanted:
-        raise ParameterError(
-            f"the saved plan is for {len(wanted)} variables of shapes {wanted}, the optimizer is built with "
-            f"{len(shapes)} of shapes {shapes}; make a new AdaptiveGradClip(..., model=model)"
-        )
+def _paths(variables: Iterable[Variable], entries: Sequence[PlanEntry]) -> dict[str, str]:
+    """Return the entries' names by the variables' paths, without paths that several variables have."""
+    pairs = [(_path(v), entry.name) for v, entry in zip(variables, entries, strict=True)]
+    counts = Counter(path for path, _ in pairs)
+    return {path: name for path, name in pairs if counts[path] == 1}
+
+
+def _path(variable: Variable) -> str:
+    return str(getattr(variable, "path", variable.name))

@@ -18,6 +18,7 @@ import tensorflow as tf
 from agc.config import SAM, Schedule
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError
 from agc.plan import perturbed_names
+from agc_tensorflow.units import named_variables, variable_key
 
 __all__ = [
     "SamStats",
@@ -35,7 +36,7 @@ class SamStats(NamedTuple):
 
     Attributes
     ----------
-    norm : Tensor
+    norm : Tensor of float32, or float64 if a perturbed variable is
         Norm of the ascent gradient (the largest, if there were several micro-batches).
     loss, perturbed_loss : Tensor
         Mean loss at ``w`` (of the examples of the ascent pass) and at ``w + e``.
@@ -80,8 +81,10 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
 
     def __init__(self, model: Any, rule: SAM | dict[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if not isinstance(model, keras.Model):
+            raise ConfigError(f"model must be a keras.Model, got {model!r}")
         self.model = model
-        self.rule = rule if isinstance(rule, SAM) else SAM.from_dict(rule)
+        self.rule = SAM.from_dict(rule) if isinstance(rule, dict) else _check_rule(rule)
         self.sharpness_tracker = keras.metrics.Mean(name="sharpness")
         if model.built:
             self.built = True
@@ -140,6 +143,7 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
             loss_fn,
             variables,
             self.rule,
+            names=_names(variables, self.model),
             batch=batch,
             step=self.optimizer.iterations,
             state=[*self.non_trainable_variables],
@@ -199,13 +203,18 @@ def sam_value_and_gradients(
     Raises
     ------
     ConfigError
-        If ``fraction`` or ``microbatches`` is given without a batch, a step is missing, or a variable
-        is not a Keras variable.
+        If ``fraction`` or ``microbatches`` is given without a batch, a step is missing, a variable is not
+        a Keras variable, the loss is not a scalar, or a schedule of rho returns nonsense (inside a graph,
+        which cannot raise, the gradients are NaN then).
+    SelectorError
+        If a pattern of ``only`` or ``exclude`` matches none of the variables, which are called as
+        :func:`agc_tensorflow.plan` calls plain variables.
     MissingGradientError
         If no perturbed variable has a gradient.
     NonFiniteError
         If ``rule.nonfinite`` is ``"raise"`` and the norm of an ascent gradient is not finite.
     """
+    _check_rule(rule)
     if step is None and (callable(rule.rho) or rule.every != 1):
         raise ConfigError("rho is a schedule, or every is above 1: give step=optimizer.iterations")
     for variable in variables:
@@ -214,8 +223,9 @@ def sam_value_and_gradients(
                 f"{variable!r} is not a Keras variable; SAM needs variables whose value can be "
                 "replaced for one pass, such as model.trainable_variables"
             )
+    names = _names(variables, list(variables))
     loss, gradients, stats = _gradients(
-        loss_fn, variables, rule, batch=batch, step=step, state=state
+        loss_fn, variables, rule, names=names, batch=batch, step=step, state=state
     )
     if rule.nonfinite == "skip_step":
         poison = tf.where(tf.math.is_finite(stats.norm), 0.0, float("nan"))
@@ -239,6 +249,7 @@ def _gradients(
     variables: Sequence[Any],
     rule: SAM,
     *,
+    names: Sequence[str],
     batch: Sequence[Any] | None,
     step: Any,
     state: Sequence[Any] = (),
@@ -255,7 +266,6 @@ def _gradients(
             f"fraction={rule.fraction} and microbatches={rule.microbatches} take parts of the batch: "
             "give batch=(inputs, targets) and a loss function that uses the tensors it is given"
         )
-    names = [_name(variable, i) for i, variable in enumerate(variables)]
     chosen = set(perturbed_names(names, rule))
     perturbs = [name in chosen for name in names]
     passes = _Passes(loss_fn, list(variables), list(state), scale, on_clean)
@@ -265,7 +275,7 @@ def _gradients(
     if now is not None:
         if rule.perturbs(int(now)):
             return _sharpness_aware(passes, perturbs, rule, batch, step)
-        return _plain(passes, batch)
+        return _plain(passes, perturbs, batch)
     if tf.distribute.get_strategy().num_replicas_in_sync == 1:
         return _either(passes, perturbs, rule, batch, step)
     if needs:
@@ -316,7 +326,11 @@ class _Passes:
         return loss, tape.gradient(scaled, sources)
 
     def _loss(self, batch: Sequence[Any] | None) -> tuple[Any, Any]:
-        loss = self.loss_fn() if batch is None else self.loss_fn(*batch)
+        loss = tf.convert_to_tensor(self.loss_fn() if batch is None else self.loss_fn(*batch))
+        if loss.shape.rank not in (0, None):
+            raise ConfigError(
+                f"the loss must be a scalar, got the shape {tuple(loss.shape)}; take its mean"
+            )
         self.count += 1
         return loss, self.scale(loss)
 
@@ -334,9 +348,11 @@ class _Passes:
             yield [scope.get_current_value(variable) for variable in self.variables]
 
 
-def _plain(passes: _Passes, batch: Sequence[Any] | None) -> tuple[Any, list[Any], SamStats]:
+def _plain(
+    passes: _Passes, perturbs: list[bool], batch: Sequence[Any] | None
+) -> tuple[Any, list[Any], SamStats]:
     loss, gradients = passes.clean(batch, keep_state=True)
-    return loss, gradients, SamStats(tf.zeros((), loss.dtype), loss, loss)
+    return loss, gradients, SamStats(tf.zeros((), _top(passes.variables, perturbs)), loss, loss)
 
 
 def _either(
@@ -353,7 +369,7 @@ def _either(
     loss, dense, stats = tf.cond(
         tf.equal(tf.cast(step, tf.int64) % rule.every, 0),
         lambda: flat(*_sharpness_aware(passes, perturbs, rule, batch, step)),
-        lambda: flat(*_plain(passes, batch)),
+        lambda: flat(*_plain(passes, perturbs, batch)),
     )
     remaining = iter(dense)
     return loss, [next(remaining) if present else None for present in there], stats
@@ -405,7 +421,6 @@ def _two_passes(
     perturbed_loss, descent = passes.perturbed(batch, values, state, keep_state=not whole)
     if rule.nonfinite == "raise":
         _raise_unless_finite(norm)
-    norm = tf.cast(norm, loss.dtype)
     return loss, descent, SamStats(norm, loss, perturbed_loss), *sizes
 
 
@@ -417,20 +432,18 @@ def _perturbed_values(
     directions: dict[int, Any] = {}
     for i, (value, gradient) in enumerate(zip(values, ascent, strict=True)):
         if perturbs[i] and gradient is not None:
-            wide = tf.float64 if value.dtype == tf.float64 else tf.float32
+            wide = _WIDE.get(value.dtype, tf.float32)
             directions[i] = tf.cast(_dense(gradient), wide) * _scale(value, rule, wide)
     if not directions:
         raise MissingGradientError(
             "no perturbed variable has a gradient after the first pass; only/exclude must leave "
             "variables that take part in the loss"
         )
-    top = tf.float64 if any(d.dtype == tf.float64 for d in directions.values()) else tf.float32
-    largest = tf.reduce_max(
-        tf.stack([tf.cast(tf.reduce_max(tf.abs(d)), top) for d in directions.values()])
-    )
+    top = _top(variables, perturbs)
+    sizes = [tf.cast(tf.abs(d), top) for d in directions.values()]
+    largest = tf.reduce_max(tf.stack([tf.reduce_max(size) for size in sizes]))
     safe = tf.where((largest > 0) & tf.math.is_finite(largest), largest, 1)
-    squares = [tf.reduce_sum(tf.square(tf.cast(d, top) / safe)) for d in directions.values()]
-    norm = tf.sqrt(tf.add_n(squares)) * safe
+    norm = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(size / safe)) for size in sizes])) * safe
     usable = (norm > 0) & tf.math.is_finite(norm)
     if rule.every != 1:
         usable &= tf.equal(tf.cast(step, tf.int64) % rule.every, 0)
@@ -442,24 +455,43 @@ def _perturbed_values(
             continue
         wide = directions[i].dtype
         e = tf.cast(factor, wide) * directions[i] * _scale(value, rule, wide)
-        out.append(tf.cast(tf.cast(value, wide) + tf.where(usable, e, 0), value.dtype))
+        e = tf.where(usable, e, tf.zeros_like(e))
+        out.append(tf.cast(tf.cast(value, wide) + e, value.dtype))
     return out, norm
+
+
+_WIDE = {dtype: dtype for dtype in (tf.float64, tf.complex64, tf.complex128)}
+"""In what the perturbation is computed; everything else in float32."""
+
+
+def _top(variables: list[Any], perturbs: list[bool]) -> Any:
+    """Return the dtype of the norm."""
+    double = {"float64", "complex128"}
+    there = any(p and v.dtype in double for v, p in zip(variables, perturbs, strict=True))
+    return tf.float64 if there else tf.float32
 
 
 def _scale(value: Any, rule: SAM, dtype: Any) -> Any:
     if rule.adaptive and len(value.shape) >= 2:
-        return tf.abs(tf.cast(value, dtype)) + tf.constant(rule.eta, dtype)
+        return tf.cast(tf.abs(tf.cast(value, dtype)), dtype) + tf.constant(rule.eta, dtype)
     return tf.ones((), dtype)
 
 
 def _radius(rule: SAM, step: Any, dtype: Any) -> Any:
     """Rho in the given dtype; tf.cast would round a Python number to float32 first."""
-    if not isinstance(rule.rho, Schedule):
-        rho = rule.rho(step) if callable(rule.rho) else rule.rho
-        return tf.cast(rho, dtype) if tf.is_tensor(rho) else tf.constant(rho, dtype)
-    now = tf.cast(step, dtype)
-    (start, low), *rest = rule.rho.points
-    value = tf.constant(low, dtype)
+    now = None if step is None else tf.get_static_value(tf.convert_to_tensor(step))
+    if not callable(rule.rho) or now is not None:
+        return tf.constant(rule.radius(0 if now is None else int(now)), dtype)
+    if isinstance(rule.rho, Schedule):
+        return _interpolate(rule.rho, tf.cast(step, dtype))
+    rho = rule.rho(step)
+    rho = tf.cast(rho, dtype) if tf.is_tensor(rho) else tf.constant(rho, dtype)
+    return tf.where((rho > 0) & tf.math.is_finite(rho), rho, float("nan"))  # a graph cannot raise
+
+
+def _interpolate(schedule: Schedule, now: Any) -> Any:
+    (start, low), *rest = schedule.points
+    value = tf.constant(low, now.dtype)
     for end, high in rest:
         part = tf.clip_by_value((now - start) / (end - start), 0, 1)
         value = value + (high - low) * part
@@ -595,8 +627,12 @@ def verify_sam(
     pieces, offset = [], 0
     for value in before:
         size = int(tf.size(value))
-        pieces.append(tf.cast(tf.reshape(last[offset : offset + size], value.shape), value.dtype))
-        offset += size
+        parts = []
+        for _ in range(1 + value.dtype.is_complex):
+            parts.append(tf.reshape(last[offset : offset + size], value.shape))
+            offset += size
+        whole = tf.complex(*parts) if value.dtype.is_complex else parts[0]
+        pieces.append(tf.cast(whole, value.dtype))
     uphill, wanted = gradient_at(before), gradient_at(pieces)
     moved = last - start
     length = float(tf.norm(moved) * tf.norm(uphill))
@@ -613,11 +649,24 @@ def verify_sam(
 
 
 def _flatten(tensors: Sequence[Any]) -> Any:
-    return tf.concat([tf.reshape(tf.cast(t, tf.float64), [-1]) for t in tensors], 0)
+    parts = [
+        part
+        for t in tensors
+        for part in ([tf.math.real(t), tf.math.imag(t)] if t.dtype.is_complex else [t])
+    ]
+    return tf.concat([tf.reshape(tf.cast(part, tf.float64), [-1]) for part in parts], 0)
 
 
-def _name(variable: Any, index: int) -> str:
-    return str(getattr(variable, "path", None) or f"variable{index}")
+def _names(variables: Sequence[Any], model: Any) -> list[str]:
+    """Call variables as AGC does."""
+    names = {variable_key(variable): name for name, variable in named_variables(model).items()}
+    return [names.get(variable_key(variable), variable.path) for variable in variables]
+
+
+def _check_rule(rule: Any) -> SAM:
+    if not isinstance(rule, SAM):
+        raise ConfigError(f"rule must be an agc.SAM, got {rule!r}")
+    return rule
 
 
 def _dense(gradient: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -121,9 +120,7 @@ class _Fit(_Loop):
     def __init__(self, problem: SharpnessProblem, optimizer: Optimizer) -> None:
         model = _Quadratic(problem)
         self.variables = model.weights_by_name
-        rule = problem.rule
-        only, exclude = ([f"{model.name}.{p}" for p in ps] for ps in (rule.only, rule.exclude))
-        self.model = SharpnessAwareModel(model, replace(rule, only=only, exclude=exclude))
+        self.model = SharpnessAwareModel(model, problem.rule)
         self.optimizer = _optimizer(problem, optimizer, self.variables)
         self.optimizer.build(list(self.variables.values()))
         self.model.compile(self.optimizer, loss=_mean)

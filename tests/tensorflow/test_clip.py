@@ -14,7 +14,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agc import AGC, Schedule, Units
+import agc_tensorflow
+from agc import AGC, SAM, Schedule, Units
 from agc.errors import (
     AmbiguousUnitsError,
     ConfigError,
@@ -393,6 +394,45 @@ def test_schedule_that_returns_nonsense():
         return adaptive_clip_gradients([tf.constant([9.0])], [variable], rule, step=at)
 
     assert np.isnan(step(tf.constant(1))[0].numpy()).all()
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("value", [-1.0, 0.0, float("nan")])
+def test_nonsense_inside_a_graph_is_seen_under_every_policy(value, jit):
+    """Zeros would look like training that has converged."""
+    rule = AGC(clipping={"w": lambda step: value, "*": 0.1}, nonfinite="zero")
+    variables = [tf.Variable([3.0], name="w"), tf.Variable([3.0], name="v")]
+
+    @tf.function(autograph=False, jit_compile=jit)
+    def step(at):
+        return adaptive_clip_gradients([tf.constant([9.0])] * 2, variables, rule, step=at)
+
+    w, v = step(tf.constant(1))
+    assert np.isnan(w.numpy()).all()
+    assert v.numpy() == pytest.approx(0.3)
+
+
+def test_one_variable_without_a_list():
+    variable = tf.Variable([3.0], name="w")
+    with pytest.raises(ParameterError, match="give sequences of gradients and variables"):
+        adaptive_clip_gradients(tf.constant([9.0]), variable, AGC())
+    with pytest.raises(ParameterError, match="a variable was given twice"):
+        adaptive_clip_gradients([tf.constant([9.0])] * 2, [variable] * 2, AGC())
+
+
+@pytest.mark.parametrize("rule", [None, 0.01, {"clipping": 0.01}, SAM()])
+def test_a_rule_is_an_agc(rule):
+    variable = tf.Variable([3.0], name="w")
+    with pytest.raises(ConfigError, match=r"rule must be an agc\.AGC, got"):
+        adaptive_clip_gradients([tf.constant([9.0])], [variable], rule)
+    with pytest.raises(ConfigError, match=r"rule must be an agc\.AGC, got"):
+        agc_tensorflow.plan([variable], rule)
+
+
+@pytest.mark.parametrize("model", [None, 5.0, "x"])
+def test_a_model_is_not(model):
+    with pytest.raises(ParameterError, match=r"a model is a Keras layer, a tf\.Module, a mapping"):
+        agc_tensorflow.plan(model, AGC())
 
 
 def test_switched_off_and_excluded_gradients_are_passed_on():

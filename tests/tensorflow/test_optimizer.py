@@ -396,6 +396,52 @@ class TestSaving:
             one.fit(tokens, np.arange(8) % 3, verbose=0)
         assert same(weights_of(model), weights_of(loaded))
 
+    @pytest.mark.parametrize("when", ["before save", "before compile", "compiled again"])
+    def test_layers_frozen_on_the_way(self, when, tmp_path):
+        model = network()
+        wrapped = AdaptiveGradClip(optimizers.SGD(0.5), RULE, model=model)
+        if when == "before compile":
+            model.get_layer("body").trainable = False
+            model.compile(wrapped, LOSS)
+        else:
+            fit(model, wrapped)
+            model.get_layer("body").trainable = False
+        if when == "compiled again":
+            fit(model, wrapped)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert loaded.optimizer.plan == wrapped.plan
+        before = weights_of(loaded)
+        loaded.fit(*data(), batch_size=8, verbose=0)
+        assert set(loaded.optimizer.stats().parameters()) == {"head.kernel", "head.bias"}
+        assert same(before[:2], weights_of(loaded)[:2])
+        loaded.save(tmp_path / "again.keras")
+        again = keras.models.load_model(tmp_path / "again.keras")
+        assert again.optimizer.plan == wrapped.plan
+
+    @pytest.mark.parametrize("given", [True, False], ids=["model", "no model"])
+    def test_other_layers_frozen_than_the_optimizer_was_built_with(self, given, tmp_path):
+        square = {"use_bias": False, "activation": "tanh"}
+        model = keras.Sequential(
+            [keras.Input((6,)), *(layers.Dense(6, name=name, **square) for name in "abc")]
+        )
+        model.get_layer("c").trainable = False
+        rule = AGC(clipping=1e-6, exclude=["c.*"] if given else [])
+        wrapped = AdaptiveGradClip(optimizers.SGD(0.5), rule, model=model if given else None)
+        model.compile(wrapped, "mse")
+        x = data()[0]
+        model.fit(x, x, verbose=0)
+        model.get_layer("a").trainable = False
+        model.get_layer("c").trainable = True
+        model.save(tmp_path / "model.keras")
+        if not given:  # nobody has said what c is
+            with pytest.raises(ParameterError, match="saved plan is for 1 variables"):
+                keras.models.load_model(tmp_path / "model.keras")
+            return
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        loaded.fit(x, x, verbose=0)
+        assert set(loaded.optimizer.stats().parameters()) == {"b.kernel"}
+
     def test_config_round_trip(self):
         model = network()
         rule = AGC(

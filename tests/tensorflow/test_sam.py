@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from agc.config import SAM, Schedule
+import agc_tensorflow
+from agc.config import AGC, SAM, Schedule
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, SelectorError
 from agc.reference import sharpness_aware_gradients
 from agc_tensorflow.sam import SharpnessAwareModel, sam_value_and_gradients, verify_sam
@@ -329,7 +330,102 @@ def test_norms_do_not_overflow_in_low_precision(dtype):
     assert seen[1] == [0.5] * 4
 
 
+def test_a_norm_beyond_the_range_of_the_loss():
+    v = keras.Variable(np.ones(4), dtype="float32")
+
+    def loss():
+        return tf.cast(tf.reduce_sum((v.value - 1) * 1e5), tf.float16)
+
+    found, gradients, stats = sam_value_and_gradients(loss, [v], SAM(), return_stats=True)
+    assert found.dtype == tf.float16
+    assert stats.norm.dtype == tf.float32
+    assert float(stats.norm) == pytest.approx(2e5)
+    np.testing.assert_allclose(gradients[0], np.full(4, 1e5))
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_complex_weights_move_uphill(dtype, adaptive):
+    start = np.array([[3.0, 4.0j]])
+    v = keras.Variable(tf.constant(start.astype(dtype)), dtype=dtype)
+    rule = SAM(rho=0.5, adaptive=adaptive)
+
+    def loss():
+        return tf.reduce_sum(tf.square(tf.abs(v.value)))
+
+    _, gradients, stats = sam_value_and_gradients(loss, [v], rule, return_stats=True)
+    scale = np.abs(start) + rule.eta if adaptive else 1
+    moved = start + 0.5 * scale**2 * start / np.linalg.norm(scale * start)
+    np.testing.assert_allclose(gradients[0], 2 * moved, rtol=1e-5)
+    assert float(stats.perturbed_loss) == pytest.approx(np.sum(np.abs(moved) ** 2), rel=1e-5)
+    assert verify_sam(lambda f: sam_value_and_gradients(f, [v], rule)[1], loss, [v]).ok
+
+
+class TestNames:
+    """Patterns are compared with the names that AGC uses."""
+
+    def test_of_a_model(self):
+        inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="head")])
+        assert inner.trainable_variables[0].path != "head/kernel"  # Keras numbers its models
+        plan = agc_tensorflow.plan(inner, AGC(exclude=["head.bias"]))
+        assert list(plan.decisions()) == ["head.kernel", "head.bias"]
+        model = SharpnessAwareModel(inner, SAM(exclude=["head.bias"]))
+        model.compile("sgd", "mse")
+        model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+
+    def test_of_variables(self):
+        model = agc_tensorflow.nfnet("tiny")
+        x = tf.ones((1, 32, 32, 3))
+
+        def loss():
+            return tf.reduce_mean(tf.square(model(x)))
+
+        variables = model.trainable_variables
+        names = list(agc_tensorflow.plan(variables, AGC()).decisions())
+        assert "head.weight" in names
+        _, _, head = sam_value_and_gradients(
+            loss, variables, SAM(only=["head.*"]), return_stats=True
+        )
+        _, _, rest = sam_value_and_gradients(
+            loss, variables, SAM(exclude=["head.*"]), return_stats=True
+        )
+        _, _, whole = sam_value_and_gradients(loss, variables, SAM(), return_stats=True)
+        assert float(head.norm) > 0
+        assert float(head.norm) ** 2 + float(rest.norm) ** 2 == pytest.approx(
+            float(whole.norm) ** 2, rel=1e-4
+        )
+
+
 class TestErrors:
+    @pytest.mark.parametrize("rho", [-1.0, 0.0, float("nan")])
+    def test_nonsense_of_a_schedule(self, rho):
+        v = keras.Variable(np.ones(3))
+        rule = SAM(rho=lambda step: rho)
+
+        def run(step):
+            return sam_value_and_gradients(lambda: tf.reduce_sum(v**2), [v], rule, step=step)[1][0]
+
+        with pytest.raises(ConfigError, match="the schedule returned"):
+            run(0)
+        with pytest.raises(ConfigError, match="the schedule returned"):
+            run(tf.constant(0))
+        assert np.isnan(tf.function(run, autograph=False)(tf.constant(0))).all()
+
+    def test_loss(self):
+        v = keras.Variable(np.ones(3))
+        with pytest.raises(ConfigError, match=r"a scalar, got the shape \(3,\); take its mean"):
+            sam_value_and_gradients(lambda: v**2, [v], SAM())
+
+    @pytest.mark.parametrize("rule", [None, 0.05, AGC()])
+    def test_rule(self, rule):
+        v = keras.Variable(1.0)
+        with pytest.raises(ConfigError, match=r"rule must be an agc\.SAM, got"):
+            sam_value_and_gradients(lambda: v**2, [v], rule)
+        with pytest.raises(ConfigError, match=r"rule must be an agc\.SAM, got"):
+            SharpnessAwareModel(keras.Sequential(), rule)
+        with pytest.raises(ConfigError, match=r"model must be a keras\.Model, got 5"):
+            SharpnessAwareModel(5, SAM())
+
     def test_batch(self):
         model, batch = net(), data()
         loss = loss_of(model)

@@ -2,9 +2,9 @@
 
 The suite hands a backend *problems* and compares its *outcomes* with :mod:`agc.reference`. AGC asks
 :meth:`Backend.clip` first, SAM :meth:`Backend.sharpen`; every question may be left at
-:class:`Unsupported`, and the report says so. Backends register in the entry-point group ``agc.backends`` or are named on the command
-line as ``package.module:object``, where the object is a subclass of :class:`Backend`, or any callable
-that takes ``device=`` and returns one.
+:class:`Unsupported`, and the report says so. Backends register in the entry-point group ``agc.backends`` or are
+named on the command line as ``package.module:object``, where the object is a subclass of :class:`Backend`,
+any callable that takes ``device=`` and returns one, or an instance.
 """
 
 from __future__ import annotations

@@ -378,6 +378,8 @@ def check_target(path: Path) -> None:
         If a folder does.
     FileNotFoundError
         If the folder that it would be in does not exist.
+    PermissionError
+        If nothing can be written into that folder.
     """
     if path.is_dir():
         what = f"{os.strerror(errno.EISDIR)}, name a file in it"
@@ -385,6 +387,9 @@ def check_target(path: Path) -> None:
     if not path.parent.is_dir():
         what = f"{os.strerror(errno.ENOENT)}, make its folder first"
         raise FileNotFoundError(errno.ENOENT, what, str(path))
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        what = f"{os.strerror(errno.EACCES)}, choose a folder that can be written to"
+        raise PermissionError(errno.EACCES, what, str(path))
 
 
 @contextmanager
@@ -396,7 +401,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises
     ------
     OSError
-        As :func:`check_target`, before anything else; or if writing fails.
+        As :func:`check_target`, before anything else; or if writing fails; never in the temporary name.
     """
     check_target(path)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -406,5 +411,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        if error.filename != str(part):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)

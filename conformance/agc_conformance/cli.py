@@ -10,6 +10,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
+from agc.errors import ConfigError
 from agc_conformance.records import Role
 from agc_conformance.vectors import CLAUSES, lint, load_vectors, vector_counts
 
@@ -148,9 +149,11 @@ def _list(options: argparse.Namespace) -> int:
             table.add_row(vector.id, vector.clause, dtypes, flags, str(vector.data["comment"]))
     for name, study in STUDIES.items():
         for one in result_ids(name, options.select):
-            clause = KINDS[one.rpartition("-")[2]]
+            clause = KINDS[one.removeprefix(f"model-{name}-")]
             when = "with --full" if study.full else ""
             table.add_row(one, clause, "", "", f"NFNet {name} {when}".strip())
+    if not table.row_count:
+        raise ConfigError(f"--select {options.select}: no id, clause or bug class matches")
     console.print(table)
     if options.select is None:
         for name, what in CLAUSES.items():

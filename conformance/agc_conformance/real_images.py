@@ -528,7 +528,7 @@ def run_task(
         for kind, clause in comparison.clauses.items():
             yield _result(name, kind, clause, "unsupported", str(reason))
         return
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         detail = f"step {comparison.steps}: {type(error).__name__}: {error}"
         for kind, clause in comparison.clauses.items():
             yield _result(name, kind, clause, "error", detail)
@@ -599,11 +599,13 @@ def figures(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
             tasks.setdefault(record["task"], []).append(record)
     drawn = {}
     for task, steps in tasks.items():
-        names = [name for name in PARAMETERS if any("units" in s["layers"][name] for s in steps)]
+        names = [
+            name for name in PARAMETERS if any("units" in s["layers"].get(name, {}) for s in steps)
+        ]
         fractions = [
             [
-                layer["clipped"] / layer["units"] if "units" in layer else np.nan
-                for layer in (step["layers"][name] for step in steps)
+                layer.get("clipped", 0) / layer["units"] if "units" in layer else np.nan
+                for layer in (step["layers"].get(name, {}) for step in steps)
             ]
             for name in names
         ]

@@ -30,11 +30,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Literal, NotRequired, TypedDict, get_args
+from types import TracebackType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Literal,
+    NotRequired,
+    TypedDict,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
 
 import agc
 from agc.errors import FormatError
+from agc.weights.files import check_target
 
 __all__ = [
     "FORMAT",
@@ -116,9 +131,16 @@ class ResultRecord(TypedDict):
     dtype: str
     status: Status
     max_ulp: float | None
-    histogram: list[int]
+    histogram: Annotated[list[int], {"maxItems": len(ULP_BINS) + 1}]
     detail: str
     seconds: NotRequired[float]
+
+
+class TrainLayer(TypedDict):
+    """One layer in one step; a layer that is not clipped has no units."""
+
+    units: NotRequired[Annotated[int, {"minimum": 1}]]
+    clipped: NotRequired[int]
 
 
 class TrainRecord(TypedDict):
@@ -127,7 +149,9 @@ class TrainRecord(TypedDict):
     type: Literal["train"]
     task: str
     step: int
-    layers: dict[str, Any]
+    loss: float | None
+    reference_loss: float | None
+    layers: dict[str, TrainLayer]
 
 
 class ModelRecord(TypedDict):
@@ -211,7 +235,7 @@ def make_result(
         "status": status,
         "max_ulp": max_ulp,
         "histogram": [int(count) for count in histogram],
-        "detail": detail,
+        "detail": detail.encode(errors="replace").decode(),
     }
     if seconds is not None:
         record["seconds"] = round(seconds, 4)
@@ -279,6 +303,11 @@ class Writer:
         Where the complete file shall be.
     header : Header
         First record; see :func:`make_header`.
+
+    Raises
+    ------
+    OSError
+        If ``path`` cannot be written, before anything is.
     """
 
     def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
@@ -287,6 +316,8 @@ class Writer:
         self.counts: Counter[str] = Counter()
         self._start = datetime.now(UTC)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_target(self.path)
+        _check("header", header)
         self._file = self.part.open("w", encoding="utf-8")
         self._line(header)
 
@@ -340,6 +371,11 @@ class ResultFile:
         """Whether this must conform (``backend``) or is only looked at (``subject``)."""
         return self.header.get("role", "backend")
 
+    @property
+    def has_results(self) -> bool:
+        """Whether it holds anything to present."""
+        return any((self.results, self.unavailable, self.mutants, self.tpu))
+
 
 _FIELDS: Final[dict[str, str]] = {
     "result": "results",
@@ -349,14 +385,67 @@ _FIELDS: Final[dict[str, str]] = {
     "mutant": "mutants",
     "tpu": "tpu",
 }
-_NEEDED: Final[dict[str, tuple[str, ...]]] = {
-    "result": tuple(k for k in ResultRecord.__annotations__ if k != "seconds"),
-    "train": tuple(TrainRecord.__annotations__),
-    "model": tuple(ModelRecord.__annotations__),
-    "unavailable": tuple(UnavailableRecord.__annotations__),
-    "mutant": tuple(MutantRecord.__annotations__),
-    "tpu": ("type", "id", "status", "topology", "detail"),
+
+
+def _schema(hint: Any) -> dict[str, Any]:
+    """Return the JSON schema of a type that records are made of."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if is_typeddict(hint):
+        fields = get_type_hints(hint, include_extras=True)
+        return {
+            "type": "object",
+            "required": [n for n, one in fields.items() if get_origin(one) is not NotRequired],
+            "properties": {name: _schema(one) for name, one in fields.items()},
+        }
+    if origin is Annotated:
+        return {**_schema(inner[0]), **inner[1]}
+    if origin is NotRequired:
+        return _schema(inner[0])
+    if origin is Literal:
+        return {"enum": list(inner)}
+    if origin is UnionType:
+        return {"anyOf": [_schema(one) for one in inner]}
+    if origin is list:
+        return {"type": "array", "items": _schema(inner[0])}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _schema(inner[1])}
+    return _PLAIN[hint]
+
+
+_LARGEST: Final = sys.float_info.max
+_PLAIN: Final[dict[Any, dict[str, Any]]] = {
+    str: {"type": "string"},
+    bool: {"type": "boolean"},
+    int: {"type": "integer", "minimum": 0, "maximum": 2**63},
+    float: {"type": "number", "minimum": -_LARGEST, "maximum": _LARGEST},
+    type(None): {"type": "null"},
 }
+_CHECKS: Final = {
+    kind: Draft202012Validator(_schema(hint))
+    for kind, hint in {
+        "header": Header,
+        "result": ResultRecord,
+        "train": TrainRecord,
+        "model": ModelRecord,
+        "unavailable": UnavailableRecord,
+        "mutant": MutantRecord,
+        "tpu": TpuRecord,
+        "footer": Footer,
+    }.items()
+}
+
+
+def _check(place: str, record: Mapping[str, Any]) -> None:
+    """Raise FormatError unless a record has every field of its type, each of the right type."""
+    kind = record.get("type")
+    if not isinstance(kind, str) or kind not in _CHECKS:
+        raise FormatError(f"{place}: unknown record type {kind!r}")
+    problem = best_match(_CHECKS[kind].iter_errors(record))
+    if problem is not None:
+        field = "/".join(map(str, problem.absolute_path)) or "the record"
+        text = problem.message  # the value, which may be long, then what is wrong with it
+        shown = text if len(text) <= 200 else f"{text[:60]} ... {text[-130:]}"
+        raise FormatError(f"{place}: {kind}: {field}: {shown}")
 
 
 def read_results(path: str | os.PathLike[str]) -> ResultFile:
@@ -376,7 +465,7 @@ def read_results(path: str | os.PathLike[str]) -> ResultFile:
     lines = text.splitlines()
     if not lines:
         raise FormatError(f"{place}: the file is empty")
-    header = _parse(place, 1, lines[0])
+    header = _parse(f"{place}, line 1", lines[0])
     if header.get("type") != "header" or header.get("format") != FORMAT:
         raise FormatError(f"{place}, line 1: not a header of the format {FORMAT!r}")
     if header.get("version") != VERSION:
@@ -385,22 +474,21 @@ def read_results(path: str | os.PathLike[str]) -> ResultFile:
         )
     if header.get("kind") not in get_args(Kind):
         raise FormatError(f"{place}, line 1: unknown kind {header.get('kind')!r}")
+    _check(f"{place}, line 1", header)
     found = ResultFile(str(place), header)  # type: ignore[arg-type]
     counts: Counter[str] = Counter()
     footer: dict[str, Any] | None = None
     for number, line in enumerate(lines[1:], start=2):
         if footer is not None:
             raise FormatError(f"{place}, line {number}: something follows the footer")
-        record = _parse(place, number, line)
-        kind = record.get("type")
+        record = _parse(f"{place}, line {number}", line)
+        _check(f"{place}, line {number}", record)
+        kind = record["type"]
+        if kind == "header":
+            raise FormatError(f"{place}, line {number}: a second header")
         if kind == "footer":
             footer = record
             continue
-        if kind not in _FIELDS:
-            raise FormatError(f"{place}, line {number}: unknown record type {kind!r}")
-        for name in _NEEDED[kind]:
-            if name not in record:
-                raise FormatError(f"{place}, line {number}: the {kind} record has no {name!r}")
         getattr(found, _FIELDS[kind]).append(record)
         counts[_counted(record)] += 1
     if footer is None:
@@ -416,11 +504,13 @@ def read_results(path: str | os.PathLike[str]) -> ResultFile:
     return found
 
 
-def _parse(place: Path, number: int, line: str) -> dict[str, Any]:
+def _parse(place: str, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise FormatError(f"{place}, line {number}: not JSON, or truncated: {error}") from None
+        # Whatever is read is written again, in UTF-8, which has no halves of characters.
+        json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1).encode()
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{place}: not JSON, or truncated: {error}") from None
     if not isinstance(record, dict):
-        raise FormatError(f"{place}, line {number}: not a JSON object")
+        raise FormatError(f"{place}: not a JSON object")
     return record

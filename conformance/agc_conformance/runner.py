@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -77,10 +78,7 @@ class Core:
 
 
 CORE: Final = Core()
-
-
-class _Factory(Protocol):
-    def __call__(self, *, device: str) -> Backend: ...
+LAYOUTS: Final[tuple[str, ...]] = ("torch", "flax", "keras")
 
 
 def backend_names() -> list[str]:
@@ -94,7 +92,8 @@ def load_backend(spec: str, device: str) -> Backend:
     Parameters
     ----------
     spec : str
-        A registered name, ``package.module:object`` or ``path/to/file.py:object``.
+        A registered name, ``package.module:object`` or ``path/to/file.py:object``. The object is called with
+        ``device=device``, unless it is a backend already.
     device : str
         ``"cpu"``, ``"cuda"`` or ``"tpu"``.
 
@@ -103,55 +102,95 @@ def load_backend(spec: str, device: str) -> Backend:
     Unavailable
         If a package or the device is not there.
     ConfigError
-        If there is no such backend.
+        If there is no such backend, or it is none, or raises something else.
     """
-    factory: Any
-    if spec == "reference":
-        factory = ReferenceBackend
-    elif ":" in spec:
-        where, _, name = spec.rpartition(":")
-        module = _from_file(Path(where)) if where.endswith(".py") else _import(spec, where)
-        factory = getattr(module, name, None)
-        if factory is None:
-            raise ConfigError(f"--backend {spec}: {where} has no {name!r}")
+    found = ReferenceBackend if spec == "reference" else _find(spec)
+    if not isinstance(found, type) and hasattr(found, "clip"):  # it has been made already
+        backend, there = found, getattr(found, "device", device)
+        if isinstance(there, str) and there != device:
+            raise Unavailable(f"{spec} is made for {there}, not for {device}")
     else:
-        found = [p for p in entry_points(group="agc.backends") if p.name == spec]
-        if not found:
-            raise ConfigError(
-                f"--backend {spec}: not registered; there are {', '.join(backend_names())}, "
-                "or name your own as package.module:object"
+        with _loading(spec, f"called with device={device!r}"):
+            backend = found(device=device)
+    _check(spec, backend)
+    return cast(Backend, backend)
+
+
+def _find(spec: str) -> Any:
+    """Import what is to be a backend, or makes one."""
+    where, colon, name = spec.rpartition(":")
+    if colon:
+        with _loading(spec, "imported"):
+            module = (
+                _from_file(spec, Path(where)) if where.endswith(".py") else _import(spec, where)
             )
-        try:
-            factory = found[0].load()
-        except ImportError as error:
-            raise Unavailable(f"cannot import: {error}") from error
-    backend = cast(_Factory, factory)(device=device)
-    if not hasattr(backend, "clip"):
-        raise ConfigError(f"--backend {spec}: {backend!r} is not a backend, it has no 'clip'")
-    return backend
+        if not hasattr(module, name):
+            raise ConfigError(f"--backend {spec}: {where} has no {name!r}")
+        return getattr(module, name)
+    found = [p for p in entry_points(group="agc.backends") if p.name == spec]
+    if not found:
+        raise ConfigError(
+            f"--backend {spec}: not registered; there are {', '.join(backend_names())}, "
+            "or name your own as package.module:object"
+        )
+    with _loading(spec, "imported"):
+        return found[0].load()
+
+
+@contextmanager
+def _loading(spec: str, when: str) -> Iterator[None]:
+    """Say in one line what somebody else's code raises."""
+    try:
+        yield
+    except (Unavailable, _Misnamed):
+        raise
+    except ImportError as error:
+        raise Unavailable(f"cannot import: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"--backend {spec}: {when}, it raises {describe(error)}") from error
+
+
+class _Misnamed(ConfigError):
+    """A backend's name leads nowhere."""
 
 
 def _import(spec: str, where: str) -> Any:
+    if not all(part.isidentifier() for part in where.split(".")):
+        raise _Misnamed(
+            f"--backend {spec}: {where!r} is no module; give package.module:object or path/to/file.py:object"
+        )
     try:
         return import_module(where)
     except ModuleNotFoundError as error:
         if error.name and (where == error.name or where.startswith(error.name + ".")):
-            raise ConfigError(f"--backend {spec}: there is no module {error.name!r}") from None
-        raise Unavailable(f"cannot import: {error}") from error
-    except ImportError as error:
-        raise Unavailable(f"cannot import: {error}") from error
+            raise _Misnamed(f"--backend {spec}: there is no module {error.name!r}") from None
+        raise
 
 
-def _from_file(path: Path) -> Any:
-    spec = spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ConfigError(f"--backend {path}: there is no such Python file")
-    module = module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ImportError as error:
-        raise Unavailable(f"cannot import: {error}") from error
+def _from_file(spec: str, path: Path) -> Any:
+    found = spec_from_file_location(path.stem, path)
+    if not path.is_file() or found is None or found.loader is None:
+        raise _Misnamed(f"--backend {spec}: there is no such Python file")
+    module = module_from_spec(found)
+    found.loader.exec_module(module)
     return module
+
+
+def _check(spec: str, backend: Any) -> None:
+    """Raise unless an object has what the suite asks for before the first vector."""
+    missing = [n for n in vars(Backend) if not n.startswith("_") and not hasattr(backend, n)]
+    if missing:
+        raise ConfigError(
+            f"--backend {spec}: {type(backend).__name__} has no {', '.join(missing)}; "
+            "derive it from agc.backend.Backend"
+        )
+    with _loading(spec, "asked for its versions and device"):
+        backend.versions()
+        backend.device_name()
+    if backend.layout not in LAYOUTS:
+        raise ConfigError(
+            f"--backend {spec}: layout must be one of {', '.join(LAYOUTS)}, got {backend.layout!r}"
+        )
 
 
 def role_of(backend: Backend) -> Role:
@@ -199,7 +238,7 @@ def run_case(backend: Backend, vector: Vector, dtype: str) -> ResultRecord:
             status = "failed"
     except Unsupported as reason:
         status, verdict.problem = "unsupported", str(reason)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         status, verdict.problem = "error", describe(error)
     return make_result(
         vector.id,
@@ -217,7 +256,9 @@ def run_case(backend: Backend, vector: Vector, dtype: str) -> ResultRecord:
 
 def describe(error: BaseException) -> str:
     """Return one line about an exception: its type, its first line, and where it comes from."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")
+    ]
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{place}"
 

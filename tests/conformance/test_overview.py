@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from agc.cli import main
 from agc.errors import FormatError
 from agc_conformance.models.study import result_ids
 from agc_conformance.records import read_results
@@ -108,6 +109,8 @@ def test_publish(report, tmp_path):
         (lambda report: report.update(ok=False, headline="2 failed"), "2 failed; only a complete"),
         (lambda report: report.update(notices=["another suite"]), "another suite; only a complete"),
         (lambda report: report.update(mutants=[]), "no mutants; only a complete"),
+        (lambda report: report.pop("runs"), r"a damaged report \(KeyError: 'runs'\)"),
+        (lambda report: report["runs"][0].update(errors=3), r"a damaged report \(TypeError: "),
     ],
 )
 def test_only_a_good_report_is_published(report, change, message, tmp_path):
@@ -131,3 +134,24 @@ def test_not_json_and_no_marks(report, tmp_path):
     source.write_text(json.dumps(report))
     with pytest.raises(FormatError, match="it needs the lines"):
         publish(source, tmp_path, readme)
+
+
+def test_what_cannot_be_read_or_written(report, tmp_path, capsys):
+    source, readme = tmp_path / "report.json", tmp_path / "README.md"
+    source.write_text(json.dumps(report))
+    readme.write_text(MARKED)
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe")
+    for given, results, page, named in [
+        (tmp_path / "none.json", tmp_path / "results", readme, "none.json"),
+        (tmp_path, tmp_path / "results", readme, str(tmp_path)),
+        (source, tmp_path / "results", binary, "binary"),
+        (source, tmp_path / "results", tmp_path / "none.md", "none.md"),
+        (source, readme, readme, "README.md"),
+    ]:
+        asked = ["publish", given, "--results", results, "--readme", page]
+        assert main(["conformance", *map(str, asked)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert named in line
+        assert not (tmp_path / "results").exists()
+    assert readme.read_text() == MARKED

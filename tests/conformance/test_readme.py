@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from agc_conformance.flags import FLAGS
+from agc_conformance.models.mutants import MODEL_MUTANTS
 from agc_conformance.mutants import all_mutants
 from agc_conformance.vectors import load_vectors
 
@@ -27,6 +28,7 @@ def test_the_counts_are_right() -> None:
     assert f"{len(load_vectors())} published vectors" in README
     assert f"the {len(FLAGS)} bug classes" in README
     assert f"runs {len(all_mutants())} wrong implementations" in README
+    assert f"and {len(MODEL_MUTANTS)} wrong NFNets" in README
 
 
 def test_links_lead_somewhere() -> None:

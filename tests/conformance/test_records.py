@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,22 @@ def edit(file: Path, *, line: int, **changes: Any) -> None:
         (1, {"format": "other"}, r"line 1: not a header of the format 'agc-results'"),
         (1, {"kind": "walk"}, r"line 1: unknown kind 'walk'"),
         (2, {"type": "resultat"}, r"line 2: unknown record type 'resultat'"),
-        (2, {"clause": "gone"}, r"line 2: the result record has no 'clause'"),
+        (2, {"clause": "gone"}, r"line 2: result: the record: 'clause' is a required"),
+        (1, {"versions": "gone"}, "line 1: header: the record: 'versions' is a required"),
+        (1, {"date": "gone"}, "line 1: header: the record: 'date' is a required"),
+        (2, {"type": ["a"]}, r"line 2: unknown record type \['a'\]"),
+        (2, {"type": "header"}, "line 2: header: "),
+        (2, {"clause": None}, "line 2: result: clause: None is not of type 'string'"),
+        (2, {"status": "banana"}, "line 2: result: status: 'banana' is not one of"),
+        (2, {"histogram": "1"}, "line 2: result: histogram: '1' is not of type 'array'"),
+        (2, {"histogram": [1] * 9}, r"line 2: result: histogram: .* is too long"),
+        (2, {"max_ulp": "1"}, "line 2: result: max_ulp: '1' is not "),
+        (2, {"max_ulp": math.inf}, "line 2: not JSON, or truncated: "),
+        (2, {"max_ulp": 10**400}, "line 2: result: max_ulp: .* greater than the maximum"),
+        (2, {"detail": "\ud800"}, "line 2: not JSON, or truncated: .* surrogates not allowed"),
+        (4, {"counts": "gone"}, "line 4: footer: the record: 'counts' is a required"),
         (4, {"counts": {"passed": 3}}, r"line 4: the footer counts .* records are missing"),
     ],
-    ids=["version", "format", "kind", "type", "field", "counts"],
 )
 def test_a_wrong_line_is_named(
     file: Path, line: int, changes: dict[str, Any], message: str
@@ -122,9 +135,10 @@ def test_something_after_the_footer(file: Path) -> None:
         (b"", "the file is empty"),
         (b"hello\n", "line 1: not JSON"),
         (b"[1]\n", "line 1: not a JSON object"),
+        (b"[" * 100_000, "line 1: not JSON, or truncated: maximum recursion"),
         (b"\xff\xfe\n", "cannot be read as text"),
     ],
-    ids=["empty", "text", "list", "binary"],
+    ids=["empty", "text", "list", "deep", "binary"],
 )
 def test_something_else(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.jsonl"
@@ -136,6 +150,17 @@ def test_something_else(tmp_path: Path, content: bytes, message: str) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"none\.jsonl: cannot be read"):
         read_results(tmp_path / "none.jsonl")
+
+
+def test_a_header_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="header: versions/mine: None is not of type 'string'"):
+        Writer(tmp_path / "r.jsonl", make_header("run", versions={"mine": None}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_character_in_a_message_can_be_written_and_read(tmp_path: Path) -> None:
+    record = make_result("a", clause="AGC-1", level="L1", status="error", detail="caf\ud800")
+    assert read_results(write(tmp_path / "r.jsonl", record)).results[0]["detail"] == "caf?"
 
 
 def test_infinite_errors_are_json() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from rich.console import Console
 
+from agc.cli import main
 from agc.errors import FormatError
 from agc_conformance.records import Writer, make_header, make_result, read_results
 from agc_conformance.reporting import Summary, html, junit, markdown, report, summarize, terminal
@@ -201,6 +204,33 @@ def test_four_files_are_written(files: dict[str, Path], tmp_path: Path) -> None:
     assert [failure["id"] for failure in data["failures"]] == ["L1-a", "L1-d"]
 
 
+def test_a_report_that_cannot_be_written_leaves_what_was_there(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "report"
+    report([files["good"]], out, console=quiet())
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        report([files["bad"]], out, console=quiet())
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_where_no_report_can_be_written(
+    files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out in (files["good"], files["good"] / "report"):
+        assert main(["conformance", "report", str(files["good"]), "--out", str(out)]) == 2
+        seen = capsys.readouterr()
+        assert seen.out == ""
+        assert len(seen.err.splitlines()) == 1
+        assert str(files["good"]) in seen.err
+
+
 def test_html_is_self_contained(files: dict[str, Path]) -> None:
     page = html(summary(files, *files))
     assert re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*\"", page) == []
@@ -318,8 +348,10 @@ def test_other_vectors_are_noticed(files: dict[str, Path], tmp_path: Path) -> No
 def test_an_empty_run_is_noticed(files: dict[str, Path], tmp_path: Path) -> None:
     files["empty"] = write(tmp_path / "empty.jsonl", "run", backend="empty", device="cpu")
     found = summary(files, "empty")
-    assert found.mood == "partly"
+    assert found.mood == "no"
+    assert found.notices == [f"{files['empty']} has no results at all."]
     assert found.headline.startswith("0 of 1 backend conforms")
+    assert report([files["empty"]], console=quiet()) == 1
 
 
 def test_a_damaged_file_stops_the_report(files: dict[str, Path]) -> None:

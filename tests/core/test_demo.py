@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -134,13 +136,15 @@ def untrained(monkeypatch):
         ("folder", "--out: .*Is a directory, name a file in it: .*folder"),
         (".", "--out: .*Is a directory, name a file in it: "),
         ("taken.svg", "--out: .*Is a directory, name a file in it: .*taken.json"),
+        ("locked/x.svg", "--out: .*Permission denied, choose a folder .*: .*locked/x.svg'$"),
         ("x.json", r"--out: .*x.json cannot be drawn; .* in .svg, .png, .pdf"),
         ("x.tiff", r"--out: .*x.tiff cannot be drawn; .* in .svg, .png, .pdf"),
     ],
 )
 def test_where_nothing_can_be_written(tmp_path, monkeypatch, capsys, untrained, out, message):
     monkeypatch.chdir(tmp_path)
-    for name in ("folder", "taken.json"):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != Path("locked"))
+    for name in ("folder", "locked", "taken.json"):
         (tmp_path / name).mkdir()
     assert main(["demo", "--out", out]) == 2
     assert re.search(message, capsys.readouterr().err)
@@ -178,7 +182,19 @@ def test_a_folder_that_is_lost_meanwhile(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(demo, "load", lambda framework: train)
     assert main([*SHORT, "--out", str(place / "x.svg")]) == 2
-    assert "No such file" in capsys.readouterr().err
+    assert re.search(r"No such file .*place/x\.json'$", capsys.readouterr().err)
+
+
+def test_a_folder_that_is_locked_meanwhile_is_reported_by_the_name_of_the_file(
+    monkeypatch, tmp_path, capsys
+):
+    def deny(path, _):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(demo, "load", lambda framework: fake)
+    monkeypatch.setattr(Path, "replace", deny)
+    assert main([*SHORT, "--out", str(tmp_path / "x.svg")]) == 2
+    assert re.search(r"Permission denied: .*/x\.json'$", capsys.readouterr().err)
 
 
 def test_numbers_survive_a_picture_that_fails(monkeypatch, tmp_path):

@@ -210,7 +210,7 @@ def run_study(
                 found = ask.ask(backend, study, ask.dtype)
         except Unsupported as reason:
             status, found = "unsupported", {kind: Finding(str(reason)) for kind in kinds}
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             status, found = "error", {kind: Finding(describe(error)) for kind in kinds}
         seconds = (time.perf_counter() - start) / len(kinds)
         for kind in kinds:

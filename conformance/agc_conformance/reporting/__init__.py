@@ -10,7 +10,7 @@ from rich.console import Console
 from agc_conformance.records import read_results
 from agc_conformance.reporting.html import html
 from agc_conformance.reporting.summary import Summary, summarize
-from agc_conformance.reporting.text import as_json, junit, markdown, terminal
+from agc_conformance.reporting.text import as_json, junit, markdown, terminal, write_whole
 
 __all__ = ["Summary", "as_json", "html", "junit", "markdown", "report", "summarize", "terminal"]
 
@@ -38,20 +38,23 @@ def report(
     ------
     FormatError
         If a file is damaged or of another version.
+    OSError
+        If ``out`` cannot be written.
     """
     summary = summarize([read_results(path) for path in files])
-    terminal(summary, console or Console())
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+    console = console or Console()
+    if out is None:
+        terminal(summary, console)
+    else:
         contents = {
             "index.html": html(summary),
             "report.md": markdown(summary),
             "report.json": as_json(summary),
             "junit.xml": junit(summary),
         }
+        out.mkdir(parents=True, exist_ok=True)
         for name, text in contents.items():
-            (out / name).write_text(text, encoding="utf-8")
-        (console or Console()).print(
-            f"written: {out}/index.html and {len(contents) - 1} more", highlight=False
-        )
+            write_whole(out / name, text)
+        terminal(summary, console)
+        console.print(f"written: {out}/index.html and {len(contents) - 1} more", highlight=False)
     return 0 if summary.ok else 1

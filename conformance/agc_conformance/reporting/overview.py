@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from agc.errors import FormatError
+from agc.weights.files import check_target
 from agc_conformance.records import ULP_BINS
 from agc_conformance.reporting.figures import svg
+from agc_conformance.reporting.text import write_whole
 from agc_conformance.vectors import CLAUSES
 
 __all__ = ["errors_figure", "overview", "publish"]
@@ -120,38 +122,52 @@ def publish(report: Path, results: Path, readme: Path) -> None:
     ------
     FormatError
         If the report is not one, has failures or lacks a framework, or if the README has no marks.
+    OSError
+        If one of the files cannot be written.
     """
+    text = _read(report)
     try:
-        text = report.read_text(encoding="utf-8")
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{report}: not JSON ({error}); run: nox -s conformance") from error
     if not isinstance(data, dict) or data.get("format") != "agc-report":
         raise FormatError(f"{report}: not a report; give the report.json of: nox -s conformance")
-    missing = [f"no run of {name}" for name in sorted(_NAMES.keys() - _backends(data))]
-    missing += [] if data["mutants"] else ["no mutants"]
-    if missing or not data["ok"] or data["notices"]:
-        reason = ", ".join(missing) or " ".join([data["headline"], *data["notices"]])
-        raise FormatError(f"{report}: {reason}; only a complete and good report is published")
-    page = readme.read_text(encoding="utf-8")
+    try:
+        lacks = _lacks(data)
+        contents = {} if lacks else {"matrix": overview(data), "figure": errors_figure(data)}
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise FormatError(
+            f"{report}: a damaged report ({what}); run: nox -s conformance"
+        ) from error
+    if lacks:
+        raise FormatError(f"{report}: {lacks}; only a complete and good report is published")
+    page = _read(readme)
     if _BEGIN not in page or _END not in page:
         raise FormatError(f"{readme}: it needs the lines {_BEGIN!r} and {_END!r}")
     before, after = page[: page.index(_BEGIN)], page[page.index(_END) :]
+    check_target(readme)
     results.mkdir(parents=True, exist_ok=True)
-    _write(results / "cpu.json", text)
-    _write(results / "errors.svg", errors_figure(data) + "\n")
-    _write(readme, f"{before}{_BEGIN}\n\n{overview(data)}\n\n{after}")
+    write_whole(results / "cpu.json", text)
+    write_whole(results / "errors.svg", contents["figure"] + "\n")
+    write_whole(readme, f"{before}{_BEGIN}\n\n{contents['matrix']}\n\n{after}")
 
 
-def _backends(report: Mapping[str, Any]) -> set[str]:
-    return {run["header"]["backend"] for run in report["runs"]}
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: cannot be read as text: {error}") from None
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+def _lacks(report: Mapping[str, Any]) -> str:
+    """Return why a report is not to be published; empty if it is."""
+    backends = {run["header"]["backend"] for run in report["runs"]}
+    missing = [f"no run of {name}" for name in sorted(_NAMES.keys() - backends)]
+    missing += [] if report["mutants"] else ["no mutants"]
+    if missing or (report["ok"] and not report["notices"]):
+        return ", ".join(missing)
+    return " ".join([report["headline"], *report["notices"]])
 
 
 def _runs(report: Mapping[str, Any], role: str) -> Iterator[Run]:

@@ -141,7 +141,8 @@ class Column:
             result
             for result in self.file.results
             if result["clause"].startswith(method)
-            and result["histogram"]
+            and any(result["histogram"])
+            and result["dtype"].partition("/")[0] in ULP_LIMITS[method]
             and result["status"] == "passed"
             and result["level"] != "L2"
         ]
@@ -194,7 +195,8 @@ class Summary:
         """Whether nothing failed, and something was there."""
         broken = any(program["status"] == "failed" for program in self.programs)
         absent = bool(self.unavailable) and not self.columns
-        return not self.failures and not self.survivors and not broken and not absent
+        empty = any(not file.has_results for file in self.files)
+        return not (self.failures or self.survivors or broken or absent or empty)
 
     @property
     def mood(self) -> Literal["ok", "partly", "no"]:
@@ -268,8 +270,7 @@ def _notices(files: Sequence[ResultFile], columns: Sequence[Column]) -> list[str
         whole = selected is None and column.file.header.get("models", True)
         if column.role == "backend" and column.file.results and whole and empty:
             notices.append(f"{column.title} was not asked about {', '.join(empty)}.")
-        if not column.file.results:
-            notices.append(f"{column.title} has no results at all.")
+    notices += [f"{file.path} has no results at all." for file in files if not file.has_results]
     names = Counter(column.title for column in columns)
     notices += [f"{name} appears {count} times." for name, count in names.items() if count > 1]
     return notices

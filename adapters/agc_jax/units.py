@@ -26,7 +26,7 @@ from flax.core.meta import AxisMetadata
 
 from agc import AGC, Plan, Units
 from agc.errors import ConfigError, ParameterError, ShapeError
-from agc.plan import Parameter, canonical_name, make_plan
+from agc.plan import Parameter, canonical_name, make_plan, matching_names
 from agc_jax.layers import by_type, in_equinox, register_units
 from agc_jax.names import by_name
 
@@ -285,7 +285,8 @@ def _without(rule: AGC, masked: list[str], found: ModelUnits) -> AGC:
 
     def means_masked(pattern: str) -> bool:
         wanted = canonical_name(f"{head}.*" if pattern.startswith("@") and head else pattern)
-        if any(fnmatchcase(name, wanted) for name in found):
+        left = matching_names(wanted, found)
+        if any(pattern != "@head.weight" or len(found.shape(name)) >= 2 for name in left):
             return False
         parts = wanted.split(".")  # a whole subtree may be masked, under the name of its root
         return any(

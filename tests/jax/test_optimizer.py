@@ -166,6 +166,16 @@ def test_masked(params: Any, gradients: Any, known: bool, pattern: str) -> None:
         ).init(params)
 
 
+@pytest.mark.parametrize("selector", ["@head", "@head.weight"])
+def test_the_matrix_of_the_head_is_masked(selector: str) -> None:
+    params = {"body": jnp.ones(3), "head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+    mask = {"body": True, "head": {"kernel": False, "bias": True}}
+    rule = AGC(clipping=0.01, exclude=[selector], head="head")
+    updates, _ = update(optax.masked(agc_jax.adaptive_grad_clip(rule), mask), params, params)
+    clipped = jax.tree.map(lambda leaf: bool((leaf != 1).all()), updates)
+    assert clipped == {"body": True, "head": {"kernel": False, "bias": selector != "@head"}}
+
+
 def test_masked_patterns_of_other_fields(params: Any, gradients: Any) -> None:
     rule = AGC(
         clipping={"head.*": 0.5, "*": 0.01},

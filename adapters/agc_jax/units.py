@@ -274,7 +274,7 @@ def _is_inexact(leaf: Any) -> bool:
     dtype = getattr(leaf, "dtype", None)
     if dtype is None:
         return isinstance(leaf, float | complex)
-    return jnp.issubdtype(dtype, jnp.inexact)
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
 def _without(rule: AGC, masked: list[str], found: ModelUnits) -> AGC:

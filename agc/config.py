@@ -489,6 +489,12 @@ def _known_fields(cls: type[AGC] | type[SAM], data: Mapping[str, Any]) -> dict[s
     return dict(data)
 
 
+def check_rule(rule: object, kind: type[AGC] | type[SAM]) -> None:
+    """Raise ConfigError unless a rule is a configuration of the right kind."""
+    if not isinstance(rule, kind):
+        raise ConfigError(f"rule must be an agc.{kind.__name__}, got {rule!r}")
+
+
 def check_step(step: Any) -> int:
     """Return a step as a Python integer; raise ConfigError if it is not an integer from 0 on."""
     return _integer("step", step, 0)

@@ -20,7 +20,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
-from agc.config import SAM, Schedule
+from agc.config import SAM, Schedule, check_rule
 from agc.errors import ConfigError, DTypeError, NonFiniteError, ParameterError
 from agc.plan import canonical_name, perturbed_names
 from agc_jax.clip import call_schedule
@@ -123,8 +123,7 @@ def sam_value_and_grad(
     ...     return jnp.mean((x @ w) ** 2)
     >>> value, gradients = sam_value_and_grad(loss_fn, SAM(rho=0.05))(jnp.ones(3), jnp.ones((4, 3)))
     """
-    if not isinstance(rule, SAM):
-        raise ConfigError(f"rule must be an agc.SAM, got {rule!r}")
+    check_rule(rule, SAM)
     weights_at = _positions("argnums", argnums)
     batch_at = () if batch_argnums is None else _positions("batch_argnums", batch_argnums)
     if (rule.fraction != 1 or rule.microbatches != 1) and not batch_at:

@@ -25,7 +25,8 @@ from flax import linen, nnx
 from flax.core.meta import AxisMetadata
 
 from agc import AGC, Plan, Units
-from agc.errors import ConfigError, ParameterError, ShapeError
+from agc.config import check_rule
+from agc.errors import ParameterError, ShapeError
 from agc.plan import Parameter, canonical_name, make_plan, matching_names
 from agc_jax.layers import by_type, in_equinox, register_units
 from agc_jax.names import by_name
@@ -226,8 +227,7 @@ def plan_tree(model: PyTree, rule: AGC, units: ModelUnits | None) -> Plan:
 
 def check_options(rule: AGC, units: ModelUnits | None) -> None:
     """Raise unless these are a rule and the units of a model."""
-    if not isinstance(rule, AGC):
-        raise ConfigError(f"rule must be an agc.AGC, got {rule!r}")
+    check_rule(rule, AGC)
     if units is not None and not isinstance(units, ModelUnits):
         raise ParameterError(f"units= takes what agc_jax.units(model) returns, got {units!r}")
 

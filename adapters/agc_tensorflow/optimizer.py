@@ -17,12 +17,12 @@ import keras
 import tensorflow as tf
 
 from agc import AGC, Plan, PlanEntry
+from agc.config import check_rule
 from agc.errors import ConfigError, MissingGradientError, ParameterError
 from agc_tensorflow.clip import IDLE, Gradient, Stats, clip
 from agc_tensorflow.units import (
     Model,
     Variable,
-    check_rule,
     named_variables,
     resolve,
     variable_key,
@@ -99,7 +99,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         name: str | None = None,
     ) -> None:
         inner = _check_inner(optimizer)
-        check_rule(rule)
+        check_rule(rule, AGC)
         super().__init__(learning_rate=0.0, name=name)
         for state in _STATE:
             self.__dict__.pop(state, None)

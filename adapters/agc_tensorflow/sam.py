@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from agc.config import SAM, Schedule
+from agc.config import SAM, Schedule, check_rule
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError
 from agc.plan import perturbed_names
 from agc_tensorflow.units import named_variables, variable_key
@@ -84,7 +84,8 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
         if not isinstance(model, keras.Model):
             raise ConfigError(f"model must be a keras.Model, got {model!r}")
         self.model = model
-        self.rule = SAM.from_dict(rule) if isinstance(rule, dict) else _check_rule(rule)
+        self.rule = SAM.from_dict(rule) if isinstance(rule, dict) else rule
+        check_rule(self.rule, SAM)
         self.sharpness_tracker = keras.metrics.Mean(name="sharpness")
         if model.built:
             self.built = True
@@ -214,7 +215,7 @@ def sam_value_and_gradients(
     NonFiniteError
         If ``rule.nonfinite`` is ``"raise"`` and the norm of an ascent gradient is not finite.
     """
-    _check_rule(rule)
+    check_rule(rule, SAM)
     if step is None and (callable(rule.rho) or rule.every != 1):
         raise ConfigError("rho is a schedule, or every is above 1: give step=optimizer.iterations")
     for variable in variables:
@@ -661,12 +662,6 @@ def _names(variables: Sequence[Any], model: Any) -> list[str]:
     """Call variables as AGC does."""
     names = {variable_key(variable): name for name, variable in named_variables(model).items()}
     return [names.get(variable_key(variable), variable.path) for variable in variables]
-
-
-def _check_rule(rule: Any) -> SAM:
-    if not isinstance(rule, SAM):
-        raise ConfigError(f"rule must be an agc.SAM, got {rule!r}")
-    return rule
 
 
 def _dense(gradient: Any) -> Any:

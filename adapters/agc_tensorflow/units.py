@@ -20,13 +20,13 @@ import keras
 import tensorflow as tf
 
 from agc import AGC, Plan, PlanEntry, Units
-from agc.errors import ConfigError, ParameterError
+from agc.config import check_rule
+from agc.errors import ParameterError
 from agc.plan import WHOLE, Parameter, canonical_name, make_plan
 
 __all__ = [
     "Model",
     "Variable",
-    "check_rule",
     "named_variables",
     "plan",
     "register_units",
@@ -85,18 +85,12 @@ def plan(model: Model, rule: AGC) -> Plan:
     up.kernel    2x2x4x8  ... o i -> o      4  0.01
     3 parameters, 2 clipped, 12 units
     """
-    check_rule(rule)
+    check_rule(rule, AGC)
     parameters = [
         Parameter(name, tuple(variable.shape), found, "out-last", owner)
         for name, variable, found, owner in _survey(model)
     ]
     return make_plan(parameters, rule, head=getattr(model, "agc_head", None))
-
-
-def check_rule(rule: Any) -> None:
-    """Raise ConfigError unless a rule is an AGC."""
-    if not isinstance(rule, AGC):
-        raise ConfigError(f"rule must be an agc.AGC, got {rule!r}")
 
 
 def units(model: Model) -> dict[str, Units | None]:
@@ -184,7 +178,7 @@ def resolve(
     except TypeError:  # a mapping or list: nothing to remember it by
         known = None
     keys = [variable_key(variable) for variable in variables]
-    check_rule(rule)
+    check_rule(rule, AGC)
     if known is None or known[0] != rule or not set(keys) <= set(known[2]):
         made = plan(model, rule)
         found = {variable_key(v): made[name] for name, v in named_variables(model).items()}

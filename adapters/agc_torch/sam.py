@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agc.config import SAM
+from agc.config import SAM, check_rule
 from agc.errors import (
     ConfigError,
     FormatError,
@@ -35,7 +35,6 @@ from agc.errors import (
     ParameterError,
 )
 from agc.plan import perturbed_names
-from agc_torch.units import check_rule
 
 __all__ = ["SamStats", "SharpnessAware", "Verification", "verify_sam"]
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from agc import AGC, SAM, Plan, Units
-from agc.errors import ConfigError, ParameterError
+from agc import AGC, Plan, Units
+from agc.config import check_rule
+from agc.errors import ParameterError
 from agc.plan import WHOLE, Parameter, PlanEntry, canonical_name, make_plan
 
 __all__ = [
     "Model",
-    "check_rule",
     "named_parameters",
     "plan",
     "register_units",
@@ -179,12 +179,6 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
             raise ParameterError(f"two parameters are called {name!r}")
         found[name] = tensor
     return found
-
-
-def check_rule(rule: object, kind: type[AGC] | type[SAM]) -> None:
-    """Raise ConfigError unless a rule is a configuration of the right kind."""
-    if not isinstance(rule, kind):
-        raise ConfigError(f"rule must be an agc.{kind.__name__}, got {rule!r}")
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ __all__ = [
     "SelectorError",
     "ShapeError",
     "UnitsError",
+    "UnitsWarning",
 ]
 
 
@@ -36,7 +37,11 @@ class UnitsError(AGCError, ValueError):
 
 
 class AmbiguousUnitsError(UnitsError):
-    """Nothing says which axes of a parameter name its units."""
+    """Nothing says which axes of some parameters name their units; the message lists all of them."""
+
+
+class UnitsWarning(UserWarning):
+    """The units of some parameters follow the framework's layout convention, not a layer's type."""
 
 
 class ShapeError(AGCError, ValueError):

@@ -7,12 +7,14 @@ decides *what* here; an adapter carries it out.
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from reprlib import repr as short_repr
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args
 
 from agc.config import AGC, SAM, Clipping, clipping_from_data, clipping_to_data, schedule_value
 from agc.errors import (
@@ -22,6 +24,7 @@ from agc.errors import (
     SelectorError,
     ShapeError,
     UnitsError,
+    UnitsWarning,
 )
 from agc.profiles import Layout, rank_units
 from agc.units import UnitAxes, Units
@@ -31,6 +34,7 @@ __all__ = [
     "Parameter",
     "Plan",
     "PlanEntry",
+    "Source",
     "canonical_name",
     "make_plan",
     "matching_names",
@@ -42,11 +46,18 @@ V = TypeVar("V")
 WHOLE: Final = Units("... ->")
 """The whole tensor is one unit."""
 
-_CONVENTIONS: Final[dict[Layout, Units]] = {
-    "out-first": Units("o ... -> o"),
-    "out-last": Units("... o -> o"),
+Source: TypeAlias = Literal["rule", "layer", "name", "vector", "layout"]
+"""What settled a parameter's units: the rule, the layer's type, the leaf's name, its being a vector, or the
+framework's layout convention."""
+
+_CONVENTIONS: Final[Mapping[tuple[Layout, int], Units]] = {
+    ("out-first", 2): Units("o i -> o"),
+    ("out-first", 4): Units("o i ... -> o"),
+    ("out-first", 5): Units("o i ... -> o"),
+    ("out-last", 2): Units("i o -> o"),
 }
-_CONVENTION_RANKS: Final = (2, 4, 5)
+"""Units by layout and rank, where the layout's frameworks store nothing else at that rank by default."""
+
 _FORMAT: Final = "agc-plan"
 _VERSION: Final = 1
 
@@ -67,12 +78,16 @@ class Parameter:
     shape : tuple of int
         Shape as stored.
     units : Units, optional
-        What the owning layer's type says; None if the type is unknown.
+        What the owning layer's type, or the leaf's name, says; None if they say nothing.
     layout : {"out-first", "out-last"}, optional
-        The framework's convention for dense and convolution weights, used for ranks 2, 4 and 5 when
-        ``units`` is None; None if there is no convention.
+        The framework's convention for dense and convolution weights, used when ``units`` is None for ranks
+        2, 4 and 5 (out-first) or 2 (out-last); None if there is no convention.
     owner : str, optional
         The owning layer, for error messages.
+    source : {"layer", "name"}, default "layer"
+        What ``units`` come from.
+    inactive : str, optional
+        Why the parameter has no gradient at present, such as ``"frozen"``; shown in the plan's table.
     """
 
     name: str
@@ -80,6 +95,8 @@ class Parameter:
     units: Units | None = None
     layout: Layout | None = None
     owner: str | None = None
+    source: Literal["layer", "name"] = "layer"
+    inactive: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +117,11 @@ class PlanEntry:
         Threshold, or a function of the step; None if AGC is off for this parameter.
     excluded : bool
         Whether an exclusion pattern matched.
+    source : {"rule", "layer", "name", "vector", "layout"}
+        What settled the units. Does not count when plans are compared.
+    inactive : str, optional
+        Why the parameter has no gradient at present: ``"frozen"``, ``"not in the optimizer"``. Does not
+        count when plans are compared, and is not written to files.
     """
 
     name: str
@@ -108,10 +130,12 @@ class PlanEntry:
     count: int
     clipping: Clipping
     excluded: bool
+    source: Source = field(default="rule", compare=False)
+    inactive: str | None = field(default=None, compare=False)
 
     @property
     def clipped(self) -> bool:
-        """Whether AGC acts on this parameter at all."""
+        """Whether AGC acts on this parameter when it has a gradient."""
         return not self.excluded and self.clipping is not None and self.count > 0
 
     @cached_property
@@ -176,8 +200,12 @@ class Plan:
 
     @property
     def count(self) -> int:
-        """Number of units that AGC acts on."""
-        return sum(entry.count for entry in self.entries if entry.clipped)
+        """Number of units that AGC acts on, those of inactive parameters not among them."""
+        return sum(entry.count for entry in self.entries if entry.clipped and not entry.inactive)
+
+    def marked(self, inactive: Callable[[str], str | None]) -> Plan:
+        """Return the plan with a new reason for which parameters are inactive, if any, by name."""
+        return Plan(tuple(replace(entry, inactive=inactive(entry.name)) for entry in self.entries))
 
     def decisions(self) -> dict[str, tuple[int, Clipping, bool]]:
         """Return name to (units, clipping, excluded): the part that no memory layout changes."""
@@ -196,6 +224,7 @@ class Plan:
                     "count": entry.count,
                     "clipping": clipping_to_data(entry.clipping),
                     "excluded": entry.excluded,
+                    "source": entry.source,
                 }
                 for entry in self.entries
             ],
@@ -247,27 +276,28 @@ class Plan:
         return cls.from_dict(data)
 
     def __str__(self) -> str:
-        rows = [("parameter", "shape", "units", "count", "clipping")]
+        rows = [("parameter", "shape", "units", "source", "count", "clipping")]
         rows += [
             (
                 entry.name,
                 "x".join(map(str, entry.shape)) or "scalar",
                 str(entry.units),
+                entry.source,
                 str(entry.count),
                 _describe(entry),
             )
             for entry in self.entries
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(
-                cell.rjust(width) if column == 3 else cell.ljust(width)
+                cell.rjust(width) if column == 4 else cell.ljust(width)
                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
             for row in rows
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        clipped = sum(entry.clipped for entry in self.entries)
+        clipped = sum(entry.clipped and not entry.inactive for entry in self.entries)
         lines.append(f"{len(self)} parameters, {clipped} clipped, {self.count} units")
         return "\n".join(lines)
 
@@ -289,6 +319,7 @@ _FIELDS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
         "a number, null or a schedule",
     ),
     "excluded": (lambda value: isinstance(value, bool), "true or false"),
+    "source": (lambda value: value in get_args(Source), f"one of {', '.join(get_args(Source))}"),
 }
 """Fields of an entry as data: what is valid, and how to say it."""
 
@@ -298,11 +329,11 @@ def _read_entry(place: int, item: Any) -> PlanEntry:
     where = f"plan entry {place} is damaged:"
     if not isinstance(item, Mapping):
         raise FormatError(f"{where} it must be a mapping, got {short_repr(item)}")
-    for field, (valid, wanted) in _FIELDS.items():
-        if field not in item:
-            raise FormatError(f"{where} {field!r} is missing")
-        if not valid(item[field]):
-            raise FormatError(f"{where} {field!r} must be {wanted}, got {short_repr(item[field])}")
+    for key, (valid, wanted) in _FIELDS.items():
+        if key not in item:
+            raise FormatError(f"{where} {key!r} is missing")
+        if not valid(item[key]):
+            raise FormatError(f"{where} {key!r} must be {wanted}, got {short_repr(item[key])}")
     try:
         entry = PlanEntry(
             name=canonical_name(item["name"]),
@@ -311,6 +342,7 @@ def _read_entry(place: int, item: Any) -> PlanEntry:
             count=item["count"],
             clipping=clipping_from_data(item["clipping"]),
             excluded=item["excluded"],
+            source=item["source"],
         )
         count = entry.axes.count
     except (ValueError, RecursionError) as error:
@@ -330,10 +362,14 @@ def _describe(entry: PlanEntry) -> str:
         return "off"
     if entry.count == 0:
         return "empty"
+    if entry.inactive:
+        return entry.inactive
     return "schedule" if callable(entry.clipping) else f"{entry.clipping:g}"
 
 
-def make_plan(parameters: Iterable[Parameter], rule: AGC, *, head: str | None = None) -> Plan:
+def make_plan(
+    parameters: Iterable[Parameter], rule: AGC, *, head: str | None = None, cure: str = ""
+) -> Plan:
     """Resolve units, thresholds and exclusions of all parameters.
 
     Parameters
@@ -344,6 +380,9 @@ def make_plan(parameters: Iterable[Parameter], rule: AGC, *, head: str | None = 
         The configuration.
     head : str, optional
         Name of the classifier layer as the model declares it; ``rule.head`` takes precedence.
+    cure : str, optional
+        What the caller could do before declaring units, such as giving the model; begins messages about
+        parameters whose units nothing settles.
 
     Returns
     -------
@@ -356,19 +395,24 @@ def make_plan(parameters: Iterable[Parameter], rule: AGC, *, head: str | None = 
         If a name pattern matches no parameter, a parameter matches no pattern of ``clipping``, or the
         head is selected but unknown.
     AmbiguousUnitsError
-        If nothing settles the units of a parameter that would be clipped.
+        If nothing settles the units of parameters that would be clipped; one error lists all of them.
     UnitsError, ShapeError
         If a pattern does not fit a shape, or what is given as a shape is none.
+
+    Warns
+    -----
+    UnitsWarning
+        If the units of parameters that are clipped follow the layout convention; one warning lists them.
 
     Notes
     -----
     Units come from, in this order: ``granularity="tensor"`` (AGC-12), the first matching pattern of
-    ``rule.units``, a published ``unit_rule``, rank 0 and 1 (one unit, AGC-5), the owning layer's type,
-    and the layout convention for ranks 2, 4 and 5.
+    ``rule.units``, a published ``unit_rule``, the owning layer's type or the leaf's name, the shape of a
+    vector (at most one axis longer than 1: one unit, AGC-5), and the layout convention.
     """
     given = [
-        Parameter(canonical_name(p.name), tuple(p.shape), p.units, p.layout, p.owner)
-        for p in parameters
+        replace(parameter, name=canonical_name(parameter.name), shape=tuple(parameter.shape))
+        for parameter in parameters
     ]
     names = [parameter.name for parameter in given]
     head = rule.head or head
@@ -377,11 +421,17 @@ def make_plan(parameters: Iterable[Parameter], rule: AGC, *, head: str | None = 
         excluded.update(_select("exclude", selector, given, head))
     declared = _first_matches("units", rule.units, names)
     thresholds = _thresholds(rule, names)
-    entries = []
+    entries: list[PlanEntry] = []
+    undecided: list[Parameter] = []
+    by_layout: list[PlanEntry] = []
     for parameter in given:
         clipping = thresholds[parameter.name]
         acts = clipping is not None and parameter.name not in excluded
-        units = _resolve(parameter, rule, declared.get(parameter.name), required=acts)
+        resolved = _resolve(parameter, rule, declared.get(parameter.name), required=acts)
+        if resolved is None:
+            undecided.append(parameter)
+            continue
+        units, source = resolved
         try:
             axes = units.bind(parameter.shape)
         except (ShapeError, UnitsError) as error:
@@ -394,8 +444,16 @@ def make_plan(parameters: Iterable[Parameter], rule: AGC, *, head: str | None = 
                 count=axes.count,
                 clipping=clipping,
                 excluded=parameter.name in excluded,
+                source=source,
+                inactive=parameter.inactive,
             )
         )
+        if source == "layout" and acts:
+            by_layout.append(entries[-1])
+    if undecided:
+        raise AmbiguousUnitsError(_undecided_message(undecided, names, cure))
+    if by_layout:
+        warnings.warn(_layout_message(by_layout, cure), UnitsWarning, stacklevel=3)
     return Plan(tuple(entries))
 
 
@@ -495,30 +553,88 @@ def _first_matches(field: str, patterns: Mapping[str, V], names: list[str]) -> d
 
 def _resolve(
     parameter: Parameter, rule: AGC, declared: str | Units | None, *, required: bool
-) -> Units:
-    rank = len(parameter.shape)
+) -> tuple[Units, Source] | None:
+    """Return a parameter's units and what settled them; None if nothing does and they are required."""
     if rule.granularity == "tensor":
-        return WHOLE
+        return WHOLE, "rule"
     if declared is not None:
-        return declared if isinstance(declared, Units) else Units(declared)
+        return declared if isinstance(declared, Units) else Units(declared), "rule"
     if rule.unit_rule != "declared" and required:
         try:
-            return rank_units(rule.unit_rule, parameter.shape, parameter.layout, parameter.units)
+            by_rank = rank_units(rule.unit_rule, parameter.shape, parameter.layout, parameter.units)
         except UnitsError as error:
             raise UnitsError(f"parameter {parameter.name!r}: {error}") from None
+        return by_rank, "rule"
     if parameter.units is not None:
-        return parameter.units
-    if rank <= 1:
-        return WHOLE
-    if parameter.layout is not None and rank in _CONVENTION_RANKS:
-        return _CONVENTIONS[parameter.layout]
-    if not required:
-        return WHOLE
-    owner = f" of {parameter.owner}" if parameter.owner else ""
-    names = " ".join("abcdefghijklmnopqrstuvwxyz"[:rank]) if rank <= 26 else "..."
-    raise AmbiguousUnitsError(
-        f"parameter {parameter.name!r}{owner} with shape {parameter.shape}: nothing says which axes "
-        f"name its units. Declare them, for example AGC(units={{{parameter.name!r}: "
-        f"'{names} -> {names.split()[0]}'}}) if the first axis is the output, "
-        f"'{names} ->' to take the tensor as one unit, or exclude the parameter"
+        return parameter.units, parameter.source
+    if sum(size > 1 for size in parameter.shape) <= 1 or 0 in parameter.shape:
+        return WHOLE, "vector"
+    if parameter.layout is not None:
+        convention = _CONVENTIONS.get((parameter.layout, len(parameter.shape)))
+        if convention is not None:
+            return convention, "layout"
+    return None if required else (WHOLE, "layout")
+
+
+def _undecided_message(undecided: list[Parameter], names: list[str], cure: str) -> str:
+    """Say which parameters' units nothing settles, and write the declaration to paste (AGC-5)."""
+    first = undecided[0]
+    owner = f" of {first.owner}" if first.owner else ""
+    more = f" and of {len(undecided) - 1} more" if len(undecided) > 1 else ""
+    declarations = _declarations(undecided, names)
+    width = max(len(line) for line, _ in declarations)
+    lines = "\n".join(f"        {line:<{width}}  # {shapes}" for line, shapes in declarations)
+    return (
+        f"parameter {first.name!r}{owner} with shape {first.shape}{more}: nothing says which axes name the "
+        f"units. {f'{cure[0].upper()}{cure[1:]}; or declare' if cure else 'Declare'} them; in this "
+        "proposal, check that the axes right of '->' are the outputs of each layer:\n"
+        f"    AGC(units={{\n{lines}\n    }})\n"
+        "'... ->' takes a tensor as one unit, and exclude= leaves parameters unclipped."
+    )
+
+
+def _declarations(undecided: list[Parameter], names: list[str]) -> list[tuple[str, str]]:
+    """Write one proposal for each group of undecided parameters that a common pattern selects.
+
+    Returns
+    -------
+    list of (str, str)
+        An item of a dictionary, and a comment with the shapes and owners that it is for.
+    """
+    groups: dict[tuple[str, str], list[Parameter]] = {}
+    for parameter in undecided:
+        proposal = _proposal(parameter.shape, parameter.layout)
+        pattern = re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", parameter.name)
+        groups.setdefault((pattern, proposal), []).append(parameter)
+    lines = []
+    for (pattern, proposal), members in groups.items():
+        wanted = [member.name for member in members]
+        selects = [name for name in names if fnmatchcase(name, pattern)]
+        patterns = [pattern] if len(members) > 1 and selects == wanted else wanted
+        shapes = list(dict.fromkeys(str(member.shape) for member in members))
+        owners = list(dict.fromkeys(member.owner for member in members if member.owner))
+        comment = ", ".join(shapes[:3]) + (", ..." if len(shapes) > 3 else "")
+        comment += f" of {owners[0]}" if owners else ""
+        lines += [(f"{name!r}: {proposal!r},", comment) for name in patterns]
+    return lines
+
+
+def _proposal(shape: tuple[int, ...], layout: Layout | None) -> str:
+    """Return a units pattern that is right for a common meaning of a shape, to be checked by its reader."""
+    rank = len(shape)
+    if rank == 3 and shape[0] == 1:
+        return "one n d -> n"  # a table of positions with a batch axis
+    if rank > 26:
+        return "first ... -> first"
+    axes = "abcdefghijklmnopqrstuvwxyz"[:rank]
+    return f"{' '.join(axes)} -> {axes[-1] if layout == 'out-last' else axes[0]}"
+
+
+def _layout_message(entries: list[PlanEntry], cure: str) -> str:
+    listed = ", ".join(f"{entry.name!r} {entry.shape} as '{entry.units}'" for entry in entries[:8])
+    more = f" and {len(entries) - 8} more" if len(entries) > 8 else ""
+    return (
+        f"no layer's type settles the units of {len(entries)} parameter(s), which follow the framework's "
+        f"layout: {listed}{more}. {f'{cure[0].upper()}{cure[1:]}; or check' if cure else 'Check'} them, "
+        f"and declare them, for example AGC(units={{{entries[0].name!r}: '{entries[0].units}'}})"
     )

@@ -26,8 +26,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from agc.errors import ConfigError, MissingPackageError
+from agc.files import check_target, named_files, replacing, write_text, written
 from agc.nfnet import parameters
-from agc.weights.files import check_target, named_files, need, replacing
+from agc.weights.files import need
 
 __all__ = ["CLASSES", "Experiment", "Run", "Train", "gratings", "learning_rates", "register"]
 
@@ -391,8 +392,7 @@ def _run(options: argparse.Namespace) -> int:
     }
     text = json.dumps(data, allow_nan=False) + "\n"
     with named_files():
-        with replacing(numbers) as file:
-            file.write(text.encode())
+        write_text(numbers, text)
         draw(experiment, runs, options.out)
-    console.print(f"written: {options.out} and {numbers}", highlight=False)
+    console.print(f"written: {written(options.out)} and {written(numbers)}", highlight=False)
     return 0

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agc.files import write_text
 from benchmarks.common import CONDITIONS
 
 __all__ = ["TARGETS", "Results", "main", "verdicts"]
@@ -324,8 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not results.machines:
         print(f"there are no results in {options.results}; run: python -m benchmarks")
         return 1
-    (options.results / "README.md").write_text(document(results), encoding="utf-8")
-    (options.results / "speed.svg").write_text(figure(results), encoding="utf-8")
+    write_text(options.results / "README.md", document(results))
+    write_text(options.results / "speed.svg", figure(results))
     found = verdicts(results)
     for text, met in found:
         print("met   " if met else "MISSED", text)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agc.errors import ConfigError, NonFiniteError
+from agc.files import named_files, written
 from agc.nfnet import VARIANTS, WS_EPS, Options
 from agc.weights.classify import (
     BACKENDS,
@@ -22,7 +23,7 @@ from agc.weights.classify import (
     top,
     untrained,
 )
-from agc.weights.files import named_files, need
+from agc.weights.files import need
 from agc.weights.forms import FORMS
 from agc.weights.store import convert, open_weights
 
@@ -88,7 +89,7 @@ def _convert(chosen: argparse.Namespace) -> int:
             progress=advance,
         )
     print(
-        f"{chosen.target}: {chosen.to} weights of {_describe(found.options)}, "
+        f"{written(chosen.target)}: {chosen.to} weights of {_describe(found.options)}, "
         f"{len(found.tensors)} tensors, {found.nbytes / 1e6:.1f} MB, from {found.form}"
     )
     if not found.complete:

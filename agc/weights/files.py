@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import math
-import os
-import secrets
 import tokenize
 import zipfile
 import zlib
@@ -27,12 +24,9 @@ __all__ = [
     "DTYPES",
     "Source",
     "Tensor",
-    "check_target",
     "in_memory",
-    "named_files",
     "need",
     "open_source",
-    "replacing",
     "write_npz",
     "write_safetensors",
 ]
@@ -355,65 +349,3 @@ def _reason(error: Exception) -> str:
     # A name in the file can hold what a terminal obeys.
     printable = "".join(filter(str.isprintable, (found or lines or [""])[0]))
     return printable.partition(" Please use ")[0].strip() or type(error).__name__
-
-
-# --- Writing -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def named_files() -> Iterator[None]:
-    """Report a file that cannot be opened, read or written as one of this project's errors."""
-    try:
-        yield
-    except OSError as error:
-        raise FormatError(str(error)) from None
-
-
-def check_target(path: Path) -> None:
-    """Raise unless a file of this name can stand there.
-
-    Raises
-    ------
-    IsADirectoryError
-        If a folder does.
-    FileNotFoundError
-        If the folder that it would be in does not exist.
-    PermissionError
-        If nothing can be written into that folder.
-    """
-    if path.is_dir():
-        what = f"{os.strerror(errno.EISDIR)}, name a file in it"
-        raise IsADirectoryError(errno.EISDIR, what, str(path))
-    if not path.parent.is_dir():
-        what = f"{os.strerror(errno.ENOENT)}, make its folder first"
-        raise FileNotFoundError(errno.ENOENT, what, str(path))
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        what = f"{os.strerror(errno.EACCES)}, choose a folder that can be written to"
-        raise PermissionError(errno.EACCES, what, str(path))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside ``path`` that takes its place in the end, or leaves no trace.
-
-    Whatever stands there stays until everything is written.
-
-    Raises
-    ------
-    OSError
-        As :func:`check_target`, before anything else; or if writing fails; never in the temporary name.
-    """
-    check_target(path)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with part.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        if error.filename != str(part):
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        part.unlink(missing_ok=True)

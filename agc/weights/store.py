@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agc.errors import ConfigError, FormatError, ParameterError
+from agc.files import replacing
 from agc.nfnet import (
     VARIANTS,
     Options,
@@ -28,7 +29,6 @@ from agc.weights.files import (
     Tensor,
     in_memory,
     open_source,
-    replacing,
     write_npz,
     write_safetensors,
 )

@@ -49,7 +49,7 @@ from jsonschema.exceptions import best_match
 
 import agc
 from agc.errors import FormatError
-from agc.weights.files import check_target
+from agc.files import check_target, put, target_of
 
 __all__ = [
     "FORMAT",
@@ -312,11 +312,13 @@ class Writer:
 
     def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
         self.path = Path(path)
-        self.part = self.path.with_name(self.path.name + ".part")
+        target = target_of(self.path)
+        self.part = target.with_name(target.name + ".part")
         self.counts: Counter[str] = Counter()
         self._start = datetime.now(UTC)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         check_target(self.path)
+        check_target(self.part)
         _check("header", header)
         self._file = self.part.open("w", encoding="utf-8")
         self._line(header)
@@ -344,7 +346,7 @@ class Writer:
             self._line({"type": "footer", "counts": dict(self.counts), "seconds": seconds})
         self._file.close()
         if kind is None:
-            self.part.replace(self.path)
+            put(self.part, self.path)
 
 
 def _counted(record: Record) -> str:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from agc.backend import Backend, Unavailable
+from agc.files import written
 from agc_conformance.flags import FLAGS, NO_MUTANT
 from agc_conformance.models.mutants import MODEL_MUTANTS, run_model_mutant
 from agc_conformance.models.study import STUDIES, count_results, run_study
@@ -158,7 +159,8 @@ def run(
         console.print(f"[red]stale[/] {line}", highlight=False)
     shown = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     console.print(
-        f"{backend.name} on {device}: {shown or 'nothing was run'} -> {out}", highlight=False
+        f"{backend.name} on {device}: {shown or 'nothing was run'} -> {written(out)}",
+        highlight=False,
     )
     if role == "subject":
         return int(bool(stale) or not counts)
@@ -252,7 +254,8 @@ def teeth(out: Path | None = None, *, console: Console | None = None) -> int:
         )
     console.print(
         f"{count - len(survivors)} of {count} mutants killed, "
-        f"{len(killed_flags)} of {len(FLAGS)} flags proven" + (f" -> {out}" if out else ""),
+        f"{len(killed_flags)} of {len(FLAGS)} flags proven"
+        + (f" -> {written(out)}" if out else ""),
         highlight=False,
     )
     return int(bool(survivors or toothless))

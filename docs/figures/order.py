@@ -5,6 +5,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
+from agc.files import replacing
+
 SAM, COMMON, AGC = "#d5e8d4", "#eeeeee", "#dae8fc"
 STEPS = [
     ("ascent", "gradient at w\nfirst fraction of the batch\nlocal: not reduced", SAM),
@@ -41,7 +43,8 @@ def draw() -> None:
     axes.set(xlim=(-0.2, 9.9), ylim=(-0.4, 2.7))
     axes.axis("off")
     figure.tight_layout(pad=0.2)
-    figure.savefig(Path(__file__).with_suffix(".svg"), metadata={"Date": None})
+    with replacing(Path(__file__).with_suffix(".svg")) as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

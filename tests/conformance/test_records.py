@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,22 @@ def test_a_run_that_breaks_off_leaves_no_result(tmp_path: Path) -> None:
     assert not path.exists()
     with pytest.raises(FormatError, match="ends without a footer"):
         read_results(file.part)
+
+
+@pytest.mark.parametrize("taken", ["r.jsonl", "r.jsonl.part"])
+def test_only_regular_files_are_replaced(tmp_path: Path, taken: str) -> None:
+    os.mkfifo(tmp_path / taken)
+    with pytest.raises(FileExistsError, match="a pipe, which is never replaced"):
+        Writer(tmp_path / "r.jsonl", make_header("run"))
+    assert stat.S_ISFIFO((tmp_path / taken).stat().st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == [taken]
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("r.jsonl")
+    write(tmp_path / "link", RESULT)
+    assert (tmp_path / "link").is_symlink()
+    assert len(read_results(tmp_path / "r.jsonl").results) == 1
 
 
 def test_header_has_provenance() -> None:

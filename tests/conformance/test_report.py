@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -202,6 +203,18 @@ def test_four_files_are_written(files: dict[str, Path], tmp_path: Path) -> None:
     assert data["ok"] is False
     assert data["runs"][0]["clauses"]["AGC-2"]["max_ulp"] == 1.5
     assert [failure["id"] for failure in data["failures"]] == ["L1-a", "L1-d"]
+
+
+def test_only_regular_files_are_replaced(files: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    os.mkfifo(out / "junit.xml")
+    with pytest.raises(FileExistsError, match="a pipe, which is never replaced"):
+        report([files["good"]], out, console=quiet())
+    assert [path.name for path in out.iterdir()] == ["junit.xml"], (
+        "no file of a report that cannot be complete"
+    )
+    assert stat.S_ISFIFO((out / "junit.xml").stat().st_mode)
 
 
 def test_a_report_that_cannot_be_written_leaves_what_was_there(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pickle
+import stat
 import struct
 import subprocess
 import sys
@@ -822,3 +824,27 @@ def test_released_files(tmp_path, neutral, arrays, flat_mapping, mapping, protoc
     with pytest.raises(FormatError, match=r"F0_haiku\.npz: truncated"):
         convert(path, back, "neutral")
     assert back.read_bytes() == neutral.read_bytes()
+
+
+def test_only_regular_files_are_replaced(tmp_path, neutral, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert main(["convert", str(neutral), str(pipe), "--to", "torch"]) == 2
+    assert (
+        f"a pipe, which is never replaced; name a regular file: '{pipe}'" in capsys.readouterr().err
+    )
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_link_is_followed_and_named(tmp_path, neutral, capsys):
+    link, target = tmp_path / "link", tmp_path / "target"
+    link.symlink_to("target")
+    assert main(["convert", str(neutral), str(link), "--to", "torch"]) == 0
+    assert capsys.readouterr().out.startswith(f"{target}, which {link} links to: torch weights of")
+    assert link.is_symlink()
+    assert guess_form(target) == "torch"
+
+
+def guess_form(path):
+    with open_weights(path) as weights:
+        return weights.form

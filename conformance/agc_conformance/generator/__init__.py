@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from agc.files import write_text
 from agc_conformance.generator.core import config_vectors, plan_vectors, units_vectors
 from agc_conformance.generator.functions import function_vectors
 from agc_conformance.generator.layers import layer_plans, layer_vectors
@@ -66,7 +67,7 @@ def write(folder: Path = VECTORS) -> list[str]:
     changed = check(folder, wanted)
     for name in changed:
         if name in wanted:
-            (folder / name).write_text(wanted[name], encoding="utf-8")
+            write_text(folder / name, wanted[name])
         else:
             (folder / name).unlink()
     return changed

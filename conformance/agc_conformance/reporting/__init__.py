@@ -7,10 +7,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from agc.files import check_target, write_text
 from agc_conformance.records import read_results
 from agc_conformance.reporting.html import html
 from agc_conformance.reporting.summary import Summary, summarize
-from agc_conformance.reporting.text import as_json, junit, markdown, terminal, write_whole
+from agc_conformance.reporting.text import as_json, junit, markdown, terminal
 
 __all__ = ["Summary", "as_json", "html", "junit", "markdown", "report", "summarize", "terminal"]
 
@@ -53,8 +54,10 @@ def report(
             "junit.xml": junit(summary),
         }
         out.mkdir(parents=True, exist_ok=True)
+        for name in contents:
+            check_target(out / name)  # all of them before the first is written
         for name, text in contents.items():
-            write_whole(out / name, text)
+            write_text(out / name, text)
         terminal(summary, console)
         console.print(f"written: {out}/index.html and {len(contents) - 1} more", highlight=False)
     return 0 if summary.ok else 1

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from agc.errors import FormatError
-from agc.weights.files import check_target
+from agc.files import check_target, write_text
 from agc_conformance.records import ULP_BINS
 from agc_conformance.reporting.figures import svg
-from agc_conformance.reporting.text import write_whole
 from agc_conformance.vectors import CLAUSES
 
 __all__ = ["errors_figure", "overview", "publish"]
@@ -148,9 +147,9 @@ def publish(report: Path, results: Path, readme: Path) -> None:
     before, after = page[: page.index(_BEGIN)], page[page.index(_END) :]
     check_target(readme)
     results.mkdir(parents=True, exist_ok=True)
-    write_whole(results / "cpu.json", text)
-    write_whole(results / "errors.svg", contents["figure"] + "\n")
-    write_whole(readme, f"{before}{_BEGIN}\n\n{contents['matrix']}\n\n{after}")
+    write_text(results / "cpu.json", text)
+    write_text(results / "errors.svg", contents["figure"] + "\n")
+    write_text(readme, f"{before}{_BEGIN}\n\n{contents['matrix']}\n\n{after}")
 
 
 def _read(path: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -12,12 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agc.weights.files import replacing
 from agc_conformance.records import bad_statuses
 from agc_conformance.reporting.summary import ULP_LIMITS, Cell, Column, Summary
 from agc_conformance.vectors import CLAUSES
 
-__all__ = ["as_json", "junit", "markdown", "terminal", "write_whole"]
+__all__ = ["as_json", "junit", "markdown", "terminal"]
 
 _STYLE = {
     "passed": "green",
@@ -49,12 +47,6 @@ def _cell(cell: Cell, *, subject: bool) -> str:
 
 def _worst(cell: Cell) -> str:
     return "" if cell.max_ulp is None else f" {cell.max_ulp:.2g} ULP"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that takes the place of what stood there only when it is whole."""
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 def terminal(summary: Summary, console: Console) -> None:

@@ -46,9 +46,9 @@ V = TypeVar("V")
 WHOLE: Final = Units("... ->")
 """The whole tensor is one unit."""
 
-Source: TypeAlias = Literal["rule", "layer", "name", "vector", "layout"]
-"""What settled a parameter's units: the rule, the layer's type, the leaf's name, its being a vector, or the
-framework's layout convention."""
+Source: TypeAlias = Literal["rule", "layer", "name", "vector", "layout", "none"]
+"""What settled a parameter's units: the rule, the layer's type, the leaf's name, its being a vector, the
+framework's layout convention, or nothing where it is not clipped."""
 
 _CONVENTIONS: Final[Mapping[tuple[Layout, int], Units]] = {
     ("out-first", 2): Units("o i -> o"),
@@ -117,7 +117,7 @@ class PlanEntry:
         Threshold, or a function of the step; None if AGC is off for this parameter.
     excluded : bool
         Whether an exclusion pattern matched.
-    source : {"rule", "layer", "name", "vector", "layout"}
+    source : {"rule", "layer", "name", "vector", "layout", "none"}
         What settled the units. Does not count when plans are compared.
     inactive : str, optional
         Why the parameter has no gradient at present: ``"frozen"``, ``"not in the optimizer"``. Does not
@@ -573,7 +573,7 @@ def _resolve(
         convention = _CONVENTIONS.get((parameter.layout, len(parameter.shape)))
         if convention is not None:
             return convention, "layout"
-    return None if required else (WHOLE, "layout")
+    return None if required else (WHOLE, "none")
 
 
 def _undecided_message(undecided: list[Parameter], names: list[str], cure: str) -> str:

@@ -13,6 +13,7 @@ from agc.errors import (
     SelectorError,
     ShapeError,
     UnitsError,
+    UnitsWarning,
 )
 from agc.plan import WHOLE, Parameter, make_plan, perturbed_names
 
@@ -57,19 +58,60 @@ def test_slashes_count_as_dots_in_names_and_patterns():
     [
         ("out-first", (5, 4), "o i -> o"),
         ("out-first", (5, 4, 3, 3), "o i h w -> o"),
+        ("out-first", (5, 4, 3, 3, 3), "o i d h w -> o"),
         ("out-last", (4, 5), "i o -> o"),
-        ("out-last", (3, 3, 4, 5), "h w i o -> o"),
-        ("out-last", (3, 3, 3, 4, 5), "d h w i o -> o"),
     ],
 )
-def test_convention_for_ranks_2_4_5(layout, shape, units):
-    plan = make_plan([ambiguous(shape, layout=layout)], AGC())
+def test_convention_where_a_layout_has_one(layout, shape, units):
+    with pytest.warns(UnitsWarning, match="follow the framework's layout: 'pos'"):
+        plan = make_plan([ambiguous(shape, layout=layout)], AGC())
     assert plan["pos"].axes == Units(units).bind(shape)
+    assert plan["pos"].source == "layout"
+
+
+@pytest.mark.parametrize("rule", [AGC(exclude=["pos"]), AGC(clipping={"pos": None, "*": 0.01})])
+def test_no_warning_of_what_is_not_clipped(rule):
+    assert make_plan([ambiguous((5, 4), layout="out-first")], rule)["pos"].source == "layout"
+
+
+def test_one_warning_lists_all_and_begins_with_the_cure():
+    parameters = [Parameter(f"layers.{i}", (5, 4), layout="out-first") for i in range(10)]
+    with pytest.warns(UnitsWarning) as caught:
+        make_plan(parameters, AGC(), cure="give the model")
+    (warning,) = caught
+    assert "units of 10 parameter(s)" in str(warning.message)
+    assert "'layers.7' (5, 4) as 'o i -> o' and 2 more. Give the model" in str(warning.message)
+
+
+@pytest.mark.parametrize(
+    "shape", [(7,), (1, 7), (7, 1), (1, 1, 7), (1, 7, 1, 1), (1, 1, 1), (0, 3, 4), (1,) * 6]
+)
+@pytest.mark.parametrize("layout", [None, "out-first", "out-last"])
+def test_vectors_of_any_rank_are_one_unit(shape, layout):
+    plan = make_plan([ambiguous(shape, layout=layout)], AGC())
+    assert plan["pos"].units == WHOLE
+    assert plan["pos"].source == "vector"
+
+
+def test_types_names_and_declarations_make_a_vector_more_units():
+    for source in ("layer", "name"):
+        dense = ambiguous((1, 7), units=Units("i o -> o"), source=source)
+        plan = make_plan([dense], AGC())
+        assert (plan["pos"].count, plan["pos"].source) == (7, source)
+    plan = make_plan([ambiguous((1, 1, 7))], AGC(units={"pos": "a b c -> c"}))
+    assert (plan["pos"].count, plan["pos"].source) == (7, "rule")
 
 
 @pytest.mark.parametrize(
     ("shape", "layout"),
-    [((5, 4, 3), "out-first"), ((5, 4, 3), "out-last"), ((5, 4), None), ((1,) * 6, "out-last")],
+    [
+        ((5, 4, 3), "out-first"),
+        ((5, 4, 3), "out-last"),
+        ((5, 4), None),
+        ((3, 3, 4, 5), "out-last"),
+        ((3, 3, 3, 4, 5), "out-last"),
+        ((2, 2, 1, 1, 1, 1), "out-first"),
+    ],
 )
 def test_ambiguous_shapes_are_errors_that_say_the_way_out(shape, layout):
     with pytest.raises(AmbiguousUnitsError) as caught:
@@ -77,7 +119,49 @@ def test_ambiguous_shapes_are_errors_that_say_the_way_out(shape, layout):
     message = str(caught.value)
     assert "'pos' of PositionTable" in message
     assert str(shape) in message
-    assert "AGC(units={'pos': '" in message
+    assert "AGC(units={\n        'pos': '" in message
+
+
+def pasted(message):
+    """The declaration that an error proposes, as Python reads it."""
+    code = message[message.index("AGC(units=") : message.index("})") + 2]
+    return eval(code, {"AGC": AGC})  # what a user would paste
+
+
+def test_all_undecided_parameters_in_one_error_with_a_declaration_to_paste():
+    parameters = [
+        *(Parameter(f"blocks.{i}.temperature", (4, 3, 2), owner="Mixer") for i in range(12)),
+        Parameter("pos_embed", (1, 9, 4), owner="Net"),
+        Parameter("odd[0]", (4, 3, 2), layout="out-last"),
+        Parameter("head.weight", (5, 4), DENSE),
+    ]
+    with pytest.raises(AmbiguousUnitsError) as caught:
+        make_plan(parameters, AGC(), cure="give the model: model=model")
+    message = str(caught.value)
+    assert "'blocks.0.temperature' of Mixer with shape (4, 3, 2) and of 13 more" in message
+    assert "Give the model: model=model; or declare them" in message
+    rule = pasted(message)
+    assert dict(rule.units.items()) == {
+        "blocks.*.temperature": Units("a b c -> a"),
+        "pos_embed": Units("one n d -> n"),
+        "odd[0]": Units("a b c -> c"),
+    }
+    plan = make_plan(parameters, rule)
+    assert [entry.count for entry in plan] == [4] * 12 + [9, 2, 5]
+
+
+def test_a_proposed_pattern_means_undecided_parameters_only():
+    """A neighbour that is settled is not declared anew by a pattern that happens to match it."""
+    parameters = [
+        Parameter("blocks.0.table", (4, 3, 2)),
+        Parameter("blocks.1.table", (4, 3, 2)),
+        Parameter("blocks.2.table", (4, 3), DENSE),
+    ]
+    with pytest.raises(AmbiguousUnitsError) as caught:
+        make_plan(parameters, AGC())
+    rule = pasted(str(caught.value))
+    assert list(rule.units) == ["blocks.0.table", "blocks.1.table"]
+    assert [entry.count for entry in make_plan(parameters, rule)] == [4, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +220,7 @@ class TestSelectors:
     def test_a_parameters_name_is_a_pattern_that_means_it_alone(self):
         """Brackets in a name are no glob, and the way out that an error shows works."""
         parameters = [Parameter(name, (5, 4, 3)) for name in ("d.a[0]", "d.a0")]
-        with pytest.raises(AmbiguousUnitsError, match=r"units=\{'d\.a\[0\]': 'a b c -> a'"):
+        with pytest.raises(AmbiguousUnitsError, match=r"'d\.a\[0\]': 'a b c -> a',"):
             make_plan(parameters, AGC())
         units = {"d.a[0]": "a b c -> a", "*": "a b c -> b"}
         assert [entry.count for entry in make_plan(parameters, AGC(units=units))] == [5, 4]
@@ -280,13 +364,32 @@ class TestDocument:
     def test_table(self):
         text = str(self.plan())
         lines = text.splitlines()
-        assert lines[0].split() == ["parameter", "shape", "units", "count", "clipping"]
+        assert lines[0].split() == ["parameter", "shape", "units", "source", "count", "clipping"]
         assert lines[2].split() == [
-            *("stem.weight", "8x3x3x3", "o", "i", "...", "->", "o", "8", "0.01"),
+            *("stem.weight", "8x3x3x3", "o", "i", "...", "->", "o", "layer", "8", "0.01"),
         ]
         assert lines[3].endswith("excluded")
         assert lines[4].endswith("schedule")
         assert lines[-1] == "4 parameters, 3 clipped, 19 units"
+
+    def test_inactive_parameters_are_marked_and_not_counted(self):
+        frozen = Parameter("stem.bias", (8,), inactive="frozen")
+        plan = make_plan(model(**{"stem.bias": frozen}), AGC())
+        assert str(plan).splitlines()[3].endswith("1  frozen")
+        assert str(plan).splitlines()[-1] == "4 parameters, 3 clipped, 19 units"
+        assert plan["stem.bias"].clipped, "it is clipped as soon as it has a gradient"
+        assert plan == make_plan(model(), AGC())
+        head = plan.marked(lambda name: None if name.startswith("fc") else "not in the optimizer")
+        assert str(head).count("not in the optimizer") == 2
+        assert (head.count, str(head).splitlines()[-1]) == (11, "4 parameters, 2 clipped, 11 units")
+
+    def test_sources_survive_a_round_trip(self):
+        plan = self.plan()
+        back = Plan.from_json(plan.to_json())
+        assert [entry.source for entry in back] == [entry.source for entry in plan]
+        assert {entry.source for entry in plan} == {"layer", "vector"}
+        unsettled = make_plan([ambiguous((5, 4, 3))], AGC(exclude=["pos"]))
+        assert unsettled["pos"].source == "none"
 
     def test_decisions_do_not_depend_on_the_layout(self):
         last = make_plan([Parameter("w", (3, 3, 4, 5), Units("... i o -> o"))], AGC())
@@ -348,6 +451,7 @@ class TestDocument:
             ("count", True, "an integer >= 0, got True"),
             ("excluded", "false", "true or false, got 'false'"),
             ("excluded", 0, "true or false, got 0"),
+            ("source", "guess", "one of rule, layer, name, vector, layout, none, got 'guess'"),
             ("units", None, "a string, got None"),
             ("clipping", "0.1", "a number, null or a schedule, got '0.1'"),
         ],

@@ -183,14 +183,15 @@ class Layer:
         ``dense``, ``conv1d``, ``conv2d``, ``conv3d``, ``grouped_conv2d``, ``depthwise_conv2d``,
         ``conv_transpose1d``, ``conv_transpose2d``, ``grouped_conv_transpose2d``, ``embedding``,
         ``attention``, ``einsum``, ``lstm``, ``gru``, ``rnn``, ``bilinear``, ``hf_conv1d``,
-        ``layer_norm``, ``stacked_dense``.
+        ``layer_norm``, ``stacked_dense``; ``class_token``, ``temperature`` and ``unknown``: a layer of a
+        type that nobody knows, with one parameter called ``token``, ``temperature`` or ``table``.
     sizes : mapping of str to int
         Sizes by axis name: ``i`` inputs and ``o`` outputs of the layer (all groups together), ``g``
         groups, and the kernel's ``w`` (1-D), ``h w`` (2-D) or ``t h w`` (3-D). Depthwise: ``c``
         channels, ``m`` multiplier. Embedding: ``v d``. Attention: ``i`` and ``o`` (both ``h * d``),
         ``h`` heads of ``d``. Einsum: ``i`` inputs to ``h d`` outputs (``...i,ihd->...hd``).
         Recurrent: ``o`` is the hidden size. Bilinear: ``i j o``. Layer norm: ``o``. Stacked:
-        ``l`` layers of ``i o``.
+        ``l`` layers of ``i o``. Class token: shape ``1 1 d``. Temperature: ``h 1 1``. Unknown: ``a b c``.
     """
 
     kind: str
@@ -458,6 +459,8 @@ class Backend:
             devices or processes; gather the outcome.
         ``optimizer``
             Clip through the wrapped optimizer's own step rather than by the plain function.
+        ``idle``
+            The same, after a step in which no parameter has a gradient.
         """
         raise Unsupported(f"{self.name} has no scenario {name!r}")
 
@@ -494,6 +497,11 @@ class Backend:
         ``replicas``
             On ``settings["replicas"]`` data-parallel replicas, each with an equal part of the batch, in
             order (SAM-9).
+        ``stale``
+            Every parameter has a gradient from before, which the user's loop does not clear (SAM-4).
+        ``fixed``
+            The parameters ``settings["frozen"]`` are not trainable and those in ``settings["absent"]`` are not
+            the optimizer's; all of them have a gradient from before (SAM-4).
         """
         raise Unsupported(f"{self.name} has no scenario {name!r} for SAM")
 

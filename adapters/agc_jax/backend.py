@@ -119,6 +119,11 @@ class JaxBackend(Backend):
                 return self._sharded(problem, int(settings["shards"]))
             if name == "optimizer":
                 return self._through(problem, [self._tree(problem.gradients)])
+            if name == "idle":
+                idle = dict.fromkeys(problem.gradients)
+                return self._through(
+                    problem, [self._tree(problem.gradients)], idle=self._tree(idle)
+                )
             if name == "accumulate":
                 return self._through(problem, [self._tree(one) for one in settings["micro"]])
             if name == "unscale":
@@ -192,7 +197,7 @@ class JaxBackend(Backend):
         clipped, found = function(gradients, params, problem.step)
         return Outcome(_arrays(clipped), found.parameters(plan(params, rule)))
 
-    def _through(self, problem: Problem, micro: Sequence[Any]) -> Outcome:
+    def _through(self, problem: Problem, micro: Sequence[Any], idle: Any = None) -> Outcome:
         """Clip by the transformation, behind optax's own accumulation if there are several gradients."""
         rule = problem.declared_rule
         tx: Any = optax.chain(adaptive_grad_clip(rule), optax.identity())
@@ -201,7 +206,10 @@ class JaxBackend(Backend):
             tx = optax.chain(optax.scale(1 / len(micro)), tx)
             tx = optax.MultiSteps(tx, len(micro), use_grad_mean=False)
         params = self._tree(problem.parameters)
-        state = _at_step(tx.init(params), problem.step)
+        state = tx.init(params)
+        if idle is not None:
+            _, state = jax.jit(tx.update)(idle, state, params)
+        state = _at_step(state, problem.step)
         for gradients in micro:
             clipped, state = jax.jit(tx.update)(gradients, state, params)
         return Outcome(_arrays(clipped), stats(state).parameters(plan(params, rule)))
@@ -478,6 +486,13 @@ def _stacked(s: Sizes) -> Any:
     return make(_rngs().split(s["l"]))
 
 
+class _Unknown(nnx.Module):  # type: ignore[misc]
+    """A layer of a type that the table does not know, with one parameter."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        setattr(self, name, nnx.Param(jnp.ones(shape)))
+
+
 _LAYERS: Final[dict[str, Callable[[Sizes], Any]]] = {
     "dense": lambda s: nnx.Linear(s["i"], s["o"], rngs=_rngs()),
     "conv1d": _conv("w"),
@@ -500,6 +515,9 @@ _LAYERS: Final[dict[str, Callable[[Sizes], Any]]] = {
     "gru": lambda s: nnx.GRUCell(s["i"], s["o"], rngs=_rngs()),
     "rnn": lambda s: nnx.SimpleCell(s["i"], s["o"], rngs=_rngs()),
     "layer_norm": lambda s: nnx.LayerNorm(s["o"], rngs=_rngs()),
+    "class_token": lambda s: _Unknown("token", (1, 1, s["d"])),
+    "temperature": lambda s: _Unknown("temperature", (s["h"], 1, 1)),
+    "unknown": lambda s: _Unknown("table", (s["a"], s["b"], s["c"])),
     "stacked_dense": _stacked,
 }
 _ABSENT: Final = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +62,10 @@ def sharpness_scenario(
         return _scaled(problem, float(settings["scale"]))
     if name == "replicas":
         return _replicas(problem, devices[: settings["replicas"]], settings["replicas"])
+    if name == "fixed":
+        return _fixed(problem, {*settings["frozen"], *settings["absent"]})
+    if name == "stale":
+        raise Unsupported("in JAX gradients are values: none is left from an earlier step")
     raise Unsupported(f"jax has no scenario {name!r} for SAM")
 
 
@@ -111,6 +115,22 @@ def _loss(params: Mapping[str, Any], batch: Batch) -> jax.Array:
 
 def _value_and_grad(loss: Any, rule: SAM, **options: Any) -> Any:
     return sam_value_and_grad(loss, rule, batch_argnums=1, **options)
+
+
+def _fixed(problem: SharpnessProblem, fixed: Collection[str]) -> SharpnessOutcome:
+    """Differentiate the loss by some parameters only; the others are another argument of it."""
+    params = _tree(problem.parameters)
+    moving = {name: value for name, value in params.items() if name not in fixed}
+    still = {name: value for name, value in params.items() if name in fixed}
+
+    def loss(moving: Mapping[str, Any], batch: Batch) -> jax.Array:
+        return _loss({**moving, **still}, batch)
+
+    function = functools.partial(_value_and_grad(loss, problem.rule), step=problem.step)
+    value, gradients = jax.jit(function)(moving, _batch(problem.examples))
+    return SharpnessOutcome(
+        {**dict.fromkeys(fixed), **_arrays(gradients)}, _arrays(params), float(value)
+    )
 
 
 def _scaled(problem: SharpnessProblem, scale: float) -> SharpnessOutcome:

@@ -113,6 +113,8 @@ class TensorFlowBackend(Backend):
             return self._receive(problem, micro, gradient_accumulation_steps=len(micro))
         if name == "unscale":
             return self._receive(problem, [problem.gradients], scale=float(settings["scale"]))
+        if name == "idle":
+            raise Unsupported("Keras refuses a step in which no variable has a gradient")
         if name == "sharded":
             raise Unsupported(
                 "MirroredStrategy replicates parameters; Keras on TensorFlow shards none"
@@ -312,6 +314,14 @@ def _built(layer: Any, *shape: int) -> Any:
     return layer
 
 
+def _unknown(name: str, shape: tuple[int, ...]) -> Any:
+    """Return a layer of a type that the table does not know, with one variable."""
+    layer = keras.layers.Layer()
+    layer.add_weight(shape=shape, name=name)
+    layer.built = True
+    return layer
+
+
 def _conv(rank: int) -> Callable[[Sizes], Any]:
     def build(s: Sizes) -> Any:
         kernel = tuple(s[axis] for axis in "thw"[3 - rank :]) if rank > 1 else (s["w"],)
@@ -367,6 +377,9 @@ _LAYERS: Final[dict[str, Callable[[Sizes], Any]]] = {
     "gru": _recurrent("GRU"),
     "rnn": _recurrent("SimpleRNN"),
     "layer_norm": lambda s: _built(keras.layers.LayerNormalization(), s["o"]),
+    "class_token": lambda s: _unknown("token", (1, 1, s["d"])),
+    "temperature": lambda s: _unknown("temperature", (s["h"], 1, 1)),
+    "unknown": lambda s: _unknown("table", (s["a"], s["b"], s["c"])),
 }
 _ABSENT: Final = {
     "grouped_conv_transpose2d": "Keras has no grouped transposed convolution",

@@ -61,6 +61,10 @@ def sharpness_scenario(
         return _scaled(problem, float(settings["scale"]))
     if name == "replicas":
         return _replicas(problem, int(settings["replicas"]))
+    if name == "fixed":
+        return _fixed(problem, settings["frozen"], settings["absent"])
+    if name == "stale":
+        raise Unsupported("in TensorFlow gradients are values: none is left from an earlier step")
     raise Unsupported(f"tensorflow has no scenario {name!r} for SAM")
 
 
@@ -190,6 +194,28 @@ def _skipped(gradients: Sequence[Any]) -> bool:
     """Tell whether the gradients say "do not apply me": every one is NaN."""
     present = [tf.reduce_all(tf.math.is_nan(g)) for g in gradients if g is not None]
     return bool(tf.reduce_all(tf.stack(present)))
+
+
+def _fixed(
+    problem: SharpnessProblem, frozen: Sequence[str], absent: Sequence[str]
+) -> SharpnessOutcome:
+    """Differentiate by the variables that an optimizer would be given; the others are in the loss only."""
+    variables = _variables(problem)
+    for name in frozen:
+        variables[name].trainable = False
+    moving = [name for name in variables if name not in {*frozen, *absent}]
+    loss, gradients = sam_value_and_gradients(
+        _loss_function(list(problem.examples.curvatures), variables),
+        [variables[name] for name in moving],
+        problem.rule,
+        batch=_batch(problem.examples),
+        step=problem.step,
+    )
+    return SharpnessOutcome(
+        {**dict.fromkeys(variables), **dict(zip(moving, map(to_array, gradients), strict=True))},
+        {name: to_array(v) for name, v in variables.items()},
+        float(loss),
+    )
 
 
 def _scaled(problem: SharpnessProblem, scale: float) -> SharpnessOutcome:

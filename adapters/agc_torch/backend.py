@@ -101,10 +101,16 @@ class TorchBackend(Backend):
             return self._compiled(problem)
         if name == "sharded":
             return self._sharded(problem, int(settings["shards"]))
-        if name not in ("optimizer", "accumulate", "unscale"):
+        if name not in ("optimizer", "idle", "accumulate", "unscale"):
             return super().scenario(name, problem, settings)
         tensors = self._tensors(problem)
         sgd, handle = _sgd(tensors, Optimizer(lr=0.0), problem.declared_rule)
+        if name == "idle":
+            gradients = {name: tensor.grad for name, tensor in tensors.items()}
+            sgd.zero_grad()
+            sgd.step()
+            for key, gradient in gradients.items():
+                tensors[key].grad = gradient
         handle.load_state_dict({"steps": problem.step})
         if name == "accumulate":
             _accumulate(tensors, [self._gradients(one) for one in settings["micro"]])
@@ -425,6 +431,13 @@ def _hf_conv1d(s: Sizes) -> nn.Module:
     return Conv1D(s["o"], s["i"])
 
 
+def _unknown(name: str, shape: tuple[int, ...]) -> nn.Module:
+    """Return a layer of a type that the table does not know, with one parameter."""
+    layer = nn.Module()
+    layer.register_parameter(name, nn.Parameter(torch.ones(shape)))
+    return layer
+
+
 _LAYERS: Final[dict[str, Callable[[Sizes], nn.Module]]] = {
     "dense": lambda s: nn.Linear(s["i"], s["o"]),
     "conv1d": _conv(nn.Conv1d, "w"),
@@ -445,6 +458,9 @@ _LAYERS: Final[dict[str, Callable[[Sizes], nn.Module]]] = {
     "bilinear": lambda s: nn.Bilinear(s["i"], s["j"], s["o"]),
     "hf_conv1d": _hf_conv1d,
     "layer_norm": lambda s: nn.LayerNorm(s["o"]),
+    "class_token": lambda s: _unknown("token", (1, 1, s["d"])),
+    "temperature": lambda s: _unknown("temperature", (s["h"], 1, 1)),
+    "unknown": lambda s: _unknown("table", (s["a"], s["b"], s["c"])),
 }
 _ABSENT: Final = {
     "einsum": "PyTorch has no einsum layer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,16 @@ def sharpness_scenario(
         return sharpen(problem, device, scaler=scaler)
     if name == "replicas":
         return _replicas(problem, device, int(settings["replicas"]))
+    if name in ("stale", "fixed"):
+        model = _Quadratic(problem.parameters, device)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        for frozen in settings.get("frozen", ()):
+            model.get_parameter(frozen).requires_grad_(False)
+        absent = set(settings.get("absent", ()))
+        return _look(
+            problem, model, model, _batch(problem.examples, device), absent=absent, clear=False
+        )
     raise Unsupported(f"torch has no scenario {name!r} for SAM")
 
 
@@ -135,15 +145,14 @@ class _Quadratic(nn.Module):  # type: ignore[misc]
 class _Recorder(torch.optim.Optimizer):  # type: ignore[misc]
     """An optimizer that remembers the gradients and moves nothing."""
 
-    def __init__(self, model: _Quadratic) -> None:
-        super().__init__(model.parameters(), {})
-        self.model = model
+    def __init__(self, model: _Quadratic, absent: Collection[str]) -> None:
+        self.held = {name: p for name, p in model.named_parameters() if name not in absent}
+        super().__init__(self.held.values(), {})
         self.received: dict[str, Array | None] | None = None
 
     def step(self, closure: Any = None) -> None:  # noqa: ARG002
         self.received = {
-            name: None if p.grad is None else to_array(p.grad)
-            for name, p in self.model.named_parameters()
+            name: None if p.grad is None else to_array(p.grad) for name, p in self.held.items()
         }
 
 
@@ -158,14 +167,18 @@ def _look(
     forward: Callable[..., Tensor],
     batch: tuple[Tensor, ...],
     scaler: torch.amp.GradScaler | None = None,
+    *,
+    absent: Collection[str] = (),
+    clear: bool = True,
 ) -> SharpnessOutcome:
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, absent)
     wrapped = forward if isinstance(forward, nn.parallel.DistributedDataParallel) else model
     sam = SharpnessAware(wrapped, problem.rule)
     sam.load_state_dict({"version": 1, "count": problem.step})
 
     def closure(*part: Tensor) -> Tensor:
-        recorder.zero_grad()
+        if clear:
+            recorder.zero_grad()
         loss = forward(*part)
         (loss if scaler is None else scaler.scale(loss)).backward()
         return loss

@@ -19,6 +19,8 @@ FLAGS: Final[dict[str, str]] = {
     "Squeeze": "axes of size 1 are squeezed away, so Dense(1 -> C) becomes one vector",
     "RankLimit": "ranks above 4 raise, or are reduced over the wrong axes",
     "VectorPerElement": "a vector of rank above 1 (class token, layer scale, head bias) is clipped per element",
+    "VectorRefused": "a vector of rank above 1 raises, or follows the framework's layout",
+    "UnitsGuessed": "units are guessed where nothing settles them",
     "PerTensor": "one norm for the whole parameter where every unit has its own",
     "TensorGranularity": "granularity='tensor' still clips unit by unit",
     "GlobalNorm": "one norm for all parameters, or clipping by global norm",
@@ -47,6 +49,7 @@ FLAGS: Final[dict[str, str]] = {
     # What takes part
     "EmptyOrScalar": "empty or 0-dimensional parameters break",
     "NoneGradient": "a parameter without a gradient breaks, or is made up",
+    "IdleStep": "a step in which no parameter has a gradient breaks",
     "ExcludeIgnored": "an exclusion pattern is not obeyed",
     "ExcludeByOrder": "the head is guessed from the order of parameters",
     "ExcludeHeadBias": "'@head.weight' also excludes the head's bias, or '@head' does not",
@@ -86,6 +89,8 @@ FLAGS: Final[dict[str, str]] = {
     "RestoreBySubtraction": "the weights are restored by subtracting the perturbation",
     "NotRestored": "the perturbation stays in the weights",
     "UnusedParameter": "a parameter without a gradient breaks, moves, or is made up",
+    "GradientsLeft": "gradients that an earlier step left are added to those of a pass",
+    "FixedPerturbed": "frozen parameters, or those of another optimizer, are perturbed",
     "NonFiniteAscent": "the policy for a non-finite ascent norm is not the one asked for",
     # SAM: the batch
     "SubsetIgnored": "the ascent pass sees the whole batch",

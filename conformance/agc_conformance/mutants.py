@@ -8,6 +8,7 @@ cannot fail is a defect; ``agc conformance teeth`` shows that this one can.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Literal
@@ -19,12 +20,14 @@ from agc.backend import Gradient, Layer, Optimizer, Outcome, Problem
 from agc.config import AGC, Schedule
 from agc.errors import (
     AGCError,
+    AmbiguousUnitsError,
     DTypeError,
     MissingGradientError,
     NonFiniteError,
     SelectorError,
     ShapeError,
     UnitsError,
+    UnitsWarning,
 )
 from agc.plan import WHOLE, Parameter, Plan, PlanEntry, make_plan
 from agc.profiles import RANK_RULES
@@ -980,6 +983,91 @@ class _UnverifiedCore(Core):
             return super().plan(parameters, rule, head)
         except SelectorError:
             return super().plan(parameters, AGC(), head)
+
+
+class _FewerUnitsCore(Core):
+    def plan(self, parameters: Sequence[Parameter], rule: AGC, head: str | None) -> Plan:
+        known = [p if p.units or p.layout else replace(p, layout="out-first") for p in parameters]
+        try:
+            return super().plan(known, rule, head)
+        except AmbiguousUnitsError:
+            return super().plan([replace(p, units=p.units or WHOLE) for p in known], rule, head)
+
+
+@_mutant("UnitsGuessed", "what nothing settles is one unit, without a word")
+class _WholeWhereUnknown(Engine):
+    core = _FewerUnitsCore()
+
+
+class _SilentCore(Core):
+    def plan(self, parameters: Sequence[Parameter], rule: AGC, head: str | None) -> Plan:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnitsWarning)
+            return super().plan(parameters, rule, head)
+
+
+@_mutant("UnitsGuessed", "units that follow the layout follow it without a word")
+class _SilentLayout(Engine):
+    core = _SilentCore()
+
+
+class _OneAtATimeCore(Core):
+    def plan(self, parameters: Sequence[Parameter], rule: AGC, head: str | None) -> Plan:
+        for parameter in parameters:
+            super().plan([parameter], AGC(), head)
+        return super().plan(parameters, rule, head)
+
+
+@_mutant("UnitsGuessed", "an error names one undecided parameter at a time")
+class _OneAtATime(Engine):
+    core = _OneAtATimeCore()
+
+
+class _MatricesOnlyCore(Core):
+    def plan(self, parameters: Sequence[Parameter], rule: AGC, head: str | None) -> Plan:
+        for parameter in parameters:
+            if (
+                len(parameter.shape) > 2
+                and parameter.units is None
+                and parameter.name not in rule.units
+            ):
+                raise AmbiguousUnitsError(f"parameter {parameter.name!r} of rank above 2")
+        return super().plan(parameters, rule, head)
+
+
+@_mutant("VectorRefused", "vectors of rank above 2 are undecided")
+class _VectorsUndecided(Engine):
+    core = _MatricesOnlyCore()
+
+
+@_mutant("VectorRefused", "a layer's vectors of rank above 1 are undecided")
+class _TokensUndecided(Engine):
+    def layer_plan(self, layer: Layer, rule: AGC) -> Plan:
+        for parameter in layer_parameters(layer):
+            if len(parameter.shape) > 1 and parameter.units is None:
+                raise AmbiguousUnitsError(f"parameter {parameter.name!r}")
+        return super().layer_plan(layer, rule)
+
+
+@_mutant("UnitsGuessed", "an unknown layer is stored out-first, whatever the rank")
+class _OutFirstWhereUnknown(Engine):
+    def layer_plan(self, layer: Layer, rule: AGC) -> Plan:
+        known = [
+            p
+            if p.units or len(p.shape) < 3 or 1 in p.shape
+            else replace(p, units=Units("o ... -> o"))
+            for p in layer_parameters(layer)
+        ]
+        return make_plan(known, rule)
+
+
+@_mutant("IdleStep", "a step without any gradient raises")
+class _IdleStepRaises(Engine):
+    def scenario(self, name: str, problem: Problem, settings: Mapping[str, Any]) -> Outcome:
+        if name == "idle":
+            self.clip(replace(problem, gradients=dict.fromkeys(problem.gradients)))
+            raise MissingGradientError("no parameter has a gradient")
+        return super().scenario(name, problem, settings)
 
 
 @_mutant("UnverifiedPattern", "plans drop patterns that match nothing")

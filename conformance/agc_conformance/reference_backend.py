@@ -46,7 +46,9 @@ def to_dtype(values: Array, dtype: np.dtype[Any]) -> Array:
     return np.asarray(values).astype(dtype)
 
 
-_LAYERS: Final[dict[str, Callable[[Mapping[str, int]], list[tuple[str, tuple[int, ...], str]]]]] = {
+_LAYERS: Final[
+    dict[str, Callable[[Mapping[str, int]], list[tuple[str, tuple[int, ...], str | None]]]]
+] = {
     "dense": lambda n: [("weight", (n["o"], n["i"]), "o i -> o")],
     "conv1d": lambda n: [("weight", (n["o"], n["i"], n["w"]), "o i ... -> o")],
     "conv2d": lambda n: [("weight", (n["o"], n["i"], n["h"], n["w"]), "o i ... -> o")],
@@ -78,11 +80,14 @@ _LAYERS: Final[dict[str, Callable[[Mapping[str, int]], list[tuple[str, tuple[int
     "bilinear": lambda n: [("weight", (n["o"], n["i"], n["j"]), "o i j -> o")],
     "hf_conv1d": lambda n: [("weight", (n["i"], n["o"]), "i o -> o")],
     "layer_norm": lambda n: [("weight", (n["o"],), "... ->")],
+    "class_token": lambda n: [("token", (1, 1, n["d"]), None)],
+    "temperature": lambda n: [("temperature", (n["h"], 1, 1), None)],
+    "unknown": lambda n: [("table", (n["a"], n["b"], n["c"]), None)],
     "stacked_dense": lambda n: [("weight", (n["l"], n["o"], n["i"]), "l o i -> l o")],
 }
 
 
-def _recurrent(n: Mapping[str, int], gates: int) -> list[tuple[str, tuple[int, ...], str]]:
+def _recurrent(n: Mapping[str, int], gates: int) -> list[tuple[str, tuple[int, ...], str | None]]:
     return [
         ("input.weight", (gates * n["o"], n["i"]), "o i -> o"),
         ("state.weight", (gates * n["o"], n["o"]), "o i -> o"),
@@ -92,7 +97,7 @@ def _recurrent(n: Mapping[str, int], gates: int) -> list[tuple[str, tuple[int, .
 def layer_parameters(layer: Layer) -> list[Parameter]:
     """Parameters of a layer type as PyTorch would store them, with a bias."""
     weights = [
-        Parameter(name, shape, Units(pattern), "out-first", layer.kind)
+        Parameter(name, shape, pattern and Units(pattern), "out-first", layer.kind)
         for name, shape, pattern in _LAYERS[layer.kind](layer.sizes)
     ]
     return [*weights, Parameter("bias", (layer.sizes.get("o", 3),))]
@@ -201,7 +206,7 @@ class ReferenceBackend(Backend):
                 for key, value in problem.gradients.items()
             }
             return self.clip(replace(problem, gradients=unscaled))
-        if name in ("accumulate", "compiled", "sharded", "optimizer"):
+        if name in ("accumulate", "compiled", "sharded", "optimizer", "idle"):
             return self.clip(problem)
         return super().scenario(name, problem, settings)
 
@@ -262,8 +267,13 @@ class ReferenceBackend(Backend):
         self, name: str, problem: SharpnessProblem, settings: Mapping[str, Any]
     ) -> SharpnessOutcome:
         """Do what the scenario leaves to be done."""
-        if name in ("compiled", "scaled"):
+        if name in ("compiled", "scaled", "stale"):
             return self.sharpen(problem)
+        if name == "fixed":
+            fixed = [*settings["frozen"], *settings["absent"]]
+            rule = replace(problem.rule, exclude=[*problem.rule.exclude, *fixed])
+            found = self.sharpen(replace(problem, rule=rule))
+            return replace(found, gradients={**found.gradients, **dict.fromkeys(fixed)})
         if name == "replicas":
             found = self.sharpness(problem, settings["replicas"])
             gradients = {

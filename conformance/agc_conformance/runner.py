@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import agc.errors
 from agc.backend import Backend, Layer, Optimizer, Outcome, Problem, Unavailable, Unsupported
 from agc.config import AGC, SAM
-from agc.errors import AGCError, ConfigError
+from agc.errors import AGCError, ConfigError, UnitsWarning
 from agc.plan import Parameter, Plan, make_plan, perturbed_names
 from agc.reference import RowSparse, Stats
 from agc.units import Units
@@ -344,9 +345,19 @@ def _plan(core: Core, vector: Vector) -> Verdict:
         )
         for p in data["parameters"]
     ]
-    plan = core.plan(parameters, AGC.from_dict(data["rule"]), data["head"])
-    have = {e.name: [e.count, e.clipping, e.excluded] for e in plan}
-    return Verdict("" if have == want.get("entries", have) else f"planned {have}, not {want}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnitsWarning)
+        plan = core.plan(parameters, AGC.from_dict(data["rule"]), data["head"])
+    have = {e.name: [e.count, e.clipping, e.excluded, e.source] for e in plan}
+    if have != want.get("entries", have):
+        return Verdict(f"planned {have}, not {want}")
+    said = " ".join(str(warning.message) for warning in caught)
+    missing = [name for name in want.get("warned", ()) if repr(name) not in said]
+    if missing or (caught and not want.get("warned")):
+        return Verdict(
+            f"the warning about units should name {missing or 'nothing'}, it says: {said!r}"
+        )
+    return Verdict()
 
 
 def _layer(backend: Backend, vector: Vector) -> Verdict:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Final
 
 from agc.config import AGC
+from agc.errors import UnitsWarning
 from agc.plan import Parameter, make_plan
 from agc.units import Units
 from agc_conformance.generator.build import vector
@@ -248,9 +250,9 @@ def units_vectors() -> list[dict[str, Any]]:
 _MODEL: Final[list[dict[str, Any]]] = [
     {"name": "stem.weight", "shape": [4, 3, 3, 3], "units": "o i ... -> o"},
     {"name": "stem.bias", "shape": [4]},
-    {"name": "head.weight", "shape": [5, 4], "layout": "out-first"},
+    {"name": "head.weight", "shape": [5, 4], "units": "o i -> o"},
     {"name": "head.bias", "shape": [5]},
-    {"name": "tail/kernel", "shape": [4, 6], "layout": "out-last"},
+    {"name": "tail/kernel", "shape": [4, 6], "units": "i o -> o"},
     {"name": "gain", "shape": []},
 ]
 
@@ -258,10 +260,54 @@ _MODEL: Final[list[dict[str, Any]]] = [
 def plan_vectors() -> list[dict[str, Any]]:
     """Return how names, thresholds and exclusions become a plan."""
     attention: dict[str, Any] = {"name": "mix.weight", "shape": [2, 3, 4], "layout": "out-first"}
+    kernel: dict[str, Any] = {"name": "deep.kernel", "shape": [3, 3, 4, 5], "layout": "out-last"}
+    vectors: list[dict[str, Any]] = [
+        {"name": "class_token", "shape": [1, 1, 8], "layout": "out-first"},
+        {"name": "temperature", "shape": [4, 1, 1], "layout": "out-last"},
+        {"name": "scale", "shape": [1, 6, 1, 1]},
+        {"name": "row", "shape": [1, 8], "layout": "out-first"},
+        {"name": "column", "shape": [8, 1], "layout": "out-first"},
+        {"name": "one", "shape": [1, 1, 1, 1]},
+        {"name": "empty", "shape": [0, 3, 4]},
+        {"name": "dense", "shape": [1, 7], "units": "i o -> o"},
+    ]
+    by_layout: list[dict[str, Any]] = [
+        {"name": "a", "shape": [5, 4], "layout": "out-first"},
+        {"name": "b", "shape": [5, 4, 3, 3], "layout": "out-first"},
+        {"name": "c", "shape": [5, 4, 3, 3, 3], "layout": "out-first"},
+        {"name": "d", "shape": [5, 4], "layout": "out-last"},
+    ]
     good: list[
         tuple[str, int, list[str], str, list[dict[str, Any]], dict[str, Any], str | None]
     ] = [
-        ("defaults", 5, ["PatternParser"], "Layer type, rank, layout.", _MODEL, {}, None),
+        ("defaults", 5, ["PatternParser"], "Layer types and vectors.", _MODEL, {}, None),
+        (
+            "vectors",
+            5,
+            ["VectorRefused", "Squeeze"],
+            "At most one axis longer than 1: one unit at any rank, unless a layer's type says more.",
+            [*_MODEL, *vectors],
+            {},
+            None,
+        ),
+        (
+            "vector-declared",
+            5,
+            ["VectorRefused"],
+            "A declaration may make a vector more than one unit.",
+            [*_MODEL, *vectors],
+            {"units": {"class_token": "a b c -> c"}},
+            None,
+        ),
+        (
+            "layout",
+            5,
+            ["UnitsGuessed"],
+            "What no type settles follows the layout where it has a convention, with a warning.",
+            [*_MODEL, *by_layout],
+            {},
+            None,
+        ),
         (
             "exclude",
             6,
@@ -428,13 +474,29 @@ def plan_vectors() -> list[dict[str, Any]]:
         (
             "ambiguous",
             5,
-            ["WrongAxisConv", "WrongAxisStacked"],
+            ["WrongAxisConv", "WrongAxisStacked", "UnitsGuessed"],
             "Rank 3 of an unknown layer: an error that says how to declare it, never a guess.",
             [*_MODEL, attention],
             {},
             None,
             "AmbiguousUnitsError",
             ["mix.weight", "(2, 3, 4)", "units"],
+        ),
+        (
+            "ambiguous-all",
+            5,
+            ["UnitsGuessed"],
+            "All parameters that nothing settles in one error, each with a declaration to paste.",
+            [attention, kernel, {"name": "positions", "shape": [1, 9, 4]}, *_MODEL],
+            {},
+            None,
+            "AmbiguousUnitsError",
+            [
+                "(2, 3, 4)",
+                "'mix.weight': 'a b c -> a'",
+                "'deep.kernel': 'a b c d -> d'",
+                "'positions': 'one n d -> n'",
+            ],
         ),
         (
             "units-misfit",
@@ -461,22 +523,26 @@ def plan_vectors() -> list[dict[str, Any]]:
     ]
     out = []
     for name, clause, flags, comment, parameters, rule, head in good:
-        plan = make_plan(
-            [
-                Parameter(
-                    p["name"],
-                    tuple(p["shape"]),
-                    Units(p["units"]) if "units" in p else None,
-                    p.get("layout"),
-                )
-                for p in parameters
-            ],
-            AGC.from_dict(rule),
-            head=head,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnitsWarning)
+            plan = make_plan(
+                [
+                    Parameter(
+                        p["name"],
+                        tuple(p["shape"]),
+                        Units(p["units"]) if "units" in p else None,
+                        p.get("layout"),
+                    )
+                    for p in parameters
+                ],
+                AGC.from_dict(rule),
+                head=head,
+            )
         entries = {
-            entry.name: [entry.count, entry.clipping, entry.excluded] for entry in plan.entries
+            entry.name: [entry.count, entry.clipping, entry.excluded, entry.source]
+            for entry in plan.entries
         }
+        warned = [entry.name for entry in plan if entry.source == "layout" and entry.clipped]
         out.append(
             vector(
                 f"L0-select-{name}",
@@ -487,7 +553,7 @@ def plan_vectors() -> list[dict[str, Any]]:
                 parameters=parameters,
                 rule=rule,
                 head=head,
-                expect={"entries": entries},
+                expect={"entries": entries, "warned": warned},
             )
         )
     for name, clause, flags, comment, parameters, rule, head, error, message in bad:

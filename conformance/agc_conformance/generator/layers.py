@@ -327,6 +327,7 @@ def layer_vectors() -> list[dict[str, Any]]:
 # framework may or may not count a stacked bias.
 _PLANS: Final[list[tuple[str, dict[str, int], list[list[int]]]]] = [
     ("dense", {"i": 4, "o": 6}, [[24, 6]]),
+    ("dense", {"i": 1, "o": 6}, [[6, 6]]),
     ("conv1d", {"i": 4, "o": 6, "w": 3}, [[72, 6]]),
     ("conv2d", {"i": 4, "o": 6, "h": 3, "w": 5}, [[360, 6]]),
     ("conv3d", {"i": 4, "o": 6, "t": 2, "h": 3, "w": 5}, [[720, 6]]),
@@ -344,22 +345,44 @@ _PLANS: Final[list[tuple[str, dict[str, int], list[list[int]]]]] = [
     ("bilinear", {"i": 3, "j": 5, "o": 4}, [[60, 4]]),
     ("hf_conv1d", {"i": 5, "o": 6}, [[30, 6]]),
     ("layer_norm", {"o": 6}, [[0, 0]]),
+    ("class_token", {"d": 6}, [[0, 0]]),
+    ("temperature", {"h": 6}, [[0, 0]]),
     ("stacked_dense", {"l": 3, "i": 4, "o": 5}, [[60, 15], [75, 18]]),
 ]
 
 
 def layer_plans() -> list[dict[str, Any]]:
     """Return one L0 vector for every kind of layer: its plan in the framework's own layer."""
+    vectors = {
+        "layer_norm": ["LayerPlan"],
+        "class_token": ["VectorRefused", "VectorPerElement"],
+        "temperature": ["VectorRefused", "VectorPerElement"],
+    }
+    unknown = vector(
+        "L0-plan-unknown",
+        5,
+        "layer",
+        ["UnitsGuessed"],
+        "A parameter of a layer that nobody knows, of rank 3: an error that names it, never a guess.",
+        layer={"kind": "unknown", "sizes": {"a": 2, "b": 3, "c": 4}},
+        rule={},
+        expect={"error": "AmbiguousUnitsError", "message": ["table", "(2, 3, 4)"]},
+    )
     return [
-        vector(
-            f"L0-plan-{kind.replace('_', '-')}",
-            5 if kind == "layer_norm" else 2,
-            "layer",
-            ["LayerPlan"],
-            f"The framework's own {kind} layer: elements and units of its weights; all else is whole.",
-            layer={"kind": kind, "sizes": sizes},
-            rule={},
-            expect={"totals": totals},
-        )
-        for kind, sizes, totals in _PLANS
+        *(
+            vector(
+                f"L0-plan-{kind.replace('_', '-')}{'-of-one-input' if sizes.get('i') == 1 else ''}",
+                5 if kind in vectors else 2,
+                "layer",
+                vectors.get(
+                    kind, ["LayerPlan", "Squeeze"] if sizes.get("i") == 1 else ["LayerPlan"]
+                ),
+                f"The framework's own {kind} layer: elements and units of its weights; all else is whole.",
+                layer={"kind": kind, "sizes": sizes},
+                rule={},
+                expect={"totals": totals},
+            )
+            for kind, sizes, totals in _PLANS
+        ),
+        unknown,
     ]

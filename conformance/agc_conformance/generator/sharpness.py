@@ -264,8 +264,12 @@ def _sharpen(
     if error is not None:
         expect = {"error": error[0], "message": list(error[1])}
     else:
-        replicas = (settings or {}).get("replicas", 1)
-        expect = _expectation(case, sam_rule(rule), step, replicas)
+        settings = settings or {}
+        fixed = [*settings.get("frozen", ()), *settings.get("absent", ())]
+        chosen = sam_rule(rule)
+        chosen = replace(chosen, exclude=[*chosen.exclude, *fixed])
+        expect = _expectation(case, chosen, step, settings.get("replicas", 1))
+        expect.get("gradients", {}).update(dict.fromkeys(fixed, "absent"))
     return vector(
         id,
         f"SAM-{clause}",
@@ -1214,6 +1218,38 @@ def sam_scenario_vectors() -> list[dict[str, Any]]:
             ten,
             {"rho": 1.0, "fraction": 0.4},
             **two,
+        ),
+        _sharpen(
+            "L3-sam-stale",
+            4,
+            ["GradientsLeft"],
+            "Gradients that an earlier step left are in neither pass, whoever forgot to clear them.",
+            plain,
+            {"rho": 1.0},
+            scenario="stale",
+            full=[],
+        ),
+        _sharpen(
+            "L3-sam-fixed",
+            4,
+            ["FixedPerturbed"],
+            "What is frozen, or not the optimizer's, is in the loss and is not perturbed.",
+            plain,
+            {"rho": 1.0},
+            scenario="fixed",
+            full=[],
+            settings={"frozen": ["head.weight"], "absent": ["head.bias"]},
+        ),
+        _sharpen(
+            "L3-sam-fixed-fraction",
+            4,
+            ["FixedPerturbed"],
+            "The same, on a fraction of the batch.",
+            ten,
+            {"rho": 1.0, "fraction": 0.4},
+            scenario="fixed",
+            full=[],
+            settings={"frozen": ["head.bias"], "absent": ["head.weight"]},
         ),
         _trajectory(
             "L3-sam-restart",

@@ -366,6 +366,17 @@ def scenario_vectors() -> list[dict[str, Any]]:
             **_WIDE,
         ),
         clip_vector(
+            "L3-idle-step",
+            5,
+            ["IdleStep"],
+            "A step in which no parameter has a gradient does nothing; the next one clips.",
+            model,
+            rule=rule,
+            scenario="idle",
+            settings={},
+            **_WIDE,
+        ),
+        clip_vector(
             "L3-optimizer-per-parameter",
             10,
             ["ThroughOptimizer", "IgnoresClipping"],

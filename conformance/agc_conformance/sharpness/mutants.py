@@ -294,6 +294,11 @@ class SharpEngine(Engine):
             return self.estimate(problem, settings["replicas"])
         if name == "scaled":
             return self.scaled(problem, float(settings["scale"]))
+        if name == "fixed":
+            fixed = [*settings["frozen"], *settings["absent"]]
+            rule = replace(problem.rule, exclude=[*problem.rule.exclude, *fixed])
+            found = self.estimate(replace(problem, rule=rule))
+            return replace(found, gradients={**found.gradients, **dict.fromkeys(fixed)})
         return self.estimate(problem)
 
     def scaled(self, problem: SharpnessProblem, scale: float) -> SharpnessOutcome:
@@ -764,6 +769,55 @@ class _CounterLost(SharpEngine):
 class _MomentumLost(SharpEngine):
     def reload(self, step: int, momenta: Arrays) -> tuple[int, Arrays]:
         return step, {name: np.zeros_like(m) for name, m in momenta.items()}
+
+
+@_mutant("GradientsLeft", "both passes add to the gradients that are there")
+class _GradientsLeft(SharpEngine):
+    left = 1.0
+
+    def sharpness_scenario(
+        self, name: str, problem: SharpnessProblem, settings: Mapping[str, Any]
+    ) -> SharpnessOutcome:
+        found = super().sharpness_scenario(name, problem, settings)
+        if name != "stale":
+            return found
+        gradients = {
+            key: None if g is None else g + np.asarray(self.left, g.dtype)
+            for key, g in found.gradients.items()
+        }
+        return replace(found, gradients=gradients)
+
+
+@_mutant("GradientsLeft", "the second pass adds to the gradients of the first")
+class _PassesAdded(SharpEngine):
+    def sharpness_scenario(
+        self, name: str, problem: SharpnessProblem, settings: Mapping[str, Any]
+    ) -> SharpnessOutcome:
+        found = super().sharpness_scenario(name, problem, settings)
+        if name != "stale":
+            return found
+        rows = np.arange(len(problem.examples))
+        _, first = self.loss_and_gradients(dict(problem.parameters), problem.examples, rows)
+        gradients = {
+            key: g if g is None or first[key] is None else g + first[key]
+            for key, g in found.gradients.items()
+        }
+        return replace(found, gradients=gradients)
+
+
+@_mutant(
+    "FixedPerturbed",
+    "every parameter with a gradient is perturbed (frozen ones, other optimizers')",
+)
+class _FixedPerturbed(SharpEngine):
+    def sharpness_scenario(
+        self, name: str, problem: SharpnessProblem, settings: Mapping[str, Any]
+    ) -> SharpnessOutcome:
+        if name != "fixed":
+            return super().sharpness_scenario(name, problem, settings)
+        found = self.estimate(problem)
+        fixed = [*settings["frozen"], *settings["absent"]]
+        return replace(found, gradients={**found.gradients, **dict.fromkeys(fixed)})
 
 
 @_mutant("SamCompiled", "the compiled step was traced with the defaults")

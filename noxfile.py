@@ -5,6 +5,7 @@ A framework's session installs that framework alone, so an adapter that secretly
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def install(session: nox.Session, *extras: str, groups: tuple[str, ...] = ()) ->
         for requirement in nox.project.dependency_groups(PYPROJECT, group)
     ]
     session.install("-e", f".[{','.join(extras)}]" if extras else ".", *requirements)
+
+
+def lowest(requirements: list[str]) -> list[str]:
+    """Turn each lower bound into exactly that version; what has no bound stays as it is."""
+    return [re.sub(r">=([0-9.]+)", r"==\1", requirement) for requirement in requirements]
 
 
 def install_peers(session: nox.Session) -> None:
@@ -99,6 +105,38 @@ def tests(session: nox.Session, framework: str) -> None:
     if framework == "torch":
         install_peers(session)
     session.run("pytest", f"tests/{framework}", *session.posargs, env=QUIET)
+
+
+@nox.session(default=False)
+@nox.parametrize("framework", frameworks("core"))
+def minimum(session: nox.Session, framework: str) -> None:
+    """Run the tests with the lowest versions that pyproject.toml declares."""
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    if framework == "core":
+        declared = [*PYPROJECT["project"]["dependencies"], *extras["conformance"], *extras["weights"]]
+        declared += nox.project.dependency_groups(PYPROJECT, "test")
+        folders = ("tests/core", "tests/conformance")
+    else:
+        declared = [*extras[framework]]
+        declared += nox.project.dependency_groups(PYPROJECT, f"test-{framework}")
+        folders = (f"tests/{framework}",)
+    others = nox.project.dependency_groups(PYPROJECT, "test") if framework != "core" else ()
+    session.install("-e", ".[conformance,weights]", *lowest(declared), *others)
+    # Old releases warn of what they use of even older ones.
+    deprecations = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
+    quiet = [f"-Wdefault::{category}" for category in deprecations]
+    session.run("pytest", *quiet, *folders, *session.posargs, env=QUIET)
+
+
+@nox.session(default=False)
+@nox.parametrize("framework", frameworks("core"))
+def newest(session: nox.Session, framework: str) -> None:
+    """Run the tests with the newest versions there are; to be looked at before a release."""
+    extra = () if framework == "core" else (framework,)
+    groups = ("test", *(f"test-{name}" for name in extra))
+    install(session, *extra, "conformance", "weights", groups=groups)
+    folders = (f"tests/{framework}",) if extra else ("tests/core", "tests/conformance")
+    session.run("pytest", *folders, *session.posargs, env=QUIET)
 
 
 @nox.session

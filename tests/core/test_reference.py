@@ -191,7 +191,10 @@ class TestNonFinite:
 
 
 def small_model(rule, **shapes):
-    parameters = [Parameter(name, shape, layout="out-first") for name, shape in shapes.items()]
+    rows = Units("o ... -> o")
+    parameters = [
+        Parameter(name, shape, rows if len(shape) > 1 else None) for name, shape in shapes.items()
+    ]
     return make_plan(parameters, rule)
 
 

@@ -22,8 +22,10 @@ __all__ = [
     "forget_weights",
     "is_sharded",
     "random_state",
+    "remember",
     "remember_buffers",
     "set_random_state",
+    "watch",
 ]
 
 Closure = Callable[..., Tensor]
@@ -81,17 +83,40 @@ def remember_buffers(model: nn.Module) -> Callable[[], None]:
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
-    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    put_values_back = remember(list(model.buffers()))
 
     def put_back() -> None:
-        with torch.no_grad():
-            for buffer, copy in kept:
-                buffer.copy_(copy)
+        put_values_back()
         for buffers, name, buffer in places:
             if buffers.get(name) is not buffer:  # the model bound the name to another tensor
                 buffers[name] = buffer
 
     return put_back
+
+
+def remember(tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """Return a function that writes the values that tensors have now into them."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for tensor, copy in kept:
+                tensor.copy_(copy)
+
+    return put_back
+
+
+def watch(parameters: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Return a function that tells which frozen parameters were written to since, without a copy of them.
+
+    Such are the weights of a teacher that follows the model: those that the second pass computes come from
+    perturbed weights.
+    """
+    plain = (p for p in parameters if type(p) in (Tensor, nn.Parameter) and not p.is_inference())
+    before = [(p, p._version, p.data_ptr()) for p in plain if not p.requires_grad]
+    return lambda: [
+        p for p, version, place in before if (p._version, p.data_ptr()) != (version, place)
+    ]
 
 
 def random_state(parameters: Sequence[Tensor]) -> dict[Any, Tensor]:

@@ -41,8 +41,10 @@ from agc_torch.passes import (
     forget_weights,
     is_sharded,
     random_state,
+    remember,
     remember_buffers,
     set_random_state,
+    watch,
 )
 from agc_torch.replicas import refuse_static_graph, replicas_of, unsynchronized, worst
 from agc_torch.units import named_parameters, unwrap
@@ -229,6 +231,8 @@ class SharpnessAware:
         the optimizer does not hold; what they had before is cleared (SAM-4).
         """
         optimizers = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
+        if not optimizers:
+            raise ParameterError("step() got an empty list of optimizers; give at least one")
         self._check_batch(closure, batch)
         if not self._lock.acquire(blocking=False):
             raise OrderError("a step of this SharpnessAware is already under way")
@@ -411,11 +415,14 @@ class SharpnessAware:
         # buffers is the clean pass's, unless that saw only a part of the batch (SAM-12).
         random = random_state(self._parameters)
         put_back = remember_buffers(self.model)
+        written = watch(self._parameters)
         try:
             with unsynchronized(self._local_replicas()):
                 reach.clear()
                 loss = call(closure, first)
-            keep = remember_buffers(self.model) if first is batch else None
+            keep = [remember(written())]
+            if first is batch:
+                keep.append(remember_buffers(self.model))
         finally:
             put_back()
         ascent = self._ascent(reach)
@@ -426,8 +433,8 @@ class SharpnessAware:
             perturbed_loss = call(closure, batch)
         finally:
             self._restore()
-            if keep is not None:
-                keep()
+            for put_back in keep:
+                put_back()
         return SamStats(ascent.norm, loss, perturbed_loss), ascent
 
     def _ascent_size(self, examples: int) -> int:
@@ -733,8 +740,7 @@ def _refuse_accumulating(optimizers: Iterable[Any]) -> None:
             raise OrderError(
                 f"{type(one).__name__} accumulates gradients at present, so its zero_grad() and step() do "
                 "nothing, and both passes of SAM have to see all micro-batches: call step() outside "
-                "accumulate(), with a closure that goes over the micro-batches (and divides the loss by "
-                "their number)"
+                "accumulate(), once for all of them, with a closure that goes over them"
             )
 
 

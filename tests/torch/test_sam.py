@@ -878,12 +878,22 @@ class TestNothingOutlivesTheWeights:
             losses = [train.sam.step(train.optimizer, train.closure).item() for _ in range(4)]
         assert len({round(loss, 4) for loss in losses}) == 4
 
-    def test_lbfgs_in_autocast(self):
-        train = Trainer(SAM(rho=0.05))
-        train.optimizer = torch.optim.LBFGS(train.model.parameters(), lr=0.1, max_iter=5)
-        with autocast():
-            losses = [train.step()[0] for _ in range(5)]
-        assert losses[-1] < losses[0] - 0.01
+    def test_every_evaluation_of_lbfgs_sees_the_weights_of_its_own(self):
+        weights = []
+        for outside in (False, True):
+            train = Trainer(SAM(rho=0.05, every=2))
+            train.optimizer = torch.optim.LBFGS(train.model.parameters(), lr=0.5, max_iter=4)
+            plain = train.loss
+
+            def loss(plain=plain):
+                with autocast():
+                    return plain()
+
+            train.loss = loss
+            with autocast(outside):
+                train.step(), train.step()
+            weights.append([p.detach() for p in train.model.parameters()])
+        assert all(map(torch.equal, *weights))
 
     @pytest.mark.parametrize("how", ["step", "by_hand"])
     def test_cached_parametrizations(self, how):
@@ -981,6 +991,40 @@ class TestBothPassesComputeTheSameFunction:
         with pytest.raises(ConfigError):
             SharpnessAware(model, SAM()).step(optimizer, lambda: model(x).unbind())
         assert not model.state.any()
+
+
+class Taught(nn.Module):
+    """A model inside whose forward pass a teacher follows the weights."""
+
+    def __init__(self, rebinds):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 3, dtype=torch.float64)
+        self.teacher = copy.deepcopy(self.layer).requires_grad_(False)
+        self.rebinds = rebinds
+
+    def forward(self, x):
+        with torch.no_grad():
+            for slow, fast in zip(self.teacher.parameters(), self.layer.parameters(), strict=True):
+                if self.rebinds:
+                    slow.data = 0.5 * slow.data + 0.5 * fast.data
+                else:
+                    slow.lerp_(fast, 0.5)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("rebinds", [False, True], ids=["in-place", "data"])
+@pytest.mark.parametrize("rule", [SAM(rho=9.0), SAM(rho=9.0, fraction=0.5)], ids=["all", "part"])
+def test_a_teacher_follows_the_weights_and_not_the_perturbed_ones(rebinds, rule):
+    model, batch = Taught(rebinds), data()
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sam = SharpnessAware(model, rule)
+    for _ in range(3):
+        twin.layer.load_state_dict(model.layer.state_dict())
+        twin(batch[0])
+        sam.step(optimizer, make_closure(model, optimizer), batch=batch)
+        torch.testing.assert_close(model.teacher.weight, twin.teacher.weight, rtol=1e-14, atol=0)
 
 
 class TestPerturbedSet:
@@ -1097,6 +1141,11 @@ class TestPerturbedSet:
         train = Trainer(SAM(only=["inner.*"]), of=lambda model: model.outer)
         with pytest.raises(ParameterError, match=r"SGD holds none .* only=\['inner.\*'\]"):
             train.step()
+
+    def test_no_optimizer(self):
+        train = Trainer()
+        with pytest.raises(ParameterError, match="empty list of optimizers"):
+            train.sam.step([], train.closure)
 
     def test_all_frozen(self):
         train = Trainer(SAM(only=["inner.*"]))

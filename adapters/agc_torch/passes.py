@@ -78,18 +78,16 @@ def forget_weights(model: nn.Module) -> None:
 
 def remember_buffers(model: nn.Module) -> Callable[[], None]:
     """Return a function that undoes every later change of the model's buffers, whatever they are for."""
-    places = [
-        (module._buffers, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    put_values_back = remember(list(model.buffers()))
+    tables = [module._buffers for module in model.modules() if module._buffers]
+    places = [(table, name, buffer) for table in tables for name, buffer in table.items()]
+    shared = {id(buffer): buffer for _, _, buffer in places if buffer is not None}
+    put_values_back = remember(list(shared.values()))
 
     def put_back() -> None:
         put_values_back()
-        for buffers, name, buffer in places:
-            if buffers.get(name) is not buffer:  # the model bound the name to another tensor
-                buffers[name] = buffer
+        for table, name, buffer in places:
+            if table.get(name) is not buffer:  # the model bound the name to another tensor
+                table[name] = buffer
 
     return put_back
 
@@ -112,8 +110,9 @@ def watch(parameters: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     Such are the weights of a teacher that follows the model: those that the second pass computes come from
     perturbed weights.
     """
-    plain = (p for p in parameters if type(p) in (Tensor, nn.Parameter) and not p.is_inference())
-    before = [(p, p._version, p.data_ptr()) for p in plain if not p.requires_grad]
+    frozen = (p for p in parameters if not p.requires_grad and not p.is_inference())
+    plain = (p for p in frozen if type(p) is nn.Parameter)  # others may have no address
+    before = [(p, p._version, p.data_ptr()) for p in plain]
     return lambda: [
         p for p, version, place in before if (p._version, p.data_ptr()) != (version, place)
     ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from agc.errors import ConfigError, ShapeError
@@ -80,7 +81,7 @@ def remember_buffers(model: nn.Module) -> Callable[[], None]:
     """Return a function that undoes every later change of the model's buffers, whatever they are for."""
     tables = [module._buffers for module in model.modules() if module._buffers]
     places = [(table, name, buffer) for table in tables for name, buffer in table.items()]
-    shared = {id(buffer): buffer for _, _, buffer in places if buffer is not None}
+    shared = {id(b): b for _, _, b in places if b is not None and not is_lazy(b)}
     put_values_back = remember(list(shared.values()))
 
     def put_back() -> None:

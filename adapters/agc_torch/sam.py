@@ -101,8 +101,8 @@ class SharpnessAware:
 
     Notes
     -----
-    Memory: one copy of the perturbed weights during the second pass, nothing between steps. The state
-    is one counter (SAM-13).
+    Memory: one copy of the perturbed weights, and two of the buffers, during the second pass; nothing between
+    steps. The state is one counter (SAM-13).
 
     The perturbed set of a step is what the rule selects, is not frozen, is held by the step's optimizer, and
     has a gradient after the first pass (SAM-4).
@@ -819,6 +819,11 @@ def _sum_over(mesh: Any, axes: Sequence[int], norms: Sequence[Tensor]) -> Tensor
 
 def _placed(gradient: Any, parameter: Any) -> Tensor:
     """Return a gradient as dense as its parameter, and cut along the same axes: summed, if it is a share."""
+    if is_sharded(gradient) != is_sharded(parameter):
+        raise ParameterError(
+            f"of a parameter of shape {tuple(parameter.shape)} and its gradient one is a DTensor and the other "
+            "is not; make both DTensors on the same mesh"
+        )
     if gradient.is_sparse:
         return gradient.to_dense()
     if is_sharded(gradient) and gradient.placements != parameter.placements:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -205,9 +206,11 @@ def fully_sharded(x, y, mine):
                 optimizer = torch.optim.SGD(sharded_parameters(model), lr=0.1, momentum=0.9)
                 sam = SharpnessAware(model, rule)
                 closure = make_closure(model, optimizer, *batch)
-                for _ in range(4):
-                    sam.step(optimizer, closure)
-                    model(batch[0])
+                with counted_reductions() as calls:
+                    for _ in range(4):
+                        sam.step(optimizer, closure)
+                        model(batch[0])
+                assert len(calls) == (4 if model is sharded else 0)  # one a step
                 closure()
                 with sam.perturbed():
                     closure()
@@ -215,6 +218,18 @@ def fully_sharded(x, y, mine):
                 parts[-1] += [full(p.grad) for p in sharded_parameters(model)]
             for a, b in zip(*parts, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+@contextmanager
+def counted_reductions():
+    calls, reduce = [], dist.all_reduce
+
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return reduce(*args, **kwargs)
+
+    with patch.object(dist, "all_reduce", counting):
+        yield calls
 
 
 def sharded_parameters(model):

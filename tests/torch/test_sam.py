@@ -987,6 +987,18 @@ class TestBothPassesComputeTheSameFunction:
         assert torch.equal(model[1].running_mean, mean)
         assert model[1].num_batches_tracked == 1
 
+    def test_layers_without_shapes_yet(self):
+        model, (x, y) = (
+            nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d()),
+            data(dtype=torch.float32),
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sam = SharpnessAware(model, SAM(rho=1.0))
+        for step in (1, 2):
+            sam.step(optimizer, make_closure(model, optimizer, x, y))
+            assert model[1].num_batches_tracked == step
+        assert sam.stats().perturbed_loss > sam.stats().loss
+
     def test_a_failed_pass_leaves_the_buffers(self):
         model, (x, _) = Recurrent(), data()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

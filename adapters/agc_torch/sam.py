@@ -260,7 +260,7 @@ class SharpnessAware:
             self._lock.release()
 
     @contextmanager
-    def perturbed(self) -> Iterator[None]:
+    def perturbed(self, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
         """Hold the weights at ``w + e``, from the gradients that are there now, inside the block.
 
         The gradients are cleared at the start, so that the block's backward leaves the descent
@@ -268,13 +268,13 @@ class SharpnessAware:
         model's buffers, whose update of the clean pass is the only one (SAM-12). The random numbers are the
         block's own.
 
-        No optimizer is known here: what has a gradient and is not frozen is perturbed, if the rule selects
-        it. Clear the gradients before the first pass.
+        Clear all gradients before the first pass: here nobody can tell what was left over.
 
-        If the norm of the ascent gradient is not finite, ``nonfinite="skip_step"`` cannot keep the
-        optimizer from acting: all gradients are NaN after the block, as a GradScaler and other code that
-        skips bad steps looks for. Without such code, check them before ``optimizer.step()``, or use
-        :meth:`step`, ``"skip_perturb"`` or ``"raise"``.
+        Parameters
+        ----------
+        *optimizers : torch.optim.Optimizer
+            Those that will act. What none of them holds is not perturbed; without any, everything is that the
+            rule selects, is not frozen, and has a gradient (SAM-4).
 
         Raises
         ------
@@ -283,10 +283,19 @@ class SharpnessAware:
         MissingGradientError
             If no perturbed parameter has a gradient: call backward first.
         OrderError
-            If the weights are already perturbed.
+            If the weights are already perturbed, or an optimizer accumulates gradients at present.
         ConfigError
             If the rule has ``fraction`` or ``microbatches``, which only :meth:`step` can do; or if the scope
             is local, and the last pass through DistributedDataParallel was reduced.
+        ParameterError
+            If the optimizers hold none of the model's parameters, or none of those to perturb.
+
+        Notes
+        -----
+        If the norm of the ascent gradient is not finite, ``nonfinite="skip_step"`` cannot keep the
+        optimizer from acting: all gradients are NaN after the block, as a GradScaler and other code that
+        skips bad steps looks for. Without such code, check them before ``optimizer.step()``, or use
+        :meth:`step`, ``"skip_perturb"`` or ``"raise"``.
         """
         if self.rule.fraction != 1 or self.rule.microbatches != 1:
             raise ConfigError(
@@ -295,7 +304,8 @@ class SharpnessAware:
             )
         if self.is_perturbed:
             raise OrderError("perturbed() inside perturbed(): the weights are already perturbed")
-        reach = self._reach(())
+        _refuse_accumulating(optimizers)
+        reach = self._reach(optimizers)
         # DistributedDataParallel keeps this flag of its last forward pass.
         if any(getattr(one, "require_forward_param_sync", False) for one in self._local_replicas()):
             raise ConfigError(

@@ -1090,6 +1090,23 @@ class TestPerturbedSet:
         assert moved["inner.weight"] == 0
         assert moved["outer.weight"] > 0
 
+    def test_the_optimizer_of_a_block(self):
+        by_step = Trainer(SAM(rho=0.5), of=lambda model: model.outer)
+        by_step.step()
+        train = Trainer(SAM(rho=0.5), of=lambda model: model.outer)
+        for _ in range(2):  # the second time, the rest of the model has gradients from before
+            train.closure()
+            with train.sam.perturbed(train.optimizer):
+                train.closure()
+        for one, other in zip(train.model.parameters(), by_step.model.parameters(), strict=True):
+            assert torch.equal(one.grad, other.grad)
+        other = Trainer()
+        with pytest.raises(ParameterError, match="none of the model's parameters"):
+            train.sam.perturbed(other.optimizer).__enter__()
+        wrapper = Wrapper(train.optimizer, sync=False)
+        with pytest.raises(OrderError, match="accumulates"):
+            train.sam.perturbed(wrapper).__enter__()
+
     def test_two_optimizers(self):
         train = Trainer(SAM(rho=0.5))
         first = torch.optim.SGD(train.model.inner.parameters(), lr=0.1)

@@ -366,22 +366,22 @@ class SharpnessAware:
         """Tell which parameters a step may perturb, and whose gradients are its own (SAM-4)."""
         self._select()
         held = _held(optimizers)
-        if held is None:
-            return _Reach([p for p in self._chosen if p.requires_grad], self._parameters)
-        kinds = ", ".join(type(one).__name__ for one in optimizers)
-        if not any(id(p) in held for p in self._parameters):
-            raise ParameterError(
-                f"{kinds} holds none of the model's parameters; make it from those of "
-                "the model that SharpnessAware was given"
-            )
-        chosen = [p for p in self._chosen if id(p) in held]
-        if not chosen:
-            raise ParameterError(
-                f"{kinds} holds none of the parameters that the rule perturbs: "
-                f"only={list(self.rule.only)}, exclude={list(self.rule.exclude)}; "
-                "select some that this optimizer moves"
-            )
-        everything = {id(p): p for p in self._parameters} | held
+        chosen, everything = self._chosen, {id(p): p for p in self._parameters}
+        if held is not None:
+            kinds = ", ".join(type(one).__name__ for one in optimizers)
+            if everything.keys().isdisjoint(held):
+                raise ParameterError(
+                    f"{kinds} holds none of the model's parameters; make it from those of "
+                    "the model that SharpnessAware was given"
+                )
+            chosen = [p for p in chosen if id(p) in held]
+            if not chosen:
+                raise ParameterError(
+                    f"{kinds} holds none of the parameters that the rule perturbs: "
+                    f"only={list(self.rule.only)}, exclude={list(self.rule.exclude)}; "
+                    "select some that this optimizer moves"
+                )
+            everything |= held
         return _Reach([p for p in chosen if p.requires_grad], list(everything.values()))
 
     def _gradients(

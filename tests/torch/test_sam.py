@@ -1082,11 +1082,18 @@ class TestPerturbedSet:
         assert math.hypot(moved["outer.weight"], moved["outer.bias"]) == pytest.approx(0.5)
         assert train.model.inner.weight.grad is None
 
-    def test_a_frozen_layer_by_hand(self):
+    @pytest.mark.parametrize("told", [False, True], ids=["", "told"])
+    def test_a_frozen_layer_by_hand(self, told):
         train = Trainer(SAM(rho=0.5))
         train.closure()
         train.model.inner.requires_grad_(False)
-        moved = self.moves(train, train.by_hand)
+        with_optimizer = (train.optimizer,) if told else ()
+
+        def block():
+            with train.sam.perturbed(*with_optimizer):
+                train.closure()
+
+        moved = self.moves(train, block)
         assert moved["inner.weight"] == 0
         assert moved["outer.weight"] > 0
 

@@ -80,11 +80,11 @@ def plan(model: Model, rule: AGC) -> Plan:
     --------
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 2, bias=False))
     >>> print(plan(model, AGC(exclude=["*.bias"])))
-    parameter  shape    units                 count  clipping
-    ---------  -------  --------------------  -----  --------
-    0.weight   8x3x3x3  o i ... -> o              8  0.01
-    0.bias     8        ... ->                    1  excluded
-    1.weight   8x4x2x2  (g=1 i) o ... -> g o      4  0.01
+    parameter  shape    units                 source  count  clipping
+    ---------  -------  --------------------  ------  -----  --------
+    0.weight   8x3x3x3  o i ... -> o          layer       8  0.01
+    0.bias     8        ... ->                vector      1  excluded
+    1.weight   8x4x2x2  (g=1 i) o ... -> g o  layer       4  0.01
     3 parameters, 2 clipped, 12 units
     """
     check_rule(rule, AGC)
@@ -313,11 +313,12 @@ def _head(model: nn.Module) -> str | None:
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     names = config.get("classifier") if isinstance(config, Mapping) else None
     names = (names,) if isinstance(names, str) else names
-    layers = {name.rstrip("."): layer for name, layer in _walk(model)}
-    if isinstance(names, (tuple, list)):
-        found = [name for name in names if name in layers and any(layers[name].parameters())]
-        return found[0] if len(found) == len(names) == 1 else None
-    return None
+    if not isinstance(names, (tuple, list)) or len(names) != 1:
+        return None
+    owners = {
+        prefix for prefix, layer in _walk(model) if next(layer.parameters(), None) is not None
+    }
+    return str(names[0]) if f"{names[0]}." in owners else None
 
 
 def _survey(model: nn.Module) -> dict[str, tuple[Units | None, str]]:

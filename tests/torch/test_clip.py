@@ -34,6 +34,9 @@ from agc.errors import (
 )
 from agc.reference import Result, RowSparse, adaptive_clip
 
+# Plain tensors are clipped here, whose units follow the layout; test_units.py asserts that warning.
+pytestmark = pytest.mark.filterwarnings("ignore:no layer's type settles:agc.errors.UnitsWarning")
+
 SHAPES = {
     "scalar": (),
     "bias": (7,),

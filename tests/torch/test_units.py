@@ -217,7 +217,7 @@ def test_plain_tensors_follow_the_convention(given):
         made = agc_torch.plan(given(named), RULE)
     assert {e.name: e.count for e in made} == {"a.w": 6, "a.b": 1, "k": 6}
     assert [e.source for e in made] == ["layout", "vector", "layout"]
-    with pytest.raises(AmbiguousUnitsError, match="'c' with shape .*Give the module instead"):
+    with pytest.raises(AmbiguousUnitsError, match=r"'c' with shape .*Give the module instead"):
         agc_torch.plan({"c": torch.zeros(6, 4, 3)}, RULE)
 
 
@@ -413,7 +413,7 @@ def test_layers_of_packages_that_are_not_imported(name):
 
 def test_square_experts_that_fit_both_ways_are_not_guessed():
     model = layer("transformers.models.any.X", up_proj=(4, 6, 6), down_proj=(4, 6, 6))
-    with pytest.raises(AmbiguousUnitsError, match="'up_proj' of X .* and of 1 more"):
+    with pytest.raises(AmbiguousUnitsError, match=r"'up_proj' of X .* and of 1 more"):
         agc_torch.plan(model, RULE)
     model.is_transposed = True
     made = agc_torch.plan(model, RULE)
@@ -474,7 +474,7 @@ def test_children_that_are_called_like_a_wrappers(child):
     model = nn.Module()
     model.add_module(child, nn.Linear(4, 3))
     model.add_module("other", nn.Linear(3, 2))
-    assert [e.name for e in agc_torch.plan(model, RULE)][0] == f"{child}.weight"
+    assert next(e.name for e in agc_torch.plan(model, RULE)) == f"{child}.weight"
 
 
 def test_an_only_child_called_module_keeps_its_prefix():

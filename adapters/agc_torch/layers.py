@@ -241,6 +241,10 @@ _PEFT: Final = _union(
         ("lokr_w?.*", 2, "o i -> o"),
         ("lokr_w2.*", 4, "o i ... -> o"),
         ("trainable_tokens_delta.*", 2, _ROWS),
+        ("hra_u.*", 2, "i r -> r"),
+        ("miss_block.*", 2, "r o -> o"),
+        ("boft_R.*", 4, "n k a b -> n k"),  # rotations: one a block
+        ("weight", 2, "n k -> n"),  # of OFT, likewise
     ),
     _batched_tables,
 )
@@ -264,7 +268,7 @@ _RELATIVE: Final = {  # attention of XLNet and its kind, by einsum
     "[qkvr]": "i h d -> h d",
     "o": "o h d -> o",
     "r_kernel": "i h d -> h d",
-    "r_?_bias": "... ->",
+    "r_?_bias": "h d -> h",  # a query that all positions share
     "seg_embed": "s h d -> s h",
 }
 _BUILT_IN: Final[dict[type[nn.Module] | str, LayerRule]] = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -492,6 +494,67 @@ def test_frozen_parameters_are_marked_and_a_remembered_plan_notices():
     made = resolve(model, RULE)[0]
     assert [entry.inactive for entry in made] == ["frozen", "frozen", None, None]
     assert made.count == 3 + 1
+
+
+# Units judged by what each weight feeds
+
+
+@pytest.fixture(scope="module")
+def judge():
+    """Load the script that writes docs/models/torch.md."""
+    path = Path(__file__).parents[2] / "docs" / "models" / "torch.py"
+    spec = importlib.util.spec_from_file_location("models_torch", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ARCHITECTURES = {
+    "vit_tiny_patch16_224": {"img_size": 64, "depth": 1, "reg_tokens": 3},  # tokens and positions
+    "beit_base_patch16_224": {
+        "img_size": 64,
+        "depth": 1,
+        "embed_dim": 24,
+        "num_heads": 3,
+    },  # indexed
+    "pit_ti_224": {"img_size": 64},  # positions of a picture, channels first
+    "resnet10t": {},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_units_are_what_feeds_one_output(judge, name):
+    judge.timm_models()  # makes timm importable
+    import timm
+
+    model = timm.create_model(name, **ARCHITECTURES[name])
+    size = ARCHITECTURES[name].get("img_size", 64)
+    found = judge.examine(model, torch.randn(1, 3, size, size))
+    assert judge.is_right(found), found
+    assert found["judged"] > 5
+
+
+class OutLast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.zeros(4, 6))
+        self.table = nn.Parameter(torch.zeros(6, 9))
+        self.spare = nn.Parameter(torch.zeros(6, 9))
+
+    def forward(self, x):
+        return (x @ self.kernel + self.table[:, torch.tensor([3, 7])].T).relu()
+
+
+def test_a_wrong_plan_is_noticed(judge):
+    found = judge.examine(OutLast(), torch.randn(2, 4))
+    assert found["layout"] == ["kernel", "table", "spare"]
+    assert found["wrong"] == {
+        "kernel": "(4, 6) o i -> o, one output: (4, 1)",
+        "table": "(6, 9) o i -> o, one output: (6, 1)",
+    }
+    assert found["unused"] == ["spare"]
+    assert not judge.is_right(found)
 
 
 @pytest.mark.parametrize(

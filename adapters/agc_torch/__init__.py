@@ -18,9 +18,10 @@ from agc_torch.clip import adaptive_clip_grad_
 from agc_torch.nfnet import NFNet, nfnet
 from agc_torch.optimizer import Handle, attach, attached
 from agc_torch.recipe import sgd_nfnet
-from agc_torch.sam import SamStats, SharpnessAware, Verification, verify_sam
+from agc_torch.sam import SamStats, SharpnessAware
 from agc_torch.stats import Stats
 from agc_torch.units import plan, register_units, units
+from agc_torch.verify import Verification, verify_sam
 from agc_torch.weights import from_neutral, to_neutral
 
 __all__ = [

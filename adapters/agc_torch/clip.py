@@ -9,7 +9,7 @@ decisions and scales are a handful of small operations, whatever the number of p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Final, NamedTuple, TypeAlias
 
@@ -21,7 +21,7 @@ from agc.config import Clipping
 from agc.errors import MissingGradientError, NonFiniteError
 from agc.plan import PlanEntry
 from agc_torch.norms import all_norms, on_host, wide
-from agc_torch.parts import Part, Place, check, parts
+from agc_torch.parts import Part, Place, check, is_dtensor, parts
 from agc_torch.stats import Numbers, Stats
 from agc_torch.units import Model, resolve
 
@@ -96,7 +96,19 @@ def adaptive_clip_grad_(
     >>> stats.total()
     Stats(units=1, clipped=1, nonfinite=0, max_ratio=0.2, min_scale=0.05)
     """
-    return clip_(resolve(model, rule, plan)[1], rule, step=step)
+    pairs = resolve(model, rule, plan)[1]
+    stats = clip_(pairs, rule, step=step)
+    if all(tensor.grad is None for _, tensor in pairs) and not _any_gradient(stats):
+        raise MissingGradientError(
+            "no parameter has a gradient; call backward() before clipping gradients"
+        )
+    return stats
+
+
+def _any_gradient(stats: Stats) -> bool:
+    """Tell whether another process has a gradient; waits for the device."""
+    total = stats.total()
+    return total.max_ratio > 0 or total.nonfinite > 0
 
 
 def clip_(
@@ -106,6 +118,7 @@ def clip_(
     step: Step = 0,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    missing: Callable[[PlanEntry, Tensor], None] | None = None,
 ) -> Stats:
     """Clip parameters that are paired with their entries of a plan; see :func:`adaptive_clip_grad_`.
 
@@ -119,9 +132,16 @@ def clip_(
         What the gradients are still multiplied by, if a fused optimizer is going to unscale them.
     found_inf : scalar tensor, optional
         Not 0 if that optimizer is going to skip the step; then ``nonfinite="raise"`` does not raise.
+    missing : callable, optional
+        Called with what has no gradient.
+
+    Notes
+    -----
+    Whether a ``DTensor`` takes part is the same in all processes (AGC-5): where a trainable one has no
+    gradient in this process, it stands for zeros, and counts as looked at.
     """
     with torch.no_grad():
-        jobs = _jobs(pairs)
+        jobs = _jobs(pairs, missing)
         careful = rule.nonfinite == "raise" and not (found_inf is not None and found_inf.any())
         work = []
         for some in _chunks(jobs):
@@ -144,23 +164,26 @@ class _Job(NamedTuple):
     gradient: Part
 
 
-def _jobs(pairs: Iterable[tuple[PlanEntry, Tensor]]) -> list[_Job]:
+def _jobs(
+    pairs: Iterable[tuple[PlanEntry, Tensor]],
+    missing: Callable[[PlanEntry, Tensor], None] | None,
+) -> list[_Job]:
     jobs = []
-    missing = True
     for entry, parameter in pairs:
         gradient = parameter.grad
         if gradient is None:
-            continue
-        missing = False
+            if missing is not None:
+                missing(entry, parameter)
+            if not (entry.clipped and parameter.requires_grad and is_dtensor(parameter)):
+                continue
+            gradient = torch.zeros_like(
+                parameter
+            )  # other processes may have one, and wait for this one
         check(entry, parameter, gradient)
         if entry.clipped:
             if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():
                 parameter.grad = gradient = gradient.coalesce()
             jobs.append(_Job(entry, *parts(entry, parameter, gradient)))
-    if missing:
-        raise MissingGradientError(
-            "no parameter has a gradient; call backward() before clipping gradients"
-        )
     return jobs
 
 

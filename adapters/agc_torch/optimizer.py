@@ -8,20 +8,20 @@ does (weight decay, momentum) comes after (AGC-7).
 
 from __future__ import annotations
 
-import copy
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from agc import AGC, Plan
-from agc.errors import ConfigError, FormatError, ParameterError
+from agc.errors import ConfigError, FormatError, ParameterError, ShapeError
 from agc.plan import PlanEntry
 from agc_torch.clip import clip_
 from agc_torch.stats import Stats
-from agc_torch.units import Model, named_parameters, resolve
+from agc_torch.units import Model, named_parameters, places, resolve
 
 __all__ = ["Handle", "attach", "attached"]
 
@@ -33,7 +33,8 @@ def attach(optimizer: Optimizer, model: Model, rule: AGC) -> Handle:
     ----------
     optimizer : torch.optim.Optimizer
         Any optimizer: foreach, fused, with closures, inside LR schedulers, behind a ``GradScaler``. It
-        may have some of the model's parameters only (one optimizer for matrices, one for the rest).
+        may have some of the model's parameters only (one optimizer for matrices, one for the rest). Of a
+        wrapper (Accelerate's, Lookahead, SAM, ``PostLocalSGDOptimizer``), AGC takes the optimizer inside.
     model : Module, mapping of name to tensor, or iterable of (name, tensor)
         Whose parameters these are; a module's layer types settle the units.
     rule : AGC
@@ -47,7 +48,8 @@ def attach(optimizer: Optimizer, model: Model, rule: AGC) -> Handle:
     Raises
     ------
     ParameterError
-        If the optimizer has a parameter that is not the model's, or AGC is attached to it already.
+        If the optimizer has a parameter that is not the model's, AGC is attached to it already, or its
+        ``step()`` would never run the hooks.
     ConfigError, SelectorError, AmbiguousUnitsError, UnitsError
         As :func:`agc_torch.plan`.
 
@@ -58,9 +60,11 @@ def attach(optimizer: Optimizer, model: Model, rule: AGC) -> Handle:
       taken into account. Every other optimizer receives unscaled ones.
     * A parameter that joins by ``add_param_group`` is clipped if it is the model's; otherwise the next
       step raises ParameterError.
+    * A step in which no parameter has a gradient clips nothing, and counts as the optimizer counts it.
+    * One step counts once, also of an optimizer whose ``step()`` calls that of its parent class.
     * Copying or pickling an optimizer drops its hooks, in PyTorch as such. Copy or pickle the handle
       together with the model and the optimizer, as in ``copy.deepcopy((model, optimizer, handle))``, or
-      attach anew; :func:`attached` tells which optimizer clips.
+      attach anew; :func:`attached` tells which optimizer clips. A model may keep its handle.
 
     Examples
     --------
@@ -76,14 +80,15 @@ def attach(optimizer: Optimizer, model: Model, rule: AGC) -> Handle:
 
 
 def attached(optimizer: Optimizer) -> Handle | None:
-    """Return the handle of the AGC that clips inside an optimizer; None if there is none.
+    """Return the handle of the AGC that clips inside an optimizer, or inside what it wraps; None if none does.
 
     A copy of an optimizer has no hooks, so this is None for it.
     """
-    for hook in optimizer._optimizer_step_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, Handle):
-            return owner
+    for one in _chain(optimizer):
+        for hook in getattr(one, "_optimizer_step_pre_hooks", {}).values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Handle):
+                return owner
     return None
 
 
@@ -91,38 +96,51 @@ class Handle:
     """AGC attached to an optimizer; made by :func:`attach`.
 
     As a context manager it removes the hooks at the end of the block. ``copy.deepcopy`` and ``pickle`` of
-    the handle, in one go with its model and optimizer, attach AGC to the copies.
+    the handle, in one go with its model and optimizer, attach AGC to the copies; they look at the model at
+    their first step.
+
+    Attributes
+    ----------
+    optimizer : torch.optim.Optimizer
+        The optimizer that clips; of a wrapper, the one inside.
+    model : Module or mapping of name to tensor
+    rule : AGC
     """
 
     def __init__(self, optimizer: Optimizer, model: Model, rule: AGC) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise ParameterError(
-                f"attach needs a torch.optim.Optimizer, got {type(optimizer).__name__}; "
-                "give the optimizer inside a wrapper, or clip with adaptive_clip_grad_"
-            )
         if attached(optimizer) is not None:
             raise ParameterError(
                 f"AGC is attached to this {type(optimizer).__name__} already; remove() that handle first"
             )
-        self.optimizer = optimizer
+        self.optimizer = _stepping(optimizer)
         # An iterator can be read only once.
         self.model: Model = (
             model if isinstance(model, (torch.nn.Module, Mapping)) else named_parameters(model)
         )
         self.rule = rule
-        self._steps = torch.zeros((), dtype=torch.int64)
+        self._start()
+        self._match()
+        _check_in_backward(self.optimizer)
+        self._register()
+
+    def _start(self, steps: int = 0) -> None:
+        self._steps = torch.tensor(steps)
         self._stats: Stats | None = None
+        self._parameters: list[Tensor] = []
         self._pairs: list[tuple[PlanEntry, Tensor]] = []
-        self._match(list(_parameters(optimizer)))
-        self._hooks = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        )
+        self._hooks: list[Any] = []
+        self._running = self._nested = False
 
     @property
     def plan(self) -> Plan:
-        """What happens to every parameter of the model; those not in the optimizer are not clipped."""
-        return self._plan
+        """What happens to every parameter of the model; those that the optimizer lacks are marked."""
+        if isinstance(self.model, torch.nn.Module) or not self._parameters:
+            self._match()  # what is frozen may have changed
+        mine = {entry.name for entry, _ in self._pairs}
+        frozen = {entry.name: entry.inactive for entry in self._plan}
+        return self._plan.marked(
+            lambda name: frozen[name] if name in mine else "not in the optimizer"
+        )
 
     @property
     def steps(self) -> int:
@@ -137,6 +155,7 @@ class Handle:
         """Stop clipping; the optimizer is as it was before."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs besides the optimizer's own state: the step count."""
@@ -148,10 +167,10 @@ class Handle:
         Raises
         ------
         FormatError
-            If this is not such data.
+            If this is not a handle's state.
         """
         steps = state.get("steps") if isinstance(state, Mapping) else None
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        if type(steps) is not int or steps < 0:
             raise FormatError(f"this is not the state of an AGC handle: {state!r}")
         self._steps = torch.tensor(steps)
 
@@ -161,16 +180,33 @@ class Handle:
     def __exit__(self, *error: object) -> None:
         self.remove()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        optimizer = copy.deepcopy(self.optimizer, memo)
-        return _restore(optimizer, copy.deepcopy(self.model, memo), self.rule, self.state_dict())
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: self.__dict__[name] for name in ("optimizer", "model", "rule")}
+        return {**kept, "steps": self.steps, "attached": bool(self._hooks)}
 
-    def __reduce__(self) -> tuple[Callable[..., Handle], tuple[Any, ...]]:
-        return _restore, (self.optimizer, self.model, self.rule, self.state_dict())
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The model that holds this handle may be half made as yet: it is looked at in the first step.
+        state = dict(state)
+        hooked = state.pop("attached")
+        steps = state.pop("steps")
+        self.__dict__.update(state)
+        self._start(steps)
+        if hooked:
+            self._register()
+
+    def _register(self) -> None:
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._running and _inside_step(optimizer):
+            self._nested = True  # a step() that calls its parent class's: clipped already
+            return None
+        self._running, self._nested = True, False
         if kwargs.get("grad_scaler") is not None:
             raise ConfigError(
                 f"{type(optimizer).__name__}.step takes the GradScaler as an argument and unscales the "
@@ -197,29 +233,62 @@ class Handle:
         if len(parameters) != len(self._parameters) or any(
             now is not known for now, known in zip(parameters, self._parameters, strict=True)
         ):
-            self._match(parameters)
+            self._match()
+        try:
+            self._stats = self._clip_pairs()
+        except ShapeError:
+            if all(entry.shape == tensor.shape for entry, tensor in self._pairs):
+                raise
+            self._match()  # a parameter has been resized in place; nothing is clipped yet
+            self._stats = self._clip_pairs()
+
+    def _clip_pairs(self) -> Stats:
         # Both are there only while a GradScaler lets a fused optimizer unscale and skip by itself.
         grad_scale = getattr(self.optimizer, "grad_scale", None)
         found_inf = getattr(self.optimizer, "found_inf", None)
-        self._stats = clip_(
-            self._pairs, self.rule, step=self._steps, grad_scale=grad_scale, found_inf=found_inf
+        return clip_(
+            self._pairs,
+            self.rule,
+            step=self._steps,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            missing=self._check_place,
         )
 
-    def _match(self, parameters: list[Tensor]) -> None:
+    def _check_place(self, entry: PlanEntry, tensor: Tensor) -> None:
+        """Refuse a parameter without a gradient if the model has put another, with one, in its place."""
+        holder, key = self._places.get(id(tensor), ({}, ""))
+        now = holder.get(key)
+        if now is not None and now is not tensor and now.grad is not None:
+            raise ParameterError(
+                f"the optimizer holds a parameter {entry.name!r} of shape {tuple(tensor.shape)} that is no "
+                "longer the model's, so it never gets a gradient: the model's was replaced after the "
+                "optimizer was made, as load_state_dict(assign=True) does; make the optimizer and attach "
+                "AGC after that"
+            )
+
+    def _match(self) -> None:
         """Find the plan's entries for the optimizer's parameters."""
-        self._plan, pairs = resolve(self.model, self.rule)
+        parameters = _parameters(self.optimizer)
+        plan, pairs = resolve(self.model, self.rule)
         entries = {id(tensor): (entry, tensor) for entry, tensor in pairs}
         for parameter in parameters:
             if id(parameter) not in entries:
                 raise ParameterError(
                     f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not the "
                     "model's; give attach the module that contains all of the optimizer's parameters "
-                    "(made before the optimizer, and not copied or converted since)"
+                    "(made before the optimizer, and not copied, converted or replaced since, as "
+                    "load_state_dict(assign=True) does), or clip by hand with adaptive_clip_grad_"
                 )
+        self._plan = plan
         self._parameters = parameters
         self._pairs = [entries[id(parameter)] for parameter in parameters]
+        self._places = places(self.model)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._nested and _inside_step(optimizer):
+            return
+        self._running = False
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None:
             self._steps += 1
@@ -228,10 +297,90 @@ class Handle:
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = getattr(optimizer, "param_groups", ())
+    return [parameter for group in groups for parameter in group["params"]]
 
 
-def _restore(optimizer: Optimizer, model: Model, rule: AGC, state: Mapping[str, Any]) -> Handle:
-    handle = Handle(optimizer, model, rule)
-    handle.load_state_dict(state)
-    return handle
+# Which optimizer steps
+
+_INNER: Final = ("optimizer", "base_optimizer", "_base_optimizer", "optim", "_optimizer")
+
+
+def _chain(optimizer: Any) -> list[Any]:
+    """Return an optimizer and those that it wraps and that have all of its parameters, outermost first."""
+    chain: list[Any] = []
+    wanted = {id(p) for p in _parameters(optimizer)}
+    inner = optimizer
+    while inner is not None and all(inner is not one for one in chain):
+        if wanted <= {id(p) for p in _parameters(inner)}:
+            chain.append(inner)
+        found = (getattr(inner, name, None) for name in _INNER)
+        inner = next((one for one in found if isinstance(one, Optimizer)), None)
+    return chain
+
+
+def _stepping(optimizer: Any) -> Optimizer:
+    """Return the innermost optimizer that has all the parameters and runs hooks in its step (AGC-7).
+
+    What a wrapper does before that one's step, such as the ascent of SAM, is no business of AGC.
+    """
+    kind = type(optimizer).__name__
+    if not (hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")):
+        raise ParameterError(
+            f"attach needs a torch.optim.Optimizer, got {kind}; "
+            "give the optimizer inside a wrapper, or clip with adaptive_clip_grad_"
+        )
+    if not getattr(optimizer, "_overlap_with_ddp", False):  # then it steps inside backward()
+        for one in reversed(_chain(optimizer)):
+            if _runs_hooks(one):
+                return one
+    raise ParameterError(
+        f"{kind}.step() does not run the step hooks of torch.optim.Optimizer, so AGC would never act; give "
+        f"the optimizer inside {kind}, attach before its step is replaced, or clip by hand with "
+        "adaptive_clip_grad_(model, rule) before each step"
+    )
+
+
+def _runs_hooks(optimizer: Any) -> bool:
+    """Tell whether calling ``optimizer.step`` runs the hooks that are registered on it."""
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        return False
+    return _reaches_hooks(optimizer.step)
+
+
+def _reaches_hooks(step: Any, depth: int = 4) -> bool:
+    """Tell whether a step, which somebody may have wrapped and put on the instance, is a hooked one."""
+    if getattr(step, "hooked", False):
+        return True
+    inner = [getattr(step, name, None) for name in ("__func__", "__wrapped__", "func")]
+    code, names = getattr(step, "__code__", None), getattr(step, "__globals__", {})
+    inner += [names.get(name) for name in code.co_names] if code else []
+    for cell in getattr(step, "__closure__", None) or ():
+        try:
+            inner.append(cell.cell_contents)
+        except ValueError:  # a variable that has no value as yet
+            continue
+    return depth > 0 and any(_reaches_hooks(one, depth - 1) for one in inner if callable(one))
+
+
+def _inside_step(optimizer: Optimizer) -> bool:
+    """Tell whether the step whose hook is running was called by another step of the same optimizer."""
+    frame = sys._getframe(2)  # the wrapper that PyTorch puts around every step
+    code, outer = frame.f_code, frame.f_back
+    while outer is not None:
+        if outer.f_code is code and outer.f_locals.get("self") is optimizer:
+            return True
+        outer = outer.f_back
+    return False
+
+
+def _check_in_backward(optimizer: Optimizer) -> None:
+    """Refuse parameters that other optimizers update inside backward(), before any step of this one."""
+    for parameter in _parameters(optimizer):
+        others = getattr(parameter, "_in_backward_optimizers", [])
+        if others and all(one is not optimizer for one in others):
+            raise ParameterError(
+                f"a parameter of shape {tuple(parameter.shape)} is updated inside backward() by a "
+                f"{type(others[0]).__name__} of its own, so {type(optimizer).__name__}.step() never sees its "
+                "gradient; attach AGC to each of torch.distributed.optim._get_in_backward_optimizers(model)"
+            )

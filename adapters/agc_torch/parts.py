@@ -17,7 +17,7 @@ from agc.errors import DTypeError, ParameterError, ShapeError, UnitsError
 from agc.plan import PlanEntry
 from agc.units import UnitAxes
 
-__all__ = ["Part", "Piece", "Place", "check", "parts", "sum_over"]
+__all__ = ["Part", "Piece", "Place", "check", "is_dtensor", "parts", "sum_over"]
 
 Place: TypeAlias = tuple[torch.device, Any]
 _REAL: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -57,11 +57,12 @@ def _parts(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[Part, Pa
             f"parameter {entry.name!r}: a gradient of layout {gradient.layout} is not supported; "
             "make it dense or sparse COO"
         )
-    if _is_dtensor(weight) != _is_dtensor(gradient):
+    weight, gradient = _opened(entry, weight), _opened(entry, gradient, written=True)
+    if is_dtensor(weight) != is_dtensor(gradient):
         raise ParameterError(
             f"parameter {entry.name!r}: either the parameter or its gradient is a DTensor, but not both"
         )
-    if _is_dtensor(weight):
+    if is_dtensor(weight):
         return Piece(weight, axes), Piece(gradient, axes)
     return Part(weight, axes), Part(gradient, axes)
 
@@ -225,10 +226,39 @@ def _inner_axes(axes: UnitAxes) -> list[list[int]]:
     return found
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
+    """Tell whether a tensor is spread over a mesh of processes."""
     # By name: importing torch.distributed.tensor takes longer than many a test.
     return type(tensor) not in (Tensor, torch.nn.Parameter) and any(
         kind.__name__ == "DTensor" for kind in type(tensor).__mro__
+    )
+
+
+def _opened(entry: PlanEntry, tensor: Tensor, *, written: bool = False) -> Tensor:
+    """Return the plain tensor that a wrapper subclass stands for, such as a quantised weight.
+
+    Raises
+    ------
+    ParameterError
+        If there is none; a gradient must share its memory with it.
+    """
+    if not hasattr(tensor, "__tensor_flatten__") or is_dtensor(tensor):
+        return tensor
+    inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    if len(inner) == 1 and (inner[0].shape, inner[0].dtype) == (tensor.shape, tensor.dtype):
+        return _opened(entry, inner[0], written=written)
+    if not written:
+        try:
+            plain = tensor.dequantize()
+        except (NotImplementedError, RuntimeError, TypeError):
+            plain = None
+        if isinstance(plain, Tensor) and plain.shape == tensor.shape:
+            return plain
+    raise ParameterError(
+        f"parameter {entry.name!r}: the {'gradient' if written else 'weight'} of shape "
+        f"{tuple(tensor.shape)} is a {type(tensor).__name__}, which is no plain tensor"
+        f"{'' if written else ' and has no dequantize()'}; leave it out with AGC(exclude="
+        f"[{entry.name!r}])"
     )
 
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,25 @@ from agc.errors import (
     ParameterError,
 )
 from agc.plan import perturbed_names
+from agc_torch.passes import (
+    Closure,
+    call,
+    forget_weights,
+    is_sharded,
+    random_state,
+    remember,
+    remember_buffers,
+    set_random_state,
+    watch,
+)
+from agc_torch.replicas import refuse_static_graph, replicas_of, unsynchronized, worst
+from agc_torch.units import named_parameters, unwrap
 
-__all__ = ["SamStats", "SharpnessAware", "Verification", "verify_sam"]
+__all__ = ["SamStats", "SharpnessAware"]
 
-Closure = Callable[..., Tensor]
+Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+Direction: TypeAlias = list[tuple[Tensor, Tensor]]
+Shards: TypeAlias = tuple[Any, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -69,27 +84,31 @@ class SharpnessAware:
     Parameters
     ----------
     model : nn.Module
-        The model, or its DistributedDataParallel wrapper, or a module sharded with ``fully_shard``.
+        The model, bare or wrapped (``DistributedDataParallel``, ``torch.compile``), or a module sharded with
+        ``fully_shard``. Patterns of the rule mean the names that AGC's plan shows, those of the bare model.
     rule : SAM
         The configuration.
 
     Raises
     ------
     ParameterError
-        If ``model`` is not a module.
+        If ``model`` is not a module, or holds FSDP1's flat parameters.
     SelectorError
         If a name pattern matches nothing, or nothing is left to perturb.
     ConfigError
         If ``rule`` is not a SAM, or ``scope="local"`` is asked of a fully sharded model, whose gradients
-        are always reduced.
+        are always reduced, or of DistributedDataParallel with a static graph.
 
     Notes
     -----
-    Memory: one copy of the perturbed weights during the second pass, nothing between steps. The state
-    is one counter (SAM-13).
+    Memory: one copy of the perturbed weights, and two of the buffers, during the second pass; nothing between
+    steps. The state is one counter (SAM-13).
 
-    The model refuses to be saved while its weights are perturbed. It can be copied and pickled otherwise,
-    and a copy knows nothing of this object.
+    The perturbed set of a step is what the rule selects, is not frozen, is held by the step's optimizer, and
+    has a gradient after the first pass (SAM-4).
+
+    The model refuses to be saved, copied and pickled while its weights are perturbed. Otherwise it can be,
+    also by a module that keeps its SharpnessAware as an attribute: the copy has its own, with the same count.
 
     Examples
     --------
@@ -111,21 +130,32 @@ class SharpnessAware:
             raise ParameterError(
                 f"SharpnessAware needs a torch.nn.Module, got {type(model).__name__}"
             )
-        named = [(name.removeprefix("module."), p) for name, p in model.named_parameters()]
-        chosen = set(perturbed_names([name for name, _ in named], rule))
-        self.model = model
-        self.rule = rule
-        self._parameters = [p for name, p in named if name in chosen]
-        self._count = 0
+        self.__setstate__({"model": model, "rule": rule, "count": 0})
+        self._select()
+        if rule.scope == "local":
+            if any(map(is_sharded, self._chosen)):
+                raise ConfigError(
+                    "scope='local' needs gradients that are not reduced, and the gradients of a fully "
+                    "sharded model always are; use SAM(scope='global')"
+                )
+            refuse_static_graph([model])
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_while_perturbed()
+        return {"model": self.model, "rule": self.rule, "count": self._count}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        # A model that keeps this object is half built when a copy comes here: it is looked at later.
+        self.model: nn.Module = state["model"]
+        self.rule: SAM = state["rule"]
+        self._count: int = state["count"]
+        self._parameters: list[Tensor] = []
+        self._chosen: list[Tensor] = []
+        self._replicas: tuple[Any, ...] | None = None
         self._backup: list[tuple[Tensor, Tensor]] | None = None
+        self._refusal: Any = None
         self._stats: SamStats | None = None
         self._lock = threading.Lock()
-        if rule.scope == "local" and any(_is_sharded(p) for p in self._parameters):
-            raise ConfigError(
-                "scope='local' needs gradients that are not reduced, and the gradients of a fully "
-                "sharded model always are; use SAM(scope='global')"
-            )
-        model.register_state_dict_pre_hook(_Refusal(self))
 
     @property
     def count(self) -> int:
@@ -143,7 +173,7 @@ class SharpnessAware:
 
     def step(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         closure: Closure,
         *,
         batch: Sequence[Tensor] | None = None,
@@ -153,11 +183,13 @@ class SharpnessAware:
 
         Parameters
         ----------
-        optimizer : torch.optim.Optimizer
-            Any optimizer of the model's parameters.
+        optimizer : torch.optim.Optimizer, or sequence of them
+            Any optimizer of the model's parameters, or several that share them. What none of them holds is
+            not perturbed.
         closure : callable
-            PyTorch's contract: ``zero_grad``, forward, backward, return the loss. Called twice. With
-            ``batch``, it is given the tensors to use: ``closure(inputs, targets)``.
+            PyTorch's contract: ``zero_grad``, forward, backward, return the loss. Called twice, each time
+            without gradients from before. With ``batch``, it is given the tensors to use:
+            ``closure(inputs, targets)``.
         batch : sequence of Tensor, each of shape (examples, ...), optional
             The batch; needed for ``fraction`` below 1 and for ``microbatches`` above 1. The loss must
             be a mean over examples.
@@ -168,41 +200,58 @@ class SharpnessAware:
         Returns
         -------
         Tensor
-            The clean loss, at ``w``, of the ascent pass (SAM-12); detached.
+            The clean loss, at ``w``, of the ascent pass (SAM-12); detached, of shape ().
 
         Raises
         ------
         ConfigError
-            If ``fraction`` or ``microbatches`` needs a batch and there is none, or the closure takes none.
+            If ``fraction`` or ``microbatches`` needs a batch and there is none, or the closure takes none;
+            if the closure does not return a loss; if ``scope="local"`` meets
+            DistributedDataParallel with a static graph.
+        ShapeError
+            If the closure returns more than one number.
         ParameterError
-            If the optimizer holds none of the model's parameters.
+            If the optimizer holds none of the model's parameters, or none of those to perturb.
         MissingGradientError
-            If the closure leaves no gradient on any perturbed parameter.
+            If the closure leaves no gradient on any perturbed parameter; with local scope on all processes,
+            if it does so on one.
         NonFiniteError
             If ``rule.nonfinite`` is ``"raise"`` and the norm of an ascent gradient is not finite.
         OrderError
-            If a step is under way, in this thread or another.
+            If a step is under way, in this thread or another, or the optimizer accumulates gradients at
+            present, so that its ``step`` does nothing.
 
         Notes
         -----
         The policies ``skip_step`` and ``raise`` read one number from the device after both passes were
-        queued (SAM-5); with a scaler, ``skip_step`` leaves the decision to the scaler and reads nothing.
+        queued (SAM-5); with a scaler, ``skip_step`` leaves the decision to the scaler and reads nothing,
+        unless replicas have perturbations of their own.
+
+        Afterwards every parameter of the model has the gradient of the descent pass alone, also those that
+        the optimizer does not hold; what they had before is cleared (SAM-4).
         """
-        self._check_optimizer(optimizer)
+        optimizers = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
+        if not optimizers:
+            raise ParameterError("step() got an empty list of optimizers; give at least one")
         self._check_batch(closure, batch)
         if not self._lock.acquire(blocking=False):
             raise OrderError("a step of this SharpnessAware is already under way")
         try:
             if self.is_perturbed:
                 raise OrderError("step() inside perturbed(): leave the block first")
-            if _needs_closure(optimizer):
-                return self._step_with_closure(optimizer, closure, batch, scaler)
-            loss, norm = self._gradients(closure, batch)
-            if norm is None or self._may_step(norm, scaler):
-                if scaler is None:
-                    optimizer.step()
-                else:
-                    scaler.step(optimizer)
+            reach = self._reach(optimizers)
+            _refuse_accumulating(optimizers)
+            if any(map(_needs_closure, optimizers)):
+                return self._step_with_closure(optimizers, closure, batch, scaler, reach)
+            loss, ascent = self._gradients(closure, batch, reach)
+            _refuse_accumulating(optimizers)
+            poison = scaler is not None or any(map(_scales, optimizers))
+            if ascent is None or self._may_step(ascent, reach, poison=poison):
+                for one in optimizers:
+                    if scaler is None:
+                        one.step()
+                    else:
+                        scaler.step(one)
             if scaler is not None:
                 scaler.update()
             self._count += 1
@@ -211,16 +260,21 @@ class SharpnessAware:
             self._lock.release()
 
     @contextmanager
-    def perturbed(self) -> Iterator[None]:
+    def perturbed(self, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
         """Hold the weights at ``w + e``, from the gradients that are there now, inside the block.
 
         The gradients are cleared at the start, so that the block's backward leaves the descent
-        gradient; the weights are restored bit for bit at the end, also after an exception.
+        gradient; the weights are restored bit for bit at the end, also after an exception, and so are the
+        model's buffers, whose update of the clean pass is the only one (SAM-12). The random numbers are the
+        block's own.
 
-        If the norm of the ascent gradient is not finite, ``nonfinite="skip_step"`` cannot keep the
-        optimizer from acting: all gradients are NaN after the block, as a GradScaler and other code that
-        skips bad steps looks for. Without such code, check them before ``optimizer.step()``, or use
-        :meth:`step`, ``"skip_perturb"`` or ``"raise"``.
+        Clear all gradients before the first pass: here nobody can tell what was left over.
+
+        Parameters
+        ----------
+        *optimizers : torch.optim.Optimizer
+            Those that will act. What none of them holds is not perturbed; without any, everything is that the
+            rule selects, is not frozen, and has a gradient (SAM-4).
 
         Raises
         ------
@@ -229,9 +283,19 @@ class SharpnessAware:
         MissingGradientError
             If no perturbed parameter has a gradient: call backward first.
         OrderError
-            If the weights are already perturbed.
+            If the weights are already perturbed, or an optimizer accumulates gradients at present.
         ConfigError
-            If the rule has ``fraction`` or ``microbatches``, which only :meth:`step` can do.
+            If the rule has ``fraction`` or ``microbatches``, which only :meth:`step` can do; or if the scope
+            is local, and the last pass through DistributedDataParallel was reduced.
+        ParameterError
+            If the optimizers hold none of the model's parameters, or none of those to perturb.
+
+        Notes
+        -----
+        If the norm of the ascent gradient is not finite, ``nonfinite="skip_step"`` cannot keep the
+        optimizer from acting: all gradients are NaN after the block, as a GradScaler and other code that
+        skips bad steps looks for. Without such code, check them before ``optimizer.step()``, or use
+        :meth:`step`, ``"skip_perturb"`` or ``"raise"``.
         """
         if self.rule.fraction != 1 or self.rule.microbatches != 1:
             raise ConfigError(
@@ -240,19 +304,25 @@ class SharpnessAware:
             )
         if self.is_perturbed:
             raise OrderError("perturbed() inside perturbed(): the weights are already perturbed")
-        direction = self._ascent_gradients()
-        norm = self._norm(direction)
+        _refuse_accumulating(optimizers)
+        reach = self._reach(optimizers)
+        # DistributedDataParallel keeps this flag of its last forward pass.
+        if any(getattr(one, "require_forward_param_sync", False) for one in self._local_replicas()):
+            raise ConfigError(
+                "scope='local', and the gradients that are there were reduced by DistributedDataParallel; "
+                "run the first forward and backward inside 'with model.no_sync():', or use "
+                "SAM(scope='global')"
+            )
+        ascent = self._ascent(reach)
+        put_back = remember_buffers(self.model)
         try:
-            self._perturb(direction, norm)
-            for parameter in self.model.parameters():
-                parameter.grad = None
+            self._perturb(ascent)
+            reach.clear()
             yield
         finally:
             self._restore()
-        if self.rule.nonfinite == "skip_step":
-            self._poison(self._everywhere(norm))
-        else:
-            self._may_step(norm, None)
+            put_back()
+        self._may_step(ascent, reach, poison=True)
 
     def state_dict(self) -> dict[str, int]:
         """Return the counter (SAM-13); the optimizer's state is saved by the optimizer.
@@ -273,82 +343,147 @@ class SharpnessAware:
         FormatError
             If this is not such a state.
         """
-        if state.get("version") != 1 or not isinstance(state.get("count"), int):
-            raise FormatError(f"this is not a state of SharpnessAware: {dict(state)!r}")
-        self._count = state["count"]
+        count = state.get("count") if isinstance(state, Mapping) else None
+        if type(count) is not int or count < 0 or state.get("version") != 1:
+            raise FormatError(f"this is not a state of SharpnessAware: {state!r}")
+        self._count = count
 
     # --- one step, part by part -----------------------------------------------------------------
 
+    def _select(self) -> None:
+        """Find the model's parameters as they are now, whatever was replaced or converted since."""
+        forget_weights(self.model)  # parameters that are gathered would hide those that are trained
+        parameters = list(unwrap(self.model).parameters())
+        if len(parameters) == len(self._parameters) and all(
+            map(operator.is_, parameters, self._parameters)
+        ):
+            return
+        named = named_parameters(self.model)
+        self._chosen = [named[name] for name in perturbed_names(named, self.rule)]
+        self._parameters = parameters
+
+    def _reach(self, optimizers: tuple[Any, ...]) -> _Reach:
+        """Tell which parameters a step may perturb, and whose gradients are its own (SAM-4)."""
+        self._select()
+        held = _held(optimizers)
+        chosen, everything = self._chosen, {id(p): p for p in self._parameters}
+        if held is not None:
+            kinds = ", ".join(type(one).__name__ for one in optimizers)
+            if everything.keys().isdisjoint(held):
+                raise ParameterError(
+                    f"{kinds} holds none of the model's parameters; make it from those of "
+                    "the model that SharpnessAware was given"
+                )
+            chosen = [p for p in chosen if id(p) in held]
+            if not chosen:
+                raise ParameterError(
+                    f"{kinds} holds none of the parameters that the rule perturbs: "
+                    f"only={list(self.rule.only)}, exclude={list(self.rule.exclude)}; "
+                    "select some that this optimizer moves"
+                )
+            everything |= held
+        return _Reach([p for p in chosen if p.requires_grad], list(everything.values()))
+
     def _gradients(
-        self, closure: Closure, batch: Sequence[Tensor] | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Leave the descent gradient on the parameters; return the clean loss and the ascent norm."""
+        self, closure: Closure, batch: Sequence[Tensor] | None, reach: _Reach
+    ) -> tuple[Tensor, _Ascent | None]:
+        """Leave the descent gradient on the parameters; return the clean loss and the ascent."""
+        forget_weights(self.model)  # an optimizer may have moved them since
         if not self.rule.perturbs(self._count):
-            return _call(closure, batch).detach(), None
+            reach.clear()
+            return call(closure, batch), None
         parts = _split(batch, self.rule.microbatches)
-        passes = [self._two_passes(closure, part) for part in parts[:1]]
         sizes = [1 if part is None else len(part[0]) for part in parts]
+        passes = [self._two_passes(closure, parts[0], reach)]
         if len(parts) > 1:
-            total = sum(sizes)
-            sums = self._weighted_gradients(sizes[0] / total)
+            sums = reach.weighted(sizes[0] / sum(sizes))
             for part, size in zip(parts[1:], sizes[1:], strict=True):
-                passes.append(self._two_passes(closure, part))
-                for name, gradient in self._weighted_gradients(size / total).items():
-                    sums[name] = sums[name] + gradient if name in sums else gradient
-            for name, parameter in self.model.named_parameters():
-                parameter.grad = sums.get(name)
+                passes.append(self._two_passes(closure, part, reach))
+                for index, gradient in reach.weighted(size / sum(sizes)).items():
+                    sums[index] = sums[index] + gradient if index in sums else gradient
+            for index, parameter in enumerate(reach.everything):
+                parameter.grad = sums.get(index)
         seen = [self._ascent_size(size) for size in sizes]
-        loss = sum(n / sum(seen) * one.loss for n, one in zip(seen, passes, strict=True))
+        loss = sum(n / sum(seen) * stats.loss for n, (stats, _) in zip(seen, passes, strict=True))
         perturbed = sum(
-            n / sum(sizes) * one.perturbed_loss for n, one in zip(sizes, passes, strict=True)
+            n / sum(sizes) * stats.perturbed_loss
+            for n, (stats, _) in zip(sizes, passes, strict=True)
         )
         # max() passes NaN on, so one number says whether every norm is finite.
-        norm = torch.stack([one.norm for one in passes]).max()
+        norm = torch.stack([stats.norm for stats, _ in passes]).max()
         self._stats = SamStats(norm, torch.as_tensor(loss), torch.as_tensor(perturbed))
-        return self._stats.loss, norm
+        missing = any(ascent.missing for _, ascent in passes)
+        return self._stats.loss, _Ascent([], norm, missing)
 
-    def _two_passes(self, closure: Closure, batch: Sequence[Tensor] | None) -> SamStats:
+    def _two_passes(
+        self, closure: Closure, batch: Sequence[Tensor] | None, reach: _Reach
+    ) -> tuple[SamStats, _Ascent]:
         first = batch
         if batch is not None and self.rule.fraction < 1:
             first = [tensor[: self._ascent_size(len(tensor))] for tensor in batch]
-        # Statistics come from the clean pass, unless that saw only a part of the batch (SAM-12).
-        discard_first = first is not batch
-        random = _random_state(self._parameters)
-        with self._unsynchronized(), _keep_buffers(self.model if discard_first else None):
-            loss = _call(closure, first).detach()
-        direction = self._ascent_gradients()
-        norm = self._norm(direction)
+        # Both passes start from the same buffers and draw the same random numbers. What remains of the
+        # buffers is the clean pass's, unless that saw only a part of the batch (SAM-12).
+        random = random_state(self._parameters)
+        put_back = remember_buffers(self.model)
+        written = watch(self._parameters)
         try:
-            self._perturb(direction, norm)
-            del direction
-            _set_random_state(random)  # the same dropout masks in both passes
-            with _keep_buffers(None if discard_first else self.model):
-                perturbed_loss = _call(closure, batch).detach()
+            with unsynchronized(self._local_replicas()):
+                reach.clear()
+                loss = call(closure, first)
+            keep = [remember(written())]
+            if first is batch:
+                keep.append(remember_buffers(self.model))
+        finally:
+            put_back()
+        ascent = self._ascent(reach)
+        try:
+            self._perturb(ascent)
+            set_random_state(random)
+            reach.clear()
+            perturbed_loss = call(closure, batch)
         finally:
             self._restore()
-        return SamStats(norm, loss, perturbed_loss)
+            for put_back in keep:
+                put_back()
+        return SamStats(ascent.norm, loss, perturbed_loss), ascent
 
     def _ascent_size(self, examples: int) -> int:
         """Return how many examples the ascent pass sees (SAM-7)."""
         return math.ceil(self.rule.fraction * examples)
 
-    def _ascent_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Perturbed set of this step: every chosen parameter that has a gradient now (SAM-4)."""
-        found = [(p, p.grad) for p in self._parameters if p.grad is not None]
-        if not found:
-            raise MissingGradientError(
-                "no perturbed parameter has a gradient after the first pass; the closure must call "
-                "backward, and only/exclude must leave parameters that take part in the loss"
-            )
-        return [(p, g.to_dense() if g.is_sparse else g) for p, g in found]
+    def _ascent(self, reach: _Reach) -> _Ascent:
+        """Take the gradients that are there for the direction uphill."""
+        direction = [(p, _placed(p.grad, p)) for p in reach.candidates if p.grad is not None]
+        norm = self._norm(direction, reach.candidates)
+        # Nobody waits for the device unless nothing is here; other processes may hold what has a gradient.
+        missing = not direction and (norm is None or norm.item() == 0)
+        if missing:
+            if not self._local_replicas():
+                raise MissingGradientError(_MISSING)
+            # Replicas raise together, after the descent pass that all of them take part in.
+            home = _local(self._parameters[0]).device
+            norm = torch.tensor(torch.nan, dtype=torch.float64, device=home)
+        return _Ascent(direction, norm, missing)
 
-    def _norm(self, direction: list[tuple[nn.Parameter, Tensor]]) -> Tensor:
-        """Global norm of ``T g``, in at least float32 and without a copy of the gradients (SAM-1, SAM-10)."""
+    def _norm(self, direction: Direction, candidates: Sequence[Tensor]) -> Tensor | None:
+        """Global norm of ``T g``, in float64 and without a copy of the gradients (SAM-1, SAM-10).
+
+        Returns
+        -------
+        Tensor or None
+            A scalar; None if there is no gradient, and no other process that could have one.
+        """
+        # All processes of a mesh add up the same groups, whatever has a gradient here.
+        whole: list[Tensor] = []
+        groups: dict[Shards, list[Tensor]] = {s: [] for s in map(_shards, candidates) if s}
         with torch.no_grad():
-            norms = [
-                _full_norm(parameter, self._pieces(parameter, gradient))
-                for parameter, gradient in direction
-            ]
+            for parameter, gradient in direction:
+                shards = _shards(parameter)
+                norms = groups[shards] if shards else whole
+                norms.append(_norm_of(self._pieces(parameter, gradient)))
+            norms = whole + [_sum_over(*shards, parts) for shards, parts in groups.items()]
+        if not norms:
+            return None
         home = norms[0].device
         # Divided by the largest, so that squaring the norms of tensors cannot overflow.
         stacked = torch.stack([norm.to(home) for norm in norms])
@@ -356,15 +491,17 @@ class SharpnessAware:
         safe = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
         return torch.linalg.vector_norm(stacked / safe) * safe
 
-    def _perturb(self, direction: list[tuple[nn.Parameter, Tensor]], norm: Tensor) -> None:
+    def _perturb(self, ascent: _Ascent) -> None:
         """Copy the weights aside and move them to ``w + e``; not at all if the norm is 0 or not finite."""
+        norm = ascent.norm
         factor = self.rule.radius(self._count) / (norm + self.rule.eps)
         factor = factor.clamp(max=torch.finfo(torch.float32).max)  # the norm may be subnormal
         usable = (norm > 0) & norm.isfinite()
         factor = torch.where(usable, factor, 0.0)
         # Detached tensors throughout, so autograd does not record this.
-        self._backup = [(_local(p), _local(p).clone()) for p, _ in direction]
-        for parameter, gradient in direction:
+        self._backup = [(_local(p), _local(p).clone()) for p, _ in ascent.direction]
+        self._refusal = unwrap(self.model).register_state_dict_pre_hook(_Refusal())
+        for parameter, gradient in ascent.direction:
             weight, local = _local(parameter), _local(gradient)
             # 0 * inf is NaN: a poisoned gradient must not reach the weights even for one pass.
             local.masked_fill_(~usable.to(local.device), 0)
@@ -378,6 +515,8 @@ class SharpnessAware:
                 if self._is_scaled(parameter):
                     e = e * (w.abs().to(e.real.dtype) + self.rule.eta) ** 2
                 w.copy_(w.to(wide) + e)
+        ascent.direction.clear()  # the second pass needs the memory
+        forget_weights(self.model)
 
     def _pieces(self, parameter: Tensor, gradient: Tensor) -> Iterator[Tensor]:
         """Yield numbers that have the norm of this process's part of ``T g``, in pieces."""
@@ -393,98 +532,92 @@ class SharpnessAware:
         backup, self._backup = self._backup, None
         if backup is None:
             return
+        self._refusal.remove()
         with torch.no_grad():
             for weight, copy in backup:
                 weight.copy_(copy)
+        forget_weights(self.model)
 
     def _is_scaled(self, parameter: Tensor) -> bool:
         return self.rule.adaptive and parameter.ndim >= 2
 
-    def _may_step(self, norm: Tensor, scaler: Any) -> bool:
-        """Apply the policy for a norm that is not finite (SAM-5)."""
-        if self.rule.nonfinite == "skip_perturb":
+    def _may_step(self, ascent: _Ascent, reach: _Reach, *, poison: bool = False) -> bool:
+        """Apply the policy for a norm that is not finite (SAM-5).
+
+        With ``poison`` a step is skipped by making its gradients NaN, for somebody else to see.
+        """
+        policy = self.rule.nonfinite
+        if policy == "skip_perturb":
+            # The descent gradient is everybody's, so without one all processes raise.
+            if ascent.missing and all(p.grad is None for p in reach.candidates):
+                raise MissingGradientError(_MISSING)
             return True
-        norm = self._everywhere(norm)
-        if scaler is not None and self.rule.nonfinite == "skip_step":
-            self._poison(norm)
-            return True
+        norm = self._everywhere(ascent)
+        poison = poison and policy == "skip_step"
+        if poison:
+            reach.poison(norm)
+            if not self._local_replicas():
+                return True
         value = norm.item()
-        if math.isfinite(value):
+        if value == -math.inf:
+            raise MissingGradientError(f"on this or another replica, {_MISSING}")
+        if poison or math.isfinite(value):
             return True
-        if self.rule.nonfinite == "raise":
+        if policy == "raise":
             raise NonFiniteError(
                 f"the norm of the ascent gradient is {value}; the weights are unchanged. "
                 "SAM(nonfinite='skip_step') skips such steps"
             )
         return False
 
-    def _everywhere(self, norm: Tensor) -> Tensor:
-        """Return the norm, or NaN if another replica's own norm is not finite: all act alike (SAM-5)."""
-        group = getattr(self.model, "process_group", None)
-        if group is None or self.rule.scope != "local":
-            return norm
-        bad = (~norm.isfinite()).to(norm.dtype)
-        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX, group)
-        return torch.where((bad > 0) & norm.isfinite(), torch.nan, norm)
+    def _everywhere(self, ascent: _Ascent) -> Tensor:
+        """Return the norm, or what all replicas with norms of their own have to act on alike (SAM-5).
 
-    def _poison(self, norm: Tensor) -> None:
-        """Make all gradients NaN if the norm is not finite, without waiting for the device."""
-        bad = ~norm.isfinite()
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                gradient = _local(parameter.grad)
-                values = gradient._values() if gradient.is_sparse else gradient
-                values.masked_fill_(bad.to(values.device), torch.nan)
+        That is NaN if one of their norms is not finite, and minus infinity if one has no gradient at all.
+        """
+        norm, replicas = ascent.norm, self._local_replicas()
+        if not replicas:
+            return norm
+        bad = torch.full_like(norm, 2) if ascent.missing else (~norm.isfinite()).to(norm.dtype)
+        bad = worst(bad, replicas)
+        norm = torch.where((bad > 0) & norm.isfinite(), torch.nan, norm)
+        return torch.where(bad == 2, -torch.inf, norm)
+
+    def _local_replicas(self) -> tuple[Any, ...]:
+        """Return the wrappers that must not reduce the ascent gradient; none if the scope is global (SAM-9)."""
+        if self.rule.scope != "local":
+            return ()
+        if self._replicas is None:
+            self._replicas = replicas_of(self.model, self._parameters)
+        refuse_static_graph(self._replicas)
+        return self._replicas
 
     def _step_with_closure(
-        self, optimizer: torch.optim.Optimizer, closure: Closure, batch: Any, scaler: Any
+        self, optimizers: tuple[Any, ...], closure: Closure, batch: Any, scaler: Any, reach: _Reach
     ) -> Tensor:
         """Drive an optimizer such as LBFGS, which evaluates the closure itself."""
-        if scaler is not None:
+        kinds = ", ".join(type(one).__name__ for one in optimizers)
+        if scaler is not None or any(map(_scales, optimizers)):
+            raise ConfigError(f"{kinds} evaluates the closure itself, which no GradScaler supports")
+        if len(optimizers) > 1:
             raise ConfigError(
-                f"{type(optimizer).__name__} evaluates the closure itself, which no GradScaler supports"
+                f"{kinds}: an optimizer that evaluates the closure itself has to be the only one"
             )
         losses: list[Tensor] = []
 
         def sharpness_aware() -> Tensor:
-            loss, norm = self._gradients(closure, batch)
+            loss, ascent = self._gradients(closure, batch, reach)
             losses.append(loss)
-            if norm is not None and not self._may_step(norm, None):
+            if ascent is not None and not self._may_step(ascent, reach):
                 raise NonFiniteError(
-                    f"{type(optimizer).__name__} cannot skip a step from inside its closure, and the "
+                    f"{kinds} cannot skip a step from inside its closure, and the "
                     "norm of the ascent gradient is not finite; the weights are unchanged"
                 )
             return loss
 
-        optimizer.step(sharpness_aware)
+        optimizers[0].step(sharpness_aware)
         self._count += 1
         return losses[0]
-
-    def _weighted_gradients(self, weight: float) -> dict[str, Tensor]:
-        return {
-            name: p.grad.detach() * weight
-            for name, p in self.model.named_parameters()
-            if p.grad is not None
-        }
-
-    def _unsynchronized(self) -> AbstractContextManager[Any]:
-        """Keep DDP from reducing the ascent gradient, unless its scope is global (SAM-9)."""
-        no_sync = getattr(self.model, "no_sync", None)
-        if self.rule.scope == "local" and callable(no_sync):
-            context: AbstractContextManager[Any] = no_sync()
-            return context
-        return nullcontext()
-
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        groups = getattr(optimizer, "param_groups", None)
-        if groups is None:
-            return  # a wrapper that does not say what it holds
-        held = {id(p) for group in groups for p in group["params"]}
-        if not any(id(p) in held for p in self.model.parameters()):
-            raise ParameterError(
-                f"{type(optimizer).__name__} holds none of the model's parameters; make it from those of "
-                "the model that SharpnessAware was given"
-            )
 
     def _check_batch(self, closure: Closure, batch: Sequence[Tensor] | None) -> None:
         needs = self.rule.fraction != 1 or self.rule.microbatches != 1
@@ -515,156 +648,116 @@ class SharpnessAware:
 
     def _refuse_while_perturbed(self) -> None:
         if self.is_perturbed:
-            raise OrderError(
-                "the weights are perturbed: save after step(), or outside the perturbed() block"
-            )
-
-
-class _Refusal:
-    """What a model asks before it is saved. Its copies are nobody's: those of the model are free."""
-
-    def __init__(self, owner: SharpnessAware | None = None) -> None:
-        self._owner = None if owner is None else weakref.ref(owner)
-
-    def __call__(self, *_: Any) -> None:
-        owner = None if self._owner is None else self._owner()
-        if owner is not None:
-            owner._refuse_while_perturbed()
-
-    def __reduce__(self) -> tuple[type[_Refusal], tuple[()]]:
-        self()  # a pickle of the model has its weights too
-        return _Refusal, ()
-
-
-# --- probe ------------------------------------------------------------------------------------------
+            raise OrderError(_PERTURBED)
 
 
 @dataclass(frozen=True)
-class Verification:
-    """What :func:`verify_sam` saw.
+class _Reach:
+    """What one step of SAM reaches.
 
     Attributes
     ----------
-    passes : int
-        Forward passes of the model in one step.
-    perturbation : float
-        Distance of the weights in the last pass from those in the first; should be rho.
-    cosine : float
-        Cosine between that displacement and the first gradient; should be 1 (for ASAM: above 0).
-    gradient_error : float
-        Relative distance between the gradient that the optimizer received and the gradient at the
-        displaced weights; should be about rounding error.
-    restored : bool
-        Whether the optimizer saw the weights that the step began with, bit for bit.
+    candidates : list of Tensor
+        What is perturbed if it has a gradient after the first pass.
+    everything : list of Tensor
+        Whose gradients are the step's own: the parameters of the model and of the optimizers.
     """
 
-    passes: int
-    perturbation: float
-    cosine: float
-    gradient_error: float
-    restored: bool
+    candidates: list[Tensor]
+    everything: list[Tensor]
 
-    @property
-    def ok(self) -> bool:
-        """Whether this was SAM: two passes, moved uphill, right gradient, weights restored."""
-        return (
-            self.passes >= 2
-            and self.perturbation > 0
-            and self.cosine > 0
-            and self.gradient_error < 1e-3
-            and self.restored
-        )
+    def clear(self) -> None:
+        """Drop all gradients, so that a pass starts without any, whoever forgot to clear them (SAM-4)."""
+        for parameter in self.everything:
+            parameter.grad = None
+
+    def weighted(self, weight: float) -> dict[int, Tensor]:
+        """Return the gradients that are there, times a number, by the parameter's place."""
+        return {
+            index: p.grad.detach() * weight
+            for index, p in enumerate(self.everything)
+            if p.grad is not None
+        }
+
+    def poison(self, norm: Tensor) -> None:
+        """Make all gradients NaN if the norm is not finite, without waiting for the device."""
+        bad = ~norm.isfinite()
+        for parameter in self.everything:
+            if parameter.grad is not None:
+                gradient = _local(parameter.grad)
+                values = gradient._values() if gradient.is_sparse else gradient
+                values.masked_fill_(bad.to(values.device), torch.nan)
 
 
-def verify_sam(
-    step: Callable[[], Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    gradient: Callable[[], Any],
-) -> Verification:
-    """Tell whether a training step really takes its gradient at the perturbed weights (SAM-14).
+@dataclass(frozen=True)
+class _Ascent:
+    """The direction uphill: parameters with their gradients, placed alike, and the norm of all of them.
 
-    Works on any implementation, since it only watches the model and the optimizer. One step is taken
-    and undone on the weights; the optimizer's own state is left advanced, so probe a scratch copy or before
-    training.
-
-    Parameters
-    ----------
-    step : callable
-        Performs one complete training step of the SAM under test on ``model`` with ``optimizer``.
-    model : nn.Module
-        The model; deterministic, or with the same random numbers in every pass.
-    optimizer : torch.optim.Optimizer
-        The optimizer that moves the weights (for a wrapper, the one inside).
-    gradient : callable
-        Clears and recomputes the plain gradients of the same batch at the current weights.
-
-    Returns
-    -------
-    Verification
-        ``.ok``, and the numbers behind it.
+    ``missing`` says that this replica has no gradient at all; the norm is NaN then.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    visited: list[list[Tensor]] = []
-    received: list[list[Tensor]] = []
-    seen: list[list[Tensor]] = []
 
-    def snapshot() -> list[Tensor]:
-        return [p.detach().clone() for p in parameters]
+    direction: Direction
+    norm: Tensor
+    missing: bool = False
 
-    def at_step(*_: Any) -> None:
-        received.append([_gradient_or_zero(p) for p in parameters])
-        seen.append(snapshot())
 
-    with ExitStack() as hooks:
-        for handle in (
-            model.register_forward_pre_hook(lambda *_: visited.append(snapshot())),
-            optimizer.register_step_pre_hook(at_step),
-        ):
-            hooks.callback(handle.remove)
-        start = snapshot()
-        step()
-    passes = list(visited)
+class _Refusal:
+    """What a model holds while its weights are perturbed: it can be neither saved nor copied."""
 
-    def gradient_at(point: list[Tensor]) -> Tensor:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, point, strict=True):
-                parameter.copy_(value)
-        gradient()
-        return _flatten([_gradient_or_zero(p) for p in parameters])
+    def __call__(self, *_: Any) -> NoReturn:
+        raise OrderError(_PERTURBED)
 
-    last = passes[-1] if passes else start
-    uphill = gradient_at(start)
-    wanted = gradient_at(last)
-    gradient_at(start)
-    moved = _flatten(last) - _flatten(start)
-    got = _flatten(received[-1]) if received else torch.zeros_like(wanted)
-    length = float(moved.norm() * uphill.norm())
-    return Verification(
-        passes=len(passes),
-        perturbation=float(moved.norm()),
-        cosine=float(moved @ uphill) / length if length else 0.0,
-        gradient_error=float((got - wanted).norm() / wanted.norm().clamp_min(1e-300)),
-        restored=bool(seen)
-        and all(torch.equal(a, b) for a, b in zip(seen[-1], start, strict=True)),
-    )
+    def __reduce__(self) -> NoReturn:
+        self()  # a pickle of the model has its weights too
+
+
+_PERTURBED: Final = "the weights are perturbed: save after step(), or outside the perturbed() block"
+_MISSING: Final = (
+    "no perturbed parameter has a gradient after the first pass; the closure must call backward, and "
+    "only/exclude must leave parameters that take part in the loss, are not frozen and are in the optimizer"
+)
 
 
 # --- helpers ----------------------------------------------------------------------------------------
 
 
-def _flatten(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+def _chain(optimizer: Any) -> Iterator[Any]:
+    """Yield an optimizer, the one that it wraps, and so on."""
+    seen: set[int] = set()
+    while optimizer is not None and id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        yield optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
 
 
-def _gradient_or_zero(parameter: Tensor) -> Tensor:
-    gradient = parameter.grad
-    return torch.zeros_like(parameter) if gradient is None else gradient.detach().clone()
+def _held(optimizers: Iterable[Any]) -> dict[int, Tensor] | None:
+    """Return the parameters that optimizers hold, by id; None if there is none, or one does not say."""
+    held: dict[int, Tensor] = {}
+    for optimizer in optimizers:
+        groups = next(
+            (one.param_groups for one in _chain(optimizer) if hasattr(one, "param_groups")), None
+        )
+        if groups is None:
+            return None
+        held.update({id(p): p for group in groups for p in group["params"]})
+    return held or None
 
 
-def _call(closure: Closure, batch: Sequence[Tensor] | None) -> Tensor:
-    with torch.enable_grad():
-        return torch.as_tensor(closure() if batch is None else closure(*batch))
+def _refuse_accumulating(optimizers: Iterable[Any]) -> None:
+    """Raise OrderError while a wrapper makes ``zero_grad`` and ``step`` do nothing, as Accelerate's does."""
+    for one in (inner for optimizer in optimizers for inner in _chain(optimizer)):
+        if getattr(getattr(one, "gradient_state", None), "sync_gradients", True) is False:
+            raise OrderError(
+                f"{type(one).__name__} accumulates gradients at present, so its zero_grad() and step() do "
+                "nothing, and both passes of SAM have to see all micro-batches: call step() outside "
+                "accumulate(), once for all of them, with a closure that goes over them"
+            )
+
+
+def _scales(optimizer: Any) -> bool:
+    """Tell whether a wrapper steps through a GradScaler of its own, as Accelerate's does."""
+    scalers: list[Any] = [getattr(one, "scaler", None) for one in _chain(optimizer)]
+    return any(hasattr(scaler, "unscale_") and scaler.is_enabled() for scaler in scalers)
 
 
 def _split(batch: Sequence[Tensor] | None, parts: int) -> list[Sequence[Tensor] | None]:
@@ -675,51 +768,16 @@ def _split(batch: Sequence[Tensor] | None, parts: int) -> list[Sequence[Tensor] 
     return [list(piece) for piece in zip(*pieces, strict=True)]
 
 
-def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+def _needs_closure(optimizer: Any) -> bool:
     """Tell whether ``optimizer.step`` cannot be called without a closure, as LBFGS's cannot."""
-    try:
-        inspect.signature(optimizer.step).bind()
-    except TypeError:
-        return True
-    return isinstance(optimizer, torch.optim.LBFGS)
-
-
-@contextmanager
-def _keep_buffers(model: nn.Module | None) -> Iterator[None]:
-    """Undo every change of the model's buffers, running statistics of any normalisation among them."""
-    if model is None:
-        yield
-        return
-    places = [
-        (module._buffers, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, copy in kept:
-                buffer.copy_(copy)
-        for buffers, name, buffer in places:
-            if buffers.get(name) is not buffer:  # the model bound the name to another tensor
-                buffers[name] = buffer
-
-
-def _random_state(parameters: Sequence[Tensor]) -> dict[Any, Tensor]:
-    states: dict[Any, Tensor] = {"cpu": torch.get_rng_state()}
-    for device in {p.device for p in parameters if p.device.type == "cuda"}:
-        states[device] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_random_state(states: Mapping[Any, Tensor]) -> None:
-    for device, state in states.items():
-        if device == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, device)
+    for one in _chain(optimizer):
+        if isinstance(one, torch.optim.LBFGS):
+            return True
+        try:
+            inspect.signature(one.step).bind()
+        except TypeError:
+            return True
+    return False
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -740,33 +798,50 @@ def _pieces(weight: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]
     yield from zip(weight.split(rows), gradient.split(rows), strict=True)
 
 
-def _full_norm(parameter: Tensor, pieces: Iterator[Tensor]) -> Tensor:
-    """Norm of a whole parameter from the pieces that this process has, in float64."""
+def _norm_of(pieces: Iterator[Tensor]) -> Tensor:
+    """Norm of a tensor that comes in pieces, in float64."""
     norms = []
     for piece in pieces:
         real = torch.view_as_real(piece) if piece.is_complex() else piece
         norms.append(torch.linalg.vector_norm(real, dtype=torch.float64))
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
-    return _reduce_norm(norm, parameter) if _is_sharded(parameter) else norm
+    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
 
 
-def _reduce_norm(norm: Tensor, parameter: Any) -> Tensor:
-    """Norm of a DTensor from those of all processes' parts; replicas hold the same numbers."""
+def _shards(parameter: Any) -> Shards | None:
+    """Return the mesh, and its axes, that a parameter is cut along; None if all of it is here."""
+    if not is_sharded(parameter):
+        return None
+    axes = tuple(i for i, placement in enumerate(parameter.placements) if placement.is_shard())
+    return (parameter.device_mesh, axes) if axes else None
+
+
+def _sum_over(mesh: Any, axes: Sequence[int], norms: Sequence[Tensor]) -> Tensor:
+    """Norm of DTensors from those of this process's parts; replicas hold the same numbers."""
     import torch.distributed as dist  # here, because most programs are not distributed
 
-    mesh = parameter.device_mesh
-    total = norm.square().to(mesh.device_type)
-    for axis, placement in enumerate(parameter.placements):
-        if placement.is_shard():
-            dist.all_reduce(total, group=mesh.get_group(axis))
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
+    if norms:
+        total = torch.linalg.vector_norm(torch.stack(list(norms))).square().to(mesh.device_type)
+    for axis in axes:
+        dist.all_reduce(total, group=mesh.get_group(axis))
     return total.sqrt()
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "placements")
+def _placed(gradient: Any, parameter: Any) -> Tensor:
+    """Return a gradient as dense as its parameter, and cut along the same axes: summed, if it is a share."""
+    if is_sharded(gradient) != is_sharded(parameter):
+        raise ParameterError(
+            f"of a parameter of shape {tuple(parameter.shape)} and its gradient one is a DTensor and the other "
+            "is not; make both DTensors on the same mesh"
+        )
+    if gradient.is_sparse:
+        return gradient.to_dense()
+    if is_sharded(gradient) and gradient.placements != parameter.placements:
+        return gradient.redistribute(parameter.device_mesh, parameter.placements)
+    return gradient
 
 
 def _local(tensor: Tensor) -> Tensor:
     """Return this process's part of a DTensor; any other tensor, detached, as it is."""
     detached = tensor.detach()
-    return detached.to_local() if _is_sharded(detached) else detached
+    return detached.to_local() if is_sharded(detached) else detached

@@ -1,12 +1,12 @@
-"""Units by layer type: what every parameter of a PyTorch model means, and the plan made from it.
+"""Units of a PyTorch model: which layer every parameter belongs to, and the plan made from it.
 
-PyTorch stores weights out-first, so most rows of the table say ``o ... -> o``. The table is a registry by
-layer type, looked up along the class hierarchy; :func:`register_units` adds a layer of your own.
+:mod:`agc_torch.layers` says what a layer type's parameters mean. Names are those of the bare model: the
+modules that wrappers put around it, at the top or anywhere inside, are left out of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Final, TypeAlias
 from weakref import WeakKeyDictionary
@@ -20,10 +20,12 @@ from agc import AGC, Plan, Units
 from agc.config import check_rule
 from agc.errors import ParameterError
 from agc.plan import WHOLE, Parameter, PlanEntry, canonical_name, make_plan
+from agc_torch.layers import Table, own_parameters, register_units, table_of, version
 
 __all__ = [
     "Model",
     "named_parameters",
+    "places",
     "plan",
     "register_units",
     "resolve",
@@ -32,8 +34,6 @@ __all__ = [
 ]
 
 Model: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
-LayerUnits: TypeAlias = Mapping[str, str | Units]
-LayerRule: TypeAlias = LayerUnits | Callable[[nn.Module], LayerUnits]
 
 
 def plan(model: Model, rule: AGC) -> Plan:
@@ -42,8 +42,10 @@ def plan(model: Model, rule: AGC) -> Plan:
     Parameters
     ----------
     model : Module, mapping of name to tensor, or iterable of (name, tensor)
-        A module's layer types settle the units. Plain tensors have no layer types: ranks 2, 4 and 5 are
-        taken as out-first, rank 3 has to be declared in the rule.
+        A module's layer types settle the units (see :mod:`agc_torch.layers`). Plain tensors have no layer
+        types: ranks 2, 4 and 5 are taken as out-first, with one warning, and rank 3 has to be declared in
+        the rule. Parameters stacked by ``torch.func.stack_module_state`` are such tensors: declare
+        ``"e o i ... -> e o"`` for them.
     rule : AGC
         The configuration.
 
@@ -51,8 +53,8 @@ def plan(model: Model, rule: AGC) -> Plan:
     -------
     Plan
         One entry a parameter in the model's order, tied parameters once, under their first name. The names
-        are those of the bare model, whether or not it is wrapped (``DistributedDataParallel``,
-        ``torch.compile``, activation checkpointing).
+        are those of the bare model, whatever wraps it or its parts (see :func:`unwrap`). Frozen
+        parameters are marked, and not counted.
 
     Raises
     ------
@@ -64,23 +66,29 @@ def plan(model: Model, rule: AGC) -> Plan:
         If ``model`` is none of these, a parameter is lazy and not yet initialised, or the model holds FSDP1's
         flat parameters.
 
+    Warns
+    -----
+    UnitsWarning
+        If units follow the layout convention, because no layer type settles them.
+
     Notes
     -----
     A model declares its classifier by an attribute: ``model.agc_head = "fc"``. The selector ``"@head"``
-    then excludes it.
+    then excludes it. Of timm's models, ``model.pretrained_cfg["classifier"]`` is taken.
 
     Examples
     --------
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 2, bias=False))
     >>> print(plan(model, AGC(exclude=["*.bias"])))
-    parameter  shape    units                 count  clipping
-    ---------  -------  --------------------  -----  --------
-    0.weight   8x3x3x3  o i ... -> o              8  0.01
-    0.bias     8        ... ->                    1  excluded
-    1.weight   8x4x2x2  (g=1 i) o ... -> g o      4  0.01
+    parameter  shape    units                 source  count  clipping
+    ---------  -------  --------------------  ------  -----  --------
+    0.weight   8x3x3x3  o i ... -> o          layer       8  0.01
+    0.bias     8        ... ->                vector      1  excluded
+    1.weight   8x4x2x2  (g=1 i) o ... -> g o  layer       4  0.01
     3 parameters, 2 clipped, 12 units
     """
     check_rule(rule, AGC)
+    module = isinstance(model, nn.Module)
     survey = _survey(model) if isinstance(model, nn.Module) else {}
     parameters = []
     for name, tensor in named_parameters(model).items():
@@ -90,9 +98,12 @@ def plan(model: Model, rule: AGC) -> Plan:
                 "run the model once on an example batch first"
             )
         found, owner = survey.get(name, (None, None))
-        parameters.append(Parameter(name, tuple(tensor.shape), found, "out-first", owner))
-    head = getattr(unwrap(model), "agc_head", None) if isinstance(model, nn.Module) else None
-    made = make_plan(parameters, rule, head=head)
+        inactive = "frozen" if _frozen(tensor) else None
+        shape = tuple(tensor.shape)
+        parameters.append(Parameter(name, shape, found, "out-first", owner, inactive=inactive))
+    head = _head(unwrap(model)) if isinstance(model, nn.Module) else None
+    cure = "" if module else "give the module instead of its tensors"
+    made = make_plan(parameters, rule, head=head, cure=cure)
     for entry in made:
         _ = entry.axes  # remembered, because torch.compile cannot work them out
     return made
@@ -116,40 +127,6 @@ def units(model: nn.Module) -> dict[str, Units | None]:
     return {name: survey[name][0] for name in named_parameters(model)}
 
 
-def register_units(layer: type[nn.Module] | str, units: LayerRule) -> None:
-    """Teach the table a layer type, or change what it says of one.
-
-    Parameters
-    ----------
-    layer : type of Module, or str
-        The layer's class; its subclasses follow it unless they are registered themselves. A string is the
-        full path of a class that need not be imported, ``"package.module.Name"``.
-    units : mapping of str to str or Units, or callable
-        Parameter name (a glob, the first that matches decides) to units; or a function of the layer that
-        returns such a mapping, where the units depend on the layer's sizes. A parameter that matches
-        nothing is left to the layout convention.
-
-    Examples
-    --------
-    >>> class Dense(nn.Module):
-    ...     def __init__(self, inputs, outputs):
-    ...         super().__init__()
-    ...         self.kernel = nn.Parameter(torch.zeros(inputs, outputs))
-    >>> register_units(Dense, {"kernel": "i o -> o"})
-    >>> plan(Dense(3, 5), AGC())["kernel"].count
-    5
-    """
-    if isinstance(units, Mapping):
-        units = {name: Units(str(pattern)) for name, pattern in units.items()}
-    elif not callable(units):
-        raise ParameterError(
-            f"units of {layer!r} must be a mapping such as {{'weight': 'o i -> o'}}, "
-            f"or a function of the layer that returns one, got {units!r}"
-        )
-    _REGISTRY[_path(layer) if isinstance(layer, type) else layer] = units
-    _RESOLVED.clear()
-
-
 def named_parameters(model: Model) -> dict[str, Tensor]:
     """Return parameters by dotted name, tied ones once, wrappers' prefixes removed.
 
@@ -160,16 +137,18 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
         cut apart (AGC-8).
     """
     if isinstance(model, nn.Module):
-        named: Iterable[tuple[str, Tensor]] = unwrap(model).named_parameters()
+        named: Iterable[tuple[str, Tensor]] = (
+            (name, tensor) for name, tensor, _ in _own_parameters(model)
+        )
     else:
         named = _named_tensors(model)
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in named:
-        name = canonical_name(_clean(name))
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
+        name = canonical_name(name)
         if "_fsdp_wrapped_module" in name or "_flat_param" in name:
             raise ParameterError(
                 f"parameter {name!r} is flattened by FullyShardedDataParallel (FSDP1), which cuts units "
@@ -181,15 +160,25 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
     return found
 
 
+def places(model: Model) -> dict[int, tuple[Mapping[str, Tensor | None], str]]:
+    """Return where each parameter is kept: the mapping that holds it and its key, by the tensor's id."""
+    if isinstance(model, nn.Module):
+        return {
+            id(tensor): (layer._parameters, name.rpartition(".")[2])
+            for name, tensor, layer in reversed(list(_own_parameters(model)))
+        }
+    return {id(t): (model, n) for n, t in model.items()} if isinstance(model, Mapping) else {}
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the bare model inside DDP, DataParallel and ``torch.compile``."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    """Return the bare model inside wrappers.
+
+    They are DDP, DataParallel, ``torch.compile``, activation checkpointing and Lightning Fabric's module.
+    A module of one's own that merely calls a child ``module`` or ``_forward_module`` is none of them.
+    """
+    while (inner := _inner(model)) is not None:
+        model = inner
+    return model
 
 
 def resolve(
@@ -217,15 +206,22 @@ def resolve(
         plan_ = plan(named, rule)
         return plan_, _pair(plan_, named)
     known = _RESOLVED.get(model)
-    if known is None or known[0] != rule or not _same(known[2], named):
+    asked = (rule, version())
+    if known is None or known[0] != asked or not _same(known[2], named):
         made = plan(model, rule)
-        known = _RESOLVED[model] = (rule, made, _pair(made, named))
+        known = _RESOLVED[model] = (asked, made, _pair(made, named))
     return known[1], known[2]
 
 
 Pairs: TypeAlias = list[tuple[PlanEntry, Tensor]]
-_RESOLVED: Final[WeakKeyDictionary[nn.Module, tuple[AGC, Plan, Pairs]]] = WeakKeyDictionary()
-_WRAPPERS: Final = ("_orig_mod", "_checkpoint_wrapped_module")
+_RESOLVED: Final[WeakKeyDictionary[nn.Module, tuple[tuple[AGC, int], Plan, Pairs]]] = (
+    WeakKeyDictionary()
+)
+_WRAPPERS: Final = (  # the children that make a module a wrapper, the wrapped one first
+    ("_orig_mod",),
+    ("_checkpoint_wrapped_module",),
+    ("_forward_module", "_original_module"),
+)
 
 
 def _named_tensors(model: object) -> list[tuple[str, Tensor]]:
@@ -259,19 +255,70 @@ def _pair(plan_: Plan, named: Mapping[str, Tensor]) -> Pairs:
 def _same(known: Pairs, named: Mapping[str, Tensor]) -> bool:
     """Tell whether these are still the parameters that the plan was made for."""
     return len(known) == len(named) and all(
-        tensor is now and entry.name == name and entry.shape == now.shape
+        tensor is now
+        and entry.name == name
+        and entry.shape == now.shape
+        and (entry.inactive is not None) == _frozen(now)
         for (entry, tensor), (name, now) in zip(known, named.items(), strict=True)
     )
 
 
-def _clean(name: str) -> str:
-    if not any(wrapper in name for wrapper in _WRAPPERS):
-        return name
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def _frozen(tensor: Tensor) -> bool:
+    return not tensor.requires_grad and isinstance(tensor, nn.Parameter)
 
 
-def _path(layer: type) -> str:
-    return f"{layer.__module__}.{layer.__qualname__}"
+def _inner(module: nn.Module) -> nn.Module | None:
+    """Return what a wrapper wraps; None for any other module."""
+    children = module._modules
+    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return children["module"]
+    if 0 < len(children) < 3 and not module._parameters:
+        for names in _WRAPPERS:
+            if children.keys() == set(names):
+                return children[names[0]]
+    return None
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield bare modules, each once and before what it contains, with their names, "a.b." for one."""
+    seen: set[nn.Module] = set()
+    stack = [("", model)]
+    while stack:
+        prefix, module = stack.pop()
+        module = unwrap(module)
+        if module in seen:
+            continue
+        seen.add(module)
+        yield prefix, module
+        stack += [
+            (f"{prefix}{name}.", child)
+            for name, child in reversed(list(module._modules.items()))
+            if child is not None
+        ]
+
+
+def _own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
+    """Yield name, parameter and the module that holds it, in the model's order; tied ones repeatedly."""
+    for prefix, module in _walk(model):
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                yield prefix + name, tensor, module
+
+
+def _head(model: nn.Module) -> str | None:
+    """Return the classifier's name: as the model declares it, or as timm's models tell of theirs."""
+    declared = getattr(model, "agc_head", None)
+    if declared is not None:
+        return str(declared)
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    names = config.get("classifier") if isinstance(config, Mapping) else None
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, (tuple, list)) or len(names) != 1:
+        return None
+    owners = {
+        prefix for prefix, layer in _walk(model) if next(layer.parameters(), None) is not None
+    }
+    return str(names[0]) if f"{names[0]}." in owners else None
 
 
 def _survey(model: nn.Module) -> dict[str, tuple[Units | None, str]]:
@@ -282,35 +329,26 @@ def _survey(model: nn.Module) -> dict[str, tuple[Units | None, str]]:
     def add(name: str, tensor: Tensor, units: Units | None, layer: nn.Module) -> None:
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[_clean(name.lstrip("."))] = (units, type(layer).__name__)
+            found[name] = (units, type(layer).__name__)
 
     # A layer comes before what it contains, so it speaks for the tensors behind its parametrised weights.
-    for prefix, layer in unwrap(model).named_modules():
-        table = _layer_units(layer)
-        for name, tensor in layer.named_parameters(recurse=False):
-            add(f"{prefix}.{name}", tensor, _of(layer, table, name), layer)
+    for prefix, layer in _walk(model):
+        table = table_of(layer)
+        for name, tensor in own_parameters(layer):
+            add(f"{prefix}{name}", tensor, _of(layer, table, name), layer)
         if parametrize.is_parametrized(layer):
             for name, chain in layer.parametrizations.items():
                 for part, tensor in chain.named_parameters(recurse=False):
                     behind = _behind(tensor, chain, _match(table, name))
-                    add(f"{prefix}.parametrizations.{name}.{part}", tensor, behind, layer)
+                    add(f"{prefix}parametrizations.{name}.{part}", tensor, behind, layer)
     return found
 
 
-def _layer_units(layer: nn.Module) -> Mapping[str, Units]:
-    for kind in type(layer).__mro__:
-        rule = _REGISTRY.get(_path(kind))
-        if rule is not None:
-            table = rule if isinstance(rule, Mapping) else rule(layer)
-            return {name: Units(str(pattern)) for name, pattern in table.items()}
-    return {}
-
-
-def _match(table: Mapping[str, Units], name: str) -> Units | None:
+def _match(table: Table, name: str) -> Units | None:
     return next((found for glob, found in table.items() if fnmatchcase(name, glob)), None)
 
 
-def _of(layer: nn.Module, table: Mapping[str, Units], name: str) -> Units | None:
+def _of(layer: nn.Module, table: Table, name: str) -> Units | None:
     """Units of a layer's parameter, also where pruning or an old-style hook moved the weight aside."""
     base, _, suffix = name.rpartition("_")
     if suffix == "g" and hasattr(layer, f"{base}_v") and _match(table, base):
@@ -343,31 +381,3 @@ def _behind(
     ):
         return WHOLE  # a gain along some axes, as weight_norm's
     return None
-
-
-def _transposed(layer: nn.Module) -> LayerUnits:
-    return {"weight": Units("(g i) o ... -> g o", g=int(layer.groups))}
-
-
-_REGISTRY: Final[dict[str, LayerRule]] = {}
-_CONV: Final = {"weight": "o i ... -> o", "gain": "... ->"}  # subclasses of NFNets have a gain
-_BUILT_IN: Final[dict[type[nn.Module] | str, LayerRule]] = {
-    nn.Linear: {"weight": "o i -> o"},
-    nn.Bilinear: {"weight": "o i j -> o"},
-    nn.Conv1d: _CONV,
-    nn.Conv2d: _CONV,
-    nn.Conv3d: _CONV,
-    nn.ConvTranspose1d: _transposed,
-    nn.ConvTranspose2d: _transposed,
-    nn.ConvTranspose3d: _transposed,
-    nn.Embedding: {"weight": "v d -> v"},
-    nn.EmbeddingBag: {"weight": "v d -> v"},
-    nn.MultiheadAttention: {"*_proj_weight": "o i -> o", "bias_?": WHOLE},
-    nn.RNNBase: {"weight_*": "o i -> o"},
-    nn.RNNCellBase: {"weight_*": "o i -> o"},
-    nn.LayerNorm: {"*": WHOLE},
-    nn.RMSNorm: {"*": WHOLE},
-    "transformers.pytorch_utils.Conv1D": {"weight": "i o -> o"},
-}
-for _layer, _rule in _BUILT_IN.items():
-    register_units(_layer, _rule)

@@ -196,23 +196,23 @@ def test_train_with_sam():
 
 def restore_nearly(self):
     """Restore to one unit in the last place, as subtracting ``e`` does."""
-    backup, self._backup = self._backup, None
-    for weight, copy in backup or ():
-        weight.copy_(torch.nextafter(copy, weight))
+    for weight, copy in self._backup or ():
+        copy.copy_(torch.nextafter(copy, weight))
+    RESTORE(self)
 
 
-def clip_twice(self):
+def clip_twice(self, reach):
     """Clip the ascent gradient as well, as a clipper inside the closure does."""
     adaptive_clip_grad_(self.model, AGC(clipping=0.05))
-    return ASCENT(self)
+    return ASCENT(self, reach)
 
 
-ASCENT = SharpnessAware._ascent_gradients
+ASCENT, RESTORE = SharpnessAware._ascent, SharpnessAware._restore
 
 
 @pytest.mark.parametrize(
     ("part", "mistake", "noticed"),
-    [("_restore", restore_nearly, "descent"), ("_ascent_gradients", clip_twice, "perturb")],
+    [("_restore", restore_nearly, "descent"), ("_ascent", clip_twice, "perturb")],
 )
 def test_train_with_sam_notices(monkeypatch, part, mistake, noticed):
     monkeypatch.setattr(SharpnessAware, part, mistake)

@@ -34,6 +34,9 @@ from agc.errors import (
 )
 from agc.reference import Result, RowSparse, adaptive_clip
 
+# Plain tensors are clipped here, whose units follow the layout; test_units.py asserts that warning.
+pytestmark = pytest.mark.filterwarnings("ignore:no layer's type settles:agc.errors.UnitsWarning")
+
 SHAPES = {
     "scalar": (),
     "bias": (7,),
@@ -544,6 +547,76 @@ def test_float8(dtype):
     assert good.grad.max() < 1
 
 
+class Quantised(Tensor):
+    """As torchao's: a wrapper around other tensors that looks like a float one, with few operations."""
+
+    inner: tuple[str, ...] = ("codes", "scale")
+    readable = True
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor | None = None) -> Quantised:
+        dtype = codes.dtype if scale is None else scale.dtype
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
+
+    def __init__(self, codes: Tensor, scale: Tensor | None = None) -> None:
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return [name for name in self.inner if getattr(self, name) is not None], None
+
+    def dequantize(self) -> Tensor:
+        if not self.readable:
+            raise NotImplementedError
+        return self.codes * self.scale
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        raise NotImplementedError(f"{cls.__name__} has no {function}")
+
+
+class Unreadable(Quantised):
+    readable = False
+
+
+def test_quantised_weight_is_read_dequantised(path):
+    codes, scale = torch.tensor([[3, 4], [6, 8]], dtype=torch.int8), torch.tensor([[0.5], [1.0]])
+    made = nn.Parameter(Quantised(codes, scale))
+    made.grad = torch.tensor([[0.0, 1.0], [0.0, 0.05]])
+    other = parameter(torch.ones(2, 2), torch.ones(2, 2))
+    stats = agc_torch.adaptive_clip_grad_({"w": made, "o": other}, AGC(clipping=0.01))
+    torch.testing.assert_close(made.grad, torch.tensor([[0.0, 0.025], [0.0, 0.05]]))
+    assert stats.parameters()["w"].clipped == 1
+
+
+def test_wrapper_around_one_tensor_is_that_tensor(path):
+    made = nn.Parameter(Quantised(torch.tensor([[3.0, 4.0]])))
+    made.grad = torch.tensor([[0.0, 1.0]])
+    agc_torch.adaptive_clip_grad_({"w": made}, AGC(clipping=0.01, units={"w": "o i -> o"}))
+    torch.testing.assert_close(made.grad, torch.tensor([[0.0, 0.05]]))
+
+
+def test_wrapper_that_cannot_be_read():
+    made = nn.Parameter(Unreadable(torch.ones(3, 2, dtype=torch.int8), torch.ones(3, 1)))
+    made.grad = torch.ones(3, 2)
+    match = r"parameter 'w': the weight of shape \(3, 2\) is a Unreadable.*exclude=\['w'\]"
+    with pytest.raises(ParameterError, match=match):
+        agc_torch.adaptive_clip_grad_({"w": made}, AGC())
+    other = parameter(torch.ones(2, 2), torch.ones(2, 2))
+    agc_torch.adaptive_clip_grad_({"w": made, "o": other}, AGC(exclude=["w"]))
+    assert other.grad.max() < 1
+
+
+def test_quantised_gradient_cannot_be_written():
+    made = nn.Parameter(Quantised(torch.ones(3, 2, dtype=torch.int8), torch.ones(3, 1)))
+    made.grad = Quantised(torch.ones(3, 2, dtype=torch.int8), torch.ones(3, 1))
+    with pytest.raises(ParameterError, match=r"'w': the gradient of shape \(3, 2\) is a Quantised"):
+        agc_torch.adaptive_clip_grad_({"w": made}, AGC())
+
+
 @pytest.mark.parametrize("rule", [None, 0.01, {"clipping": 0.01}, SAM(), AGC], ids=str)
 def test_rule_that_is_none(rule):
     model = model_of(torch.float32)
@@ -851,7 +924,8 @@ def pair(shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
 
 def clip(weight: Tensor, gradient: Tensor, clipping: float) -> Tensor:
     made = parameter(weight, gradient)
-    agc_torch.adaptive_clip_grad_({"w": made}, AGC(clipping=clipping, eps=1e-30))
+    rule = AGC(clipping=clipping, eps=1e-30, units={"w": "o i -> o"})
+    agc_torch.adaptive_clip_grad_({"w": made}, rule)
     return made.grad
 
 

@@ -6,6 +6,8 @@ One pair of processes works off every case and writes down what it got; the test
 from __future__ import annotations
 
 import traceback
+import warnings
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,8 +115,10 @@ def case_zero_policy() -> Any:
     return placed(_axis(1), ZERO, poison=True)
 
 
-def train(wrapped: nn.Module, steps: int = 3) -> list[torch.Tensor]:
-    optimizer = torch.optim.SGD(wrapped.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
+def train(wrapped: nn.Module, steps: int = 3, optimizer: Any = None) -> list[torch.Tensor]:
+    optimizer = optimizer or torch.optim.SGD(
+        wrapped.parameters(), 0.1, momentum=0.9, weight_decay=1e-3
+    )
     handle = attach(optimizer, wrapped, AGC(clipping=0.02))
     generator = torch.Generator().manual_seed(2)
     for _ in range(steps):
@@ -124,6 +128,7 @@ def train(wrapped: nn.Module, steps: int = 3) -> list[torch.Tensor]:
         wrapped(mine).square().mean().backward()
         optimizer.step()
     assert int(handle.stats().clipped) > 0
+    assert handle.steps == steps
     return [full(p) for p in wrapped.parameters()]
 
 
@@ -180,11 +185,95 @@ def case_mixed_kinds() -> Any:
 
     mesh = init_device_mesh("cpu", (PROCESSES,))
     weight = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
-    entry = agc_torch.plan({"w": torch.ones(4, 2)}, AGC())["w"]
+    entry = agc_torch.plan({"w": torch.ones(4, 2)}, AGC(units={"w": "o i -> o"}))["w"]
     try:
         parts(entry, weight, torch.ones(4, 2))
     except AGCError as error:
         return str(error)
+
+
+def here(parameter: Any) -> torch.Tensor | None:
+    """Return what this process holds of a gradient."""
+    return None if parameter.grad is None else parameter.grad.to_local()
+
+
+def case_unused_experts() -> Any:
+    """Each process has a gradient of one of two sharded parameters only, of different sizes."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+    mesh, rank = init_device_mesh("cpu", (PROCESSES,)), dist.get_rank()
+    rule = AGC(units={"*": "o i -> o"})
+    found = {}
+    for axis in (0, 1):
+        weights = {"a": torch.ones(4, 4), "b": torch.ones(10, 4)}
+        spread = {
+            name: nn.Parameter(distribute_tensor(weight, mesh, [Shard(axis)]))
+            for name, weight in weights.items()
+        }
+        name = "ab"[rank]
+        local = torch.full_like(spread[name].to_local(), (0.005, 50.0)[rank])
+        spread[name].grad = DTensor.from_local(local, mesh, [Shard(axis)], run_check=False)
+        stats = agc_torch.adaptive_clip_grad_(spread, rule)
+        found[axis] = (
+            {name: here(p) for name, p in spread.items()},
+            stats.total(),
+        )
+    return found
+
+
+def case_no_gradient_in_one_process() -> Any:
+    """By hand and attached, and where no process has any."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+    mesh, rank = init_device_mesh("cpu", (PROCESSES,)), dist.get_rank()
+    model = nn.Linear(4, 6, bias=False)
+    model.weight = nn.Parameter(distribute_tensor(torch.ones(6, 4), mesh, [Shard(1)]))
+
+    def gradient(*ranks: int) -> None:
+        model.weight.grad = None
+        if rank in ranks:
+            local = torch.full((6, 2), 3.0)
+            model.weight.grad = DTensor.from_local(local, mesh, [Shard(1)], run_check=False)
+
+    gradient(1)
+    by_hand = agc_torch.adaptive_clip_grad_(model, AGC()).total()
+    mine = here(model.weight)
+    norms = None if mine is None else mine.norm(dim=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = attach(optimizer, model, AGC())
+    gradient(0)
+    optimizer.step()
+    attached = handle.stats().total()
+    gradient()
+    optimizer.step()  # neither has one: no error
+    nobody = handle.stats().total()
+    try:
+        agc_torch.adaptive_clip_grad_(model, AGC())
+    except AGCError as error:
+        message = str(error)
+    model.weight.requires_grad_(False)
+    optimizer.step()
+    return {
+        "by_hand": by_hand,
+        "norms": norms,
+        "attached": attached,
+        "nobody": nobody,
+        "message": message,
+        "frozen": handle.stats().total(),
+        "steps": handle.steps,
+    }
+
+
+def case_zero_redundancy() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit.script
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        wrapped = nn.parallel.DistributedDataParallel(network())
+        optimizer = ZeroRedundancyOptimizer(
+            wrapped.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3
+        )
+    return {"got": train(wrapped, optimizer=optimizer), "expected": train(network())}
 
 
 CASES = {
@@ -195,7 +284,13 @@ CASES = {
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=timedelta(
+            seconds=60
+        ),  # a collective that one process leaves out fails, and is read
     )
     results = {}
     for name, case in CASES.items():
@@ -240,7 +335,7 @@ def test_placements(results, case, rank):
     assert stats.min_scale == pytest.approx(wanted.min_scale)
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("case", ["ddp", "fsdp2", "zero_redundancy"])
 def test_training_in_parallel(results, case):
     for result in results:
         found = result[case]
@@ -264,6 +359,39 @@ def test_fsdp1_is_refused(results):
 
 def test_dtensor_and_tensor_do_not_mix(results):
     assert "'w': either the parameter or its gradient is a DTensor" in results[0]["mixed_kinds"]
+
+
+def test_parameters_that_only_one_process_has_a_gradient_of(results):
+    for rank, (mine, other) in enumerate(("ab", "ba")):
+        found = results[rank]["unused_experts"]
+        assert isinstance(found, dict), found
+        for axis, (gradients, total) in found.items():
+            assert gradients[other] is None
+            columns = 4 if axis == 0 else 2
+            if mine == "a":  # its norm is below the limit of 0.02: its bits stay
+                assert torch.equal(
+                    gradients["a"], torch.full((2 if axis == 0 else 4, columns), 0.005)
+                )
+            else:
+                norm = gradients["b"].norm(dim=1)
+                torch.testing.assert_close(norm, torch.full_like(norm, 0.02))
+            # With axis 0, each process has half the rows, and a gradient of one tensor's.
+            assert (total.units, total.clipped) == (14, 5 if axis == 0 else 10)
+
+
+def test_a_process_without_any_gradient(results):
+    for rank in range(PROCESSES):
+        found = results[rank]["no_gradient_in_one_process"]
+        assert isinstance(found, dict), found
+        for how in ("by_hand", "attached"):
+            assert (found[how].units, found[how].clipped) == (6, 6)
+        assert found["nobody"].clipped == 0
+        assert "no parameter has a gradient" in found["message"]
+        assert found["frozen"].units == 0
+        assert found["steps"] == 3
+    assert results[0]["no_gradient_in_one_process"]["norms"] is None
+    norms = results[1]["no_gradient_in_one_process"]["norms"]
+    torch.testing.assert_close(norms, torch.full((6,), 0.02))
 
 
 @pytest.mark.parametrize("coordinate", [(0, 0), (0, 1), (1, 0), (1, 1)])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import io
 import pickle
+import types
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +25,18 @@ from agc.errors import (
     MissingGradientError,
     NonFiniteError,
     ParameterError,
+    ShapeError,
 )
+
+with warnings.catch_warnings():
+    warnings.simplefilter(
+        "ignore", DeprecationWarning
+    )  # of torch.jit.script, which PyTorch still uses
+    from torch.distributed.optim import (
+        PostLocalSGDOptimizer,
+        _apply_optimizer_in_backward,
+        _get_in_backward_optimizers,
+    )
 
 RULE = AGC(clipping=0.02, exclude=["2.bias"])
 
@@ -420,7 +435,8 @@ def test_what_is_no_optimizer():
 def test_named_tensors_instead_of_a_module(given):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    handle = agc_torch.attach(optimizer, given(model.named_parameters()), RULE)
+    rule = AGC(clipping=0.02, units={"*.weight": "o i -> o"})
+    handle = agc_torch.attach(optimizer, given(model.named_parameters()), rule)
     for _ in range(2):  # an iterator is read once, and clips at every step
         optimizer.zero_grad()
         loss_of(model).backward()
@@ -438,14 +454,418 @@ def test_frozen_parameters():
     assert list(handle.stats().parameters()) == ["2.weight"]
 
 
-def test_step_without_gradients():
+@pytest.mark.parametrize("closure", [False, True])
+def test_step_without_gradients_clips_nothing_and_counts(closure):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     handle = agc_torch.attach(optimizer, model, RULE)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step(lambda: torch.zeros(())) if closure else optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert handle.steps == 1
+    assert handle.stats().parameters() == {}
+    total = handle.stats().total()
+    assert (total.units, total.clipped, total.max_ratio, total.min_scale) == (0, 0, 0.0, 1.0)
     with pytest.raises(MissingGradientError):
+        agc_torch.adaptive_clip_grad_(model, RULE)
+
+
+def test_one_of_several_optimizers_without_gradients():
+    """An expert that was not used; as plain PyTorch, its optimizer does nothing."""
+    model = nn.ModuleDict({"a": nn.Linear(6, 3), "b": nn.Linear(6, 3)})
+    optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in model.values()]
+    handles = [agc_torch.attach(one, model, AGC()) for one in optimizers]
+    model["a"](batch()).sum().backward()
+    for one in optimizers:
+        one.step()
+    assert [handle.stats().units for handle in handles] == [4, 0]
+
+
+def test_the_plan_says_what_the_optimizer_lacks_and_what_is_frozen():
+    model = network()
+    model[2].bias.requires_grad_(False)
+    optimizer = torch.optim.SGD(model[2].parameters(), 0.1)
+    handle = agc_torch.attach(optimizer, model, AGC(clipping=0.02))
+    loss_of(model).backward()
+    optimizer.step()
+    assert {entry.name: entry.inactive for entry in handle.plan} == {
+        "0.weight": "not in the optimizer",
+        "0.bias": "not in the optimizer",
+        "2.weight": None,
+        "2.bias": "frozen",
+    }
+    assert handle.plan.count == handle.stats().units == 3
+    assert "not in the optimizer" in str(handle.plan)
+    model[2].bias.requires_grad_(True)
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    optimizer.step()
+    assert handle.plan.count == handle.stats().units == 4
+
+
+# Parameters that change under way
+
+
+def test_parameter_resized_in_place():
+    """As a vocabulary that grows: ``resize_token_embeddings`` of some libraries."""
+    model = nn.Embedding(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    handle = agc_torch.attach(optimizer, model, AGC())
+    for rows in (5, 7):
+        optimizer.zero_grad()
+        model.weight.data = torch.randn(rows, 3)
+        model(torch.arange(rows)).sum().backward()
         optimizer.step()
-    assert handle.steps == 0
-    assert handle.stats() is None
+        assert handle.stats().units == handle.plan.count == rows
+
+
+def test_gradient_of_another_shape_is_still_refused():
+    model = nn.Embedding(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    agc_torch.attach(optimizer, model, AGC())
+    model.weight.grad = torch.ones(5, 3)
+    model.weight.data = torch.ones(7, 3)
+    with pytest.raises(ShapeError, match=r"'weight' has shape \(7, 3\), its gradient \(5, 3\)"):
+        optimizer.step()
+
+
+def assign(model: nn.Module) -> None:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def assign_one_layer(model: nn.Module) -> None:
+    assign(model[2])
+
+
+@pytest.mark.parametrize("replace", [assign, assign_one_layer])
+def test_parameters_that_were_replaced_after_the_optimizer_was_made(replace):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    agc_torch.attach(optimizer, model, RULE)
+    loss_of(model).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    replace(model)
+    loss_of(model).backward()
+    with pytest.raises(
+        ParameterError, match=r"no longer the model's.*load_state_dict\(assign=True"
+    ):
+        optimizer.step()
+
+
+# Whose step it is
+
+
+class Child(torch.optim.SGD):
+    """Calls its parent class's step, whose hooks PyTorch runs as well."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Grandchild(Child):
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Child, Grandchild])
+def test_one_step_counts_once(kind, closure):
+    for parent in (
+        torch.optim.SGD,
+        Child,
+    ):  # PyTorch hooks the step of a class that has an instance
+        parent(network().parameters(), 0.1)
+    rule = AGC(clipping=Schedule([(0, 0.5), (2, 0.01)]))
+    expected = network()
+    by_hand(expected, torch.optim.SGD(expected.parameters(), 0.1), rule)
+    model = network()
+    optimizer = kind(model.parameters(), 0.1)
+    handle = agc_torch.attach(optimizer, model, rule)
+    for step in range(3):
+
+        def gradients(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            return loss
+
+        if closure:
+            optimizer.step(gradients)
+        else:
+            gradients()
+            optimizer.step()
+        assert handle.stats().total().clipped > 0
+    assert handle.steps == 3
+    assert same(model, expected)
+
+
+def test_step_that_fails_leaves_no_trace():
+    class Failing(Child):
+        fails = True
+
+        def step(self, closure=None):
+            if self.fails:
+                raise RuntimeError("out of memory")
+            return super().step(closure)
+
+    model = network()
+    optimizer = Failing(model.parameters(), 0.1)
+    handle = agc_torch.attach(optimizer, model, RULE)
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="out of memory") as kept:
+        optimizer.step()
+    optimizer.fails = False
+    failed = handle.stats()
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    optimizer.step()
+    assert handle.steps == 1
+    assert handle.stats() is not failed
+    assert kept.value.__traceback__ is not None  # it keeps the frames of the step that failed
+
+
+class Wrapper(torch.optim.Optimizer):
+    """A wrapper that is no optimizer of its own: no hooks, and a step that calls the inner one's."""
+
+    name = "optimizer"
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        setattr(self, self.name, inner)
+
+    param_groups = property(lambda self: getattr(self, self.name).param_groups)
+
+    def step(self, closure=None):
+        return getattr(self, self.name).step(closure)
+
+    def zero_grad(self):
+        getattr(self, self.name).zero_grad()
+
+
+class Lookahead(Wrapper):
+    """As timm's: hook dictionaries that nobody reads."""
+
+    name = "_base_optimizer"
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner)
+        self._optimizer_step_pre_hooks = {}
+        self._optimizer_step_post_hooks = {}
+
+
+class Hooked(Wrapper):
+    """As pytorch_optimizer's: hooks of its own around the inner step."""
+
+    name = "base_optimizer"
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner)
+        self._optimizer_step_pre_hooks = {}
+        self._optimizer_step_post_hooks = {}
+        self._patch_step_function()
+
+
+class NoOptimizer:
+    """As apex's FP16_Optimizer: not a subclass."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.optimizer = inner
+        self.param_groups = inner.param_groups
+
+    def step(self):
+        self.optimizer.step()
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+
+class Local(Wrapper):
+    """As PostLocalSGDOptimizer."""
+
+    name = "optim"
+
+
+def average(inner: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    averager = type("Averager", (), {"average_parameters": lambda self, params: None})()
+    return PostLocalSGDOptimizer(inner, averager)
+
+
+WRAPPERS = {
+    "plain": Wrapper,
+    "lookahead": Lookahead,
+    "hooked": Hooked,
+    "no optimizer": NoOptimizer,
+    "local": Local,
+    "post-local SGD": average,
+    "twice": lambda inner: Lookahead(Wrapper(inner)),
+    "scheduler inside": lambda inner: (
+        torch.optim.lr_scheduler.LambdaLR(inner, lambda epoch: 1.0) and Wrapper(inner)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_are_looked_through(name):
+    expected = network()
+    by_hand(expected, torch.optim.SGD(expected.parameters(), 0.1))
+    model = network()
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = WRAPPERS[name](inner)
+    assert agc_torch.attached(optimizer) is None
+    handle = agc_torch.attach(optimizer, model, RULE)
+    assert agc_torch.attached(optimizer) is agc_torch.attached(inner) is handle
+    with pytest.raises(ParameterError, match=r"attached to this .* already"):
+        agc_torch.attach(optimizer, model, RULE)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    assert handle.steps == 3
+    assert same(model, expected)
+    handle.remove()
+    assert agc_torch.attached(optimizer) is None
+
+
+class Ascent(torch.optim.Optimizer):
+    """As SAM of pytorch_optimizer: two passes, and the inner optimizer's step on restored weights."""
+
+    def __init__(self, params: Any, inner: Any) -> None:
+        super().__init__(params, {})
+        self.base_optimizer = inner(self.param_groups)
+
+    @torch.no_grad()
+    def first_step(self):
+        for p in _all(self):
+            self.state[p]["old"] = p.clone()
+            p.add_(p.grad, alpha=100)  # far enough for its norm to matter
+
+    @torch.no_grad()
+    def second_step(self):
+        for p in _all(self):
+            p.copy_(self.state[p]["old"])
+        self.base_optimizer.step()
+
+    def step(self, closure=None):
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+def _all(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("how", ["step", "by hand"])
+def test_two_passes_clip_the_last_gradient_against_restored_weights(how):
+    model = network()
+    optimizer = Ascent(model.parameters(), lambda groups: torch.optim.SGD(groups, 1.0))
+    handle = agc_torch.attach(optimizer, model, RULE)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        loss_of(model).backward()
+
+    closure()
+    if how == "step":
+        optimizer.step(closure)
+    else:
+        optimizer.first_step()
+        closure()
+        optimizer.second_step()
+    assert handle.steps == 1
+    for name, p in model.named_parameters():
+        if name == "2.bias":
+            continue
+        old = before[name].reshape(len(p), -1) if p.dim() > 1 else before[name][None]
+        moved = (p.detach() - before[name]).reshape(old.shape).norm(dim=1)
+        assert (moved <= 0.02 * old.norm(dim=1).clamp(min=1e-3) * 1.001).all()
+
+
+class Dead(Wrapper):
+    """Holds an optimizer with other parameters, and steps by itself."""
+
+    def __init__(self, params: Any) -> None:
+        self.groups = [{"params": list(params)}]
+        super().__init__(torch.optim.SGD([nn.Parameter(torch.zeros(2))], 0.1))
+
+    param_groups = property(lambda self: self.groups)
+
+
+def replaced(step: Callable[..., Any]) -> Callable[[Any], torch.optim.Optimizer]:
+    def build(params: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(params, 0.1)
+        optimizer.step = types.MethodType(step, optimizer)
+        return optimizer
+
+    return build
+
+
+def overlapped(params: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(params, 0.1)
+    optimizer._overlap_with_ddp = True
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "build",
+    [Dead, replaced(lambda self, closure=None: None), overlapped],
+    ids=["wrapper", "replaced step", "steps in backward"],
+)
+def test_a_step_that_never_runs_the_hooks_is_refused(build):
+    model = network()
+    optimizer = build(model.parameters())
+    with pytest.raises(ParameterError, match="would never act; give the optimizer inside"):
+        agc_torch.attach(optimizer, model, RULE)
+    assert agc_torch.attached(optimizer) is None
+
+
+def logged(optimizer: torch.optim.Optimizer) -> None:
+    inner = optimizer.step
+    optimizer.step = lambda *args: inner(*args)
+
+
+def partially(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step = functools.partial(optimizer.step)
+
+
+def scheduled(optimizer: torch.optim.Optimizer) -> None:
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+
+@pytest.mark.parametrize("replace", [logged, partially, scheduled])
+def test_a_step_that_calls_the_one_it_replaced(replace):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    replace(optimizer)
+    handle = agc_torch.attach(optimizer, model, RULE)
+    loss_of(model).backward()
+    optimizer.step()
+    assert handle.stats().total().clipped > 0
+
+
+def test_optimizers_inside_backward():
+    model, expected = network(), network()
+    rule = AGC(clipping=0.02)
+    loss_of(expected).backward()
+    agc_torch.adaptive_clip_grad_(expected, rule)
+    torch.optim.SGD(expected.parameters(), 0.1).step()
+    _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+    with pytest.raises(ParameterError, match=r"inside backward\(\).*_get_in_backward_optimizers"):
+        agc_torch.attach(torch.optim.SGD(model.parameters(), 0.1), model, rule)
+    handles = [agc_torch.attach(one, model, rule) for one in _get_in_backward_optimizers(model)]
+    loss_of(model).backward()
+    assert [handle.steps for handle in handles] == [1] * 4
+    assert same(model, expected)
+
+
+@pytest.mark.parametrize("given", [None, object(), "sgd"])
+def test_attached_to_what_is_no_optimizer(given):
+    assert agc_torch.attached(given) is None
 
 
 # Removing, copying, pickling
@@ -495,6 +915,55 @@ def test_copy_of_the_optimizer_alone_is_seen_to_be_detached(how):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     agc_torch.attach(optimizer, model, RULE)
     assert agc_torch.attached(COPIES[how](optimizer)) is None
+
+
+def save_and_load(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+OWN_COPIES = COPIES | {
+    "save": save_and_load,
+    "averaged": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+}
+
+
+@pytest.mark.parametrize("how", OWN_COPIES)
+def test_a_model_that_keeps_its_handle(how):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model.agc = agc_torch.attach(optimizer, model, RULE)
+    loss_of(model).backward()
+    optimizer.step()
+    twin = OWN_COPIES[how](model)
+    assert twin.agc.model is twin
+    assert agc_torch.attached(twin.agc.optimizer) is twin.agc
+    assert agc_torch.attached(optimizer) is model.agc
+    assert (twin.agc.steps, twin.agc.plan) == (1, model.agc.plan)
+    for one in (model, twin):
+        one.agc.optimizer.zero_grad()
+        loss_of(one, 1).backward()
+        one.agc.optimizer.step()
+        assert one.agc.stats().total().clipped > 0
+    assert same(model, twin)
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_that_starts_at_the_handle_of_a_model_that_keeps_it(how):
+    model = network()
+    model.agc = agc_torch.attach(torch.optim.SGD(model.parameters(), 0.1), model, RULE)
+    handle = COPIES[how](model.agc)
+    assert handle.model.agc is handle
+    assert {id(p) for p in handle.model.parameters()} == {id(p) for p in _all(handle.optimizer)}
+
+
+def test_a_copy_of_a_removed_handle_does_not_clip():
+    model = network()
+    handle = agc_torch.attach(torch.optim.SGD(model.parameters(), 0.1), model, RULE)
+    handle.remove()
+    assert agc_torch.attached(copy.deepcopy(handle).optimizer) is None
 
 
 def test_nothing_is_kept_alive():

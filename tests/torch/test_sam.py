@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +24,12 @@ from agc.errors import (
     OrderError,
     ParameterError,
     SelectorError,
+    ShapeError,
 )
 from agc.reference import sharpness_aware_gradients
-from agc_torch.sam import SharpnessAware, verify_sam
+from agc_torch.sam import SharpnessAware
+from agc_torch.units import named_parameters
+from agc_torch.verify import verify_sam
 
 
 class Net(nn.Module):
@@ -452,19 +458,20 @@ def test_adaptive_norm_of_half_precision():
         assert torch.allclose(seen[1].double(), moved, rtol=1e-3)
 
 
+def copies_of(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(file, weights_only=False),
+        torch.optim.swa_utils.AveragedModel(model).module,
+    ]
+
+
 class TestCopies:
     """A model under SAM is copied and saved like any other, and the copy is not under SAM."""
-
-    def copies(self, model):
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        return [
-            copy.deepcopy(model),
-            pickle.loads(pickle.dumps(model)),
-            torch.load(file, weights_only=False),
-            torch.optim.swa_utils.AveragedModel(model).module,
-        ]
 
     def test_the_copy_is_free(self):
         model, (x, y) = Net(), data()
@@ -472,7 +479,7 @@ class TestCopies:
         closure = make_closure(model, optimizer, x, y)
         sam = SharpnessAware(model, SAM())
         sam.step(optimizer, closure)
-        copies = self.copies(model)
+        copies = copies_of(model)
         closure()
         with sam.perturbed():
             with pytest.raises(OrderError, match="weights are perturbed: save after"):
@@ -484,7 +491,7 @@ class TestCopies:
     def test_a_copy_has_its_own_sam(self):
         model, (x, y) = Net(), data()
         SharpnessAware(model, SAM())
-        for one in self.copies(model):
+        for one in copies_of(model):
             optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
             closure = make_closure(one, optimizer, x, y)
             sam = SharpnessAware(one, SAM())
@@ -695,8 +702,15 @@ class TestErrors:
             SharpnessAware(Net().parameters(), SAM())
 
     def test_state(self):
-        with pytest.raises(FormatError, match="not a state of SharpnessAware"):
-            SharpnessAware(Net(), SAM()).load_state_dict({"count": 3})
+        sam = SharpnessAware(Net(), SAM())
+        good = {"version": 1, "count": 3}
+        bad = [{"count": 3}, {}, None, 3, [3], {**good, "version": 2}]
+        for state in [*bad, *({**good, "count": count} for count in (-3, True, 1.0, "3", None))]:
+            with pytest.raises(FormatError, match="not a state of SharpnessAware"):
+                sam.load_state_dict(state)
+        assert sam.count == 0
+        sam.load_state_dict(good)
+        assert sam.count == 3
 
 
 class TestVerify:
@@ -775,3 +789,629 @@ def test_a_subnormal_norm_moves_weights_no_further_than_rho():
     SharpnessAware(model, SAM(rho=0.05)).step(torch.optim.SGD([weight], lr=0.0), closure)
     moved = (seen[1] - seen[0]).norm()
     assert 0 < moved <= 0.05 * (1 + 1e-5)
+
+
+class Trainer:
+    """A float32 network with a loss that depends on the weights, and what trains it."""
+
+    def __init__(self, rule=None, wrap=lambda model: model, of=lambda model: model):
+        self.model = wrap(Net(dtype=torch.float32))
+        self.x, self.y = data(64, dtype=torch.float32)
+        self.optimizer = torch.optim.SGD(of(self.model).parameters(), lr=0.1)
+        self.sam = SharpnessAware(self.model, rule or SAM(rho=1.0))
+
+    def loss(self):
+        return nn.functional.cross_entropy(self.model(self.x), self.y)
+
+    def closure(self):
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        return loss
+
+    def step(self):
+        loss = self.sam.step(self.optimizer, self.closure)
+        return loss.item(), self.sam.stats().perturbed_loss.item()
+
+    def by_hand(self):
+        first = self.closure()
+        with self.sam.perturbed():
+            second = self.loss()
+            second.backward()
+        return first.item(), second.item()
+
+    def gradient(self):
+        return torch.cat([p.grad.flatten() for p in self.model.parameters()])
+
+
+def autocast(enabled=True):
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+def spectral(model):
+    torch.nn.utils.parametrizations.spectral_norm(model.inner)
+    return model
+
+
+class TestNothingOutlivesTheWeights:
+    """SAM-15: what PyTorch has computed from the weights is not used at other weights."""
+
+    @pytest.mark.parametrize("how", ["step", "by_hand"])
+    @pytest.mark.parametrize("outer", [True, False], ids=["around", "disabled-around"])
+    def test_autocast_around_the_step(self, how, outer):
+        right, wrong = Trainer(), Trainer()
+        inner = right.loss
+
+        def loss():
+            with autocast():
+                return inner()
+
+        right.loss = loss
+        want = getattr(right, how)()
+        if not outer:
+            wrong.loss = Trainer.loss.__get__(wrong)
+            plain = wrong.loss
+
+            def mixed():
+                with autocast():
+                    return plain()
+
+            wrong.loss = mixed
+        with autocast(outer):
+            got = getattr(wrong, how)()
+        assert want[1] > want[0] + 0.1
+        assert got == pytest.approx(want, abs=0.01)
+        assert torch.allclose(wrong.gradient(), right.gradient(), atol=0.02 * want[1])
+
+    @pytest.mark.parametrize("how", ["step", "by_hand"])
+    def test_the_weights_seen_after_the_step_are_clean(self, how):
+        train = Trainer()
+        train.optimizer.param_groups[0]["lr"] = 0.0
+        with autocast():
+            clean, perturbed = getattr(train, how)()
+            assert perturbed > clean + 0.1
+            assert train.loss().item() == pytest.approx(clean, abs=1e-6)
+
+    def test_plain_steps_between_move_the_weights_too(self):
+        train = Trainer(SAM(rho=1e-6, every=2))
+        train.optimizer.param_groups[0]["lr"] = 5.0
+        with autocast():
+            losses = [train.sam.step(train.optimizer, train.closure).item() for _ in range(4)]
+        assert len({round(loss, 4) for loss in losses}) == 4
+
+    def test_every_evaluation_of_lbfgs_sees_the_weights_of_its_own(self):
+        weights = []
+        for outside in (nullcontext(), autocast(), autocast(enabled=False)):
+            train = Trainer(SAM(rho=0.05, every=2))
+            train.optimizer = torch.optim.LBFGS(train.model.parameters(), lr=0.5, max_iter=4)
+            plain = train.loss
+
+            def loss(plain=plain):
+                with autocast():
+                    return plain()
+
+            train.loss = loss
+            with outside:
+                train.step(), train.step()
+            weights.append([p.detach() for p in train.model.parameters()])
+        for other in weights[1:]:
+            assert all(map(torch.equal, weights[0], other))
+
+    @pytest.mark.parametrize("how", ["step", "by_hand"])
+    def test_cached_parametrizations(self, how):
+        def wrap(model):
+            torch.nn.utils.parametrizations.weight_norm(model.inner)
+            return model
+
+        want = getattr(Trainer(wrap=wrap), how)()
+        train = Trainer(wrap=wrap)
+        with torch.nn.utils.parametrize.cached():
+            assert getattr(train, how)() == want
+        assert want[1] > want[0] + 0.1
+
+    def test_old_style_hooks_compute_the_weight_anew(self):
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            train = Trainer(wrap=lambda model: (nn.utils.weight_norm(model.inner), model)[1])
+        clean, perturbed = train.step()
+        assert perturbed > clean + 0.1
+
+    def test_verify_inside_autocast_sees_stale_weights(self):
+        train = Trainer()
+
+        def broken():
+            train.closure()
+            before = [p.detach().clone() for p in train.model.parameters()]
+            norm = train.gradient().norm()
+            with torch.no_grad():
+                for p in train.model.parameters():
+                    p.add_(p.grad / norm)
+            train.closure()  # autocast still has the clean weights
+            with torch.no_grad():
+                for p, kept in zip(train.model.parameters(), before, strict=True):
+                    p.copy_(kept)
+            train.optimizer.step()
+
+        with autocast():
+            found = verify_sam(broken, train.model, train.optimizer, train.closure)
+            assert found.gradient_error > 0.1
+            assert not found.ok
+            again = Trainer()
+            ours = verify_sam(again.step, again.model, again.optimizer, again.closure)
+        assert ours.gradient_error == 0
+        assert ours.ok
+
+
+class Recurrent(nn.Module):
+    """A state that the output depends on."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 3, dtype=torch.float64)
+        self.register_buffer("state", torch.zeros(6, dtype=torch.float64))
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(self.state.clone())
+        self.state += x.mean(0)
+        return self.layer(x + self.state)
+
+
+class TestBothPassesComputeTheSameFunction:
+    @pytest.mark.parametrize("rule", [SAM(), SAM(fraction=0.5)], ids=["plain", "fraction"])
+    def test_both_passes_start_from_the_same_buffers(self, rule):
+        model, batch = Recurrent(), data()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sam = SharpnessAware(model, rule)
+        for _ in range(2):
+            sam.step(optimizer, make_closure(model, optimizer), batch=batch)
+        assert torch.equal(model.seen[0], model.seen[1])
+        assert torch.equal(model.seen[2], model.seen[3])
+        assert torch.allclose(model.seen[2], batch[0].mean(0))
+        assert torch.allclose(model.state, 2 * batch[0].mean(0))
+
+    def test_power_iterations(self):
+        train = Trainer(wrap=spectral)
+        twin = copy.deepcopy(train.model)
+        twin(train.x)
+        train.step()
+        for name, buffer in twin.named_buffers():
+            assert torch.equal(train.model.get_buffer(name), buffer), name
+
+    def test_by_hand_the_clean_pass_is_the_one_that_counts(self):
+        model, (x, y) = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)), data(dtype=torch.float32)
+        nn.functional.cross_entropy(model(x), y).backward()
+        mean = model[1].running_mean.clone()
+        with SharpnessAware(model, SAM(rho=1.0)).perturbed():
+            nn.functional.cross_entropy(model(x), y).backward()
+        assert torch.equal(model[1].running_mean, mean)
+        assert model[1].num_batches_tracked == 1
+
+    def test_layers_without_shapes_yet(self):
+        model, (x, y) = (
+            nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d()),
+            data(dtype=torch.float32),
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sam = SharpnessAware(model, SAM(rho=1.0))
+        for step in (1, 2):
+            sam.step(optimizer, make_closure(model, optimizer, x, y))
+            assert model[1].num_batches_tracked == step
+        assert sam.stats().perturbed_loss > sam.stats().loss
+
+    def test_a_failed_pass_leaves_the_buffers(self):
+        model, (x, _) = Recurrent(), data()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(ConfigError):
+            SharpnessAware(model, SAM()).step(optimizer, lambda: model(x).unbind())
+        assert not model.state.any()
+
+
+class Taught(nn.Module):
+    """A model inside whose forward pass a teacher follows the weights."""
+
+    def __init__(self, rebinds):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 3, dtype=torch.float64)
+        self.teacher = copy.deepcopy(self.layer).requires_grad_(False)
+        self.rebinds = rebinds
+
+    def forward(self, x):
+        with torch.no_grad():
+            for slow, fast in zip(self.teacher.parameters(), self.layer.parameters(), strict=True):
+                if self.rebinds:
+                    slow.data = 0.5 * slow.data + 0.5 * fast.data
+                else:
+                    slow.lerp_(fast, 0.5)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("rebinds", [False, True], ids=["in-place", "data"])
+@pytest.mark.parametrize("rule", [SAM(rho=9.0), SAM(rho=9.0, fraction=0.5)], ids=["all", "part"])
+def test_a_teacher_follows_the_weights_and_not_the_perturbed_ones(rebinds, rule):
+    model, batch = Taught(rebinds), data()
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sam = SharpnessAware(model, rule)
+    for _ in range(3):
+        twin.layer.load_state_dict(model.layer.state_dict())
+        twin(batch[0])
+        sam.step(optimizer, make_closure(model, optimizer), batch=batch)
+        torch.testing.assert_close(model.teacher.weight, twin.teacher.weight, rtol=1e-14, atol=0)
+
+
+class TestPerturbedSet:
+    """SAM-4: selected, trainable, held by the optimizer, with a gradient of this step."""
+
+    def moves(self, train, step):
+        """Distance of every parameter in the second pass from where it was."""
+        before = {n: p.detach().clone() for n, p in train.model.named_parameters()}
+        moved = {}
+
+        def look(*_):
+            for name, p in train.model.named_parameters():
+                moved[name] = (p.detach() - before[name]).norm().item()
+
+        handle = train.model.register_forward_pre_hook(look)
+        step()
+        handle.remove()
+        return moved
+
+    def test_only_what_the_optimizer_holds(self):
+        train = Trainer(SAM(rho=0.5), of=lambda model: model.outer)
+        norms = []
+        for _ in range(5):
+            moved = self.moves(train, train.step)
+            norms.append(train.sam.stats().norm.item())
+            assert moved["inner.weight"] == moved["inner.bias"] == 0
+            assert math.hypot(moved["outer.weight"], moved["outer.bias"]) == pytest.approx(0.5)
+        assert norms == sorted(norms, reverse=True)
+        # What the optimizer does not hold has the gradient of one backward pass.
+        total = train.model.inner.weight.grad
+        train.step()
+        assert train.model.inner.weight.grad.norm() < 1.2 * total.norm()
+
+    def test_a_layer_frozen_later(self):
+        train = Trainer(SAM(rho=0.5))
+        train.step()
+        train.model.inner.requires_grad_(False)
+        assert train.model.inner.weight.grad is not None
+        moved = self.moves(train, train.step)
+        assert moved["inner.weight"] == moved["inner.bias"] == 0
+        assert math.hypot(moved["outer.weight"], moved["outer.bias"]) == pytest.approx(0.5)
+        assert train.model.inner.weight.grad is None
+
+    @pytest.mark.parametrize("told", [False, True], ids=["", "told"])
+    def test_a_frozen_layer_by_hand(self, told):
+        train = Trainer(SAM(rho=0.5))
+        train.closure()
+        train.model.inner.requires_grad_(False)
+        with_optimizer = (train.optimizer,) if told else ()
+
+        def block():
+            with train.sam.perturbed(*with_optimizer):
+                train.closure()
+
+        moved = self.moves(train, block)
+        assert moved["inner.weight"] == 0
+        assert moved["outer.weight"] > 0
+
+    def test_the_optimizer_of_a_block(self):
+        by_step = Trainer(SAM(rho=0.5), of=lambda model: model.outer)
+        by_step.step()
+        train = Trainer(SAM(rho=0.5), of=lambda model: model.outer)
+        for _ in range(2):  # the second time, the rest of the model has gradients from before
+            train.closure()
+            with train.sam.perturbed(train.optimizer):
+                train.closure()
+        for one, other in zip(train.model.parameters(), by_step.model.parameters(), strict=True):
+            assert torch.equal(one.grad, other.grad)
+        other = Trainer()
+        with pytest.raises(ParameterError, match="none of the model's parameters"):
+            train.sam.perturbed(other.optimizer).__enter__()
+        wrapper = Wrapper(train.optimizer, sync=False)
+        with pytest.raises(OrderError, match="accumulates"):
+            train.sam.perturbed(wrapper).__enter__()
+
+    def test_two_optimizers(self):
+        train = Trainer(SAM(rho=0.5))
+        first = torch.optim.SGD(train.model.inner.parameters(), lr=0.1)
+        second = torch.optim.SGD(train.model.outer.parameters(), lr=0.1)
+        moved = self.moves(train, lambda: train.sam.step(first, train.closure))
+        assert moved["outer.weight"] == moved["outer.bias"] == 0
+        # The other one can act on the gradient of the same pass.
+        assert train.model.outer.weight.grad is not None
+        one, other = Trainer(SAM(rho=0.5)), Trainer(SAM(rho=0.5))
+        one.step()
+        first = torch.optim.SGD(other.model.inner.parameters(), lr=0.1)
+        second = torch.optim.SGD(other.model.outer.parameters(), lr=0.1)
+        other.sam.step([first, second], other.closure)
+        assert all(map(torch.equal, one.model.parameters(), other.model.parameters()))
+
+    @pytest.mark.parametrize(
+        "rule", [SAM(), SAM(fraction=0.5), SAM(microbatches=2), SAM(every=2)], ids=str
+    )
+    @pytest.mark.parametrize("forgets", ["zero_grad", "nothing"])
+    def test_a_closure_that_clears_nothing(self, rule, forgets):
+        batch, results = data(), []
+        for clears in (True, False):
+            model = Net()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            sam = SharpnessAware(model, rule)
+
+            def closure(x, y, clears=clears, model=model, optimizer=optimizer):
+                if clears:
+                    optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            for _ in range(3):
+                sam.step(optimizer, closure, batch=batch)
+                if forgets == "zero_grad":
+                    optimizer.zero_grad()
+            results.append([p.detach().clone() for p in model.parameters()])
+        assert all(map(torch.equal, *results))
+
+    def test_parameters_outside_the_model(self):
+        train = Trainer()
+        scale = nn.Parameter(torch.ones(()))
+        train.optimizer.add_param_group({"params": [scale]})
+
+        def closure():
+            loss = scale * train.loss()
+            loss.backward()
+            return loss
+
+        train.sam.step(train.optimizer, closure)
+        assert scale.grad.item() == pytest.approx(train.sam.stats().perturbed_loss.item())
+
+    def test_a_layer_replaced_later(self):
+        train = Trainer(SAM(rho=0.5, exclude=["inner.*"]))
+        train.model.outer = nn.Linear(8, 3)
+        train.optimizer = torch.optim.SGD(train.model.parameters(), lr=0.1)
+        moved = self.moves(train, train.step)
+        assert moved["inner.weight"] == 0
+        assert math.hypot(moved["outer.weight"], moved["outer.bias"]) == pytest.approx(0.5)
+
+    def test_an_optimizer_of_what_is_not_perturbed(self):
+        train = Trainer(SAM(only=["inner.*"]), of=lambda model: model.outer)
+        with pytest.raises(ParameterError, match=r"SGD holds none .* only=\['inner.\*'\]"):
+            train.step()
+
+    def test_no_optimizer(self):
+        train = Trainer()
+        with pytest.raises(ParameterError, match="empty list of optimizers"):
+            train.sam.step([], train.closure)
+
+    def test_all_frozen(self):
+        train = Trainer(SAM(only=["inner.*"]))
+        train.model.inner.requires_grad_(False)
+        with pytest.raises(MissingGradientError, match="not frozen"):
+            train.step()
+
+
+class Wrapper:
+    """An optimizer inside another object, as Accelerate's: it may do nothing, or step through a scaler."""
+
+    def __init__(self, optimizer, sync=True, scaler=None, tells=True):
+        self.optimizer, self.scaler = optimizer, scaler
+        self.gradient_state = SimpleNamespace(sync_gradients=sync)
+        if tells:
+            self.param_groups = optimizer.param_groups
+
+    def zero_grad(self):
+        if self.gradient_state.sync_gradients:
+            self.optimizer.zero_grad()
+
+    def step(self, closure=None):
+        if not self.gradient_state.sync_gradients:
+            return
+        if self.scaler is None:
+            self.optimizer.step(closure) if closure else self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+
+class TestWrappedOptimizers:
+    def test_accumulating_is_refused(self):
+        train = Trainer()
+        train.optimizer = Wrapper(train.optimizer, sync=False)
+        before = copy.deepcopy(train.model.state_dict())
+        with pytest.raises(OrderError, match="Wrapper accumulates gradients at present"):
+            train.step()
+        assert train.sam.count == 0
+        assert all(torch.equal(p, before[n]) for n, p in train.model.named_parameters())
+        train.optimizer.gradient_state.sync_gradients = True
+        train.step()
+        assert train.sam.count == 1
+
+    def test_accumulating_at_the_end_of_the_closure(self):
+        train = Trainer()
+        train.optimizer = Wrapper(train.optimizer)
+        plain = train.closure
+
+        def closure():
+            loss = plain()
+            train.optimizer.gradient_state.sync_gradients = False
+            return loss
+
+        train.closure = closure
+        with pytest.raises(OrderError, match="accumulates"):
+            train.step()
+        assert train.sam.count == 0
+
+    @pytest.mark.parametrize("tells", [True, False])
+    def test_it_is_looked_through(self, tells):
+        train = Trainer(of=lambda model: model.outer)
+        inner = train.model.inner.weight.detach().clone()
+        train.optimizer = Wrapper(train.optimizer, tells=tells)
+        seen = []
+        train.model.register_forward_pre_hook(
+            lambda *_: seen.append(train.model.inner.weight.detach().clone())
+        )
+        train.step()
+        assert all(torch.equal(weight, inner) for weight in seen)
+        other = Trainer()
+        train.optimizer = Wrapper(other.optimizer, tells=tells)
+        with pytest.raises(ParameterError, match="Wrapper holds none of the model's parameters"):
+            train.step()
+
+    def test_lbfgs_inside(self):
+        train, twin = Trainer(SAM()), Trainer(SAM())
+        for one in (train, twin):
+            one.optimizer = torch.optim.LBFGS(one.model.parameters(), lr=0.1, max_iter=3)
+        train.optimizer = Wrapper(train.optimizer)
+        train.step(), twin.step()
+        assert all(map(torch.equal, train.model.parameters(), twin.model.parameters()))
+
+    def test_a_scaler_of_its_own_sees_a_poisoned_ascent(self):
+        train = Trainer()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        train.optimizer = Wrapper(train.optimizer, scaler=scaler)
+        before = copy.deepcopy(train.model.state_dict())
+
+        def closure():
+            train.optimizer.zero_grad()
+            loss = train.loss()
+            scaler.scale(loss).backward()
+            if not train.sam.is_perturbed:
+                train.model.inner.weight.grad[0, 0] = torch.inf
+            return loss
+
+        train.sam.step(train.optimizer, closure)
+        assert all(torch.equal(p, before[n]) for n, p in train.model.named_parameters())
+        assert scaler.get_scale() == 512.0
+
+
+class TestNames:
+    """Patterns mean the names of AGC's plan, whatever is wrapped around the model."""
+
+    def perturbs(self, model, pattern):
+        sam = SharpnessAware(model, SAM(only=[pattern]))
+        named = named_parameters(model)
+        return [name for name, p in named.items() if any(p is chosen for chosen in sam._chosen)]
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+    def test_wrappers(self):
+        compiled = torch.compile(Net())
+        wrapped = nn.DataParallel(torch.compile(Net()))
+        for model in (Net(), compiled, wrapped):
+            assert self.perturbs(model, "outer.*") == ["outer.weight", "outer.bias"]
+
+    def test_a_child_called_module(self):
+        model = nn.Module()
+        model.module = nn.Linear(2, 2)
+        assert self.perturbs(model, "module.bias") == ["module.bias"]
+
+
+class KeepsItsOwn(nn.Module):
+    def __init__(self, rule=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(6, 3, dtype=torch.float64)
+        self.sam = SharpnessAware(self, rule or SAM(rho=0.5))
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class TestAModelThatKeepsItsSharpnessAware:
+    def test_the_copy_goes_on_by_itself(self):
+        model, (x, y) = KeepsItsOwn(), data()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.sam.step(optimizer, make_closure(model, optimizer, x, y))
+        for one in copies_of(model):
+            kept = one.inner.weight.detach().clone()
+            assert one.sam.model is one
+            assert (one.sam.count, one.sam.rule) == (1, model.sam.rule)
+            other = torch.optim.SGD(one.parameters(), lr=0.0)
+            clean = one.sam.step(other, make_closure(one, other, x, y))
+            assert one.sam.stats().perturbed_loss > clean
+            assert one.sam.count == 2
+            assert torch.equal(one.inner.weight, kept)
+            with one.sam.perturbed():
+                assert not torch.equal(one.inner.weight, kept)
+                with pytest.raises(OrderError, match="weights are perturbed"):
+                    one.state_dict()
+                assert model.state_dict()
+        assert model.sam.count == 1
+
+    def test_the_object_alone(self):
+        model = KeepsItsOwn()
+        one = pickle.loads(pickle.dumps(model.sam))
+        assert one.model.sam is one
+
+    @pytest.mark.parametrize("save", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
+    def test_not_while_the_weights_are_perturbed(self, save):
+        model, (x, y) = KeepsItsOwn(), data()
+        make_closure(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y)()
+        with model.sam.perturbed():
+            for one in (model, model.sam):
+                with pytest.raises(OrderError, match="weights are perturbed: save after"):
+                    save(one)
+        assert save(model)
+
+    def test_what_is_inside_a_wrapper_is_not_saved_either(self):
+        model, (x, y) = Net(), data()
+        wrapped = nn.DataParallel(model)
+        make_closure(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y)()
+        with SharpnessAware(wrapped, SAM()).perturbed():
+            for one in (wrapped, model):
+                with pytest.raises(OrderError, match="weights are perturbed"):
+                    one.state_dict()
+
+
+RETURNS = {
+    "none": (
+        lambda loss: None,
+        ConfigError,
+        r"returned None; its last line must be 'return loss'",
+    ),
+    "pair": (
+        lambda loss: (loss, 3),
+        ConfigError,
+        r"returned a tuple \(Tensor, int\); .*return loss",
+    ),
+    "dict": (lambda loss: {"loss": loss}, ConfigError, r"returned dict; .*return loss"),
+    "unreduced": (
+        lambda loss: loss.expand(16),
+        ShapeError,
+        r"loss of shape \(16,\); .*loss.mean",
+    ),
+}
+
+
+class TestClosures:
+    """A closure that does not return the loss is an error that says so; the weights stay."""
+
+    @pytest.mark.parametrize("which", RETURNS)
+    @pytest.mark.parametrize("every", [1, 2], ids=["sam", "plain"])
+    def test_it_says_what_is_wrong(self, which, every):
+        returns, error, match = RETURNS[which]
+        train = Trainer(SAM(every=every))
+        for _ in range(every - 1):
+            train.sam.step(train.optimizer, train.closure)
+        before = copy.deepcopy(train.model.state_dict())
+        with pytest.raises(error, match=match):
+            train.sam.step(train.optimizer, lambda: returns(train.closure()))
+        assert all(torch.equal(p, before[n]) for n, p in train.model.named_parameters())
+        assert train.sam.count == every - 1
+
+    def test_only_in_the_second_pass(self):
+        train = Trainer()
+        before = copy.deepcopy(train.model.state_dict())
+        answers = [lambda loss: loss, lambda loss: None]
+        with pytest.raises(ConfigError, match="return loss"):
+            train.sam.step(train.optimizer, lambda: answers.pop(0)(train.closure()))
+        assert all(torch.equal(p, before[n]) for n, p in train.model.named_parameters())
+
+    @pytest.mark.parametrize("returns", [lambda loss: loss.item(), lambda loss: loss.view(1)])
+    def test_one_number_is_enough(self, returns):
+        train = Trainer()
+        want = train.loss().item()
+        loss = train.sam.step(train.optimizer, lambda: returns(train.closure()))
+        assert loss.shape == ()
+        assert loss.item() == pytest.approx(want)

@@ -18,5 +18,6 @@ def test_two_processes():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for line in ("ddp local", "ddp global", "one bad replica", "fsdp2"):
+    lines = ("scopes", "by hand, static graph", "one bad replica", "fsdp2", "tensor parallel")
+    for line in lines:
         assert done.stdout.count(line) == 2, done.stdout  # once from each process

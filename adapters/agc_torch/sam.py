@@ -141,7 +141,6 @@ class SharpnessAware:
             refuse_static_graph([model])
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_while_perturbed()
         return {"model": self.model, "rule": self.rule, "count": self._count}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -332,7 +331,8 @@ class SharpnessAware:
         OrderError
             If the weights are perturbed.
         """
-        self._refuse_while_perturbed()
+        if self.is_perturbed:
+            raise OrderError(_PERTURBED)
         return {"version": 1, "count": self._count}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -645,10 +645,6 @@ class SharpnessAware:
             raise ConfigError(
                 f"microbatches={self.rule.microbatches} is more than the {min(sizes)} examples"
             )
-
-    def _refuse_while_perturbed(self) -> None:
-        if self.is_perturbed:
-            raise OrderError(_PERTURBED)
 
 
 @dataclass(frozen=True)

@@ -1220,8 +1220,10 @@ class TestWrappedOptimizers:
         train = Trainer()
         train.optimizer = Wrapper(train.optimizer, sync=False)
         before = copy.deepcopy(train.model.state_dict())
+        calls = []
         with pytest.raises(OrderError, match="Wrapper accumulates gradients at present"):
-            train.step()
+            train.sam.step(train.optimizer, lambda: calls.append(1))
+        assert not calls
         assert train.sam.count == 0
         assert all(torch.equal(p, before[n]) for n, p in train.model.named_parameters())
         train.optimizer.gradient_state.sync_gradients = True

@@ -165,6 +165,7 @@ def _union(*rules: Callable[[nn.Module], LayerUnits]) -> Callable[[nn.Module], L
 
 
 _ROWS: Final = "n d -> n"
+_PER_AXIS: Final = "axis n d -> axis n"  # one table for each axis of a picture
 _MAP: Final = "one d h w -> h w"  # positions of a picture, channels first
 _GRID: Final = "one h w d -> h w"  # the same, channels last
 
@@ -204,6 +205,9 @@ _TIMM: Final = _union(
     _by_rank(
         ("attention_biases", 2, "h n -> n"),
         ("relative_position_bias_table", 2, _ROWS),
+        ("relative_position_bias_table", 3, "h n m -> n m"),
+        ("position_embedding_table", 3, _PER_AXIS),
+        ("alpha", 2, "g d -> g"),  # gains, one a row
         ("rel_pos_?", 2, _ROWS),
         ("height_rel", 2, _ROWS),
         ("width_rel", 2, _ROWS),
@@ -220,6 +224,7 @@ _TRANSFORMERS: Final = _union(
         ("latents", 2, _ROWS),
         ("query", 2, _ROWS),
         ("*position*", 2, _ROWS),
+        ("position_embedding_table", 3, _PER_AXIS),
         ("*pos_embed*", 2, _ROWS),
         ("rel_pos_?", 2, _ROWS),
         ("*_token*", 2, _ROWS),

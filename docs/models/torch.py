@@ -65,9 +65,7 @@ class Watch(TorchFunctionMode):
         if kind == "_weight_norm":  # its norms are scales that many outputs share
             result = args[0] * (result / args[0]).detach()
         given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
-        names = {name for value in given for name in self._tracks.get(id(value), ())} - set(
-            self.found
-        )
+        names = {name for value in given for name in self._tracks.get(id(value), ())}
         floats = [value for value in given if value.is_floating_point()]
         outputs = [
             v for v in tree_flatten(result)[0] if isinstance(v, Tensor) and v.is_floating_point()
@@ -77,31 +75,37 @@ class Watch(TorchFunctionMode):
         if pure and kind not in MIXING:
             self._constant |= {id(value) for value in outputs}
         for name in sorted(names) if outputs else []:
-            self._judge(name, function, kind, args, kwargs, pure)
-        for value in outputs if names else []:
-            left = {name for name in names if name not in self.found}
-            self._tracks[id(value)] = self._tracks.get(id(value), set()) | left
+            if not self._judge(name, function, kind, args, kwargs, pure):
+                for value in outputs:
+                    self._tracks.setdefault(id(value), set()).add(name)
         return result
 
     def _judge(
         self, name: str, function: Any, kind: str, args: Any, kwargs: Any, pure: bool
-    ) -> None:
-        """Settle a parameter if this operation mixes its weights, or is the first after an index."""
+    ) -> bool:
+        """Tell whether this operation mixes a parameter's weights, or is the first after an index."""
         if kind in INDEXING and (picked := self._pick(name, kind, args)) is not None:
             self._picked[name] = picked
-            if kind == "embedding":
-                self.found[name] = picked
-            return
+            return kind == "embedding" and self._settle(name, picked)
         if pure and kind not in MIXING:
-            return
+            return False
         channel = (
             kind.startswith("conv") and len(args) > 1 and name in self._tracks.get(id(args[1]), ())
         )
+        if kind.startswith("conv") and not channel:  # of a window's positions, look at one
+            window = tuple(range(2, args[1].dim()))
+            args = (args[0], args[1].mean(window, keepdim=True), None, 1, 0, 1, *args[6:])
         fed = self._one_output(name, function, args, kwargs, channel=channel)
         if fed is not None and fed.count_nonzero() > 1:
+            return self._settle(name, fed)
+        return fed is not None and name in self._picked and self._settle(name, self._picked[name])
+
+    def _settle(self, name: str, fed: Tensor) -> bool:
+        """Keep the smaller set: an operation of a whole picture says less than one of its pixels."""
+        known = self.found.get(name)
+        if known is None or fed.count_nonzero() < known.count_nonzero():
             self.found[name] = fed
-        elif fed is not None and name in self._picked:
-            self.found[name] = self._picked[name]
+        return True
 
     def _one_output(
         self, name: str, function: Any, args: Any, kwargs: Any, *, channel: bool

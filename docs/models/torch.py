@@ -47,7 +47,7 @@ class Watch(TorchFunctionMode):
         Parameter to the weights that feed one output.
     """
 
-    def __init__(self, named: dict[str, Tensor]) -> None:
+    def __init__(self, named: dict[str, Tensor], buffers: list[Tensor]) -> None:
         super().__init__()
         self.named = {n: p for n, p in named.items() if sum(size > 1 for size in p.shape) > 1}
         self.found: dict[str, Tensor] = {}
@@ -55,6 +55,7 @@ class Watch(TorchFunctionMode):
         self._constant = {id(p) for p in named.values()}  # made of parameters alone
         self._tracks = {id(p): {n} for n, p in self.named.items()}
         self._picked: dict[str, Tensor] = {}
+        self._buffers = {id(buffer) for buffer in buffers}
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -115,7 +116,8 @@ class Watch(TorchFunctionMode):
         def fresh(value: Any) -> Any:
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
-            kept = id(value) in self._constant or name in self._tracks.get(id(value), ())
+            known = id(value) in self._constant or id(value) in self._buffers
+            kept = known or name in self._tracks.get(id(value), ())
             return value if kept else torch.randn_like(value)
 
         args, kwargs = tree_map(fresh, (args, kwargs))
@@ -198,7 +200,7 @@ def examine(model: nn.Module, inputs: dict[str, Any] | Tensor) -> dict[str, Any]
     with torch.no_grad():
         for parameter in named.values():  # zeros and ones hide what depends on them
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (parameter.dim() < 2))
-    watch = Watch(named)
+    watch = Watch(named, list(model.buffers()))
     with watch:
         model(**inputs) if isinstance(inputs, dict) else model(inputs)
     record["parameters"] = len(plan)

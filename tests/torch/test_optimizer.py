@@ -511,7 +511,7 @@ def by_hand_with_norm(model: nn.Module, optimizer: torch.optim.Optimizer, max_no
         optimizer.zero_grad()
         loss_of(model, step).backward()
         agc_torch.adaptive_clip_grad_(model, RULE, step=step)
-        assert nn.utils.clip_grad_norm_(model.parameters(), max_norm) < 100
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
 
 

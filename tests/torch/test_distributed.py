@@ -266,8 +266,13 @@ def case_no_gradient_in_one_process() -> Any:
 
 def case_global_norm() -> Any:
     """The norm of all gradients of a model that is partly sharded, one of which a process lacks."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor import init_device_mesh
+    from torch.distributed.tensor import (
+        DTensor,
+        Replicate,
+        Shard,
+        distribute_tensor,
+        init_device_mesh,
+    )
 
     mesh, rank = init_device_mesh("cpu", (PROCESSES,)), dist.get_rank()
     placements = {"a": [Shard(0)], "b": [Shard(1)], "c": [Replicate()]}

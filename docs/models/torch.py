@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -364,14 +365,15 @@ def transformers_models() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
     return {name: partial(build, *row) for name, row in TRANSFORMERS.items()}
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+def table(results: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
     """Return the results in Markdown."""
     lines = [
         *("---", "orphan: true", "---", ""),
         "# Models that PyTorch users bring",
         "",
         "Written by `python docs/models/torch.py`. *Judged* are the parameters with two or more axes longer "
-        "than 1; what feeds one output was found by differentiation, not by name or table.",
+        "than 1: what feeds one output was found by differentiation, not by name or table. "
+        f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
         "",
         "| model | plans as it is | by layer | by vector | by layout | judged | right | not used |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -384,9 +386,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         lines.append(
             f"| {name} | {'yes' if one['plans'] else 'no'} | {' | '.join(map(str, cells))} |"
         )
-    plans, right = (
-        sum(map(fine, results.values())) for fine in (lambda one: one["plans"], is_right)
-    )
+    plans = sum(one["plans"] for one in results.values())
+    right = sum(map(is_right, results.values()))
     return "\n".join(
         [*lines, "", f"{len(results)} models, {plans} plan as they are, {right} are right.", ""]
     )
@@ -397,6 +398,14 @@ def is_right(result: dict[str, Any]) -> bool:
     return result["plans"] and not (result["wrong"] or result["layout"] or result["unused"])
 
 
+def write(results: dict[str, dict[str, Any]], out: Path) -> None:
+    """Write the results as JSON, and as a table beside it."""
+    versions = {name: metadata.version(name) for name in ("torch", "timm", "transformers")}
+    document = {"versions": versions, "models": results}
+    out.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    out.with_suffix(".md").write_text(table(results, versions))
+
+
 def main() -> int:
     """Examine all models, and write what was found."""
     from rich.progress import track
@@ -405,11 +414,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("models", nargs="*", help="only these")
     options = parser.parse_args()
-    builders = {**timm_models(), **transformers_models()}
-    chosen = options.models or list(builders)
-    results = {name: examine(*builders[name]()) for name in track(chosen, "Models")}
-    options.out.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    options.out.with_suffix(".md").write_text(table(results))
+    chosen = set(options.models or (*TRANSFORMERS, *TIMM))
+    results = {}
+    # transformers first: it would mind what stands in for torchvision.
+    builders = (
+        pair
+        for family in (transformers_models, timm_models)
+        for pair in family().items()
+        if pair[0] in chosen
+    )
+    for name, build in track(builders, "Models", total=len(chosen)):
+        results[name] = examine(*build())
+    write(results, options.out)
     wrong = [name for name, one in results.items() if not is_right(one)]
     print(f"{len(results)} models, {len(results) - len(wrong)} right", *wrong)
     return 1 if wrong else 0

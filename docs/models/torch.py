@@ -91,10 +91,9 @@ class Watch(TorchFunctionMode):
             return kind == "embedding" and self._settle(name, picked)
         if pure and kind not in MIXING:
             return False
-        channel = (
-            kind.startswith("conv") and len(args) > 1 and name in self._tracks.get(id(args[1]), ())
-        )
-        if kind.startswith("conv") and not channel:  # of a window's positions, look at one
+        convolves = kind.startswith("conv") and len(args) > 1
+        channel = convolves and name in self._tracks.get(id(args[1]), ())
+        if convolves and not channel:  # of a window's positions, look at one
             window = tuple(range(2, args[1].dim()))
             args = (args[0], args[1].mean(window, keepdim=True), None, 1, 0, 1, *args[6:])
         fed = self._one_output(name, function, args, kwargs, channel=channel)

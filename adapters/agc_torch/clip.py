@@ -9,23 +9,26 @@ decisions and scales are a handful of small operations, whatever the number of p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from agc import AGC, Plan, Schedule
 from agc.config import Clipping
 from agc.errors import MissingGradientError, NonFiniteError
-from agc.plan import PlanEntry
+from agc.plan import WHOLE, PlanEntry
 from agc_torch.norms import all_norms, on_host, wide
 from agc_torch.parts import Part, Place, check, is_dtensor, parts
 from agc_torch.stats import Numbers, Stats
 from agc_torch.units import Model, resolve
 
-__all__ = ["adaptive_clip_grad_", "clip_"]
+__all__ = ["adaptive_clip_grad_", "clip_", "limit_norm_", "whole"]
 
 Step: TypeAlias = int | Tensor
 
@@ -33,6 +36,7 @@ _CHUNK: Final = (
     1 << 22
 )  # elements clipped at a time, which are read again while they are in the cache
 _PIECE: Final = 1 << 16  # elements that a CPU copies at a time
+_SMOOTH: Final = 1e-6  # what clip_grad_norm_ adds to a norm
 _SMALLEST: Final = 2.0**-100  # factors down to here are accurate in float32
 
 
@@ -154,6 +158,46 @@ def clip_(
             for some, one in work:
                 _scale(some, one, zero=False)
     return Stats([job.entry.name for job in jobs], [one for _, one in work])
+
+
+def limit_norm_(
+    pairs: Iterable[tuple[PlanEntry, Tensor]], max_norm: float, *, grad_scale: Tensor | None = None
+) -> None:
+    """Scale all gradients together down to a norm of ``max_norm``, as ``clip_grad_norm_`` does (AGC-7).
+
+    Parameters
+    ----------
+    pairs : iterable of (PlanEntry, Tensor)
+        The entries say one unit for each parameter, clipped or not; see :func:`whole`.
+    max_norm : float
+        The largest norm of all gradients taken together, over all processes that share them.
+    grad_scale : scalar tensor, optional
+        As in :func:`clip_`.
+    """
+    with torch.no_grad():
+        gradients = [job.gradient for job in _jobs(pairs, None)]
+        if not gradients:
+            return
+        groups: dict[Place, list[Part]] = {}
+        for part in gradients:
+            groups.setdefault(part.place, []).append(part)
+        device = gradients[0].place[0]
+        norms = [vector_norm(all_norms(group, 0.0)).to(device) for group in groups.values()]
+        norm = vector_norm(torch.stack(norms))
+        if grad_scale is not None:
+            norm = norm / grad_scale.to(device, non_blocking=True)
+        factor = (max_norm / (norm + _SMOOTH)).clamp(max=1.0)
+        if on_host(device) and factor == 1:
+            return
+        for part in gradients:
+            part.tensor.mul_(factor.to(part.tensor.device, non_blocking=True))
+
+
+def whole(entry: PlanEntry) -> PlanEntry:
+    """Return the entry that takes a parameter as one unit, and as one that is clipped."""
+    return replace(
+        entry, units=WHOLE, count=min(1, math.prod(entry.shape)), clipping=1.0, excluded=False
+    )
 
 
 class _Job(NamedTuple):

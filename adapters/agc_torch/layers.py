@@ -165,6 +165,7 @@ def _union(*rules: Callable[[nn.Module], LayerUnits]) -> Callable[[nn.Module], L
 
 
 _ROWS: Final = "n d -> n"
+_PER_AXIS: Final = "axis n d -> axis n"  # one table for each axis of a picture
 _MAP: Final = "one d h w -> h w"  # positions of a picture, channels first
 _GRID: Final = "one h w d -> h w"  # the same, channels last
 
@@ -204,6 +205,9 @@ _TIMM: Final = _union(
     _by_rank(
         ("attention_biases", 2, "h n -> n"),
         ("relative_position_bias_table", 2, _ROWS),
+        ("relative_position_bias_table", 3, "h n m -> n m"),
+        ("position_embedding_table", 3, _PER_AXIS),
+        ("alpha", 2, "g d -> g"),  # gains, one a row
         ("rel_pos_?", 2, _ROWS),
         ("height_rel", 2, _ROWS),
         ("width_rel", 2, _ROWS),
@@ -212,19 +216,37 @@ _TIMM: Final = _union(
     ),
     _batched_tables,
 )
+
+
+def _pictures(layer: nn.Module) -> LayerUnits:
+    """Read a table of the positions of a square picture, ``(1, d, s, s)`` or ``(1, s, s, d)``."""
+    units: dict[str, str] = {}
+    for name, tensor in own_parameters(layer):
+        if tensor.dim() == 4 and "pos" in name:
+            _, first, middle, last = tensor.shape
+            if (first == middle) != (middle == last):
+                units[name] = _GRID if first == middle else _MAP
+    return units
+
+
 _TRANSFORMERS: Final = _union(
     _experts,
     _by_rank(
         ("weight", 2, "o i -> o"),  # of routers
+        ("fn", 2, "o i -> o"),
+        ("hc_fn", 2, "o i -> o"),
         ("A_log", 2, "c n -> c"),
-        ("latents", 2, _ROWS),
-        ("query", 2, _ROWS),
-        ("*position*", 2, _ROWS),
-        ("*pos_embed*", 2, _ROWS),
+        ("attention_biases", 2, "h n -> n"),
+        ("*bias_[uv]", 2, "h d -> h"),  # queries that all positions share
+        ("relative_attention_bias", 2, _ROWS),
         ("rel_pos_?", 2, _ROWS),
-        ("*_token*", 2, _ROWS),
+        ("position_embedding_table", 3, _PER_AXIS),
+        ("*position_embedding*", 3, "h w d -> h w"),
+        ("*positional_encoding", 4, "n one two d -> n"),
+        *((glob, 2, _ROWS) for glob in ("*position*", "*embed*", "*_token*", "*latents", "*query")),
         ("scale_shift_table", 2, _ROWS),
     ),
+    _pictures,
     _batched_tables,
 )
 _PEFT: Final = _union(
@@ -310,6 +332,8 @@ _BUILT_IN: Final[dict[type[nn.Module] | str, LayerRule]] = {
     "transformers.models.dbrx.modeling_dbrx.DbrxExpertGLU": _dbrx,
     "transformers.models.funnel.modeling_funnel.FunnelRelMultiheadAttention": _RELATIVE,
     "transformers.models.xlnet.modeling_xlnet.XLNetRelativeAttention": _RELATIVE,
+    "transformers.models.*.*.Gemma*Projector": {"mm_input_projection_weight": "i o -> o"},
+    "transformers.models.*.*.Inkling*SharedExperts": {"*_proj": "e o i -> e o"},
     "transformers.models.*.*.*FlexibleLinear": {"weight": "n o i -> n o"},
     "transformers.models.*.*.*ParallelExperts": {"weight": "e o i -> e o"},
     "transformers.*": _TRANSFORMERS,

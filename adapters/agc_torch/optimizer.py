@@ -8,6 +8,7 @@ does (weight decay, momentum) comes after (AGC-7).
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -19,14 +20,16 @@ from torch.optim import Optimizer
 from agc import AGC, Plan
 from agc.errors import ConfigError, FormatError, ParameterError, ShapeError
 from agc.plan import PlanEntry
-from agc_torch.clip import clip_
+from agc_torch.clip import clip_, limit_norm_, whole
 from agc_torch.stats import Stats
 from agc_torch.units import Model, named_parameters, places, resolve
 
 __all__ = ["Handle", "attach", "attached"]
 
 
-def attach(optimizer: Optimizer, model: Model, rule: AGC) -> Handle:
+def attach(
+    optimizer: Optimizer, model: Model, rule: AGC, *, max_norm: float | None = None
+) -> Handle:
     """Clip inside every ``optimizer.step()`` from now on (AGC-1 to AGC-12).
 
     Parameters
@@ -39,6 +42,9 @@ def attach(optimizer: Optimizer, model: Model, rule: AGC) -> Handle:
         Whose parameters these are; a module's layer types settle the units.
     rule : AGC
         The configuration.
+    max_norm : float, optional
+        After AGC, scale all gradients of the optimizer together down to this norm, as ``clip_grad_norm_``
+        does. That one called before the step would come before AGC, which AGC-7 forbids.
 
     Returns
     -------
@@ -51,7 +57,7 @@ def attach(optimizer: Optimizer, model: Model, rule: AGC) -> Handle:
         If the optimizer has a parameter that is not the model's, AGC is attached to it already, or its
         ``step()`` would never run the hooks.
     ConfigError, SelectorError, AmbiguousUnitsError, UnitsError
-        As :func:`agc_torch.plan`.
+        As :func:`agc_torch.plan`; ConfigError also if ``max_norm`` is not a finite number above 0.
 
     Notes
     -----
@@ -76,7 +82,7 @@ def attach(optimizer: Optimizer, model: Model, rule: AGC) -> Handle:
     >>> handle.stats().total().clipped
     3
     """
-    return Handle(optimizer, model, rule)
+    return Handle(optimizer, model, rule, max_norm)
 
 
 def attached(optimizer: Optimizer) -> Handle | None:
@@ -105,9 +111,15 @@ class Handle:
         The optimizer that clips; of a wrapper, the one inside.
     model : Module or mapping of name to tensor
     rule : AGC
+    max_norm : float, optional
     """
 
-    def __init__(self, optimizer: Optimizer, model: Model, rule: AGC) -> None:
+    def __init__(
+        self, optimizer: Optimizer, model: Model, rule: AGC, max_norm: float | None = None
+    ) -> None:
+        valid = isinstance(max_norm, (int, float)) and not isinstance(max_norm, bool)
+        if max_norm is not None and not (valid and 0 < max_norm < math.inf):
+            raise ConfigError(f"max_norm must be a finite number above 0, got {max_norm!r}")
         if attached(optimizer) is not None:
             raise ParameterError(
                 f"AGC is attached to this {type(optimizer).__name__} already; remove() that handle first"
@@ -117,7 +129,7 @@ class Handle:
         self.model: Model = (
             model if isinstance(model, (torch.nn.Module, Mapping)) else named_parameters(model)
         )
-        self.rule = rule
+        self.rule, self.max_norm = rule, max_norm
         self._start()
         self._match()
         _check_in_backward(self.optimizer)
@@ -181,7 +193,7 @@ class Handle:
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: self.__dict__[name] for name in ("optimizer", "model", "rule")}
+        kept = {name: self.__dict__[name] for name in ("optimizer", "model", "rule", "max_norm")}
         return {**kept, "steps": self.steps, "attached": bool(self._hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -246,7 +258,7 @@ class Handle:
         # Both are there only while a GradScaler lets a fused optimizer unscale and skip by itself.
         grad_scale = getattr(self.optimizer, "grad_scale", None)
         found_inf = getattr(self.optimizer, "found_inf", None)
-        return clip_(
+        stats = clip_(
             self._pairs,
             self.rule,
             step=self._steps,
@@ -254,6 +266,9 @@ class Handle:
             found_inf=found_inf,
             missing=self._check_place,
         )
+        if self.max_norm is not None:
+            limit_norm_(self._whole, self.max_norm, grad_scale=grad_scale)
+        return stats
 
     def _check_place(self, entry: PlanEntry, tensor: Tensor) -> None:
         """Refuse a parameter without a gradient if the model has put another, with one, in its place."""
@@ -283,6 +298,7 @@ class Handle:
         self._plan = plan
         self._parameters = parameters
         self._pairs = [entries[id(parameter)] for parameter in parameters]
+        self._whole = [(whole(entry), tensor) for entry, tensor in self._pairs]
         self._places = places(self.model)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:

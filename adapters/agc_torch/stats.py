@@ -112,7 +112,10 @@ class Stats:
         )
 
     def parameters(self) -> dict[str, reference.Stats]:
-        """Return the numbers of every parameter that AGC acts on and that had a gradient."""
+        """Return the numbers of every parameter that AGC acts on and that had a gradient.
+
+        A trainable ``DTensor`` is among them in any case: no process knows alone whether it had one.
+        """
         found = {}
         for one in self._numbers:
             sizes = [count for _, count in one.counts]

@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Watch(TorchFunctionMode):
         Parameter to the weights that feed one output.
     """
 
-    def __init__(self, named: dict[str, Tensor]) -> None:
+    def __init__(self, named: dict[str, Tensor], buffers: list[Tensor]) -> None:
         super().__init__()
         self.named = {n: p for n, p in named.items() if sum(size > 1 for size in p.shape) > 1}
         self.found: dict[str, Tensor] = {}
@@ -55,6 +56,7 @@ class Watch(TorchFunctionMode):
         self._constant = {id(p) for p in named.values()}  # made of parameters alone
         self._tracks = {id(p): {n} for n, p in self.named.items()}
         self._picked: dict[str, Tensor] = {}
+        self._buffers = {id(buffer) for buffer in buffers}
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -65,9 +67,7 @@ class Watch(TorchFunctionMode):
         if kind == "_weight_norm":  # its norms are scales that many outputs share
             result = args[0] * (result / args[0]).detach()
         given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
-        names = {name for value in given for name in self._tracks.get(id(value), ())} - set(
-            self.found
-        )
+        names = {name for value in given for name in self._tracks.get(id(value), ())}
         floats = [value for value in given if value.is_floating_point()]
         outputs = [
             v for v in tree_flatten(result)[0] if isinstance(v, Tensor) and v.is_floating_point()
@@ -77,31 +77,36 @@ class Watch(TorchFunctionMode):
         if pure and kind not in MIXING:
             self._constant |= {id(value) for value in outputs}
         for name in sorted(names) if outputs else []:
-            self._judge(name, function, kind, args, kwargs, pure)
-        for value in outputs if names else []:
-            left = {name for name in names if name not in self.found}
-            self._tracks[id(value)] = self._tracks.get(id(value), set()) | left
+            if not self._judge(name, function, kind, args, kwargs, pure):
+                for value in outputs:
+                    self._tracks.setdefault(id(value), set()).add(name)
         return result
 
     def _judge(
         self, name: str, function: Any, kind: str, args: Any, kwargs: Any, pure: bool
-    ) -> None:
-        """Settle a parameter if this operation mixes its weights, or is the first after an index."""
+    ) -> bool:
+        """Tell whether this operation mixes a parameter's weights, or is the first after an index."""
         if kind in INDEXING and (picked := self._pick(name, kind, args)) is not None:
             self._picked[name] = picked
-            if kind == "embedding":
-                self.found[name] = picked
-            return
+            return kind == "embedding" and self._settle(name, picked)
         if pure and kind not in MIXING:
-            return
-        channel = (
-            kind.startswith("conv") and len(args) > 1 and name in self._tracks.get(id(args[1]), ())
-        )
+            return False
+        convolves = kind.startswith("conv") and len(args) > 1
+        channel = convolves and name in self._tracks.get(id(args[1]), ())
+        if convolves and not channel:  # of a window's positions, look at one
+            window = tuple(range(2, args[1].dim()))
+            args = (args[0], args[1].mean(window, keepdim=True), None, 1, 0, 1, *args[6:])
         fed = self._one_output(name, function, args, kwargs, channel=channel)
         if fed is not None and fed.count_nonzero() > 1:
+            return self._settle(name, fed)
+        return fed is not None and name in self._picked and self._settle(name, self._picked[name])
+
+    def _settle(self, name: str, fed: Tensor) -> bool:
+        """Keep the smaller set: an operation of a whole picture says less than one of its pixels."""
+        known = self.found.get(name)
+        if known is None or fed.count_nonzero() < known.count_nonzero():
             self.found[name] = fed
-        elif fed is not None and name in self._picked:
-            self.found[name] = self._picked[name]
+        return True
 
     def _one_output(
         self, name: str, function: Any, args: Any, kwargs: Any, *, channel: bool
@@ -111,7 +116,8 @@ class Watch(TorchFunctionMode):
         def fresh(value: Any) -> Any:
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
-            kept = id(value) in self._constant or name in self._tracks.get(id(value), ())
+            known = id(value) in self._constant or id(value) in self._buffers
+            kept = known or name in self._tracks.get(id(value), ())
             return value if kept else torch.randn_like(value)
 
         args, kwargs = tree_map(fresh, (args, kwargs))
@@ -194,7 +200,7 @@ def examine(model: nn.Module, inputs: dict[str, Any] | Tensor) -> dict[str, Any]
     with torch.no_grad():
         for parameter in named.values():  # zeros and ones hide what depends on them
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (parameter.dim() < 2))
-    watch = Watch(named)
+    watch = Watch(named, list(model.buffers()))
     with watch:
         model(**inputs) if isinstance(inputs, dict) else model(inputs)
     record["parameters"] = len(plan)
@@ -358,13 +364,15 @@ def transformers_models() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
     return {name: partial(build, *row) for name, row in TRANSFORMERS.items()}
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+def table(results: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
     """Return the results in Markdown."""
     lines = [
+        *("---", "orphan: true", "---", ""),
         "# Models that PyTorch users bring",
         "",
         "Written by `python docs/models/torch.py`. *Judged* are the parameters with two or more axes longer "
-        "than 1; what feeds one output was found by differentiation, not by name or table.",
+        "than 1: what feeds one output was found by differentiation, not by name or table. "
+        f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
         "",
         "| model | plans as it is | by layer | by vector | by layout | judged | right | not used |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -377,9 +385,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         lines.append(
             f"| {name} | {'yes' if one['plans'] else 'no'} | {' | '.join(map(str, cells))} |"
         )
-    plans, right = (
-        sum(map(fine, results.values())) for fine in (lambda one: one["plans"], is_right)
-    )
+    plans = sum(one["plans"] for one in results.values())
+    right = sum(map(is_right, results.values()))
     return "\n".join(
         [*lines, "", f"{len(results)} models, {plans} plan as they are, {right} are right.", ""]
     )
@@ -390,6 +397,14 @@ def is_right(result: dict[str, Any]) -> bool:
     return result["plans"] and not (result["wrong"] or result["layout"] or result["unused"])
 
 
+def write(results: dict[str, dict[str, Any]], out: Path) -> None:
+    """Write the results as JSON, and as a table beside it."""
+    versions = {name: metadata.version(name) for name in ("torch", "timm", "transformers")}
+    document = {"versions": versions, "models": results}
+    out.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    out.with_suffix(".md").write_text(table(results, versions))
+
+
 def main() -> int:
     """Examine all models, and write what was found."""
     from rich.progress import track
@@ -398,11 +413,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("models", nargs="*", help="only these")
     options = parser.parse_args()
-    builders = {**timm_models(), **transformers_models()}
-    chosen = options.models or list(builders)
-    results = {name: examine(*builders[name]()) for name in track(chosen, "Models")}
-    options.out.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    options.out.with_suffix(".md").write_text(table(results))
+    chosen = set(options.models or (*TRANSFORMERS, *TIMM))
+    results = {}
+    # transformers first: it would mind what stands in for torchvision.
+    builders = (
+        pair
+        for family in (transformers_models, timm_models)
+        for pair in family().items()
+        if pair[0] in chosen
+    )
+    for name, build in track(builders, "Models", total=len(chosen)):
+        results[name] = examine(*build())
+    write(results, options.out)
     wrong = [name for name, one in results.items() if not is_right(one)]
     print(f"{len(results)} models, {len(results) - len(wrong)} right", *wrong)
     return 1 if wrong else 0

@@ -264,6 +264,36 @@ def case_no_gradient_in_one_process() -> Any:
     }
 
 
+def case_global_norm() -> Any:
+    """The norm of all gradients of a model that is partly sharded, one of which a process lacks."""
+    from torch.distributed.tensor import (
+        DTensor,
+        Replicate,
+        Shard,
+        distribute_tensor,
+        init_device_mesh,
+    )
+
+    mesh, rank = init_device_mesh("cpu", (PROCESSES,)), dist.get_rank()
+    placements = {"a": [Shard(0)], "b": [Shard(1)], "c": [Replicate()]}
+    spread: dict[str, Any] = {"d": nn.Parameter(torch.ones(6, 4))}
+    spread["d"].grad = torch.full((6, 4), 2.0)
+    for name, placement in placements.items():
+        weight = distribute_tensor(torch.ones(6, 4), mesh, placement)
+        spread[name] = nn.Parameter(weight)
+        if name != "a" or rank == 1:
+            local = torch.full_like(weight.to_local(), 2.0)
+            spread[name].grad = DTensor.from_local(local, mesh, placement, run_check=False)
+    optimizer = torch.optim.SGD(spread.values(), 0.1)
+    with attach(optimizer, spread, AGC(clipping=None, units={"*": "o i -> o"}), max_norm=1.0):
+        optimizer.step()
+    return [
+        float((here(p) if name != "d" else p.grad)[0, 0])
+        for name, p in spread.items()
+        if p.grad is not None
+    ]
+
+
 def case_zero_redundancy() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit.script
@@ -377,6 +407,15 @@ def test_parameters_that_only_one_process_has_a_gradient_of(results):
                 torch.testing.assert_close(norm, torch.full_like(norm, 0.02))
             # With axis 0, each process has half the rows, and a gradient of one tensor's.
             assert (total.units, total.clipped) == (14, 5 if axis == 0 else 10)
+
+
+def test_global_norm_over_processes(results):
+    elements = 3 * 24 + 12  # one process has no gradient of its half of "a"
+    for rank in range(PROCESSES):
+        found = results[rank]["global_norm"]
+        assert isinstance(found, list), found
+        assert len(found) == 3 + rank
+        assert found == pytest.approx([1 / elements**0.5] * len(found), rel=1e-5)
 
 
 def test_a_process_without_any_gradient(results):

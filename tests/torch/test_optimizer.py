@@ -503,6 +503,45 @@ def test_the_plan_says_what_the_optimizer_lacks_and_what_is_frozen():
     assert handle.plan.count == handle.stats().units == 4
 
 
+# The norm of all gradients together
+
+
+def by_hand_with_norm(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        agc_torch.adaptive_clip_grad_(model, RULE, step=step)
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "grad scaler"])
+@pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
+@pytest.mark.parametrize("max_norm", [0.03, 1e3])
+def test_global_norm_comes_after_agc(max_norm, fused, scaled):
+    expected, model = network(), network()
+    by_hand_with_norm(expected, torch.optim.SGD(expected.parameters(), 0.1, fused=fused), max_norm)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
+    handle = agc_torch.attach(optimizer, model, RULE, max_norm=max_norm)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=scaled)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert copy.deepcopy((model, optimizer, handle))[2].max_norm == max_norm
+    for got, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("max_norm", [0, -1.0, float("nan"), float("inf"), True, "1"])
+def test_global_norm_that_is_none(max_norm):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ConfigError, match="max_norm must be a finite number above 0, got"):
+        agc_torch.attach(optimizer, model, RULE, max_norm=max_norm)
+
+
 # Parameters that change under way
 
 

@@ -533,6 +533,9 @@ def test_units_are_what_feeds_one_output(judge, name):
     found = judge.examine(model, torch.randn(1, 3, size, size))
     assert judge.is_right(found), found
     assert found["judged"] > 5
+    head = model.pretrained_cfg["classifier"]
+    made = agc_torch.plan(model, AGC.profile("paper"))
+    assert [e.name for e in made if e.excluded] == [f"{head}.weight", f"{head}.bias"]
 
 
 class OutLast(nn.Module):

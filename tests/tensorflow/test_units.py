@@ -17,7 +17,7 @@ import agc_tensorflow
 from agc import AGC, Units
 from agc.errors import AmbiguousUnitsError, ParameterError, SelectorError, UnitsError
 from agc_tensorflow import units as units_of
-from agc_tensorflow.units import _REGISTRY
+from agc_tensorflow.layers import _REGISTRY
 
 
 @pytest.fixture
@@ -401,7 +401,7 @@ def test_plan_is_the_same_in_eager_and_after_training():
     assert agc_tensorflow.plan(model, AGC()) == before
 
 
-@pytest.mark.parametrize("module", ["units", "clip", "optimizer"])
+@pytest.mark.parametrize("module", ["units", "layers", "clip", "optimizer"])
 def test_examples_in_docstrings(module, registry):
     found = doctest.testmod(importlib.import_module(f"agc_tensorflow.{module}"))
     assert found.attempted > 0

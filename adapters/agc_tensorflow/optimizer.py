@@ -199,9 +199,9 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
 
         Examples
         --------
-        >>> optimizer = AdaptiveGradClip(keras.optimizers.SGD(0.1), AGC())
+        >>> optimizer = AdaptiveGradClip(keras.optimizers.SGD(0.1, name="mine"), AGC())
         >>> optimizer.detach().name
-        'SGD'
+        'mine'
         """
         self._seam.detach()
         return self.inner_optimizer
@@ -401,7 +401,8 @@ class _Seam:
         before = [(variable, tf.identity(_tensor(variable))) for variable in state]
         result = step()
         self._proven = self._proven or self._passed
-        if not self._proven and (_undo(before, len(self._variables)) if eager else gradients):
+        count = len(self._variables)
+        if not self._proven and (_undo(before, count) if eager else count and gradients):
             raise ConfigError(
                 f"{type(self.inner).__name__} updates its variables without Keras' "
                 "_backend_apply_gradients and _clip_gradients, so AGC cannot act inside it; wrap an optimizer "
@@ -590,7 +591,8 @@ def _tensor(variable: Variable) -> tf.Tensor:
 
 def _undo(before: Sequence[tuple[Variable, tf.Tensor]], weights: int) -> bool:
     """Tell whether one of the first variables has changed, and if so set all back to what they were."""
-    changed = any(bool(tf.reduce_any(_tensor(v) != old)) for v, old in before[:weights])
+    bits = [(_tensor(v).numpy().tobytes(), old.numpy().tobytes()) for v, old in before[:weights]]
+    changed = any(now != old for now, old in bits)
     if changed:
         for variable, old in before:
             variable.assign(old)

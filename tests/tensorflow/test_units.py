@@ -15,7 +15,13 @@ from keras import layers
 
 import agc_tensorflow
 from agc import AGC, Units
-from agc.errors import AmbiguousUnitsError, ParameterError, SelectorError, UnitsError
+from agc.errors import (
+    AmbiguousUnitsError,
+    ParameterError,
+    SelectorError,
+    UnitsError,
+    UnitsWarning,
+)
 from agc_tensorflow import units as units_of
 from agc_tensorflow.layers import _REGISTRY
 
@@ -276,34 +282,141 @@ def test_tf_module_is_named_by_attributes():
     module = Module()
     with pytest.raises(AmbiguousUnitsError, match=r"'parts.0.table' of Table"):
         agc_tensorflow.plan(module, AGC())
-    plan = agc_tensorflow.plan(module, AGC(units={"*.table": "a b c -> a"}))
+    plan = agc_tensorflow.plan(module, AGC(units={"*.table": "a b c -> a", "w": "i o -> o"}))
     counts = {entry.name: entry.count for entry in plan}
     assert counts == {"dense.kernel": 2, "parts.0.table": 2, "parts.1.key": 1, "w": 4}
 
 
-def test_variables_without_a_model_follow_the_layout():
+def test_matrices_without_a_model_follow_the_layout_and_say_so():
     model = keras.Sequential(
-        [
-            keras.Input((9, 9, 3)),
-            layers.Conv2D(4, 3, name="conv"),
-            layers.Flatten(),
-            layers.Dense(2),
-        ]
+        [keras.Input((3,)), layers.Dense(4, name="body"), layers.Dense(2, name="head")]
     )
-    plan = agc_tensorflow.plan(model.trainable_variables, AGC())
-    counts = {entry.name: entry.count for entry in plan}
-    assert counts == {"conv.kernel": 4, "conv.bias": 1, "dense.kernel": 2, "dense.bias": 1}
-    pairs = agc_tensorflow.plan([("a/w", tf.Variable(tf.zeros((2, 3))))], AGC())
+    with pytest.warns(
+        UnitsWarning, match=r"2 parameter\(s\).*'body.kernel' \(3, 4\).*Give the model"
+    ):
+        plan = agc_tensorflow.plan(model.trainable_variables, AGC())
+    counts = {entry.name: (entry.count, entry.source) for entry in plan}
+    assert counts == {
+        "body.kernel": (4, "layout"),
+        "body.bias": (1, "vector"),
+        "head.kernel": (2, "layout"),
+        "head.bias": (1, "vector"),
+    }
+    with pytest.warns(UnitsWarning, match="'a.w'"):
+        pairs = agc_tensorflow.plan([("a/w", tf.Variable(tf.zeros((2, 3))))], AGC())
     assert pairs["a.w"].count == 3
     named = agc_tensorflow.plan({"w": tf.Variable(tf.zeros((2, 3)))}, AGC(units={"w": "o i -> o"}))
-    assert named["w"].count == 2
+    assert (named["w"].count, named["w"].source) == (2, "rule")
+
+
+def test_kernels_without_a_model_are_all_named_in_one_error():
+    """Rank says nothing of a kernel: depthwise and transposed ones have the rank of a convolution's."""
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.DepthwiseConv2D(3, name="dw"),
+            layers.Conv2DTranspose(5, 2, name="up"),
+        ]
+    )
+    variables = model.trainable_variables
+    gradients = [tf.ones_like(variable) for variable in variables]
+    wrapped = agc_tensorflow.AdaptiveGradClip("adam", AGC())
+    for call in (
+        lambda: agc_tensorflow.adaptive_clip_gradients(gradients, variables, AGC()),
+        lambda: wrapped.build(variables),
+    ):
+        with pytest.raises(AmbiguousUnitsError, match=r"Give the model: model=model; or") as caught:
+            call()
+        assert "dw.kernel" in str(caught.value)
+        assert "up.kernel" in str(caught.value)
+    plan = agc_tensorflow.plan(model, AGC())
+    assert [entry.count for entry in plan] == [3, 1, 5, 1]
+    assert {entry.source for entry in plan} == {"layer", "vector"}
 
 
 def test_one_layer_keeps_its_name_among_plain_variables():
     inputs = keras.Input((3,))
     model = keras.Model(inputs, layers.Dense(2, name="head")(inputs))
-    plan = agc_tensorflow.plan(model.trainable_variables, AGC())
+    plan = agc_tensorflow.plan(model.trainable_variables, AGC(units={"head.kernel": "i o -> o"}))
     assert [entry.name for entry in plan] == ["head.kernel", "head.bias"]
+
+
+def test_variables_without_a_name_and_of_one_name():
+    variables = [
+        *[tf.Variable([1.0, 2.0]) for _ in range(2)],
+        *[keras.Variable(np.ones(2), dtype="float32", name="v") for _ in range(2)],
+    ]
+    plan = agc_tensorflow.plan(variables, AGC())
+    assert [entry.name for entry in plan] == ["Variable", "Variable_1", "v", "v_1"]
+
+
+def test_frozen_parameters_are_marked():
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(5, name="a")], name="inner")
+    model = keras.Sequential([keras.Input((4,)), inner, layers.Dense(2, name="b")])
+    inner.trainable = False
+    model.layers[1].bias.trainable = False
+    for given in (model, model.weights):
+        rule = AGC() if given is model else AGC(units={"*kernel": "i o -> o"})
+        plan = agc_tensorflow.plan(given, rule)
+        assert [entry.inactive for entry in plan] == ["frozen", "frozen", None, "frozen"]
+        assert plan.count == 2
+    inner.trainable = True
+    assert agc_tensorflow.plan(model, AGC()).count == 5 + 1 + 2
+
+
+def of_keras_2(*bases: type) -> Any:
+    """Return something whose class says that it is from Keras 2, which need not be installed."""
+    made = type("Sequential", bases, {"__module__": "tf_keras.src.engine.sequential"})
+    return type("Own", (made,), {})()
+
+
+def test_keras_2_is_refused_everywhere():
+    model = of_keras_2(tf.Module)
+    holder = tf.Module()
+    holder.part = model
+    kernel = tf.Variable(tf.ones((2, 3)))
+    for call in (
+        lambda: agc_tensorflow.plan(model, AGC()),
+        lambda: agc_tensorflow.plan(holder, AGC()),
+        lambda: agc_tensorflow.plan([model], AGC()),
+        lambda: units_of(model),
+        lambda: agc_tensorflow.adaptive_clip_gradients([kernel], [kernel], AGC(), model=model),
+        lambda: agc_tensorflow.AdaptiveGradClip("sgd", AGC(), model=model),
+        lambda: agc_tensorflow.AdaptiveGradClip(of_keras_2(object), AGC()),
+    ):
+        with pytest.raises(
+            ParameterError, match=r"Own is made by Keras 2 \(tf_keras\).*use Keras 3"
+        ):
+            call()
+
+
+HUB = {
+    "layers.modeling.position_embedding.PositionEmbedding": [("embeddings", (5, 4), 5)],
+    "models.vit_det.vit_layers.AddPositionalEmbedding": [("pos_embed", (1, 2, 3, 4), 6)],
+    "models.mixtral.mixtral_decoder.MixtralMoeExperts": [
+        ("expert_feedforward_gate_dense", (2, 3, 4), 8)
+    ],
+    "models.gpt_oss.gpt_oss_decoder.GptOssExperts": [
+        ("gate_up_proj", (2, 3, 4), 8),
+        ("gate_up_proj_bias", (2, 4), 2),
+    ],
+    "models.xlnet.xlnet_encoder.XLNetEncoder": [
+        ("content_attention_bias", (2, 3), 1),
+        ("segment_encoding", (2, 3, 4), 2),
+    ],
+}
+
+
+@pytest.mark.parametrize("path", HUB)
+def test_layers_of_keras_hub_are_known_by_their_class(path):
+    module, _, name = f"keras_hub.src.{path}".rpartition(".")
+    layer = type(name, (layers.Layer,), {"__module__": module})()
+    for weight, shape, _ in HUB[path]:
+        layer.add_weight(shape=shape, name=weight)
+    layer.built = True
+    plan = agc_tensorflow.plan(layer, AGC())
+    assert {e.name: e.count for e in plan} == {name: count for name, _, count in HUB[path]}
+    assert {entry.source for entry in plan} == {"layer"}
 
 
 def test_rank_3_without_a_known_layer_is_ambiguous():

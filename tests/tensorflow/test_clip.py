@@ -562,7 +562,7 @@ class TestRefuses:
     def test_variable_of_another_model(self):
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
         with pytest.raises(ParameterError, match=r"'w' of shape \(2, 3\) is not a parameter"):
-            adaptive_clip_gradients([tf.ones((2, 3))], [self.w], MATRIX, model=model)
+            adaptive_clip_gradients([tf.ones((2, 3))], [self.w], AGC(), model=model)
 
     def test_rank_3(self):
         weight = tf.Variable(tf.ones((2, 3, 4)), name="cube")

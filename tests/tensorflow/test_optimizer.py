@@ -365,6 +365,44 @@ class Sub(keras.Model):
         return self.head(self.rnn(self.mix(x, x)))
 
 
+class Squares(keras.Model):
+    """Layers of one shape, whose automatic names are others every time they are made."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.parts = [layers.Dense(4) for _ in range(3)]
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+class Twins(keras.Model):
+    """Two layers of one name."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.parts = [layers.Dense(4, name="twin") for _ in range(2)]
+
+    def call(self, x):
+        return self.parts[1](self.parts[0](x))
+
+
+def functional() -> Any:
+    inputs = keras.Input((4,))
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4)], name="inner")
+    return keras.Model(inputs, layers.Dense(4)(inner(layers.Dense(4)(inputs))), name="inner")
+
+
+SHAPES_AGREE = {
+    "sequential": lambda: keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.Dense(4)]),
+    "nested, of its part's name": functional,
+    "subclassed": Squares,
+    "two of one name": Twins,
+}
+
+
 class TestSaving:
     @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss scale"])
     def test_resumed_training_equals_uninterrupted(self, scaled, tmp_path):
@@ -449,6 +487,78 @@ class TestSaving:
         loaded = keras.models.load_model(tmp_path / "model.keras")
         loaded.fit(x, x, verbose=0)
         assert set(loaded.optimizer.stats().parameters()) == {"b.kernel"}
+
+    def test_parts_of_a_multi_optimizer(self, tmp_path):
+        if not hasattr(optimizers, "MultiOptimizer"):
+            assert int(keras.__version__.split(".")[1]) < 14  # an older Keras lacks it
+            return
+        model = network()
+        rule = AGC(clipping={"head.*": 0.001, "*": 0.02})
+        parts = [
+            AdaptiveGradClip(inner, rule, model=model)
+            for inner in (optimizers.SGD(0.1, momentum=0.9), optimizers.Adam(0.1))
+        ]
+        each = optimizers.OptimizerMap(parts[0], {".*head.*": parts[1]})
+        fit(model, optimizers.MultiOptimizer(each), jit_compile=False)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert [entry.inactive for entry in parts[1].plan] == ["not in the optimizer"] * 2 + [
+            None
+        ] * 2
+        for one in (model, loaded):
+            one.fit(*data(), batch_size=8, verbose=0, shuffle=False)
+        assert same(weights_of(model), weights_of(loaded))
+        heads = {"head.kernel", "head.bias"}
+        assert heads in [set(o.stats().parameters()) for o in loaded.optimizer.optimizers]
+
+    @pytest.mark.parametrize("kind", SHAPES_AGREE)
+    def test_pairing_by_names_where_shapes_agree(self, kind, tmp_path):
+        """Each parameter has a threshold of its own, and each is found again."""
+        model = SHAPES_AGREE[kind]()
+        model(tf.zeros((1, 4)))
+        names = [entry.name for entry in agc_tensorflow.plan(model, AGC())]
+        rule = AGC(clipping={name: 10.0 ** -(2 + at) for at, name in enumerate(names)})
+        model.compile(AdaptiveGradClip(optimizers.SGD(0.5), rule, model=model), "mse")
+        x = data()[0][:, :4]
+        model.fit(x, x, verbose=0)
+        model.save(tmp_path / "model.keras")
+        layers.Dense(2)  # takes a name, so that automatic names differ
+        layers.Dense(2)
+        made = {cls.__name__: cls for cls in (Squares, Twins)}
+        loaded = keras.models.load_model(tmp_path / "model.keras", custom_objects=made)
+        start = weights_of(loaded)
+        assert same(start, weights_of(model))
+        for one in (model, loaded):
+            one.fit(x, x, verbose=0, shuffle=False)
+        assert same(weights_of(model), weights_of(loaded))
+        assert loaded.optimizer.stats().parameters() == model.optimizer.stats().parameters()
+
+    def test_renamed_layers_of_which_some_are_missing(self):
+        """A wrong pairing is refused where it matters, and has no effect elsewhere."""
+
+        def square(*names: str) -> Any:
+            given = [layers.Dense(4, name=name, use_bias=False) for name in names]
+            return keras.Sequential([keras.Input((4,)), *given], name="net")
+
+        model = square("dense", "dense_1", "dense_2")
+        rules = (AGC(exclude=["dense_2.*"]), AGC())
+        model.layers[0].trainable = False
+        for rule in rules:
+            config = AdaptiveGradClip("sgd", rule, model=model).get_config()
+            loaded = AdaptiveGradClip.from_config(config)
+            variables = square("dense_1", "dense_2", "dense_3").trainable_variables
+            if rule.exclude:
+                with pytest.raises(
+                    ParameterError, match=r"cannot be told for certain.*compile=False"
+                ):
+                    loaded.build(variables[:2])
+                loaded = AdaptiveGradClip.from_config(config)
+            else:
+                loaded.build(variables[:2])
+                loaded = AdaptiveGradClip.from_config(config)
+            loaded.build(variables)  # all of them: their order tells
+            stats = [entry.name for entry in loaded._seam.entries]
+            assert stats == ["dense.kernel", "dense_1.kernel", "dense_2.kernel"]
 
     def test_config_round_trip(self):
         model = network()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import doctest
-import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -215,6 +218,76 @@ def test_units_of_layer(row):
         shape = plan[name].shape
         assert plan[name].count == count, name
         assert plan[name].axes.reduce == Units(pattern).bind(shape).reduce, name
+
+
+@lru_cache(maxsize=1)
+def measure() -> Any:
+    """Return the module that computes units without the table of layer types."""
+    path = Path(__file__).parents[2] / "docs" / "models" / "keras.py"
+    spec = importlib.util.spec_from_file_location("units_by_computing", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # for its dataclasses
+    spec.loader.exec_module(module)
+    return module
+
+
+COMPUTED: dict[str, tuple[Callable[[], Any], tuple[int, ...], int]] = {
+    "Dense": (lambda: layers.Dense(6), (4,), 1),
+    "EinsumDense": (
+        lambda: layers.EinsumDense("abc,cde->abde", (None, 2, 3), bias_axes="de"),
+        (5, 4),
+        1,
+    ),
+    "EinsumDense, per group": (lambda: layers.EinsumDense("abc,bcd->abd", (3, 6)), (3, 4), 1),
+    "EinsumDense, out first": (lambda: layers.EinsumDense("...x,yx->...y", 6), (3, 4), 1),
+    "EinsumDense, gain": (lambda: layers.EinsumDense("abc,bc->abc", (3, 4)), (3, 4), 1),
+    "Conv1D": (lambda: layers.Conv1D(6, 3), (9, 4), 1),
+    "Conv2D, groups": (lambda: layers.Conv2D(6, 3, groups=2), (9, 9, 4), 1),
+    "Conv3D": (lambda: layers.Conv3D(6, 2), (3, 3, 3, 4), 1),
+    "Conv1DTranspose": (lambda: layers.Conv1DTranspose(6, 3), (9, 4), 1),
+    "Conv2DTranspose": (lambda: layers.Conv2DTranspose(6, 3), (9, 9, 4), 1),
+    "Conv3DTranspose": (lambda: layers.Conv3DTranspose(6, 2), (3, 3, 3, 4), 1),
+    "DepthwiseConv1D": (lambda: layers.DepthwiseConv1D(3, depth_multiplier=2), (9, 4), 1),
+    "DepthwiseConv2D": (lambda: layers.DepthwiseConv2D(3, depth_multiplier=2), (9, 9, 4), 1),
+    "SeparableConv1D": (lambda: layers.SeparableConv1D(6, 3), (9, 4), 2),
+    "SeparableConv2D": (lambda: layers.SeparableConv2D(6, 3, depth_multiplier=2), (9, 9, 4), 2),
+    "Embedding": (lambda: layers.Embedding(7, 4), (5,), 1),
+    "GroupQueryAttention": (lambda: layers.GroupQueryAttention(3, 4, 2), (2, 6), 4),
+    "MultiHeadAttention": (lambda: layers.MultiHeadAttention(2, 3), (2, 6), 4),
+    "LSTM": (lambda: layers.LSTM(3), (2, 4), 2),
+    "GRU": (lambda: layers.GRU(3, reset_after=False), (2, 4), 2),
+    "SimpleRNN": (lambda: layers.SimpleRNN(3), (2, 4), 2),
+    "Bidirectional": (lambda: layers.Bidirectional(layers.SimpleRNN(3)), (2, 4), 4),
+    "ConvLSTM1D": (lambda: layers.ConvLSTM1D(3, 2), (2, 9, 4), 2),
+    "TimeDistributed": (lambda: layers.TimeDistributed(layers.Dense(6)), (2, 4), 1),
+    "LayerNormalization": (lambda: layers.LayerNormalization(axis=(-2, -1)), (3, 4), 1),
+    "PReLU": (lambda: layers.PReLU(alpha_initializer="ones"), (3, 4), 1),
+}
+
+
+@pytest.mark.parametrize("row", COMPUTED)
+def test_units_are_what_feeds_one_output(row):
+    """Derivatives of the layer itself say so; they know nothing of the table of layer types."""
+    make, shape, checked = COMPUTED[row]
+    layer = make()
+    random = np.random.RandomState(0)
+    x = random.randint(0, 7, (2, *shape)) if row == "Embedding" else random.randn(2, *shape)
+    x = tf.constant(x, tf.int32 if row == "Embedding" else tf.float32)
+    arguments = (x, x) if "HeadAttention" in row or "Query" in row else (x,)
+    layer(*arguments)
+    found = measure().measure(layer, lambda: layer(*arguments))
+    assert found.complete
+    assert found.wrong == {}
+    assert found.checked == checked
+
+
+def test_computing_units_sees_a_wrong_table(registry):
+    agc_tensorflow.register_units(layers.Dense, {"kernel": "i o -> i"})
+    layer = built(layers.Dense(6), 4)
+    found = measure().measure(layer, lambda: layer(tf.ones((2, 4))))
+    assert set(found.wrong) == {"kernel"}
 
 
 def test_model_names_leave_the_model_out():

@@ -194,7 +194,7 @@ _HUB: Final[Mapping[str, LayerRule]] = {
     "models.vit_det.vit_layers.AddRelativePositionalEmbedding": {"rel_pos_?": _ROWS},
     "models.xlnet.xlnet_encoder.XLNetEncoder": {
         "*_attention_bias": WHOLE,
-        "segment_encoding": "n h d -> n",
+        "segment_encoding": "n h d -> n h",
     },
 }
 

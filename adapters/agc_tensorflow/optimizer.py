@@ -495,7 +495,7 @@ class _Saved:
         return cls(plan, data["root"], paths, list(data["trainable"]), list(data["built"]))
 
     def pair(self, variables: Sequence[Variable]) -> list[PlanEntry]:
-        """Return the entries of variables; a wrong pairing is impossible, or has no effect on any number.
+        """Return the entries of variables: what names and order leave in doubt is refused if it matters.
 
         Raises
         ------

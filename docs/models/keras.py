@@ -185,6 +185,8 @@ def _mixed(graph: Any, handle: Any) -> Any:
     for op in graph.get_operations():
         inputs = [id(tensor) for tensor in op.inputs]
         weight, other = any(i in pure for i in inputs), any(i in data for i in inputs)
+        if weight and other and op.type in ("ConcatV2", "Pack"):
+            return next(tensor for tensor in op.inputs if id(tensor) in pure)
         if weight and (other or op.type == "ResourceGather"):
             (result,) = op.outputs
             after = result.consumers()

@@ -475,7 +475,7 @@ HUB = {
     ],
     "models.xlnet.xlnet_encoder.XLNetEncoder": [
         ("content_attention_bias", (2, 3), 1),
-        ("segment_encoding", (2, 3, 4), 2),
+        ("segment_encoding", (2, 3, 4), 6),
     ],
 }
 

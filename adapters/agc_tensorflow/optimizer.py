@@ -133,7 +133,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
                 "the optimizer is not built yet, so its parameters are unknown; give "
                 "AdaptiveGradClip(..., model=model), or call build(model.trainable_variables)"
             )
-        return self._seam.plan.marked(self._seam.inactive)
+        return self._seam.plan.marked(self._seam.inactive())
 
     def stats(self) -> Stats:
         """Return the telemetry of the last update, on the device (AGC-11)."""
@@ -336,14 +336,17 @@ class _Seam:
             self._model = weakref.ref(model)
             self._root = model.name
 
-    def inactive(self, name: str) -> str | None:
-        """Say why a parameter has no gradient at present, if it has none."""
-        variable = self._named.get(name)
-        if variable is not None and not variable.trainable:
-            return "frozen"
-        if self._variables and all(entry.name != name for entry in self.entries):
-            return "not in the optimizer"
-        return None
+    def inactive(self) -> Callable[[str], str | None]:
+        """Return a function that says why a parameter has no gradient at present, if it has none."""
+        frozen = {name for name, variable in self._named.items() if not variable.trainable}
+        built = {entry.name for entry in self.entries} if self.table is not None else None
+
+        def reason(name: str) -> str | None:
+            if name in frozen:
+                return "frozen"
+            return "not in the optimizer" if built is not None and name not in built else None
+
+        return reason
 
     def saved(self) -> _Saved | None:
         """Return what has to be kept so that a loaded optimizer finds its plan again."""

@@ -44,6 +44,9 @@ from agc_tensorflow.units import named_variables, variable_key  # noqa: E402
 
 DRAWS = 3
 TRIES = 8
+LEGEND = """\
+Computed are the units of weights with two axes or more that are longer than 1. Left out are biases of several
+axes, which are one unit by definition, and weights that the forward pass does not use."""
 
 
 @dataclass
@@ -374,7 +377,8 @@ def main() -> None:
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     note = ", ".join(f"{name} {version}" for name, version in versions.items())
-    text = f"Units of KerasHub's models ({note}), by `python docs/models/keras.py`.\n\n{table(results)}\n"
+    text = f"Units of KerasHub's models ({note}), by `python docs/models/keras.py`.\n\n{LEGEND}\n\n"
+    text += f"{table(results)}\n"
     options.out.with_suffix(".md").write_text(text)
 
 

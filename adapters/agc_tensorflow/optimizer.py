@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from agc import AGC, Plan, PlanEntry
 from agc.config import check_rule
-from agc.errors import ConfigError, ParameterError
+from agc.errors import ConfigError, FormatError, ParameterError
 from agc_tensorflow.clip import IDLE, Gradient, Stats, clip
 from agc_tensorflow.units import (
     Model,
@@ -493,7 +493,19 @@ class _Saved:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> _Saved:
-        """Read :meth:`to_dict`'s data."""
+        """Read :meth:`to_dict`'s data.
+
+        Raises
+        ------
+        FormatError
+            If it is not that.
+        """
+        missing = {"plan", "paths", "root", "trainable", "built"} - set(data)
+        if missing:
+            raise FormatError(
+                f"the saved plan of AdaptiveGradClip is of another version or damaged: {sorted(missing)[0]!r} is "
+                "missing; load the model with compile=False, and compile it with a new AdaptiveGradClip"
+            )
         plan, paths = Plan.from_dict(data["plan"]), dict(data["paths"])
         return cls(plan, data["root"], paths, list(data["trainable"]), list(data["built"]))
 

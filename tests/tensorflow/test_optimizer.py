@@ -16,6 +16,7 @@ from agc import AGC, Schedule
 from agc.errors import (
     AmbiguousUnitsError,
     ConfigError,
+    FormatError,
     NonFiniteError,
     ParameterError,
     SelectorError,
@@ -575,6 +576,9 @@ class TestSaving:
         assert again.inner_optimizer.get_config() == wrapped.inner_optimizer.get_config()
         assert keras.saving.serialize_keras_object(again) == config
         again.build(model.trainable_variables)
+        damaged = {**wrapped.get_config(), "plan": wrapped.plan.to_dict()}
+        with pytest.raises(FormatError, match=r"'built' is missing.*compile=False"):
+            AdaptiveGradClip.from_config(damaged)
         wrong = keras.saving.deserialize_keras_object(config)
         with pytest.raises(
             ParameterError, match=r"plan is for 4 variables.*3 that the.*model=model"
@@ -882,7 +886,8 @@ def test_row_sparse_gradients_of_columns_are_made_dense(mode):
         options = {**MODES[mode], "jit_compile": False} if sparse else MODES[mode]
         model.compile(wrapped, "mse", **options)
         given = tf.sparse.from_dense(rows) if sparse else rows
-        model.fit(given, np.ones((8, 3)), verbose=0, batch_size=8, epochs=2)
+        batch = tf.data.Dataset.from_tensors((given, np.ones((8, 3), "float32")))
+        model.fit(batch, verbose=0, epochs=2)
         assert wrapped.stats().parameters()["d.kernel"].units == 3
         results.append(weights_of(model))
     assert same(*results, 1e-6)

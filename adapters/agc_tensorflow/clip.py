@@ -66,7 +66,8 @@ def adaptive_clip_gradients(
         The configuration.
     model : keras.Layer, tf.Module, or mapping of name to variable, optional
         What the variables belong to: its layer types settle the units. The variables may be a part of its
-        parameters. Without it units follow the layout convention, and rank 3 has to be declared in the rule.
+        parameters. Without it, vectors are one unit, matrices follow the layout convention with a warning,
+        and the rest has to be declared in the rule.
     step : int or integer tensor, default 0
         The optimizer step, for schedules: ``optimizer.iterations``.
     return_stats : bool, default False
@@ -197,8 +198,12 @@ def clip(
     rule: AGC,
     *,
     step: Step = 0,
+    densify: bool = False,
 ) -> tuple[list[Gradient], Stats]:
-    """Clip gradients that are paired with their entries of a plan; see :func:`adaptive_clip_gradients`."""
+    """Clip gradients that are paired with their entries of a plan; see :func:`adaptive_clip_gradients`.
+
+    With ``densify``, row-sparse gradients whose rows are not units are made dense instead of refused.
+    """
     names = tuple(entry.name for entry in entries)
     if all(gradient is None for gradient in gradients):
         raise MissingGradientError(
@@ -213,6 +218,8 @@ def clip(
             weight = variable.value if isinstance(variable, keras.Variable) else variable
             gradient = _check(gradient, weight, entry)
             if entry.clipped:
+                if densify and not _fits_rows(entry) and isinstance(gradient, tf.IndexedSlices):
+                    gradient = _dense(gradient, entry)
                 kind = _SparseJob if isinstance(gradient, tf.IndexedSlices) else _Job
                 jobs.append(kind(place, entry, gradient, tf.convert_to_tensor(weight), rule))
     if not jobs:
@@ -293,13 +300,14 @@ class _SparseJob(_Job):
     def __init__(
         self, place: int, entry: PlanEntry, gradient: tf.IndexedSlices, weight: tf.Tensor, rule: AGC
     ) -> None:
-        rows_are_units = 0 in entry.axes.keep and entry.axes.view == entry.axes.shape
-        if entry.axes.keep and not rows_are_units:
+        if not _fits_rows(entry):
             raise UnitsError(
                 f"parameter {entry.name!r}: the gradient of shape {entry.shape} is row-sparse, but the rows "
                 f"are not units of {entry.units}; give the model, whose embedding layers have row units, declare "
-                "units such as 'v d -> v', or make the gradient dense with tf.convert_to_tensor"
+                "units such as 'v d -> v', or make the gradient dense with tf.convert_to_tensor, as "
+                "AdaptiveGradClip does by itself"
             )
+        rows_are_units = bool(entry.axes.keep)
         self.place = place
         self.entry = entry
         self.dense_shape = gradient.dense_shape
@@ -321,6 +329,17 @@ class _SparseJob(_Job):
     def apply(self, scale: tf.Tensor, mask: tf.Tensor, touched: tf.Tensor) -> Gradient:
         values = tf.reshape(self._scaled(scale, mask, touched), (-1, *self.entry.shape[1:]))
         return tf.IndexedSlices(values, self.indices, self.dense_shape)
+
+
+def _fits_rows(entry: PlanEntry) -> bool:
+    """Tell whether a row-sparse gradient can be clipped as it is: rows are units, or all is one unit."""
+    axes = entry.axes
+    return not axes.keep or (0 in axes.keep and axes.view == axes.shape)
+
+
+def _dense(gradient: tf.IndexedSlices, entry: PlanEntry) -> tf.Tensor:
+    indices = tf.reshape(gradient.indices, [-1])
+    return tf.math.unsorted_segment_sum(gradient.values, indices, entry.shape[0])
 
 
 def _coalesce(gradient: tf.IndexedSlices) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

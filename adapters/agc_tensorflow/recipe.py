@@ -122,7 +122,8 @@ class CoupledSGD(keras.optimizers.Optimizer):  # type: ignore[misc]
         if self.built:
             return
         super().build(variables)
-        self._buffers = self.add_optimizer_variables(variables, "momentum") if self.momentum else []
+        wanted = variables if self.momentum else ()
+        self._buffers = [self.add_variable_from_reference(v, name="momentum") for v in wanted]
 
     def update_step(self, gradient: Any, variable: Variable, learning_rate: Any) -> None:
         """Update one variable."""

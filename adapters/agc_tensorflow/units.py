@@ -1,7 +1,6 @@
 """Units by layer type: what every parameter of a Keras model means, and the plan made from it.
 
-Keras stores weights out-last, so most rows of the table say ``... o -> o``. The table is a registry by layer
-type, looked up along the class hierarchy; :func:`register_units` adds a layer of your own.
+The table of layer types is in :mod:`agc_tensorflow.layers`; :func:`register_units` adds a layer of your own.
 
 A parameter is called by the names of the layers it lies in, below the model itself, and its own name:
 ``conv2d.kernel``, ``backbone.dense.bias``, ``bidirectional.forward_lstm.lstm_cell.kernel``. This is Keras'
@@ -11,9 +10,8 @@ are told apart by ``_1``, ``_2`` behind it; in a ``tf.Module``, attribute names 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, Final, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import keras
@@ -22,25 +20,26 @@ import tensorflow as tf
 from agc import AGC, Plan, PlanEntry, Units
 from agc.config import check_rule
 from agc.errors import ParameterError
-from agc.plan import WHOLE, Parameter, canonical_name, make_plan
+from agc.plan import Parameter, canonical_name, make_plan
+from agc_tensorflow.layers import by_type, changes, register_units
 
 __all__ = [
     "Model",
     "Variable",
     "named_variables",
     "plan",
+    "refuse_keras_2",
     "register_units",
     "resolve",
     "units",
     "variable_key",
+    "variable_path",
 ]
 
 Variable: TypeAlias = Any
 """A ``keras.Variable`` or ``tf.Variable``."""
 Model: TypeAlias = Any
 """A Keras layer or model, a ``tf.Module``, a mapping of name to variable, (name, variable) pairs, or variables."""
-LayerUnits: TypeAlias = Mapping[str, str | Units]
-LayerRule: TypeAlias = LayerUnits | Callable[[Any], LayerUnits]
 
 
 def plan(model: Model, rule: AGC) -> Plan:
@@ -49,22 +48,27 @@ def plan(model: Model, rule: AGC) -> Plan:
     Parameters
     ----------
     model : keras.Layer, tf.Module, mapping of name to variable, (name, variable) pairs, or variables
-        The layer types of a model settle the units. Plain variables have no layer types: ranks 2, 4 and 5
-        are taken as out-last, rank 3 has to be declared in the rule.
+        The layer types of a model settle the units. Plain variables have no layer types: vectors are one
+        unit, matrices are taken as out-last with a warning, the rest has to be declared in the rule.
     rule : AGC
         The configuration.
 
     Returns
     -------
     Plan
-        One entry a parameter in the model's order, frozen ones too, shared ones once.
+        One entry a parameter in the model's order, frozen ones too, marked so, shared ones once.
 
     Raises
     ------
     SelectorError, AmbiguousUnitsError, UnitsError
         As :func:`agc.plan.make_plan`; the message names the parameter.
     ParameterError
-        If the model is not built, or two parameters have one name.
+        If the model is not built or is one of Keras 2, or two parameters have one name.
+
+    Warns
+    -----
+    UnitsWarning
+        If the units of matrices follow the layout convention.
 
     Notes
     -----
@@ -78,19 +82,15 @@ def plan(model: Model, rule: AGC) -> Plan:
     >>> hidden = keras.layers.Conv2D(8, 3, name="conv")(inputs)
     >>> outputs = keras.layers.Conv2DTranspose(4, 2, use_bias=False, name="up")(hidden)
     >>> print(plan(keras.Model(inputs, outputs), AGC(exclude=["*.bias"])))
-    parameter    shape    units         count  clipping
-    -----------  -------  ------------  -----  --------
-    conv.kernel  3x3x3x8  ... i o -> o      8  0.01
-    conv.bias    8        ... ->            1  excluded
-    up.kernel    2x2x4x8  ... o i -> o      4  0.01
+    parameter    shape    units         source  count  clipping
+    -----------  -------  ------------  ------  -----  --------
+    conv.kernel  3x3x3x8  ... i o -> o  layer       8  0.01
+    conv.bias    8        ... ->        vector      1  excluded
+    up.kernel    2x2x4x8  ... o i -> o  layer       4  0.01
     3 parameters, 2 clipped, 12 units
     """
-    check_rule(rule, AGC)
-    parameters = [
-        Parameter(name, tuple(variable.shape), found, "out-last", owner)
-        for name, variable, found, owner in _survey(model)
-    ]
-    return make_plan(parameters, rule, head=getattr(model, "agc_head", None))
+    layers = isinstance(model, (keras.layers.Layer, tf.Module))
+    return _plan(model, rule, "" if layers else "give the model in place of its variables")
 
 
 def units(model: Model) -> dict[str, Units | None]:
@@ -106,54 +106,12 @@ def units(model: Model) -> dict[str, Units | None]:
     dict of str to Units or None
         In the model's order, shared parameters once.
     """
-    return {name: found for name, _, found, _ in _survey(model)}
-
-
-def register_units(layer: type | str, units: LayerRule) -> None:
-    """Teach the table a layer type, or change what it says of one.
-
-    Parameters
-    ----------
-    layer : type of keras.Layer or tf.Module, or str
-        The layer's class; its subclasses follow it unless they are registered themselves. A string is the
-        full path of a class that need not be imported, ``"package.module.Name"``.
-    units : mapping of str to str or Units, or callable
-        Variable name (a glob, the first that matches decides) to units; or a function of the layer that
-        returns such a mapping, where the units depend on the layer. A variable that matches nothing is
-        left to the layout convention.
-
-    Raises
-    ------
-    ParameterError
-        If ``units`` is neither a mapping nor callable.
-    UnitsError
-        If a pattern cannot be parsed.
-
-    Examples
-    --------
-    >>> class Table(keras.layers.Layer):
-    ...     def build(self, shape):
-    ...         self.table = self.add_weight(shape=(2, 3, 4), name="table")
-    >>> register_units(Table, {"table": "n h d -> n"})
-    >>> layer = Table()
-    >>> layer.build((None, 3))
-    >>> plan(layer, AGC())["table"].count
-    2
-    """
-    if isinstance(units, Mapping):
-        units = {name: Units(str(pattern)) for name, pattern in units.items()}
-    elif not callable(units):
-        raise ParameterError(
-            f"units of {layer!r} must be a mapping such as {{'kernel': 'i o -> o'}}, "
-            f"or a function of the layer that returns one, got {units!r}"
-        )
-    _REGISTRY[_path(layer) if isinstance(layer, type) else layer] = units
-    _RESOLVED.clear()
+    return {parameter.name: parameter.units for parameter, _ in _survey(model)}
 
 
 def named_variables(model: Model) -> dict[str, Variable]:
     """Return parameters by dotted name, frozen ones too, shared ones once."""
-    return {name: variable for name, variable, _, _ in _survey(model)}
+    return {parameter.name: variable for parameter, variable in _survey(model)}
 
 
 def resolve(
@@ -166,32 +124,32 @@ def resolve(
     ParameterError
         If a variable is not a parameter of the model.
     """
+    check_rule(rule, AGC)
+    keys = [variable_key(variable) for variable in variables]
     if model is None:
-        made = plan(variables, rule)
-        entries = {
-            variable_key(variable): made[name]
-            for name, variable in named_variables(variables).items()
-        }
-        return made, [entries[variable_key(variable)] for variable in variables]
+        made = _plan(variables, rule, "give the model: model=model")
+        entries = _by_key(variables, made)
+        return made, [entries[key] for key in keys]
     try:
         known = _RESOLVED.get(model)
     except TypeError:  # a mapping or list: nothing to remember it by
         known = None
-    keys = [variable_key(variable) for variable in variables]
-    check_rule(rule, AGC)
-    if known is None or known[0] != rule or not set(keys) <= set(known[2]):
+    if (
+        known is None
+        or (known.rule, known.changes) != (rule, changes())
+        or not set(keys) <= set(known.entries)
+    ):
         made = plan(model, rule)
-        found = {variable_key(v): made[name] for name, v in named_variables(model).items()}
-        known = (rule, made, found)
+        known = _Known(rule, changes(), made, _by_key(model, made))
         if isinstance(model, (keras.layers.Layer, tf.Module)):
             _RESOLVED[model] = known
     for key, variable in zip(keys, variables, strict=True):
-        if key not in known[2]:
+        if key not in known.entries:
             raise ParameterError(
-                f"variable {_variable_name(variable)!r} of shape {tuple(variable.shape)} is not a parameter "
+                f"variable {variable_path(variable)!r} of shape {tuple(variable.shape)} is not a parameter "
                 "of the model; give the model that the variables belong to, after it is built"
             )
-    return known[1], [known[2][key] for key in keys]
+    return known.plan, [known.entries[key] for key in keys]
 
 
 def variable_key(variable: Variable) -> object:
@@ -203,23 +161,69 @@ def variable_key(variable: Variable) -> object:
     return getattr(variable, "_unique_id", id(variable))
 
 
-_REGISTRY: Final[dict[str, LayerRule]] = {}
-_RESOLVED: Final[WeakKeyDictionary[Any, tuple[AGC, Plan, dict[object, PlanEntry]]]] = (
-    WeakKeyDictionary()
-)
+def variable_path(variable: Variable) -> str:
+    """Return Keras' path of a variable, or TensorFlow's name of it without ``:0``."""
+    name = getattr(variable, "path", None) or getattr(variable, "name", None) or "variable"
+    return str(name).split(":")[0]
 
-Found: TypeAlias = tuple[str, Variable, Units | None, str | None]
+
+def refuse_keras_2(given: Any) -> None:
+    """Raise if something is made by Keras 2, which is only recognised, never imported.
+
+    Parameters
+    ----------
+    given : object
+        A model, layer or optimizer.
+
+    Raises
+    ------
+    ParameterError
+        If a class of the object is one of ``tf_keras``.
+    """
+    if any(kind.__module__.split(".")[0] == "tf_keras" for kind in type(given).__mro__):
+        raise ParameterError(
+            f"this {type(given).__name__} is made by Keras 2 (tf_keras), which this package does not support; "
+            "use Keras 3: import keras, without TF_USE_LEGACY_KERAS=1 in the environment"
+        )
+
+
+class _Known(NamedTuple):
+    """What was resolved of a model."""
+
+    rule: AGC
+    changes: int  # of the table of layer types, when this was made
+    plan: Plan
+    entries: dict[object, PlanEntry]
+
+
+_RESOLVED: Final[WeakKeyDictionary[Any, _Known]] = WeakKeyDictionary()
+
+Found: TypeAlias = tuple[Parameter, Variable]
+
+
+def _plan(model: Model, rule: AGC, cure: str) -> Plan:
+    """Make a plan; ``cure`` says what could be done before units are declared."""
+    check_rule(rule, AGC)
+    parameters = [parameter for parameter, _ in _survey(model)]
+    return make_plan(parameters, rule, head=getattr(model, "agc_head", None), cure=cure)
+
+
+def _by_key(model: Model, plan: Plan) -> dict[object, PlanEntry]:
+    """Return the entries of a plan by the variables that they are for."""
+    entries = {entry.name: entry for entry in plan}
+    return {variable_key(v): entries[name] for name, v in named_variables(model).items()}
 
 
 def _survey(model: Model) -> list[Found]:
-    """List every parameter with its name, what its layer's type says, and which layer that is."""
+    """List every parameter: its name, what its layer's type says, which layer that is, whether it is frozen."""
+    refuse_keras_2(model)
     if isinstance(model, keras.layers.Layer) and not model.built:
         raise ParameterError(
             f"the model {model.name!r} is not built, so its parameters have no shapes yet; "
             "call model.build(input_shape), or run it once on an example batch"
         )
     if isinstance(model, (keras.layers.Layer, tf.Module)):
-        return list(_walk(model, "", set(), set()))
+        return list(_walk(model, "", set(), set(), frozen=False))
     if isinstance(model, Mapping):
         named = list(model.items())
     elif isinstance(model, str) or not isinstance(model, Iterable):
@@ -232,13 +236,20 @@ def _survey(model: Model) -> list[Found]:
         named = items if pairs else list(zip(_names(items), items, strict=True))
     found: dict[object, Found] = {}
     for name, variable in named:
-        found.setdefault(variable_key(variable), (canonical_name(name), variable, None, None))
+        if not isinstance(variable, (keras.Variable, tf.Variable)):
+            refuse_keras_2(variable)
+        parameter = _parameter(canonical_name(name), variable, None, None, frozen=False)
+        found.setdefault(variable_key(variable), (parameter, variable))
     return list(found.values())
 
 
-def _walk(owner: Any, prefix: str, seen: set[object], names: set[str]) -> Iterator[Found]:
+def _walk(
+    owner: Any, prefix: str, seen: set[object], names: set[str], *, frozen: bool
+) -> Iterator[Found]:
     """Go through a layer and the layers in it; each variable belongs to the layer that made it."""
-    table = _layer_units(owner)
+    refuse_keras_2(owner)
+    units_of = by_type(owner)
+    frozen = frozen or not getattr(owner, "trainable", True)
     used: set[str] = set()
     for name, child in _children(owner):
         variable = isinstance(child, (keras.Variable, tf.Variable))
@@ -249,9 +260,17 @@ def _walk(owner: Any, prefix: str, seen: set[object], names: set[str]) -> Iterat
         unique = _unused(name, used)
         if variable:
             full = _unused(prefix + unique, names)
-            yield full, child, _match(table, name), f"{type(owner).__name__} {_label(owner)!r}"
+            label = f"{type(owner).__name__} {_label(owner)!r}"
+            yield _parameter(full, child, units_of(name), label, frozen=frozen), child
         else:
-            yield from _walk(child, f"{prefix}{unique}.", seen, names)
+            yield from _walk(child, f"{prefix}{unique}.", seen, names, frozen=frozen)
+
+
+def _parameter(
+    name: str, variable: Variable, units: Units | None, owner: str | None, *, frozen: bool
+) -> Parameter:
+    inactive = "frozen" if frozen or not getattr(variable, "trainable", True) else None
+    return Parameter(name, tuple(variable.shape), units, "out-last", owner, inactive=inactive)
 
 
 def _children(owner: Any) -> Iterator[tuple[str, Any]]:
@@ -291,7 +310,7 @@ def _members(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _names(variables: Iterable[Variable]) -> list[str]:
     """Name variables by their paths, without a first part that all of them share."""
-    paths = [_variable_name(variable).split("/") for variable in variables]
+    paths = [variable_path(variable).split("/") for variable in variables]
     if len({path[0] for path in paths}) == 1 and all(len(path) > 2 for path in paths):
         paths = [path[1:] for path in paths]
     names: dict[object, str] = {}
@@ -301,12 +320,6 @@ def _names(variables: Iterable[Variable]) -> list[str]:
         if key not in names:
             names[key] = _unused(".".join(path), used)
     return [names[variable_key(variable)] for variable in variables]
-
-
-def _variable_name(variable: Variable) -> str:
-    """Return Keras' path of a variable, or TensorFlow's name of it without ``:0``."""
-    name = getattr(variable, "path", None) or getattr(variable, "name", None) or "variable"
-    return str(name).split(":")[0]
 
 
 def _label(owner: Any) -> str:
@@ -321,84 +334,3 @@ def _unused(name: str, used: set[str]) -> str:
         candidate = f"{name}_{number}"
     used.add(candidate)
     return candidate
-
-
-def _path(layer: type) -> str:
-    return f"{layer.__module__}.{layer.__qualname__}"
-
-
-def _layer_units(layer: Any) -> Mapping[str, Units]:
-    for kind in type(layer).__mro__:
-        rule = _REGISTRY.get(_path(kind))
-        if rule is not None:
-            table = rule if isinstance(rule, Mapping) else rule(layer)
-            return {name: Units(str(pattern)) for name, pattern in table.items()}
-    return {}
-
-
-def _match(table: Mapping[str, Units], name: str) -> Units | None:
-    return next((found for glob, found in table.items() if fnmatchcase(name, glob)), None)
-
-
-def _einsum(layer: Any) -> LayerUnits:
-    """Units of an einsum layer: the axes of its kernel that appear in the output."""
-    inputs, output = layer.equation.replace(" ", "").split("->")
-    kernel = inputs.split(",")[1]
-    kept = [axis for axis in kernel if axis in output]
-    # An equation that sums over no axis of the kernel multiplies by a gain.
-    pattern = f"{' '.join(kernel)} -> {' '.join(kept)}" if len(kept) < len(kernel) else WHOLE
-    low_rank = f"{' '.join(kernel[:-1])} r_ -> {' '.join([*kept[:-1], 'r_'])}"
-    return {
-        "kernel": pattern,
-        "lora_kernel_a": low_rank if kernel[-1] in output else WHOLE,
-        "lora_kernel_b": "r o -> o",
-        "bias": WHOLE,
-    }
-
-
-_IO: Final = "i o -> o"
-_DENSE: Final = {"kernel": _IO, "lora_kernel_?": _IO}
-_CONV: Final = {"kernel": "... i o -> o", "lora_kernel_?": "... i o -> o"}
-_TRANSPOSED: Final = {"kernel": "... o i -> o"}
-_DEPTHWISE: Final = {"kernel": "... c m -> c m"}
-_SEPARABLE: Final = {"depthwise_kernel": "... c m -> c m", "pointwise_kernel": "... i o -> o"}
-_EMBEDDING: Final = {
-    "embeddings": "v d -> v",
-    "reverse_embeddings": "d v -> v",
-    "lora_embeddings_a": "v r -> v",
-    "lora_embeddings_b": _IO,
-}
-_RECURRENT: Final = {"kernel": _IO, "recurrent_kernel": _IO}
-_CONV_RECURRENT: Final = {"kernel": "... i o -> o", "recurrent_kernel": "... i o -> o"}
-_ONE: Final = {"*": WHOLE}
-_BUILT_IN: Final[dict[str, LayerRule]] = {
-    "Dense": _DENSE,
-    "EinsumDense": _einsum,
-    "Conv1D": _CONV,
-    "Conv2D": _CONV,
-    "Conv3D": _CONV,
-    "Conv1DTranspose": _TRANSPOSED,
-    "Conv2DTranspose": _TRANSPOSED,
-    "Conv3DTranspose": _TRANSPOSED,
-    "DepthwiseConv1D": _DEPTHWISE,
-    "DepthwiseConv2D": _DEPTHWISE,
-    "SeparableConv1D": _SEPARABLE,
-    "SeparableConv2D": _SEPARABLE,
-    "Embedding": _EMBEDDING,
-    "LSTMCell": _RECURRENT,
-    # With reset_after the bias is two vectors, one for the input and one for the state.
-    "GRUCell": {**_RECURRENT, "bias": "... o -> ..."},
-    "SimpleRNNCell": _RECURRENT,
-    "BatchNormalization": _ONE,
-    "GroupNormalization": _ONE,
-    "LayerNormalization": _ONE,
-    "RMSNormalization": _ONE,
-    "PReLU": _ONE,
-    "Attention": _ONE,
-    "AdditiveAttention": _ONE,
-}
-for _name, _rule in _BUILT_IN.items():
-    if hasattr(keras.layers, _name):  # a layer that an older Keras lacks
-        register_units(getattr(keras.layers, _name), _rule)
-# The cell of ConvLSTM1D to ConvLSTM3D is not public.
-register_units("keras.src.layers.rnn.conv_lstm.ConvLSTMCell", _CONV_RECURRENT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -43,7 +44,9 @@ def run(mode: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def clip(mode: str, weight: Any, gradient: Any, rule: AGC, **options: Any) -> Any:
-    """Clip one parameter called "w"."""
+    """Clip one parameter called "w"; a matrix stores its outputs last."""
+    if len(np.shape(weight)) == 2 and not rule.units:
+        rule = replace(rule, units={"w": "i o -> o"})
     variable = tf.Variable(weight, name="w")
     return run(mode, lambda g: adaptive_clip_gradients([g], [variable], rule, **options), gradient)
 
@@ -316,7 +319,7 @@ def test_sparse_columns_are_refused():
     table = tf.Variable(tf.ones((9, 5)), name="t")
     gradient = tf.IndexedSlices(tf.ones((1, 5)), tf.constant([4]))
     with pytest.raises(UnitsError, match=r"'t'.*row-sparse.*give the model.*'v d -> v'"):
-        adaptive_clip_gradients([gradient], [table], AGC())
+        adaptive_clip_gradients([gradient], [table], AGC(units={"t": "i o -> o"}))
     [kept] = adaptive_clip_gradients([gradient], [table], AGC(exclude=["t"]))
     assert kept is gradient
 
@@ -336,7 +339,7 @@ def test_gradients_of_a_tape():
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(model(tf.constant([[1, 2, 3, 4, 5, 1]])) ** 2)
     gradients = tape.gradient(loss, variables)
-    rule = AGC(units={"*.embeddings": "v d -> v"})
+    rule = AGC(units={"*.embeddings": "v d -> v", "*kernel": "i o -> o"})
     clipped, stats = adaptive_clip_gradients(gradients, variables, rule, return_stats=True)
     assert isinstance(clipped[0], tf.IndexedSlices)
     assert clipped[3:] == [None, None]
@@ -452,7 +455,7 @@ def test_statistics(mode):
     gradients = {"a": heterogeneous(3, 20, 30), "b": heterogeneous(4, 300, 100), "c": None}
     gradients["a"][0, 0] = np.nan
     variables = {name: tf.Variable(w.astype(np.float32)) for name, w in weights.items()}
-    rule = AGC(clipping=0.7)
+    rule = AGC(clipping=0.7, units={"a": "i o -> o", "b": "i o -> o"})
     given = [None if g is None else tf.constant(g.astype(np.float32)) for g in gradients.values()]
 
     def both(*dense: tf.Tensor) -> Any:
@@ -519,39 +522,42 @@ def test_a_model_finds_its_variables_in_any_order():
     assert (there[1].numpy() == back[0].numpy()).all()
 
 
+MATRIX = AGC(units={"w": "i o -> o"})
+
+
 class TestRefuses:
     w = property(lambda self: tf.Variable(tf.ones((2, 3)), name="w"))
 
     def test_no_gradients(self):
         with pytest.raises(MissingGradientError, match="no parameter has a gradient"):
-            adaptive_clip_gradients([None], [self.w], AGC())
+            adaptive_clip_gradients([None], [self.w], MATRIX)
 
     def test_shape(self):
         with pytest.raises(ShapeError, match=r"'w' has shape \(2, 3\), its gradient \(3, 2\)"):
-            adaptive_clip_gradients([tf.ones((3, 2))], [self.w], AGC())
+            adaptive_clip_gradients([tf.ones((3, 2))], [self.w], MATRIX)
 
     def test_shape_that_would_broadcast(self):
         with pytest.raises(ShapeError, match=r"gradient \(3,\)"):
-            adaptive_clip_gradients([tf.ones(3)], [self.w], AGC())
+            adaptive_clip_gradients([tf.ones(3)], [self.w], MATRIX)
 
     def test_shape_of_sparse_rows(self):
         gradient = tf.IndexedSlices(tf.ones((1, 4)), tf.constant([0]))
         with pytest.raises(ShapeError, match=r"'w' has shape \(2, 3\), its gradient \(2, 4\)"):
-            adaptive_clip_gradients([gradient], [self.w], AGC())
+            adaptive_clip_gradients([gradient], [self.w], MATRIX)
 
     @pytest.mark.parametrize("dtype", ["int32", "bool"])
     def test_integer_gradient(self, dtype):
         with pytest.raises(DTypeError, match=f"'w': the gradient has dtype {dtype}"):
-            adaptive_clip_gradients([tf.cast(tf.ones((2, 3)), dtype)], [self.w], AGC())
+            adaptive_clip_gradients([tf.cast(tf.ones((2, 3)), dtype)], [self.w], MATRIX)
 
     def test_integer_weight(self):
         weight = tf.Variable(tf.ones((2, 3), tf.int32), name="w")
         with pytest.raises(DTypeError, match="'w': the weight has dtype int32"):
-            adaptive_clip_gradients([tf.ones((2, 3))], [weight], AGC())
+            adaptive_clip_gradients([tf.ones((2, 3))], [weight], MATRIX)
 
     def test_number_of_gradients(self):
         with pytest.raises(ParameterError, match="2 gradients were given for 1 variables"):
-            adaptive_clip_gradients([None, tf.ones((2, 3))], [self.w], AGC())
+            adaptive_clip_gradients([None, tf.ones((2, 3))], [self.w], MATRIX)
 
     def test_variable_of_another_model(self):
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])

@@ -16,13 +16,17 @@ from agc import AGC, Schedule
 from agc.errors import (
     AmbiguousUnitsError,
     ConfigError,
-    MissingGradientError,
+    FormatError,
     NonFiniteError,
     ParameterError,
+    SelectorError,
 )
 from agc_tensorflow import AdaptiveGradClip, adaptive_clip_gradients
 
 RULE = AGC(clipping=0.02)
+MATRICES = {"a": "i o -> o", "c": "i o -> o"}
+PLAIN = AGC(clipping=0.02, units=MATRICES)
+"""A rule for :func:`variables`."""
 MODES = {
     "eager": {"run_eagerly": True},
     "graph": {"jit_compile": False},
@@ -103,9 +107,9 @@ if hasattr(optimizers, "Muon"):  # which an older Keras lacks
 def test_optimizer_receives_clipped_gradients(name):
     """The wrapped optimizer does what the bare one does with gradients clipped by hand."""
     bare, by_hand = OPTIMIZERS[name](), variables()
-    wrapped, inside = AdaptiveGradClip(OPTIMIZERS[name](), RULE), variables()
+    wrapped, inside = AdaptiveGradClip(OPTIMIZERS[name](), PLAIN), variables()
     for step in range(3):
-        clipped = adaptive_clip_gradients(gradients(step), by_hand, RULE)
+        clipped = adaptive_clip_gradients(gradients(step), by_hand, PLAIN)
         bare.apply(clipped, by_hand)
         wrapped.apply(gradients(step), inside)
     assert wrapped.stats().total().clipped > 0
@@ -144,12 +148,12 @@ def test_fit(mode):
 
 
 def test_statistics_are_the_last_updates():
-    wrapped, inside = AdaptiveGradClip("sgd", AGC(clipping=0.7)), variables()
+    wrapped, inside = AdaptiveGradClip("sgd", AGC(clipping=0.7, units=MATRICES)), variables()
     wrapped.build(inside)
     assert wrapped.stats().parameters() == {}
     for step in range(2):
         _, want = adaptive_clip_gradients(
-            gradients(step), inside, AGC(clipping=0.7), return_stats=True
+            gradients(step), inside, AGC(clipping=0.7, units=MATRICES), return_stats=True
         )
         wrapped.apply(gradients(step), inside)
         assert wrapped.stats().parameters() == want.parameters()
@@ -172,7 +176,9 @@ def test_accumulated_mean_is_clipped_once(mode):
             part = slice(16 * update, 16 * update + 16)
             loss = LOSS(y[part], by_hand(x[part]))
         found = tape.gradient(loss, by_hand.trainable_variables)
-        found = adaptive_clip_gradients(found, by_hand.trainable_variables, rule, step=update)
+        found = adaptive_clip_gradients(
+            found, by_hand.trainable_variables, rule, model=by_hand, step=update
+        )
         for variable, gradient in zip(by_hand.trainable_variables, found, strict=True):
             variable.assign_sub(0.5 * gradient)
     assert same(weights_of(model), weights_of(by_hand), 1e-6)
@@ -209,15 +215,18 @@ def test_embeddings_stay_sparse_in_fit():
 
 class TestLossScale:
     def test_gradients_are_unscaled_before_they_are_clipped(self):
-        wrapped, inside = AdaptiveGradClip(optimizers.SGD(0.1), RULE), variables()
+        wrapped, inside = AdaptiveGradClip(optimizers.SGD(0.1), PLAIN), variables()
         scaler = optimizers.LossScaleOptimizer(wrapped, initial_scale=1024.0)
         by_hand = variables()
         scaler.apply([1024 * gradient for gradient in gradients(0)], inside)
-        optimizers.SGD(0.1).apply(adaptive_clip_gradients(gradients(0), by_hand, RULE), by_hand)
+        optimizers.SGD(0.1).apply(adaptive_clip_gradients(gradients(0), by_hand, PLAIN), by_hand)
         assert all((a.numpy() == b.numpy()).all() for a, b in zip(inside, by_hand, strict=True))
 
     def test_overflow_skips_the_step_whatever_the_policy(self):
-        wrapped, inside = AdaptiveGradClip("sgd", AGC(nonfinite="raise")), variables()
+        wrapped, inside = (
+            AdaptiveGradClip("sgd", AGC(nonfinite="raise", units=MATRICES)),
+            variables(),
+        )
         scaler = optimizers.LossScaleOptimizer(wrapped, initial_scale=1024.0)
         bad = gradients(0)
         bad[1] = bad[1] * np.inf
@@ -226,11 +235,11 @@ class TestLossScale:
         assert all((a.numpy() == b.numpy()).all() for a, b in zip(inside, variables(), strict=True))
 
     def test_fixed_scale_of_the_inner_optimizer(self):
-        wrapped = AdaptiveGradClip(optimizers.SGD(0.1, loss_scale_factor=8.0), RULE)
+        wrapped = AdaptiveGradClip(optimizers.SGD(0.1, loss_scale_factor=8.0), PLAIN)
         assert float(wrapped.scale_loss(tf.constant(2.0))) == 16
         inside, by_hand = variables(), variables()
         wrapped.apply([8 * gradient for gradient in gradients(0)], inside)
-        optimizers.SGD(0.1).apply(adaptive_clip_gradients(gradients(0), by_hand, RULE), by_hand)
+        optimizers.SGD(0.1).apply(adaptive_clip_gradients(gradients(0), by_hand, PLAIN), by_hand)
         assert all((a.numpy() == b.numpy()).all() for a, b in zip(inside, by_hand, strict=True))
 
     def test_mixed_precision_wraps_by_itself(self):
@@ -291,7 +300,7 @@ def test_settings_are_the_inner_optimizers():
 
 
 def test_exclude_from_weight_decay():
-    wrapped, inside = AdaptiveGradClip(optimizers.SGD(0.0, weight_decay=0.5), RULE), variables()
+    wrapped, inside = AdaptiveGradClip(optimizers.SGD(0.0, weight_decay=0.5), PLAIN), variables()
     wrapped.learning_rate = 1e-3
     wrapped.exclude_from_weight_decay(var_names=["a"])
     wrapped.apply([tf.zeros_like(v) for v in inside], inside)
@@ -355,6 +364,44 @@ class Sub(keras.Model):
     def call(self, x):
         x = self.embed(x)
         return self.head(self.rnn(self.mix(x, x)))
+
+
+class Squares(keras.Model):
+    """Layers of one shape, whose automatic names are others every time they are made."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.parts = [layers.Dense(4) for _ in range(3)]
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+class Twins(keras.Model):
+    """Two layers of one name."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.parts = [layers.Dense(4, name="twin") for _ in range(2)]
+
+    def call(self, x):
+        return self.parts[1](self.parts[0](x))
+
+
+def functional() -> Any:
+    inputs = keras.Input((4,))
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4)], name="inner")
+    return keras.Model(inputs, layers.Dense(4)(inner(layers.Dense(4)(inputs))), name="inner")
+
+
+SHAPES_AGREE = {
+    "sequential": lambda: keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.Dense(4)]),
+    "nested, of its part's name": functional,
+    "subclassed": Squares,
+    "two of one name": Twins,
+}
 
 
 class TestSaving:
@@ -426,7 +473,7 @@ class TestSaving:
             [keras.Input((6,)), *(layers.Dense(6, name=name, **square) for name in "abc")]
         )
         model.get_layer("c").trainable = False
-        rule = AGC(clipping=1e-6, exclude=["c.*"] if given else [])
+        rule = AGC(clipping=1e-6, exclude=["c.*"] if given else [], units={"*.kernel": "i o -> o"})
         wrapped = AdaptiveGradClip(optimizers.SGD(0.5), rule, model=model if given else None)
         model.compile(wrapped, "mse")
         x = data()[0]
@@ -435,12 +482,84 @@ class TestSaving:
         model.get_layer("c").trainable = True
         model.save(tmp_path / "model.keras")
         if not given:  # nobody has said what c is
-            with pytest.raises(ParameterError, match="saved plan is for 1 variables"):
+            with pytest.raises(ParameterError, match=r"saved plan is for 2 variables.*b/kernel"):
                 keras.models.load_model(tmp_path / "model.keras")
             return
         loaded = keras.models.load_model(tmp_path / "model.keras")
         loaded.fit(x, x, verbose=0)
         assert set(loaded.optimizer.stats().parameters()) == {"b.kernel"}
+
+    def test_parts_of_a_multi_optimizer(self, tmp_path):
+        if not hasattr(optimizers, "MultiOptimizer"):
+            assert int(keras.__version__.split(".")[1]) < 14  # an older Keras lacks it
+            return
+        model = network()
+        rule = AGC(clipping={"head.*": 0.001, "*": 0.02})
+        parts = [
+            AdaptiveGradClip(inner, rule, model=model)
+            for inner in (optimizers.SGD(0.1, momentum=0.9), optimizers.Adam(0.1))
+        ]
+        each = optimizers.OptimizerMap(parts[0], {".*head.*": parts[1]})
+        fit(model, optimizers.MultiOptimizer(each), jit_compile=False)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        assert [entry.inactive for entry in parts[1].plan] == ["not in the optimizer"] * 2 + [
+            None
+        ] * 2
+        for one in (model, loaded):
+            one.fit(*data(), batch_size=8, verbose=0, shuffle=False)
+        assert same(weights_of(model), weights_of(loaded))
+        heads = {"head.kernel", "head.bias"}
+        assert heads in [set(o.stats().parameters()) for o in loaded.optimizer.optimizers]
+
+    @pytest.mark.parametrize("kind", SHAPES_AGREE)
+    def test_pairing_by_names_where_shapes_agree(self, kind, tmp_path):
+        """Each parameter has a threshold of its own, and each is found again."""
+        model = SHAPES_AGREE[kind]()
+        model(tf.zeros((1, 4)))
+        names = [entry.name for entry in agc_tensorflow.plan(model, AGC())]
+        rule = AGC(clipping={name: 10.0 ** -(2 + at) for at, name in enumerate(names)})
+        model.compile(AdaptiveGradClip(optimizers.SGD(0.5), rule, model=model), "mse")
+        x = data()[0][:, :4]
+        model.fit(x, x, verbose=0)
+        model.save(tmp_path / "model.keras")
+        layers.Dense(2)  # takes a name, so that automatic names differ
+        layers.Dense(2)
+        made = {cls.__name__: cls for cls in (Squares, Twins)}
+        loaded = keras.models.load_model(tmp_path / "model.keras", custom_objects=made)
+        start = weights_of(loaded)
+        assert same(start, weights_of(model))
+        for one in (model, loaded):
+            one.fit(x, x, verbose=0, shuffle=False)
+        assert same(weights_of(model), weights_of(loaded))
+        assert loaded.optimizer.stats().parameters() == model.optimizer.stats().parameters()
+
+    def test_renamed_layers_of_which_some_are_missing(self):
+        """A wrong pairing is refused where it matters, and has no effect elsewhere."""
+
+        def square(*names: str) -> Any:
+            given = [layers.Dense(4, name=name, use_bias=False) for name in names]
+            return keras.Sequential([keras.Input((4,)), *given], name="net")
+
+        model = square("dense", "dense_1", "dense_2")
+        rules = (AGC(exclude=["dense_2.*"]), AGC())
+        model.layers[0].trainable = False
+        for rule in rules:
+            config = AdaptiveGradClip("sgd", rule, model=model).get_config()
+            loaded = AdaptiveGradClip.from_config(config)
+            variables = square("dense_3", "dense_4", "dense_5").trainable_variables
+            if rule.exclude:
+                with pytest.raises(
+                    ParameterError, match=r"cannot be told for certain.*compile=False"
+                ):
+                    loaded.build(variables[:2])
+                loaded = AdaptiveGradClip.from_config(config)
+            else:
+                loaded.build(variables[:2])
+                loaded = AdaptiveGradClip.from_config(config)
+            loaded.build(variables)  # all of them: their order tells
+            stats = [entry.name for entry in loaded._seam.entries]
+            assert stats == ["dense.kernel", "dense_1.kernel", "dense_2.kernel"]
 
     def test_config_round_trip(self):
         model = network()
@@ -457,14 +576,19 @@ class TestSaving:
         assert again.inner_optimizer.get_config() == wrapped.inner_optimizer.get_config()
         assert keras.saving.serialize_keras_object(again) == config
         again.build(model.trainable_variables)
+        damaged = {**wrapped.get_config(), "plan": wrapped.plan.to_dict()}
+        with pytest.raises(FormatError, match=r"'built' is missing.*compile=False"):
+            AdaptiveGradClip.from_config(damaged)
         wrong = keras.saving.deserialize_keras_object(config)
-        with pytest.raises(ParameterError, match=r"saved plan is for 4 variables.*built with 3"):
+        with pytest.raises(
+            ParameterError, match=r"plan is for 4 variables.*3 that the.*model=model"
+        ):
             wrong.build(variables())
 
     def test_config_without_a_model(self):
-        wrapped = AdaptiveGradClip("sgd", RULE)
+        wrapped = AdaptiveGradClip("sgd", PLAIN)
         again = AdaptiveGradClip.from_config(wrapped.get_config())
-        assert again.rule == RULE
+        assert again.rule == PLAIN
         again.apply(gradients(0), variables())
         assert again.stats().total().clipped > 0
 
@@ -481,7 +605,7 @@ class TestSaving:
         wrapped.build(network().trainable_variables)
 
     def test_checkpoint_of_tensorflow(self, tmp_path):
-        inside, wrapped = variables(), AdaptiveGradClip(optimizers.SGD(0.1, momentum=0.9), RULE)
+        inside, wrapped = variables(), AdaptiveGradClip(optimizers.SGD(0.1, momentum=0.9), PLAIN)
         wrapped.apply(gradients(0), inside)
         path = tf.train.Checkpoint(optimizer=wrapped).save(str(tmp_path / "state"))
         want = [np.array(v) for v in wrapped.variables]
@@ -508,13 +632,19 @@ class TestRefuses:
 
     def test_ambiguous_shape_without_a_model(self):
         cube = keras.Variable(np.ones((2, 3, 4)), dtype="float32", name="cube")
-        with pytest.raises(AmbiguousUnitsError, match="'cube' with shape"):
+        with pytest.raises(
+            AmbiguousUnitsError, match=r"'cube' with shape.*Give the model: model=model"
+        ):
             AdaptiveGradClip("sgd", RULE).build([cube])
 
     def test_no_gradients(self):
-        wrapped = AdaptiveGradClip("sgd", RULE)
-        with pytest.raises(MissingGradientError, match="no parameter has a gradient"):
-            wrapped.apply([None] * 3, variables())
+        """As in Keras."""
+        wrapped = AdaptiveGradClip("sgd", PLAIN)
+        for optimizer in (optimizers.SGD(), wrapped):
+            with pytest.raises(ValueError, match="No gradients provided for any variable"):
+                optimizer.apply([None] * 3, variables())
+            optimizer.apply([], variables())
+        assert wrapped.stats().total().units == 0
 
     def test_what_is_no_optimizer(self):
         with pytest.raises(ConfigError, match=r"keras.optimizers.Optimizer or its name, got 3"):
@@ -538,7 +668,7 @@ class TestRefuses:
                     variable.assign_sub(gradient)
 
         with pytest.raises(ConfigError, match=r"Own updates its variables without Keras'"):
-            AdaptiveGradClip(Own(0.1), RULE).apply(gradients(0), variables())
+            AdaptiveGradClip(Own(0.1), PLAIN).apply(gradients(0), variables())
 
     def test_plan_and_statistics_before_build(self):
         wrapped = AdaptiveGradClip("sgd", RULE)
@@ -548,7 +678,10 @@ class TestRefuses:
             wrapped.stats()
 
     def test_poisoned_gradient_if_asked_to(self):
-        wrapped, inside = AdaptiveGradClip("sgd", AGC(nonfinite="raise")), variables()
+        wrapped, inside = (
+            AdaptiveGradClip("sgd", AGC(nonfinite="raise", units=MATRICES)),
+            variables(),
+        )
         bad = gradients(0)
         bad[1] = bad[1] * np.nan
         with pytest.raises(NonFiniteError, match="'b'"):
@@ -564,7 +697,7 @@ class TestRefuses:
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
 def test_a_variable_without_a_gradient_is_left_alone():
-    wrapped, inside = AdaptiveGradClip("sgd", RULE), variables()
+    wrapped, inside = AdaptiveGradClip("sgd", PLAIN), variables()
     given = gradients(0)
     given[1] = None
     wrapped.apply(given, inside)
@@ -590,6 +723,250 @@ def test_optimizer_that_is_built_already():
     assert wrapped.built
     wrapped.apply([tf.ones_like(v) for v in model.trainable_variables])
     assert wrapped.stats().total().clipped == 10
+
+
+def train(model: Any, optimizer: Any, **options: Any) -> Any:
+    """Compile and take three steps; return the weights' largest change."""
+    before = weights_of(model)
+    fit(model, optimizer, batches=3, **options)
+    return max(np.abs(a - b).max() for a, b in zip(before, weights_of(model), strict=True))
+
+
+class Centralized(optimizers.SGD):
+    """Gradient centralisation, as it is passed around: in ``apply_gradients``."""
+
+    calls = 0
+
+    def apply_gradients(self, grads_and_vars, *args, **kwargs):
+        type(self).calls += 1
+        pairs = [
+            (g - tf.reduce_mean(g, 0, keepdims=True) if len(g.shape) > 1 else g, v)
+            for g, v in grads_and_vars
+        ]
+        return super().apply_gradients(pairs, *args, **kwargs)
+
+
+class TestOverriddenMethods:
+    """What the inner optimizer overrides acts as it does without the wrapper, and so does AGC."""
+
+    def test_apply_gradients(self):
+        by_hand, inside = variables(), variables()
+        wrapped = AdaptiveGradClip(Centralized(0.1), PLAIN)
+        centred = [
+            g - tf.reduce_mean(g, 0, keepdims=True) if len(g.shape) > 1 else g for g in gradients(0)
+        ]
+        clipped = adaptive_clip_gradients(centred, by_hand, PLAIN)
+        optimizers.SGD(0.1).apply(clipped, by_hand)
+        result = wrapped.apply_gradients(zip(gradients(0), inside, strict=True))
+        assert int(result) == 1
+        assert all((a.numpy() == b.numpy()).all() for a, b in zip(inside, by_hand, strict=True))
+        assert wrapped.stats().total().clipped > 0
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_apply_gradients_in_fit(self, mode):
+        Centralized.calls = 0
+        model = network()
+        wrapped = AdaptiveGradClip(Centralized(0.1), RULE, model=model)
+        fit(model, wrapped, **MODES[mode])
+        assert Centralized.calls == (4 if mode == "eager" else Centralized.calls) > 0
+        assert wrapped.stats().total().clipped > 0
+
+    @pytest.mark.parametrize("method", ["apply", "update_step", "_clip_gradients"])
+    def test_others(self, method):
+        def doubled(self, first, *rest):
+            first = [2 * g for g in first] if isinstance(first, (list, tuple)) else 2 * first
+            return getattr(super(own, self), method)(first, *rest)
+
+        own = type("Doubled", (optimizers.SGD,), {method: doubled})
+        by_hand, inside = variables(), variables()
+        wrapped = AdaptiveGradClip(own(0.1), PLAIN)
+        before = 2 if method == "apply" else 1
+        given = [before * gradient for gradient in gradients(0)]
+        clipped = adaptive_clip_gradients(given, by_hand, PLAIN)
+        optimizers.SGD(0.2 / before).apply(clipped, by_hand)
+        wrapped.apply(gradients(0), inside)
+        assert same([v.numpy() for v in inside], [v.numpy() for v in by_hand], 1e-6)
+        assert wrapped.stats().total().clipped > 0
+
+    def test_final_values(self):
+        class Own(optimizers.SGD):
+            def finalize_variable_values(self, var_list):
+                for variable in var_list:
+                    variable.assign(tf.zeros_like(variable))
+
+        model = network()
+        fit(model, AdaptiveGradClip(Own(0.1), RULE, model=model))
+        assert all((weight == 0).all() for weight in weights_of(model))
+
+    def test_accumulation_of_its_own(self):
+        """Batches in which nothing is updated do not look like updates without AGC."""
+
+        class Own(optimizers.SGD):
+            held = None
+
+            def apply(self, grads, trainable_variables=None):
+                if self.held is None:
+                    self.held = grads
+                    return
+                super().apply([a + b for a, b in zip(self.held, grads, strict=True)])
+
+        wrapped, inside = AdaptiveGradClip(Own(0.1), PLAIN), variables()
+        wrapped.apply(gradients(0), inside)
+        assert wrapped.stats().total().units == 0
+        wrapped.apply(gradients(1), inside)
+        assert wrapped.stats().total().clipped > 0
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_what_goes_past_agc_is_refused_and_undone(self, mode):
+        class Own(optimizers.SGD):
+            def apply(self, grads, trainable_variables=None):
+                self.iterations.assign_add(1)
+                for gradient, variable in zip(grads, trainable_variables, strict=True):
+                    variable.assign_sub(gradient)
+
+        model = network()
+        before = weights_of(model)
+        wrapped = AdaptiveGradClip(Own(0.1), RULE, model=model)
+        with pytest.raises(ConfigError, match=r"Own updates its variables without Keras'"):
+            fit(model, wrapped, **MODES[mode])
+        assert same(weights_of(model), before)
+        assert int(wrapped.iterations) == 0
+
+
+class TestDetach:
+    def test_it_clips_no_more_and_keeps_its_state(self):
+        inside, bare_variables = variables(), variables()
+        wrapped = AdaptiveGradClip(optimizers.SGD(0.1, momentum=0.9), PLAIN)
+        bare = optimizers.SGD(0.1, momentum=0.9)
+        wrapped.apply(gradients(0), inside)
+        clipped = adaptive_clip_gradients(gradients(0), bare_variables, PLAIN)
+        bare.apply(clipped, bare_variables)
+        inner = wrapped.detach()
+        inner.apply(gradients(1))
+        bare.apply(gradients(1))
+        assert same([v.numpy() for v in inside], [v.numpy() for v in bare_variables])
+        assert int(inner.iterations) == 2
+        with pytest.raises(ConfigError, match="was detached from this AdaptiveGradClip"):
+            wrapped.apply(gradients(2))
+        assert wrapped.detach() is inner
+        again = AdaptiveGradClip(inner, PLAIN)
+        again.apply(gradients(2))
+        assert again.stats().total().clipped > 0
+
+    def test_in_fit(self):
+        model = network()
+        wrapped = AdaptiveGradClip(optimizers.SGD(100.0), AGC(clipping=1e-9), model=model)
+        assert train(model, wrapped) < 1e-3
+        assert train(model, wrapped.detach()) > 0.1
+
+    def test_the_inner_optimizer_by_itself_goes_on_clipping_until_then(self):
+        model = network()
+        wrapped = AdaptiveGradClip(optimizers.SGD(100.0), AGC(clipping=1e-9), model=model)
+        assert train(model, wrapped.inner_optimizer) < 1e-3
+
+
+def test_an_optimizer_that_could_not_be_wrapped_can_be_wrapped():
+    """A failed attempt leaves nothing behind."""
+    inner, model = optimizers.SGD(100.0), network()
+    with pytest.raises(SelectorError):
+        AdaptiveGradClip(inner, AGC(exclude=["nothing"]), model=model)
+    assert AdaptiveGradClip(inner, RULE, model=model).inner_optimizer is inner
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_row_sparse_gradients_of_columns_are_made_dense(mode):
+    """TensorFlow gives a kernel that multiplies sparse inputs a row-sparse gradient."""
+    rows = np.random.RandomState(0).binomial(1, 0.3, (8, 6)).astype("float32")
+    results = []
+    for sparse in (True, False):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((6,), sparse=sparse)
+        model = keras.Model(inputs, layers.Dense(3, name="d")(inputs))
+        wrapped = AdaptiveGradClip(optimizers.SGD(0.5), RULE, model=model)
+        options = {**MODES[mode], "jit_compile": False} if sparse else MODES[mode]
+        model.compile(wrapped, "mse", **options)
+        given = tf.sparse.from_dense(rows) if sparse else rows
+        batch = tf.data.Dataset.from_tensors((given, np.ones((8, 3), "float32")))
+        model.fit(batch, verbose=0, epochs=2, shuffle=False)
+        assert wrapped.stats().parameters()["d.kernel"].units == 3
+        results.append(weights_of(model))
+    assert same(*results, 1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_a_table_that_a_layer_looks_up(mode):
+    class Positions(layers.Layer):
+        def build(self, shape):
+            self.table = self.add_weight(shape=(9, shape[-1]), name="table")
+
+        def call(self, x):
+            return x + tf.gather(self.table.value, [0, 2])
+
+    results = []
+    for pattern, units in (("n d -> n", 2), ("n d -> d", 6), ("... ->", 1)):
+        model = keras.Sequential(
+            [keras.Input((2, 6)), Positions(name="p"), layers.Flatten(), layers.Dense(3)]
+        )
+        rule = AGC(clipping=1e-4, units={"p.table": pattern})
+        wrapped = AdaptiveGradClip(optimizers.SGD(0.5), rule, model=model)
+        model.compile(wrapped, LOSS, **MODES[mode])
+        before = weights_of(model)[0]
+        model.fit(np.ones((8, 2, 6)), np.zeros(8), verbose=0, batch_size=8)
+        assert wrapped.stats().parameters()["p.table"].units == units
+        changed = np.flatnonzero((weights_of(model)[0] != before).any(axis=1)).tolist()
+        assert changed == [0, 2]
+        results.append(weights_of(model)[0] - before)
+    assert all(np.abs(result).max() > 0 for result in results)
+
+
+def test_plan_marks_what_the_optimizer_does_not_have():
+    model = network()
+    wrapped = AdaptiveGradClip(optimizers.SGD(0.1), RULE, model=model)
+    assert wrapped.plan.count == 10
+    wrapped.build(model.get_layer("head").trainable_variables)
+    reasons = {entry.name: entry.inactive for entry in wrapped.plan}
+    assert reasons["body.kernel"] == "not in the optimizer"
+    assert reasons["head.kernel"] is None
+    assert wrapped.plan.count == 4
+    model.get_layer("head").trainable = False
+    assert wrapped.plan["head.kernel"].inactive == "frozen"
+
+
+def test_multi_optimizer_is_wrapped_inside():
+    if not hasattr(optimizers, "MultiOptimizer"):
+        assert int(keras.__version__.split(".")[1]) < 14  # an older Keras lacks it
+        return
+    multi = optimizers.MultiOptimizer(optimizers.OptimizerMap(optimizers.SGD(0.1)))
+    with pytest.raises(ConfigError, match=r"wrap each optimizer inside"):
+        AdaptiveGradClip(multi, RULE)
+
+
+def test_variables_made_after_the_optimizer_say_so():
+    model = network()
+    wrapped = AdaptiveGradClip(optimizers.SGD(0.1), RULE, model=model)
+    model.get_layer("body").enable_lora(2)
+    with pytest.raises(ParameterError, match=r"lora_kernel_a.*was made after AdaptiveGradClip"):
+        fit(model, wrapped)
+    wrapped = AdaptiveGradClip(optimizers.SGD(0.1), RULE, model=model)
+    fit(model, wrapped)
+    assert wrapped.stats().parameters()["body.lora_kernel_a"].units == 2
+    assert wrapped.plan["body.kernel"].inactive == "frozen"
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
+def test_quantized_layers(kind):
+    model = network()
+    if kind == "int8":
+        model.get_layer("body").quantize("int8")
+        model.get_layer("body").enable_lora(2)
+    else:
+        model.get_layer("body").quantize("float8")
+    wrapped = AdaptiveGradClip(optimizers.SGD(0.1), RULE, model=model)
+    fit(model, wrapped, jit_compile=False)
+    kernels = {"int8": {"body.lora_kernel_a", "body.lora_kernel_b"}, "float8": {"body.kernel"}}
+    found = set(wrapped.stats().parameters())
+    assert found == kernels[kind] | {"body.bias", "head.kernel", "head.bias"}
 
 
 def test_plan_is_the_models():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import doctest
-import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -15,9 +18,15 @@ from keras import layers
 
 import agc_tensorflow
 from agc import AGC, Units
-from agc.errors import AmbiguousUnitsError, ParameterError, SelectorError, UnitsError
+from agc.errors import (
+    AmbiguousUnitsError,
+    ParameterError,
+    SelectorError,
+    UnitsError,
+    UnitsWarning,
+)
 from agc_tensorflow import units as units_of
-from agc_tensorflow.units import _REGISTRY
+from agc_tensorflow.layers import _REGISTRY
 
 
 @pytest.fixture
@@ -211,6 +220,76 @@ def test_units_of_layer(row):
         assert plan[name].axes.reduce == Units(pattern).bind(shape).reduce, name
 
 
+@lru_cache(maxsize=1)
+def measure() -> Any:
+    """Return the module that computes units without the table of layer types."""
+    path = Path(__file__).parents[2] / "docs" / "models" / "keras.py"
+    spec = importlib.util.spec_from_file_location("units_by_computing", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # for its dataclasses
+    spec.loader.exec_module(module)
+    return module
+
+
+COMPUTED: dict[str, tuple[Callable[[], Any], tuple[int, ...], int]] = {
+    "Dense": (lambda: layers.Dense(6), (4,), 1),
+    "EinsumDense": (
+        lambda: layers.EinsumDense("abc,cde->abde", (None, 2, 3), bias_axes="de"),
+        (5, 4),
+        1,
+    ),
+    "EinsumDense, per group": (lambda: layers.EinsumDense("abc,bcd->abd", (3, 6)), (3, 4), 1),
+    "EinsumDense, out first": (lambda: layers.EinsumDense("...x,yx->...y", 6), (3, 4), 1),
+    "EinsumDense, gain": (lambda: layers.EinsumDense("abc,bc->abc", (3, 4)), (3, 4), 1),
+    "Conv1D": (lambda: layers.Conv1D(6, 3), (9, 4), 1),
+    "Conv2D, groups": (lambda: layers.Conv2D(6, 3, groups=2), (9, 9, 4), 1),
+    "Conv3D": (lambda: layers.Conv3D(6, 2), (3, 3, 3, 4), 1),
+    "Conv1DTranspose": (lambda: layers.Conv1DTranspose(6, 3), (9, 4), 1),
+    "Conv2DTranspose": (lambda: layers.Conv2DTranspose(6, 3), (9, 9, 4), 1),
+    "Conv3DTranspose": (lambda: layers.Conv3DTranspose(6, 2), (3, 3, 3, 4), 1),
+    "DepthwiseConv1D": (lambda: layers.DepthwiseConv1D(3, depth_multiplier=2), (9, 4), 1),
+    "DepthwiseConv2D": (lambda: layers.DepthwiseConv2D(3, depth_multiplier=2), (9, 9, 4), 1),
+    "SeparableConv1D": (lambda: layers.SeparableConv1D(6, 3), (9, 4), 2),
+    "SeparableConv2D": (lambda: layers.SeparableConv2D(6, 3, depth_multiplier=2), (9, 9, 4), 2),
+    "Embedding": (lambda: layers.Embedding(7, 4), (5,), 1),
+    "GroupQueryAttention": (lambda: layers.GroupQueryAttention(3, 4, 2), (2, 6), 4),
+    "MultiHeadAttention": (lambda: layers.MultiHeadAttention(2, 3), (2, 6), 4),
+    "LSTM": (lambda: layers.LSTM(3), (2, 4), 2),
+    "GRU": (lambda: layers.GRU(3, reset_after=False), (2, 4), 2),
+    "SimpleRNN": (lambda: layers.SimpleRNN(3), (2, 4), 2),
+    "Bidirectional": (lambda: layers.Bidirectional(layers.SimpleRNN(3)), (2, 4), 4),
+    "ConvLSTM1D": (lambda: layers.ConvLSTM1D(3, 2), (2, 9, 4), 2),
+    "TimeDistributed": (lambda: layers.TimeDistributed(layers.Dense(6)), (2, 4), 1),
+    "LayerNormalization": (lambda: layers.LayerNormalization(axis=(-2, -1)), (3, 4), 1),
+    "PReLU": (lambda: layers.PReLU(alpha_initializer="ones"), (3, 4), 1),
+}
+
+
+@pytest.mark.parametrize("row", COMPUTED)
+def test_units_are_what_feeds_one_output(row):
+    """Derivatives of the layer itself say so; they know nothing of the table of layer types."""
+    make, shape, checked = COMPUTED[row]
+    layer = make()
+    random = np.random.RandomState(0)
+    x = random.randint(0, 7, (2, *shape)) if row == "Embedding" else random.randn(2, *shape)
+    x = tf.constant(x, tf.int32 if row == "Embedding" else tf.float32)
+    arguments = (x, x) if "HeadAttention" in row or "Query" in row else (x,)
+    layer(*arguments)
+    found = measure().measure(layer, lambda: layer(*arguments))
+    assert found.complete
+    assert found.wrong == {}
+    assert found.checked == checked
+
+
+def test_computing_units_sees_a_wrong_table(registry):
+    agc_tensorflow.register_units(layers.Dense, {"kernel": "i o -> i"})
+    layer = built(layers.Dense(6), 4)
+    found = measure().measure(layer, lambda: layer(tf.ones((2, 4))))
+    assert set(found.wrong) == {"kernel"}
+
+
 def test_model_names_leave_the_model_out():
     inner = keras.Sequential([keras.Input((4,)), layers.Dense(5, name="dense")], name="enc")
     model = keras.Sequential([keras.Input((4,)), inner, layers.Dense(3, name="head")])
@@ -276,34 +355,141 @@ def test_tf_module_is_named_by_attributes():
     module = Module()
     with pytest.raises(AmbiguousUnitsError, match=r"'parts.0.table' of Table"):
         agc_tensorflow.plan(module, AGC())
-    plan = agc_tensorflow.plan(module, AGC(units={"*.table": "a b c -> a"}))
+    plan = agc_tensorflow.plan(module, AGC(units={"*.table": "a b c -> a", "w": "i o -> o"}))
     counts = {entry.name: entry.count for entry in plan}
     assert counts == {"dense.kernel": 2, "parts.0.table": 2, "parts.1.key": 1, "w": 4}
 
 
-def test_variables_without_a_model_follow_the_layout():
+def test_matrices_without_a_model_follow_the_layout_and_say_so():
     model = keras.Sequential(
-        [
-            keras.Input((9, 9, 3)),
-            layers.Conv2D(4, 3, name="conv"),
-            layers.Flatten(),
-            layers.Dense(2),
-        ]
+        [keras.Input((3,)), layers.Dense(4, name="body"), layers.Dense(2, name="head")]
     )
-    plan = agc_tensorflow.plan(model.trainable_variables, AGC())
-    counts = {entry.name: entry.count for entry in plan}
-    assert counts == {"conv.kernel": 4, "conv.bias": 1, "dense.kernel": 2, "dense.bias": 1}
-    pairs = agc_tensorflow.plan([("a/w", tf.Variable(tf.zeros((2, 3))))], AGC())
+    with pytest.warns(
+        UnitsWarning, match=r"2 parameter\(s\).*'body.kernel' \(3, 4\).*Give the model"
+    ):
+        plan = agc_tensorflow.plan(model.trainable_variables, AGC())
+    counts = {entry.name: (entry.count, entry.source) for entry in plan}
+    assert counts == {
+        "body.kernel": (4, "layout"),
+        "body.bias": (1, "vector"),
+        "head.kernel": (2, "layout"),
+        "head.bias": (1, "vector"),
+    }
+    with pytest.warns(UnitsWarning, match="'a.w'"):
+        pairs = agc_tensorflow.plan([("a/w", tf.Variable(tf.zeros((2, 3))))], AGC())
     assert pairs["a.w"].count == 3
     named = agc_tensorflow.plan({"w": tf.Variable(tf.zeros((2, 3)))}, AGC(units={"w": "o i -> o"}))
-    assert named["w"].count == 2
+    assert (named["w"].count, named["w"].source) == (2, "rule")
+
+
+def test_kernels_without_a_model_are_all_named_in_one_error():
+    """Rank says nothing of a kernel: depthwise and transposed ones have the rank of a convolution's."""
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.DepthwiseConv2D(3, name="dw"),
+            layers.Conv2DTranspose(5, 2, name="up"),
+        ]
+    )
+    variables = model.trainable_variables
+    gradients = [tf.ones_like(variable) for variable in variables]
+    wrapped = agc_tensorflow.AdaptiveGradClip("adam", AGC())
+    for call in (
+        lambda: agc_tensorflow.adaptive_clip_gradients(gradients, variables, AGC()),
+        lambda: wrapped.build(variables),
+    ):
+        with pytest.raises(AmbiguousUnitsError, match=r"Give the model: model=model; or") as caught:
+            call()
+        assert "dw.kernel" in str(caught.value)
+        assert "up.kernel" in str(caught.value)
+    plan = agc_tensorflow.plan(model, AGC())
+    assert [entry.count for entry in plan] == [3, 1, 5, 1]
+    assert {entry.source for entry in plan} == {"layer", "vector"}
 
 
 def test_one_layer_keeps_its_name_among_plain_variables():
     inputs = keras.Input((3,))
     model = keras.Model(inputs, layers.Dense(2, name="head")(inputs))
-    plan = agc_tensorflow.plan(model.trainable_variables, AGC())
+    plan = agc_tensorflow.plan(model.trainable_variables, AGC(units={"head.kernel": "i o -> o"}))
     assert [entry.name for entry in plan] == ["head.kernel", "head.bias"]
+
+
+def test_variables_without_a_name_and_of_one_name():
+    variables = [
+        *[tf.Variable([1.0, 2.0]) for _ in range(2)],
+        *[keras.Variable(np.ones(2), dtype="float32", name="v") for _ in range(2)],
+    ]
+    plan = agc_tensorflow.plan(variables, AGC())
+    assert [entry.name for entry in plan] == ["Variable", "Variable_1", "v", "v_1"]
+
+
+def test_frozen_parameters_are_marked():
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(5, name="a")], name="inner")
+    model = keras.Sequential([keras.Input((4,)), inner, layers.Dense(2, name="b")])
+    inner.trainable = False
+    model.layers[1].bias.trainable = False
+    for given in (model, model.weights):
+        rule = AGC() if given is model else AGC(units={"*kernel": "i o -> o"})
+        plan = agc_tensorflow.plan(given, rule)
+        assert [entry.inactive for entry in plan] == ["frozen", "frozen", None, "frozen"]
+        assert plan.count == 2
+    inner.trainable = True
+    assert agc_tensorflow.plan(model, AGC()).count == 5 + 1 + 2
+
+
+def of_keras_2(*bases: type) -> Any:
+    """Return something whose class says that it is from Keras 2, which need not be installed."""
+    made = type("Sequential", bases, {"__module__": "tf_keras.src.engine.sequential"})
+    return type("Own", (made,), {})()
+
+
+def test_keras_2_is_refused_everywhere():
+    model = of_keras_2(tf.Module)
+    holder = tf.Module()
+    holder.part = model
+    kernel = tf.Variable(tf.ones((2, 3)))
+    for call in (
+        lambda: agc_tensorflow.plan(model, AGC()),
+        lambda: agc_tensorflow.plan(holder, AGC()),
+        lambda: agc_tensorflow.plan([model], AGC()),
+        lambda: units_of(model),
+        lambda: agc_tensorflow.adaptive_clip_gradients([kernel], [kernel], AGC(), model=model),
+        lambda: agc_tensorflow.AdaptiveGradClip("sgd", AGC(), model=model),
+        lambda: agc_tensorflow.AdaptiveGradClip(of_keras_2(object), AGC()),
+    ):
+        with pytest.raises(
+            ParameterError, match=r"Own is made by Keras 2 \(tf_keras\).*use Keras 3"
+        ):
+            call()
+
+
+HUB = {
+    "layers.modeling.position_embedding.PositionEmbedding": [("embeddings", (5, 4), 5)],
+    "models.vit_det.vit_layers.AddPositionalEmbedding": [("pos_embed", (1, 2, 3, 4), 6)],
+    "models.mixtral.mixtral_decoder.MixtralMoeExperts": [
+        ("expert_feedforward_gate_dense", (2, 3, 4), 8)
+    ],
+    "models.gpt_oss.gpt_oss_decoder.GptOssExperts": [
+        ("gate_up_proj", (2, 3, 4), 8),
+        ("gate_up_proj_bias", (2, 4), 2),
+    ],
+    "models.xlnet.xlnet_encoder.XLNetEncoder": [
+        ("content_attention_bias", (2, 3), 1),
+        ("segment_encoding", (2, 3, 4), 6),
+    ],
+}
+
+
+@pytest.mark.parametrize("path", HUB)
+def test_layers_of_keras_hub_are_known_by_their_class(path):
+    module, _, name = f"keras_hub.src.{path}".rpartition(".")
+    layer = type(name, (layers.Layer,), {"__module__": module})()
+    for weight, shape, _ in HUB[path]:
+        layer.add_weight(shape=shape, name=weight)
+    layer.built = True
+    plan = agc_tensorflow.plan(layer, AGC())
+    assert {e.name: e.count for e in plan} == {name: count for name, _, count in HUB[path]}
+    assert {entry.source for entry in plan} == {"layer"}
 
 
 def test_rank_3_without_a_known_layer_is_ambiguous():
@@ -401,7 +587,7 @@ def test_plan_is_the_same_in_eager_and_after_training():
     assert agc_tensorflow.plan(model, AGC()) == before
 
 
-@pytest.mark.parametrize("module", ["units", "clip", "optimizer"])
+@pytest.mark.parametrize("module", ["units", "layers", "clip", "optimizer"])
 def test_examples_in_docstrings(module, registry):
     found = doctest.testmod(importlib.import_module(f"agc_tensorflow.{module}"))
     assert found.attempted > 0

@@ -140,6 +140,11 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
         self._follow()
 
     def _follow(self) -> None:
+        if not self.model.compiled:
+            raise ConfigError(
+                f"the model {self.model.name!r} has a compile of its own that does not compile it; call "
+                "super().compile(optimizer, ...) there"
+            )
         super().compile(
             self.model.optimizer,
             run_eagerly=self.model.run_eagerly,
@@ -486,8 +491,8 @@ class _Scope(keras.StatelessScope):  # type: ignore[misc]
         """Return what the variable reads as; Keras asks for every variable, those not mapped too."""
         key = id(variable)
         if key in self.sources:
-            if self.moved and _in_custom_gradient():
-                raise ConfigError(_ESCAPES.format(name=variable.path, shape=tuple(variable.shape)))
+            if self.moved and _escapes():
+                raise ConfigError(_AROUND.format(name=variable.path, shape=tuple(variable.shape)))
         elif key in self.state_mapping and _current_graph() is not self.graph:
             self._put_in_place(variable)
         return self.state_mapping.get(key, variable._value)
@@ -539,13 +544,13 @@ class _Scope(keras.StatelessScope):  # type: ignore[misc]
         for seen in self.tape.watched_variables():
             variable = self.weights.get(variable_key(seen))
             if variable is not None:
-                raise ConfigError(_ESCAPES.format(name=variable.path, shape=tuple(variable.shape)))
+                raise ConfigError(_AROUND.format(name=variable.path, shape=tuple(variable.shape)))
 
 
-_ESCAPES: Final = (
+_AROUND: Final = (
     "{name!r} of shape {shape} is read around Keras in SAM's second pass, which would not see it perturbed or "
     "would lose its gradient: by a tf.function inside the model, tf.custom_gradient, tf.recompute_grad or "
-    "keras.RematScope, or as a tf.Variable; let the layer read it as it is, outside of those, or leave SAM out"
+    "keras.RematScope, or as its tf.Variable; let the layer read the Keras variable outside of those"
 )
 
 
@@ -559,24 +564,36 @@ def _in_tensorflow(variable: Any) -> Any:
     return variable._value if isinstance(variable, keras.Variable) else variable
 
 
-def _in_custom_gradient() -> bool:
-    """Tell whether a function with a gradient of its own reads a weight that is not its argument.
+def _escapes() -> bool:
+    """Tell whether a weight is read where TensorFlow would take only a tf.Variable for one.
 
-    TensorFlow sees such a weight only if it is a tf.Variable; the gradient of a tensor would get lost.
+    That is in a function with a gradient of its own (which loses that of a tensor that is no argument), and in
+    somebody's tf.function (which keeps the tensor of its first call).
     """
     frame: Any = sys._getframe(2)
-    inside = False  # somebody else's code
-    while frame is not None:
+    foreign = False  # seen code that is no conversion of a variable to a tensor
+    while frame is not None and frame.f_code is not _Passes._run.__code__:
         file = frame.f_code.co_filename
-        if file == _CUSTOM_GRADIENT and inside:
+        if foreign and (
+            file == _CUSTOM_GRADIENT or (file == _FUNCTION and _called_by_layer(frame))
+        ):
             return True
-        inside = inside or not file.startswith(_CONVERSIONS)
+        foreign = foreign or not file.startswith(_LIBRARIES)
         frame = frame.f_back
     return False
 
 
+def _called_by_layer(frame: Any) -> bool:
+    """Tell whether neither TensorFlow nor Keras' backend made the tf.function, for one call."""
+    caller = frame.f_back
+    while caller.f_code.co_name == "error_handler":
+        caller = caller.f_back
+    return not caller.f_code.co_filename.startswith(_LIBRARIES)
+
+
 _CUSTOM_GRADIENT: Final = tf.custom_gradient.__code__.co_filename
-_CONVERSIONS: Final = (
+_FUNCTION: Final = str(sys.modules[type(tf.function(_escapes)).__module__].__file__)
+_LIBRARIES: Final = (
     str(Path(tf.__file__).parent / "_")[:-1],
     str(Path(keras.Variable.__mro__[1].__init__.__code__.co_filename).parents[1] / "_")[:-1],
 )
@@ -927,6 +944,8 @@ def _check_model(model: Any) -> Any:
 
 
 def _symbolic(tensor: Any) -> Any:
+    if tensor is None:
+        return None
     dtype = keras.backend.standardize_dtype(tensor.dtype)
     return keras.KerasTensor(tensor.shape, dtype, sparse=isinstance(tensor, tf.SparseTensor))
 
@@ -937,8 +956,8 @@ def _outside_keras(model: Any) -> list[Any]:
         return []  # replicas cannot put back what only some of them may assign
     held = [value for layer in model._flatten_layers() for value in vars(layer).values()]
     states = [v.state if isinstance(v, tf.random.Generator) else v for v in held]
-    found = {id(v): v for v in states if isinstance(v, tf.Variable) and not v.trainable}
-    return list(found.values())
+    found = {id(v): v for v in states if isinstance(v, tf.Variable)}
+    return [v for v in found.values() if not (v.trainable and v.dtype.is_floating)]
 
 
 def _first(batch: Sequence[Any]) -> Any:

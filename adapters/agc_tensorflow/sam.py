@@ -477,6 +477,7 @@ class _Scope(keras.StatelessScope):  # type: ignore[misc]
         super().__init__(collect_losses=True)
         self.tape, self.moved = tape, moved
         self.graph = _current_graph()
+        self.entered: Any = None  # the frame of whoever runs the pass
         self.weights = {variable_key(variable): variable for variable in variables}
         self.sources = {id(v): [value] for v, value in zip(variables, values, strict=True)}
         self.state_mapping = {key: several[0] for key, several in self.sources.items()}
@@ -487,11 +488,20 @@ class _Scope(keras.StatelessScope):  # type: ignore[misc]
             self.written[id(variable)] = variable
             self.before[id(variable)] = tf.identity(variable)
 
+    def __enter__(self) -> _Scope:
+        self.entered = sys._getframe(1)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered = None
+        super().__exit__(*error)
+
     def get_current_value(self, variable: Any) -> Any:
         """Return what the variable reads as; Keras asks for every variable, those not mapped too."""
         key = id(variable)
         if key in self.sources:
-            if self.moved and _escapes():
+            if self.moved and _escapes(self.entered):
                 raise ConfigError(_AROUND.format(name=variable.path, shape=tuple(variable.shape)))
         elif key in self.state_mapping and _current_graph() is not self.graph:
             self._put_in_place(variable)
@@ -564,15 +574,15 @@ def _in_tensorflow(variable: Any) -> Any:
     return variable._value if isinstance(variable, keras.Variable) else variable
 
 
-def _escapes() -> bool:
+def _escapes(end: Any) -> bool:
     """Tell whether a weight is read where TensorFlow would take only a tf.Variable for one.
 
     That is in a function with a gradient of its own (which loses that of a tensor that is no argument), and in
-    somebody's tf.function (which keeps the tensor of its first call).
+    somebody's tf.function (which keeps the tensor of its first call). The frame ``end`` and those above do not count.
     """
     frame: Any = sys._getframe(2)
     foreign = False  # seen code that is no conversion of a variable to a tensor
-    while frame is not None and frame.f_code is not _Passes._run.__code__:
+    while frame is not None and frame is not end:
         file = frame.f_code.co_filename
         if foreign and (
             file == _CUSTOM_GRADIENT or (file == _FUNCTION and _called_by_layer(frame))

@@ -1033,6 +1033,12 @@ class TestEveryState:
 
         assert_trains_as_without_sam(build, sequences(), jit_compile=True)
 
+    def test_with_several_steps_per_execution(self):
+        def build():
+            return stack(STATES["noisy cell"], Unseeded, dense(2), shape=(5, 4), batch_size=8)
+
+        assert_trains_as_without_sam(build, sequences(), steps_per_execution=2)
+
     @modes
     def test_in_every_step_of_every_second(self, eager):
         def build():
@@ -1317,7 +1323,8 @@ class TestWeightsReadAroundKeras:
     def test_scales_of_float8_are_not_perturbed(self):
         def build():
             model = stack(dense(3), dense(2))
-            model.quantize("float8")
+            for layer in model.layers:
+                layer.quantize("float8")
             return model
 
         assert_trains_as_without_sam(build, images())  # Keras has no eager float8

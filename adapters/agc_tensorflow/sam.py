@@ -233,7 +233,7 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
             variables,
             scale=self.optimizer.scale_loss,
             report=report,
-            reported=model.metrics_variables,
+            reported=lambda: model.metrics_variables,
             outside=_outside_keras(model),
         )
         step = self.optimizer.iterations
@@ -315,7 +315,7 @@ def sam_value_and_gradients(
     passes = _Passes(
         loss_fn,
         variables,
-        reported=() if model is None else model.metrics_variables,
+        reported=lambda: () if model is None else model.metrics_variables,
         outside=[variable for variable in state if not isinstance(variable, keras.Variable)],
     )
     named = list(variables) if model is None else model
@@ -410,12 +410,12 @@ class _Passes:
         *,
         scale: Callable[[Any], Any] = _identity,
         report: Callable[[Any], Any] = _nothing,
-        reported: Iterable[Any] = (),
+        reported: Callable[[], Iterable[Any]] = tuple,
         outside: Sequence[Any] = (),
     ) -> None:
         self.loss_fn, self.variables = loss_fn, list(variables)
         self.scale, self.report = scale, report
-        self.reported = {id(variable) for variable in reported}
+        self.reported = reported  # asked after a pass: metrics may be made in it
         self.outside = outside
 
     def clean(self, batch: Sequence[Any] | None) -> tuple[_Pass, Any]:
@@ -445,12 +445,13 @@ class _Passes:
         sources = [scope.sources[id(variable)] for variable in self.variables]
         flat = iter(tape.gradient(scaled, [one for several in sources for one in several]))
         gradients = [_sum([next(flat) for _ in several]) for several in sources]
-        sorted_: dict[str, list[tuple[Any, Any]]] = {"weights": [], "reported": [], "state": []}
+        reported = {id(variable) for variable in self.reported()}
+        kinds: dict[str, list[tuple[Any, Any]]] = {"weights": [], "reported": [], "state": []}
         for variable, value in updates:
             mine = id(variable) in scope.sources
-            kind = "weights" if mine else "reported" if id(variable) in self.reported else "state"
-            sorted_[kind].append((variable, value))
-        return _Pass(loss, gradients, **sorted_)
+            kind = "weights" if mine else "reported" if id(variable) in reported else "state"
+            kinds[kind].append((variable, value))
+        return _Pass(loss, gradients, **kinds)
 
 
 def _carry_out(updates: Iterable[tuple[Any, Any]]) -> None:
@@ -478,7 +479,7 @@ class _Scope(keras.StatelessScope):  # type: ignore[misc]
         self.tape, self.moved = tape, moved
         self.graph = _current_graph()
         self.entered: Any = None  # the frame of whoever runs the pass
-        self.weights = {variable_key(variable): variable for variable in variables}
+        self.weights = variables
         self.sources = {id(v): [value] for v, value in zip(variables, values, strict=True)}
         self.state_mapping = {key: several[0] for key, several in self.sources.items()}
         self.written: dict[int, Any] = {}  # variables that were assigned to
@@ -551,9 +552,9 @@ class _Scope(keras.StatelessScope):  # type: ignore[misc]
                 variable._direct_assign(self.state_mapping.pop(id(variable)))
 
     def _check_escapes(self) -> None:
-        for seen in self.tape.watched_variables():
-            variable = self.weights.get(variable_key(seen))
-            if variable is not None:
+        seen = {variable_key(variable) for variable in self.tape.watched_variables()}
+        for variable in self.weights if seen else ():
+            if variable_key(variable) in seen:
                 raise ConfigError(_AROUND.format(name=variable.path, shape=tuple(variable.shape)))
 
 

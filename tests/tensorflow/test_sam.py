@@ -776,17 +776,24 @@ class TestMethodsOfTheModel:
         assert float(found["loss"]) == pytest.approx(want, rel=1e-5)
         assert float(found["mine"]) == pytest.approx(want, rel=1e-5)
 
-    def test_two_outputs(self):
-        def build():
-            inputs = keras.Input((4,))
-            hidden = keras.layers.Dense(3, "relu")(inputs)
-            return keras.Model(
-                inputs, {n: keras.layers.Dense(2, name=n)(hidden) for n in ("a", "b")}
-            )
+    def two_outputs(self):
+        inputs = keras.Input((4,))
+        hidden = keras.layers.Dense(3, "relu")(inputs)
+        return keras.Model(inputs, {n: keras.layers.Dense(2, name=n)(hidden) for n in ("a", "b")})
 
+    def test_losses_of_outputs_come_from_the_clean_pass(self):
+        (x, y), model = images(8), self.two_outputs()
+        want = {f"{n}_loss": np.mean(np.square(model(x[:4])[n] - y[:4])) for n in ("a", "b")}
+        wrapped = SharpnessAwareModel(model, SAM(rho=5.0, fraction=0.5))
+        wrapped.compile("sgd", {"a": "mse", "b": "mse"})
+        found = wrapped.train_on_batch(x, {"a": y, "b": y}, return_dict=True)
+        for name, value in want.items():
+            assert float(found[name]) == pytest.approx(float(value), rel=1e-5)
+
+    def test_two_outputs(self):
         def fit(rule):
             keras.utils.set_random_seed(0)
-            model = build()
+            model = self.two_outputs()
             wrapped = model if rule is None else SharpnessAwareModel(model, rule)
             wrapped.compile(
                 keras.optimizers.SGD(0.1),

@@ -975,7 +975,7 @@ class MovingMean(keras.layers.Layer):
         self.mean = self.add_weight(shape=(shape[-1],), trainable=False, initializer="zeros")
 
     def call(self, inputs):
-        self.mean.assign(0.5 * self.mean + 0.5 * keras.ops.mean(inputs, 0))
+        self.mean.assign(0.5 * self.mean + 0.5 * keras.ops.mean(inputs, (0, 1)))
         return inputs - self.mean
 
 

@@ -208,6 +208,7 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
         model = self.model
         if not self._ready:
             self._build_by_call(x)
+            self._outside = tuple(_outside_keras(model))
             self._ready = True
         variables = model.trainable_variables
         if not self.optimizer.built:
@@ -234,7 +235,7 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
             scale=self.optimizer.scale_loss,
             report=report,
             reported=lambda: model.metrics_variables,
-            outside=_outside_keras(model),
+            outside=self._outside,
         )
         step = self.optimizer.iterations
         _, gradients, stats, logs = _gradients(passes, self.rule, model, batch=batch, step=step)

@@ -1007,7 +1007,7 @@ STATES = {
     "unseeded": Unseeded,
     "seeds": Seeds,
     "counters": Counters,
-    "moving mean": MovingMean,
+    "moving mean": lambda: stack(dense(4), MovingMean, shape=(5, 4)),
     "noise": lambda: stack(
         lambda: L.GaussianNoise(1.0),
         lambda: L.GaussianDropout(0.3),

@@ -1,22 +1,25 @@
 """Sharpness-aware minimization for Keras models and GradientTape loops.
 
-The second pass runs in Keras' stateless scope, where the variables read as ``w + e``: the weights themselves
-are never written, so there is nothing to restore, whatever happens in between. The optimizer, with AGC if
-it is wrapped in it, sees one gradient and the original weights.
+Each pass runs in a stateless scope of Keras, where variables read as the values that the scope gives them and
+assignments are noted, not carried out. In the second pass the weights read as ``w + e``: the weights themselves
+are never written, so there is nothing to restore, whatever happens in between. Of the two passes' updates of
+state only one's are carried out at the end, and both passes start from the same state. The optimizer, with AGC
+if it is wrapped in it, sees one gradient and the original weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from agc.config import SAM, Schedule, check_rule
-from agc.errors import ConfigError, MissingGradientError, NonFiniteError
+from agc.errors import ConfigError, MissingGradientError, NonFiniteError, ParameterError
 from agc.plan import perturbed_names
 from agc_tensorflow.units import named_variables, variable_key
 
@@ -59,15 +62,22 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
     Parameters
     ----------
     model : keras.Model
-        The model; it stays usable by itself and shares its weights.
+        The model, built or not; it stays usable by itself and shares its weights. Its own ``compute_loss``,
+        ``compute_metrics``, ``compile``, ``metrics``, ``test_step`` and ``predict_step`` are used.
     rule : SAM or dict
         The configuration (a dict as :meth:`agc.SAM.to_dict` writes it, when a saved model is loaded).
 
+    Raises
+    ------
+    ConfigError
+        If ``model`` is no Keras model, takes training steps of its own, or is sharpness-aware already.
+
     Notes
     -----
-    Compile this model with any optimizer, loss and metrics. Regularisation losses are in both passes;
-    metrics and the reported loss come from the clean pass; both passes are in training mode and use the same
-    random numbers; running statistics are updated once (SAM-12). The metric ``sharpness`` is the mean
+    Compile this model with any optimizer, loss and metrics; the inner model is compiled with them. Losses that
+    layers add and regularisation losses are in both passes; metrics and the reported loss come from the clean
+    pass; both passes are in training mode, start from the same state and use the same random numbers;
+    statistics and every other state are updated once (SAM-12). The metric ``sharpness`` is the mean
     difference between the perturbed and the clean loss. ``nonfinite="raise"`` works only with
     ``run_eagerly=True``. With ``every`` above 1 the other steps take one pass; on several replicas they still take
     two, and neither ``fraction`` nor ``microbatches`` is possible.
@@ -81,12 +91,11 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
 
     def __init__(self, model: Any, rule: SAM | dict[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not isinstance(model, keras.Model):
-            raise ConfigError(f"model must be a keras.Model, got {model!r}")
-        self.model = model
+        self.model = _check_model(model)
         self.rule = SAM.from_dict(rule) if isinstance(rule, dict) else rule
         check_rule(self.rule, SAM)
         self.sharpness_tracker = keras.metrics.Mean(name="sharpness")
+        self._ready = False
         if model.built:
             self.built = True
 
@@ -103,6 +112,7 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
     def get_config(self) -> dict[str, Any]:
         """Return the inner model and the rule as data."""
         model = keras.saving.serialize_keras_object(self.model)
+        model.pop("compile_config", None)  # it is this model's
         return {**super().get_config(), "model": model, "rule": self.rule.to_dict()}
 
     @classmethod
@@ -113,53 +123,125 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
         model = keras.saving.deserialize_keras_object(inner, custom_objects=custom_objects)
         return cls(model, **config)
 
+    # Everything but the gradient is the inner model's own.
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the inner model, and this one with its optimizer: :meth:`keras.Model.compile`."""
+        self.model.compile(*args, **options)
+        self._follow()
+
+    def get_compile_config(self) -> Any:
+        """Return what the inner model is compiled with."""
+        return self.model.get_compile_config()
+
+    def compile_from_config(self, config: Any) -> None:
+        """Compile as :meth:`get_compile_config` says."""
+        self.model.compile_from_config(config)
+        self._follow()
+
+    def _follow(self) -> None:
+        if not self.model.compiled:
+            raise ConfigError(
+                f"the model {self.model.name!r} has a compile of its own that does not compile it; call "
+                "super().compile(optimizer, ...) there"
+            )
+        super().compile(
+            self.model.optimizer,
+            run_eagerly=self.model.run_eagerly,
+            steps_per_execution=self.model.steps_per_execution,
+            jit_compile=self.model.jit_compile,
+            auto_scale_loss=False,
+        )
+
+    @property
+    def metrics(self) -> list[Any]:
+        """The inner model's metrics, and ``sharpness``."""
+        return [*self.model.metrics, self.sharpness_tracker]
+
+    def reset_metrics(self) -> None:
+        """Start all metrics anew."""
+        self.model.reset_metrics()
+        self.sharpness_tracker.reset_state()
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """Return the inner model's results, and ``sharpness``."""
+        return {**self.model.get_metrics_result(), "sharpness": self.sharpness_tracker.result()}
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """Return the inner model's loss."""
+        return self.model._compute_loss(x, y, y_pred, sample_weight, training=training)
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Update and return the inner model's metrics."""
+        return self.model.compute_metrics(x, y, y_pred, sample_weight)
+
+    def test_step(self, data: Any) -> Any:
+        """Evaluate one batch; there is no sharpness to report."""
+        return self.model.test_step(data)
+
+    def predict_step(self, data: Any) -> Any:
+        """Predict for one batch."""
+        return self.model.predict_step(data)
+
+    def _symbolic_build(self, *args: Any, **options: Any) -> None:
+        # Keras calls it before it trains on several replicas.
+        self.model._symbolic_build(*args, **options)
+        self.built = True
+
+    def _build_by_call(self, x: Any) -> None:
+        """Build what is not built yet, as Keras does when it traces its own step."""
+        if not self.built or not all(layer.built for layer in self.model._flatten_layers()):
+            self.model(keras.tree.map_structure(_symbolic, x))
+        self.built = True
+
     def train_step(self, data: Any) -> Any:
         """Take one step: called by ``fit`` and ``train_on_batch``."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         batch = keras.tree.flatten((x, y, sample_weight))
-        predictions: list[Any] = []
-        counts: list[Any] = []
-
-        def loss_fn(*part: Any) -> Any:
-            xs, ys, weights = keras.tree.pack_sequence_as((x, y, sample_weight), list(part))
-            predicted = self(xs, training=True)
-            predictions.append((xs, ys, predicted, weights))
-            counts.append(tf.shape(next(a for a in part if a is not None))[0])
-            return self._compute_loss(
-                x=xs, y=ys, y_pred=predicted, sample_weight=weights, training=True
-            )
-
-        variables = self.trainable_variables
+        model = self.model
+        if not self._ready:
+            self._build_by_call(x)
+            self._outside = tuple(_outside_keras(model))
+            self._ready = True
+        variables = model.trainable_variables
         if not self.optimizer.built:
             self.optimizer.build(variables)  # not inside the condition further down
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        last: list[Any] = []
 
-        def clean(loss: Any, passed: int) -> None:
+        def loss_fn(*part: Any) -> Any:
+            xs, ys, weights = keras.tree.pack_sequence_as((x, y, sample_weight), list(part))
+            # Keras' own step says "training" only to a model that asks.
+            predicted = model(xs, training=True) if model._call_has_training_arg else model(xs)
+            last[:] = xs, ys, predicted, weights, tf.shape(_first(part))[0]
+            return self.compute_loss(xs, ys, predicted, weights, training=True)
+
+        def report(loss: Any) -> Any:
+            *given, count = last
             # Keras divides each replica's loss by their number; its own tracker undoes that as well.
-            self._loss_tracker.update_state(loss * replicas, sample_weight=counts[passed])
-            xs, ys, predicted, weights = predictions[passed]
-            self.compute_metrics(xs, ys, predicted, weights)
+            model._loss_tracker.update_state(loss * replicas, sample_weight=count)
+            return model.compute_metrics(*given)
 
-        _, gradients, stats = _gradients(
+        passes = _Passes(
             loss_fn,
             variables,
-            self.rule,
-            names=_names(variables, self.model),
-            batch=batch,
-            step=self.optimizer.iterations,
-            state=[*self.non_trainable_variables],
             scale=self.optimizer.scale_loss,
-            on_clean=clean,
+            report=report,
+            reported=lambda: model.metrics_variables,
+            outside=self._outside,
         )
+        step = self.optimizer.iterations
+        _, gradients, stats, logs = _gradients(passes, self.rule, model, batch=batch, step=step)
         self.sharpness_tracker.update_state(stats.sharpness * replicas)
         _apply(self.optimizer, gradients, variables, stats.norm, self.rule)
-        return self.get_metrics_result()
-
-    def test_step(self, data: Any) -> Any:
-        """Evaluate one batch; there is no sharpness to report."""
-        results = super().test_step(data)
-        results.pop("sharpness", None)
-        return results
+        return {**logs, "sharpness": self.sharpness_tracker.result()}
 
 
 def sam_value_and_gradients(
@@ -169,6 +251,7 @@ def sam_value_and_gradients(
     *,
     batch: Sequence[Any] | None = None,
     step: Any = None,
+    model: Any = None,
     state: Sequence[Any] = (),
     return_stats: bool = False,
 ) -> Any:
@@ -178,18 +261,22 @@ def sam_value_and_gradients(
     ----------
     loss_fn : callable
         Computes the loss, a scalar; with ``batch``, from the tensors it is given. Called twice; needs no
-        GradientTape.
+        GradientTape. Losses that layers add belong into it: ``+ sum(model.losses)``.
     variables : sequence of keras.Variable
-        The weights, for example ``model.trainable_variables``.
+        The weights, for example ``model.trainable_variables``. Those that are frozen are not perturbed.
     rule : SAM
         The configuration.
     batch : sequence of Tensor, each of shape (examples, ...), optional
         The batch; needed for ``fraction`` below 1 and ``microbatches`` above 1. The loss must be a mean.
     step : int or Tensor, optional
         The optimizer's step; needed if ``rho`` is a schedule or ``every`` is above 1.
-    state : sequence of keras.Variable, optional
-        ``model.non_trainable_variables``, so that running statistics are updated once and both passes use the
-        same random numbers (SAM-12).
+    model : keras.Model, optional
+        The model that the variables belong to: patterns of ``only`` and ``exclude`` are compared with the names in
+        its :func:`agc_tensorflow.plan`, and its metrics are those of the clean pass.
+    state : sequence of tf.Variable, optional
+        Variables outside Keras that the loss function assigns to, such as a counter or the state of a
+        ``tf.random.Generator``. Keras variables (statistics, recurrent states, seeds) need not be named:
+        both passes start from the same state, and it is updated once (SAM-12).
     return_stats : bool, default False
         Whether to return :class:`SamStats` as a third item.
 
@@ -205,11 +292,13 @@ def sam_value_and_gradients(
     ------
     ConfigError
         If ``fraction`` or ``microbatches`` is given without a batch, a step is missing, a variable is not
-        a Keras variable, the loss is not a scalar, or a schedule of rho returns nonsense (inside a graph,
-        which cannot raise, the gradients are NaN then).
+        a Keras variable, the loss is not a scalar, a weight is read around Keras in the second pass (SAM-15), or
+        a schedule of rho returns nonsense (inside a graph, which cannot raise, the gradients are NaN then).
     SelectorError
-        If a pattern of ``only`` or ``exclude`` matches none of the variables, which are called as
-        :func:`agc_tensorflow.plan` calls plain variables.
+        If a pattern of ``only`` or ``exclude`` matches no parameter of the model; without a model, none of the
+        variables, which are called as :func:`agc_tensorflow.plan` calls plain variables.
+    ParameterError
+        If a variable is not a parameter of the model.
     MissingGradientError
         If no perturbed variable has a gradient.
     NonFiniteError
@@ -224,10 +313,14 @@ def sam_value_and_gradients(
                 f"{variable!r} is not a Keras variable; SAM needs variables whose value can be "
                 "replaced for one pass, such as model.trainable_variables"
             )
-    names = _names(variables, list(variables))
-    loss, gradients, stats = _gradients(
-        loss_fn, variables, rule, names=names, batch=batch, step=step, state=state
+    passes = _Passes(
+        loss_fn,
+        variables,
+        reported=lambda: () if model is None else model.metrics_variables,
+        outside=[variable for variable in state if not isinstance(variable, keras.Variable)],
     )
+    named = list(variables) if model is None else model
+    loss, gradients, stats, _ = _gradients(passes, rule, named, batch=batch, step=step)
     if rule.nonfinite == "skip_step":
         poison = tf.where(tf.math.is_finite(stats.norm), 0.0, float("nan"))
         gradients = [_add(g, poison) for g in gradients]
@@ -241,35 +334,21 @@ def _identity(value: Any) -> Any:
     return value
 
 
-def _nothing(_loss: Any, _passed: int) -> None:
-    return None
+def _nothing(_loss: Any) -> dict[str, Any]:
+    return {}
 
 
 def _gradients(
-    loss_fn: Loss,
-    variables: Sequence[Any],
-    rule: SAM,
-    *,
-    names: Sequence[str],
-    batch: Sequence[Any] | None,
-    step: Any,
-    state: Sequence[Any] = (),
-    scale: Callable[[Any], Any] = _identity,
-    on_clean: Callable[[Any, int], None] = _nothing,
-) -> tuple[Any, list[Any], SamStats]:
-    """Clean loss, gradients of ``scale(loss)`` at ``w + e``, and stats.
-
-    ``on_clean(loss, passed)`` is called after each clean pass, with how many passes there were before.
-    """
+    passes: _Passes, rule: SAM, named: Any, *, batch: Sequence[Any] | None, step: Any
+) -> tuple[Any, list[Any], SamStats, Any]:
+    """Clean loss, gradients of the scaled loss at ``w + e``, stats, and what the last clean pass reported."""
     needs = rule.fraction != 1 or rule.microbatches != 1
     if batch is None and needs:
         raise ConfigError(
             f"fraction={rule.fraction} and microbatches={rule.microbatches} take parts of the batch: "
             "give batch=(inputs, targets) and a loss function that uses the tensors it is given"
         )
-    chosen = set(perturbed_names(names, rule))
-    perturbs = [name in chosen for name in names]
-    passes = _Passes(loss_fn, list(variables), list(state), scale, on_clean)
+    perturbs = _perturbs(passes.variables, named, rule)
     if rule.every == 1:
         return _sharpness_aware(passes, perturbs, rule, batch, step)
     now = tf.get_static_value(tf.convert_to_tensor(step))  # None inside a graph
@@ -287,106 +366,293 @@ def _gradients(
     return _sharpness_aware(passes, perturbs, rule, batch, step)
 
 
+def _perturbs(variables: Sequence[Any], named: Any, rule: SAM) -> list[bool]:
+    """Tell which variables are perturbed, by AGC's names: what is selected and trainable now (SAM-4)."""
+    names = {variable_key(v): name for name, v in named_variables(named).items()}
+    chosen = set(perturbed_names(names.values(), rule))
+    found = []
+    for variable in variables:
+        name = names.get(variable_key(variable))
+        # A scale of float8 training is overwritten by its gradient: no parameter.
+        scale = getattr(variable, "overwrite_with_gradient", False)
+        if name is None and not scale:
+            raise ParameterError(
+                f"variable {variable.path!r} of shape {tuple(variable.shape)} is not a parameter of the "
+                "model; give the model that the variables belong to, after it is built"
+            )
+        found.append(name in chosen and variable.trainable and not scale)
+    return found
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one run of the loss gave; nothing is written yet.
+
+    Attributes
+    ----------
+    weights, reported, state : lists of (variable, value)
+        What the pass would have written: into the weights themselves, into metrics, and anything else.
+    """
+
+    loss: Any
+    gradients: list[Any]
+    weights: list[tuple[Any, Any]]
+    reported: list[tuple[Any, Any]]
+    state: list[tuple[Any, Any]]
+
+
 class _Passes:
     """Runs the loss function at the weights, or with the variables reading as other values."""
 
     def __init__(
         self,
         loss_fn: Loss,
-        variables: list[Any],
-        state: list[Any],
-        scale: Callable[[Any], Any],
-        on_clean: Callable[[Any, int], None],
+        variables: Sequence[Any],
+        *,
+        scale: Callable[[Any], Any] = _identity,
+        report: Callable[[Any], Any] = _nothing,
+        reported: Callable[[], Iterable[Any]] = tuple,
+        outside: Sequence[Any] = (),
     ) -> None:
-        self.loss_fn, self.variables, self.state = loss_fn, variables, state
-        self.scale, self.on_clean = scale, on_clean
-        self.count = 0
+        self.loss_fn, self.variables = loss_fn, list(variables)
+        self.scale, self.report = scale, report
+        self.reported = reported  # asked after a pass: metrics may be made in it
+        self.outside = outside
 
-    def clean(self, batch: Sequence[Any] | None, *, keep_state: bool) -> tuple[Any, list[Any]]:
-        """Gradients at the weights; updates of state are kept, or made nowhere."""
-        values = [] if keep_state else [tf.convert_to_tensor(v) for v in self.variables]
-        with self._scope(values, [], active=not keep_state) as sources, tf.GradientTape() as tape:
-            tape.watch(sources)
-            loss, scaled = self._loss(batch)
-        self.on_clean(loss, self.count - 1)
-        return loss, tape.gradient(scaled, sources)
+    def clean(self, batch: Sequence[Any] | None) -> tuple[_Pass, Any]:
+        """Run at the weights; also return what is reported of it."""
+        done = self._run(batch, [variable.value for variable in self.variables], moved=False)
+        # A layer that writes to its own weights does so at the start of a step.
+        _carry_out([*done.weights, *done.reported])
+        return done, self.report(done.loss)
 
-    def perturbed(
-        self, batch: Sequence[Any] | None, values: list[Any], state: list[Any], *, keep_state: bool
-    ) -> tuple[Any, list[Any]]:
-        """Gradients where the variables read as ``values`` and the state as it was before the step."""
-        mapping = list(zip(self.state, state, strict=True))
-        with self._scope(values, mapping, active=True) as sources, tf.GradientTape() as tape:
-            tape.watch(sources)
-            loss, scaled = self._loss(batch)
-        if keep_state:
-            for variable in self.state:
-                value = self._last.get_current_value(variable)
-                if value is not None:
-                    variable.assign(value)
-        return loss, tape.gradient(scaled, sources)
+    def perturbed(self, batch: Sequence[Any] | None, values: list[Any]) -> _Pass:
+        """Run where the variables read as ``values``, from the state before the step."""
+        return self._run(batch, values, moved=True)
 
-    def _loss(self, batch: Sequence[Any] | None) -> tuple[Any, Any]:
-        loss = tf.convert_to_tensor(self.loss_fn() if batch is None else self.loss_fn(*batch))
-        if loss.shape.rank not in (0, None):
-            raise ConfigError(
-                f"the loss must be a scalar, got the shape {tuple(loss.shape)}; take its mean"
-            )
-        self.count += 1
-        return loss, self.scale(loss)
+    def _run(self, batch: Sequence[Any] | None, values: list[Any], *, moved: bool) -> _Pass:
+        with tf.GradientTape() as tape:
+            scope = _Scope(self.variables, values, tape, self.outside, moved=moved)
+            with scope:
+                loss = tf.convert_to_tensor(
+                    self.loss_fn() if batch is None else self.loss_fn(*batch)
+                )
+                if loss.shape.rank not in (0, None):
+                    raise ConfigError(
+                        f"the loss must be a scalar, got the shape {tuple(loss.shape)}; take its mean"
+                    )
+                scaled = self.scale(loss)
+        updates = scope.rewind()
+        sources = [scope.sources[id(variable)] for variable in self.variables]
+        flat = iter(tape.gradient(scaled, [one for several in sources for one in several]))
+        gradients = [_sum([next(flat) for _ in several]) for several in sources]
+        reported = {id(variable) for variable in self.reported()}
+        kinds: dict[str, list[tuple[Any, Any]]] = {"weights": [], "reported": [], "state": []}
+        for variable, value in updates:
+            mine = id(variable) in scope.sources
+            kind = "weights" if mine else "reported" if id(variable) in reported else "state"
+            kinds[kind].append((variable, value))
+        return _Pass(loss, gradients, **kinds)
 
-    @contextmanager
-    def _scope(
-        self, values: list[Any], state: list[tuple[Any, Any]], *, active: bool
-    ) -> Iterator[list[Any]]:
-        if not active:
-            yield [variable.value for variable in self.variables]
+
+def _carry_out(updates: Iterable[tuple[Any, Any]]) -> None:
+    for variable, value in updates:
+        variable.assign(value)
+
+
+class _Scope(keras.StatelessScope):  # type: ignore[misc]
+    """Where weights read as given values, and what is assigned is noted, not carried out.
+
+    A value that is noted cannot leave a loop or a condition of a graph. State that is used inside one stays in its
+    variable, and is put back when the pass is over.
+    """
+
+    def __init__(
+        self,
+        variables: Sequence[Any],
+        values: Sequence[Any],
+        tape: Any,
+        outside: Sequence[Any],
+        *,
+        moved: bool,
+    ) -> None:
+        super().__init__(collect_losses=True)
+        self.tape, self.moved = tape, moved
+        self.graph = _current_graph()
+        self.entered: Any = None  # the frame of whoever runs the pass
+        self.weights = variables
+        self.sources = {id(v): [value] for v, value in zip(variables, values, strict=True)}
+        self.state_mapping = {key: several[0] for key, several in self.sources.items()}
+        self.written: dict[int, Any] = {}  # variables that were assigned to
+        self.before: dict[int, Any] = {}  # values of those that are written in place
+        tape.watch(list(values))
+        for variable in outside:
+            self.written[id(variable)] = variable
+            self.before[id(variable)] = tf.identity(variable)
+
+    def __enter__(self) -> _Scope:
+        self.entered = sys._getframe(1)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered = None
+        super().__exit__(*error)
+
+    def get_current_value(self, variable: Any) -> Any:
+        """Return what the variable reads as; Keras asks for every variable, those not mapped too."""
+        key = id(variable)
+        if key in self.sources:
+            if self.moved and _escapes(self.entered):
+                raise ConfigError(_AROUND.format(name=variable.path, shape=tuple(variable.shape)))
+        elif key in self.state_mapping and _current_graph() is not self.graph:
+            self._put_in_place(variable)
+        return self.state_mapping.get(key, variable._value)
+
+    def add_update(self, update: tuple[Any, Any]) -> None:
+        """Note an assignment; as from a variable, no gradient flows through the value."""
+        variable, value = update
+        key, value = id(variable), tf.stop_gradient(value)
+        nested = _current_graph() is not self.graph
+        self.written[key] = variable
+        if key in self.sources:
+            if nested:
+                raise ConfigError(
+                    f"{variable.path!r} of shape {tuple(variable.shape)} is assigned to inside a loop, a "
+                    "condition or a tf.function by its own layer; use run_eagerly=True, or assign outside of it"
+                )
+            self.tape.watch(value)
+            self.sources[key].append(value)
+            self.state_mapping[key] = value
+        elif nested or key in self.before:
+            self._put_in_place(variable)
+            variable._direct_assign(value)
+        else:
+            self.state_mapping[key] = value
+
+    def rewind(self) -> list[tuple[Any, Any]]:
+        """Put back what was written in place; return what was assigned, and the values."""
+        if self.moved:
+            self._check_escapes()
+        updates = []
+        for key, variable in self.written.items():
+            if key in self.before:
+                updates.append((variable, tf.identity(_in_tensorflow(variable))))
+                _in_tensorflow(variable).assign(self.before[key])
+            else:
+                updates.append((variable, self.state_mapping[key]))
+        return updates
+
+    def _put_in_place(self, variable: Any) -> None:
+        """Let the variable itself hold the state from now on, until the pass is over."""
+        if id(variable) in self.before:
             return
-        mapping = [*zip(self.variables, values, strict=True), *state]
-        with keras.StatelessScope(state_mapping=mapping) as scope:
-            self._last = scope
-            # The scope may have cast a value: what the layers read is what is differentiated.
-            yield [scope.get_current_value(variable) for variable in self.variables]
+        with tf.init_scope() if self.graph is None else self.graph.as_default():
+            self.before[id(variable)] = tf.identity(variable._value)
+            if id(variable) in self.state_mapping:
+                variable._direct_assign(self.state_mapping.pop(id(variable)))
+
+    def _check_escapes(self) -> None:
+        seen = {variable_key(variable) for variable in self.tape.watched_variables()}
+        for variable in self.weights if seen else ():
+            if variable_key(variable) in seen:
+                raise ConfigError(_AROUND.format(name=variable.path, shape=tuple(variable.shape)))
+
+
+_AROUND: Final = (
+    "{name!r} of shape {shape} is read around Keras in SAM's second pass, which would not see it perturbed or "
+    "would lose its gradient: by a tf.function inside the model, tf.custom_gradient, tf.recompute_grad or "
+    "keras.RematScope, or as its tf.Variable; let the layer read the Keras variable outside of those"
+)
+
+
+def _current_graph() -> Any:
+    """Return the graph under construction, None outside of graphs."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def _in_tensorflow(variable: Any) -> Any:
+    """Return the tf.Variable, past any scope."""
+    return variable._value if isinstance(variable, keras.Variable) else variable
+
+
+def _escapes(end: Any) -> bool:
+    """Tell whether a weight is read where TensorFlow would take only a tf.Variable for one.
+
+    That is in a function with a gradient of its own (which loses that of a tensor that is no argument), and in
+    somebody's tf.function (which keeps the tensor of its first call). The frame ``end`` and those above do not count.
+    """
+    frame: Any = sys._getframe(2)
+    foreign = False  # seen code that is no conversion of a variable to a tensor
+    while frame is not None and frame is not end:
+        file = frame.f_code.co_filename
+        if foreign and (
+            file == _CUSTOM_GRADIENT or (file == _FUNCTION and _called_by_layer(frame))
+        ):
+            return True
+        foreign = foreign or not file.startswith(_LIBRARIES)
+        frame = frame.f_back
+    return False
+
+
+def _called_by_layer(frame: Any) -> bool:
+    """Tell whether neither TensorFlow nor Keras' backend made the tf.function, for one call."""
+    caller = frame.f_back
+    while caller.f_code.co_name == "error_handler":
+        caller = caller.f_back
+    return not caller.f_code.co_filename.startswith(_LIBRARIES)
+
+
+_CUSTOM_GRADIENT: Final = tf.custom_gradient.__code__.co_filename
+_FUNCTION: Final = str(sys.modules[type(tf.function(_escapes)).__module__].__file__)
+_LIBRARIES: Final = (
+    str(Path(tf.__file__).parent / "_")[:-1],
+    str(Path(keras.Variable.__mro__[1].__init__.__code__.co_filename).parents[1] / "_")[:-1],
+)
+"""TensorFlow, and the part of Keras in which variables become tensors."""
 
 
 def _plain(
     passes: _Passes, perturbs: list[bool], batch: Sequence[Any] | None
-) -> tuple[Any, list[Any], SamStats]:
-    loss, gradients = passes.clean(batch, keep_state=True)
-    return loss, gradients, SamStats(tf.zeros((), _top(passes.variables, perturbs)), loss, loss)
+) -> tuple[Any, list[Any], SamStats, Any]:
+    done, report = passes.clean(batch)
+    _carry_out(done.state)
+    stats = SamStats(tf.zeros((), _top(passes.variables, perturbs)), done.loss, done.loss)
+    return done.loss, done.gradients, stats, report
 
 
 def _either(
     passes: _Passes, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
-) -> tuple[Any, list[Any], SamStats]:
+) -> tuple[Any, list[Any], SamStats, Any]:
     """Choose inside a graph: of the two kinds of step, only one is carried out (SAM-11)."""
     there: list[bool] = []
 
-    def flat(loss: Any, gradients: list[Any], stats: SamStats) -> Any:
+    def flat(loss: Any, gradients: list[Any], stats: SamStats, report: Any) -> Any:
         # Branches return the same structure: no None, and no sparse gradient that is dense in the other.
         there[:] = [gradient is not None for gradient in gradients]
-        return loss, [_dense(g) for g in gradients if g is not None], stats
+        return loss, [_dense(g) for g in gradients if g is not None], stats, report
 
-    loss, dense, stats = tf.cond(
+    loss, dense, stats, report = tf.cond(
         tf.equal(tf.cast(step, tf.int64) % rule.every, 0),
         lambda: flat(*_sharpness_aware(passes, perturbs, rule, batch, step)),
         lambda: flat(*_plain(passes, perturbs, batch)),
     )
     remaining = iter(dense)
-    return loss, [next(remaining) if present else None for present in there], stats
+    gradients = [next(remaining) if present else None for present in there]
+    return loss, gradients, stats, report
 
 
 def _sharpness_aware(
     passes: _Passes, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
-) -> tuple[Any, list[Any], SamStats]:
+) -> tuple[Any, list[Any], SamStats, Any]:
     if rule.microbatches == 1:
-        return _two_passes(passes, perturbs, rule, batch, step)[:3]
+        return _two_passes(passes, perturbs, rule, batch, step)[:4]
     assert batch is not None
     results = [
         _two_passes(passes, perturbs, rule, part, step) for part in _split(batch, rule.microbatches)
     ]
-    ascents = [result[3] for result in results]
-    sizes = [result[4] for result in results]
+    ascents = [result[4] for result in results]
+    sizes = [result[5] for result in results]
     gradients = [
         _weighted([g for _, gs, *_ in results for g in [gs[i]]], sizes)
         for i in range(len(passes.variables))
@@ -395,34 +661,36 @@ def _sharpness_aware(
     loss = _weighted([one.loss for one in stats], ascents)
     norm = tf.reduce_max(tf.stack([one.norm for one in stats]))
     perturbed = _weighted([one.perturbed_loss for one in stats], sizes)
-    return loss, gradients, SamStats(norm, loss, perturbed)
+    return loss, gradients, SamStats(norm, loss, perturbed), results[-1][3]
 
 
 def _two_passes(
     passes: _Passes, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
-) -> tuple[Any, list[Any], SamStats, Any, Any]:
+) -> tuple[Any, list[Any], SamStats, Any, Any, Any]:
     sizes: tuple[Any, Any] = (1, 1)
     first = batch
     if batch is not None:
-        examples = tf.shape(next(a for a in batch if a is not None))[0]
+        examples = tf.shape(_first(batch))[0]
         # ceil(fraction * examples), in float64 as the specification computes it
         part = tf.cast(tf.math.ceil(rule.fraction * tf.cast(examples, tf.float64)), tf.int32)
         sizes = (part, examples)
         if rule.fraction < 1:
             first = [None if a is None else a[:part] for a in batch]
-    whole = rule.fraction == 1
-    state = [tf.identity(tf.convert_to_tensor(v)) for v in passes.state]
-    loss, ascent = passes.clean(first, keep_state=whole)
+    clean, report = passes.clean(first)
+    ascent = clean.gradients
     if rule.scope == "global" and tf.distribute.get_strategy().num_replicas_in_sync > 1:
         # Keras divides each replica's loss by their number, so the sum is the mean.
         present = [_dense(g) for g in ascent if g is not None]
         reduced = iter(tf.distribute.get_replica_context().all_reduce("sum", present))
         ascent = [None if g is None else next(reduced) for g in ascent]
     values, norm = _perturbed_values(passes.variables, ascent, perturbs, rule, step)
-    perturbed_loss, descent = passes.perturbed(batch, values, state, keep_state=not whole)
+    perturbed = passes.perturbed(batch, values)
+    # Of the passes that saw the whole batch, the first.
+    _carry_out(clean.state if rule.fraction == 1 else perturbed.state)
     if rule.nonfinite == "raise":
         _raise_unless_finite(norm)
-    return loss, descent, SamStats(norm, loss, perturbed_loss), *sizes
+    stats = SamStats(norm, clean.loss, perturbed.loss)
+    return clean.loss, perturbed.gradients, stats, report, *sizes
 
 
 def _perturbed_values(
@@ -615,14 +883,19 @@ def verify_sam(
 
     before = [tf.identity(tf.convert_to_tensor(v)) for v in variables]
     start = _flatten(before)
-    found = _flatten([_dense(g) for g in gradients_of(watched)])
+    found = _flatten_gradients(gradients_of(watched), before)
     after = _flatten([tf.convert_to_tensor(v) for v in variables])
 
     def gradient_at(values: list[Any]) -> Any:
-        passes = _Passes(loss_fn, list(variables), [], _identity, _nothing)
-        return _flatten(
-            [_dense(g) for g in passes.perturbed(None, values, [], keep_state=False)[1]]
-        )
+        # By TensorFlow alone: the weights are really there.
+        _carry_out(zip(variables, values, strict=True))
+        try:
+            with tf.GradientTape() as tape:
+                loss = loss_fn()
+            gradients = tape.gradient(loss, [variable.value for variable in variables])
+        finally:
+            _carry_out(zip(variables, before, strict=True))
+        return _flatten_gradients(gradients, before)
 
     last = max(visited, key=lambda point: float(tf.norm(point - start)), default=start)
     pieces, offset = [], 0
@@ -658,10 +931,57 @@ def _flatten(tensors: Sequence[Any]) -> Any:
     return tf.concat([tf.reshape(tf.cast(part, tf.float64), [-1]) for part in parts], 0)
 
 
-def _names(variables: Sequence[Any], model: Any) -> list[str]:
-    """Call variables as AGC does."""
-    names = {variable_key(variable): name for name, variable in named_variables(model).items()}
-    return [names.get(variable_key(variable), variable.path) for variable in variables]
+def _flatten_gradients(gradients: Sequence[Any], like: Sequence[Any]) -> Any:
+    pairs = zip(gradients, like, strict=True)
+    return _flatten([tf.zeros_like(value) if g is None else _dense(g) for g, value in pairs])
+
+
+def _check_model(model: Any) -> Any:
+    """Return the model if sharpness-aware steps can take the place of its own."""
+    if not isinstance(model, keras.Model):
+        raise ConfigError(f"model must be a keras.Model, got {model!r}")
+    if isinstance(model, SharpnessAwareModel):
+        raise ConfigError(
+            f"the model {model.name!r} is sharpness-aware already; wrap its inner model, model.model"
+        )
+    for method in ("train_step", "make_train_function"):
+        own = getattr(getattr(model, method), "__func__", None)
+        if own is not getattr(keras.Model, method):
+            raise ConfigError(
+                f"the model {model.name!r} has a {method} of its own, whose place SharpnessAwareModel would take; "
+                "call agc_tensorflow.sam_value_and_gradients in it instead of a GradientTape, or override "
+                "compute_loss and compute_metrics"
+            )
+    return model
+
+
+def _symbolic(tensor: Any) -> Any:
+    if tensor is None:
+        return None
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    return keras.KerasTensor(tensor.shape, dtype, sparse=isinstance(tensor, tf.SparseTensor))
+
+
+def _outside_keras(model: Any) -> list[Any]:
+    """Return variables of TensorFlow's own that layers hold and may assign to: counters, random generators."""
+    if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        return []  # replicas cannot put back what only some of them may assign
+    held = [value for layer in model._flatten_layers() for value in vars(layer).values()]
+    states = [v.state if isinstance(v, tf.random.Generator) else v for v in held]
+    found = {id(v): v for v in states if isinstance(v, tf.Variable)}
+    return [v for v in found.values() if not (v.trainable and v.dtype.is_floating)]
+
+
+def _first(batch: Sequence[Any]) -> Any:
+    return next(tensor for tensor in batch if tensor is not None)
+
+
+def _sum(gradients: list[Any]) -> Any:
+    """Add gradients, one as it is; None only if all are."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    if len(present) > 1:
+        return tf.add_n([_dense(gradient) for gradient in present])
+    return present[0] if present else None
 
 
 def _dense(gradient: Any) -> Any:
@@ -679,11 +999,11 @@ def _add(gradient: Any, poison: Any) -> Any:
 
 def _split(batch: Sequence[Any], parts: int) -> list[list[Any]]:
     """Split along the first axis into contiguous parts whose sizes differ by at most one (SAM-8)."""
-    size = next(a for a in batch if a is not None).shape[0]
+    size = _first(batch).shape[0]
     if size is not None and size < parts:
         raise ConfigError(f"microbatches={parts} is more than the {size} examples")
     pieces: list[list[Any]] = []
-    examples = tf.shape(next(a for a in batch if a is not None))[0]
+    examples = tf.shape(_first(batch))[0]
     base, longer = examples // parts, examples % parts
     for i in range(parts):
         low = i * base + tf.minimum(i, longer)

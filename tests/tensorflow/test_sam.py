@@ -381,7 +381,7 @@ class TestNames:
             return tf.reduce_mean(tf.square(model(x)))
 
         variables = model.trainable_variables
-        names = list(agc_tensorflow.plan(variables, AGC()).decisions())
+        names = list(agc_tensorflow.plan(variables, AGC(exclude=["*"])).decisions())
         assert "head.weight" in names
         _, _, head = sam_value_and_gradients(
             loss, variables, SAM(only=["head.*"]), return_stats=True
@@ -607,3 +607,869 @@ def test_every_on_replicas(mirrored):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(two["sharpness"], one["sharpness"], rtol=1e-4, atol=1e-6)
     assert two["sharpness"][1] == pytest.approx(0, abs=1e-6)
+
+
+def images(n=16):
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(n, 4)), rng.normal(size=(n, 2))
+    return x.astype("float32"), y.astype("float32")
+
+
+def sequences(n=16):
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(n, 5, 4)), rng.normal(size=(n, 2))
+    return x.astype("float32"), y.astype("float32")
+
+
+def stack(*makers, shape=(4,), batch_size=None):
+    layers = [maker() for maker in makers]
+    return keras.Sequential([keras.Input(shape, batch_size=batch_size), *layers])
+
+
+def dense(n, **options):
+    return lambda: keras.layers.Dense(n, **options)
+
+
+def everything(model):
+    """All numbers that training may change, those that Keras does not list too."""
+    values = list(model.variables)
+    for layer in model._flatten_layers():
+        values += keras.tree.flatten(getattr(layer, "states", None) or [])
+        values += [v for v in vars(layer).values() if isinstance(v, tf.Variable)]
+        values += getattr(layer, "hidden", [])
+    return [np.array(value) for value in values]
+
+
+def train(build, batch, rule=None, *, loss="mse", metrics=None, fit=None, **options):
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(0)
+    model = build()
+    wrapped = model if rule is None else SharpnessAwareModel(model, rule)
+    wrapped.compile(keras.optimizers.SGD(0.1), loss, metrics=metrics, **options)
+    x, y = batch
+    history = wrapped.fit(x, y, epochs=2, batch_size=8, shuffle=False, verbose=0, **(fit or {}))
+    return everything(model), history.history
+
+
+def assert_trains_as_without_sam(build, batch, rule=None, **options):
+    """With a vanishing perturbation nothing may differ from the bare model's own training."""
+    want, expected = train(build, batch, **options)
+    got, history = train(build, batch, rule or SAM(rho=1e-12), **options)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(history.pop("sharpness"), [0, 0], atol=1e-6)
+    assert set(history) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(history[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+modes = pytest.mark.parametrize("eager", [True, False], ids=["eager", "graph"])
+
+
+class Adds(keras.layers.Layer):
+    """Adds losses of several kinds."""
+
+    def call(self, inputs):
+        self.add_loss(keras.ops.mean(keras.ops.square(inputs)))
+        self.add_loss([keras.ops.mean(keras.ops.abs(inputs)), keras.ops.mean(inputs)])
+        return inputs
+
+
+class TestLossesThatLayersAdd:
+    def model(self, dtype="float32"):
+        regularizer = keras.regularizers.L2(0.3)
+        activity = keras.layers.ActivityRegularization(l2=0.2, dtype=dtype)
+        return net(dtype=dtype, regularizer=regularizer, extra=[activity, Adds(dtype=dtype)])
+
+    @pytest.mark.parametrize(
+        "options", [{"run_eagerly": True}, {}, {"jit_compile": True}], ids=["eager", "graph", "xla"]
+    )
+    @pytest.mark.parametrize("rule", [RULES["plain"], RULES["both"]], ids=["plain", "both"])
+    def test_fit_takes_the_reference_step(self, rule, options):
+        model = self.model()
+        before = [np.asarray(v) for v in model.trainable_variables]
+        want = by_reference(model, data(), rule)
+        _, history = fit_once(rule, model=model, **options)
+        for v, w, g in zip(model.trainable_variables, before, want.gradients.values(), strict=True):
+            np.testing.assert_allclose(np.asarray(v), w - g, rtol=1e-5, atol=1e-6)
+        assert history["loss"][0] == pytest.approx(want.loss, rel=1e-5)
+        assert history["sharpness"][0] == pytest.approx(want.perturbed_loss - want.loss, rel=1e-3)
+
+    @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+    @pytest.mark.parametrize("rule", [RULES["plain"], RULES["both"]], ids=["plain", "both"])
+    def test_in_a_loop(self, rule, graph):
+        model, batch = self.model("float64"), data()
+        want = by_reference(model, batch, rule)
+
+        def compute(x, y):
+            def loss(x, y):
+                found = LOSS(y, model(x, training=True))
+                return found + sum(tf.cast(one, tf.float64) for one in model.losses)
+
+            return sam_value_and_gradients(loss, model.trainable_variables, rule, batch=(x, y))
+
+        compute = tf.function(compute) if graph else compute
+        loss, gradients = compute(*(tf.constant(a) for a in batch))
+        assert float(loss) == pytest.approx(want.loss, rel=1e-6)
+        for got, expected in zip(gradients, want.gradients.values(), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-9)
+
+    @modes
+    def test_alone_and_nested(self, eager):
+        def build():
+            return stack(lambda: stack(dense(3), Adds), dense(2), Adds)
+
+        assert_trains_as_without_sam(build, images(), loss=None, run_eagerly=eager)
+
+    def test_on_replicas(self, mirrored):
+        rule = SAM(rho=0.3, scope="global")
+        alone, one = fit_once(rule, model=self.model())
+        with mirrored.scope():
+            shared, two = fit_once(rule, model=self.model())
+        for a, b in zip(shared.trainable_variables, alone.trainable_variables, strict=True):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
+        for name, values in one.items():
+            np.testing.assert_allclose(two[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+class Own(keras.Model):
+    """Has a loss, metrics and reports of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(2)
+        self.mine = keras.metrics.Mean(name="mine")
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        loss = super().compute_loss(x, y, y_pred, sample_weight)
+        loss += keras.ops.mean(keras.ops.abs(y - y_pred))
+        self.mine.update_state(loss)
+        return loss
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        found = super().compute_metrics(x, y, y_pred, sample_weight)
+        return {**found, "twice": 2 * self.mine.result()}
+
+
+class TestMethodsOfTheModel:
+    @modes
+    @pytest.mark.parametrize(
+        "rule",
+        [SAM(rho=1e-12), SAM(rho=1e-12, microbatches=2), SAM(rho=1e-12, every=2)],
+        ids=["plain", "microbatches", "every"],
+    )
+    def test_loss_and_metrics(self, rule, eager):
+        assert_trains_as_without_sam(Own, images(), rule, metrics=["mae"], run_eagerly=eager)
+
+    def test_metrics_of_a_fraction_come_from_the_clean_pass(self):
+        (x, y), model = images(8), Own()
+        model(x)
+        want = float(
+            np.mean(np.square(model(x[:4]) - y[:4])) + np.mean(np.abs(model(x[:4]) - y[:4]))
+        )
+        wrapped = SharpnessAwareModel(model, SAM(rho=5.0, fraction=0.5))
+        wrapped.compile("sgd", "mse")
+        found = wrapped.train_on_batch(x, y, return_dict=True)
+        assert float(found["loss"]) == pytest.approx(want, rel=1e-5)
+        assert float(found["mine"]) == pytest.approx(want, rel=1e-5)
+
+    def two_outputs(self):
+        inputs = keras.Input((4,))
+        hidden = keras.layers.Dense(3, "relu")(inputs)
+        return keras.Model(inputs, {n: keras.layers.Dense(2, name=n)(hidden) for n in ("a", "b")})
+
+    def test_losses_of_outputs_come_from_the_clean_pass(self):
+        (x, y), model = images(8), self.two_outputs()
+        want = {f"{n}_loss": np.mean(np.square(model(x[:4])[n] - y[:4])) for n in ("a", "b")}
+        wrapped = SharpnessAwareModel(model, SAM(rho=5.0, fraction=0.5))
+        wrapped.compile("sgd", {"a": "mse", "b": "mse"})
+        found = wrapped.train_on_batch(x, {"a": y, "b": y}, return_dict=True)
+        for name, value in want.items():
+            assert float(found[name]) == pytest.approx(float(value), rel=1e-5)
+
+    def test_two_outputs(self):
+        def fit(rule):
+            keras.utils.set_random_seed(0)
+            model = self.two_outputs()
+            wrapped = model if rule is None else SharpnessAwareModel(model, rule)
+            wrapped.compile(
+                keras.optimizers.SGD(0.1),
+                {"a": "mse", "b": "mae"},
+                loss_weights={"a": 1.0, "b": 0.3},
+                metrics={"a": ["mae"], "b": ["mse"]},
+            )
+            x, y = images()
+            weights = {"a": np.arange(16.0) / 16, "b": np.ones(16)}
+            history = wrapped.fit(
+                x, {"a": y, "b": -y}, sample_weight=weights, batch_size=8, shuffle=False, verbose=0
+            )
+            return model.get_weights(), history.history
+
+        (want, expected), (got, history) = fit(None), fit(SAM(rho=1e-12))
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert history.pop("sharpness") == [pytest.approx(0, abs=1e-6)]
+        assert set(history) == set(expected) >= {"a_loss", "b_loss", "a_mae", "b_mse"}
+        for name, values in expected.items():
+            assert history[name] == pytest.approx(values, rel=1e-5)
+
+    def test_training_is_said_only_to_a_model_that_asks(self):
+        class Silent(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.dense, self.dropout = keras.layers.Dense(2), keras.layers.Dropout(0.5)
+
+            def call(self, inputs):
+                return self.dropout(self.dense(inputs))
+
+        assert_trains_as_without_sam(Silent, images())
+
+    def test_evaluation_and_prediction(self):
+        class Steps(Own):
+            def test_step(self, data):
+                return {"tested": tf.reduce_mean(self(data[0]))}
+
+            def predict_step(self, data):
+                return 7 * self(data[0] if isinstance(data, tuple) else data)
+
+        (x, y), model = images(), Steps()
+        wrapped = SharpnessAwareModel(model, SAM())
+        wrapped.compile("sgd", "mse")
+        wrapped.fit(x, y, verbose=0)
+        np.testing.assert_allclose(wrapped.predict(x, verbose=0), 7 * model(x), rtol=1e-5)
+        found = wrapped.evaluate(x, y, batch_size=16, verbose=0, return_dict=True)
+        assert found == {"tested": pytest.approx(float(tf.reduce_mean(model(x))), rel=1e-5)}
+
+    def test_the_inner_compile_is_replaced(self):
+        (x, y), model = images(), stack(dense(2))
+        model.compile("adam", "mae")
+        wrapped = SharpnessAwareModel(model, SAM(rho=1e-12))
+        wrapped.compile(keras.optimizers.SGD(0.0), "mse")
+        history = wrapped.fit(x, y, verbose=0).history
+        assert history["loss"][0] == pytest.approx(np.mean(np.square(model(x) - y)), rel=1e-5)
+        assert wrapped.optimizer is model.optimizer
+
+    def test_a_step_of_its_own_is_refused(self):
+        class Stepping(Own):
+            def train_step(self, data):
+                return super().train_step(data)
+
+        with pytest.raises(ConfigError, match=r"train_step of its own.*sam_value_and_gradients"):
+            SharpnessAwareModel(Stepping(), SAM())
+        model = stack(dense(2))
+        model.make_train_function = lambda force=False: None
+        with pytest.raises(ConfigError, match="make_train_function of its own"):
+            SharpnessAwareModel(model, SAM())
+        with pytest.raises(ConfigError, match=r"aware already; wrap its inner model"):
+            SharpnessAwareModel(SharpnessAwareModel(stack(dense(2)), SAM()), SAM())
+
+
+class Adversaries(keras.Model):
+    """Two models, two optimizers, a step of its own; with SAM or with a tape."""
+
+    def __init__(self, rule):
+        super().__init__()
+        self.rule = rule
+        self.maker = stack(dense(5), L.BatchNormalization, dense(4), shape=(3,))
+        self.judge = stack(dense(5), lambda: L.Dropout(0.5), Adds, dense(1))
+        self.built = True
+
+    def compile(self):
+        super().compile()
+        self.optimizers = [keras.optimizers.SGD(0.1), keras.optimizers.SGD(0.1)]
+
+    def train_step(self, data):
+        noise = keras.random.normal((8, 3), seed=3)
+
+        def judging():
+            fake, real = self.maker(noise, training=True), data
+            scores = self.judge(tf.concat([fake, real], 0), training=True)
+            return tf.reduce_mean(scores[:8]) - tf.reduce_mean(scores[8:]) + sum(self.judge.losses)
+
+        def making():
+            return -tf.reduce_mean(self.judge(self.maker(noise, training=True), training=True))
+
+        losses = {}
+        for loss, model, optimizer in zip(
+            (judging, making), (self.judge, self.maker), self.optimizers, strict=True
+        ):
+            variables = model.trainable_variables
+            if self.rule is None:
+                with tf.GradientTape() as tape:
+                    losses[loss.__name__] = loss()
+                gradients = tape.gradient(losses[loss.__name__], variables)
+            else:
+                found = sam_value_and_gradients(loss, variables, self.rule, model=model)
+                losses[loss.__name__], gradients = found
+            optimizer.apply(gradients, variables)
+        return losses
+
+
+@modes
+def test_in_a_step_of_ones_own(eager):
+    def fit(rule):
+        keras.utils.set_random_seed(0)
+        model = Adversaries(rule)
+        model.compile()
+        model.run_eagerly = eager
+        history = model.fit(images()[0], batch_size=8, epochs=2, shuffle=False, verbose=0)
+        return everything(model), history.history
+
+    (want, expected), (got, history) = fit(None), fit(SAM(rho=1e-12))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert history == {name: pytest.approx(values, rel=1e-4) for name, values in expected.items()}
+
+
+class Unseeded(keras.layers.Layer):
+    def call(self, inputs):
+        return inputs + keras.random.normal(keras.ops.shape(inputs))
+
+
+class Seeds(keras.layers.Layer):
+    """Keeps generators where Keras looks for them, and where it does not."""
+
+    def __init__(self):
+        super().__init__()
+        listed = {"a": keras.random.SeedGenerator(2)}
+        self.several, self.named = [keras.random.SeedGenerator(1)], listed
+        hidden = keras.random.SeedGenerator(3)
+        self.draw = lambda shape: keras.random.normal(shape, seed=hidden)
+
+    def call(self, inputs):
+        shape = keras.ops.shape(inputs)
+        seeds = [self.several[0], self.named["a"]]
+        return inputs + sum(keras.random.normal(shape, seed=s) for s in seeds) + self.draw(shape)
+
+
+class Counters(keras.layers.Layer):
+    """Counts in Keras' variables, where Keras does not look, and in TensorFlow's."""
+
+    def __init__(self):
+        super().__init__()
+        hidden = keras.Variable(0.0, trainable=False)
+        self.read = lambda: hidden
+        self.count = tf.Variable(0.0, trainable=False)
+        self.generator = tf.random.Generator.from_seed(1)
+        self.metric = keras.metrics.Mean(name="seen")
+
+    @property
+    def hidden(self):
+        return [self.read(), self.metric.total, self.generator.state]
+
+    def call(self, inputs):
+        self.read().assign_add(1.0)
+        self.count.assign_add(1.0)
+        self.metric.update_state(inputs)
+        noise = self.generator.normal(tf.shape(inputs))
+        return inputs * (1 + 0.1 * self.read().value + 0.1 * self.count) + noise
+
+
+class MovingMean(keras.layers.Layer):
+    """Uses its state right after it has changed it: no gradient flows through a variable's value."""
+
+    def build(self, shape):
+        self.mean = self.add_weight(shape=(shape[-1],), trainable=False, initializer="zeros")
+
+    def call(self, inputs):
+        self.mean.assign(0.5 * self.mean + 0.5 * keras.ops.mean(inputs, (0, 1)))
+        return inputs - self.mean
+
+
+class NoisyCell(keras.layers.Layer):
+    """Draws random numbers inside the loop over time."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.dropout = keras.layers.Dense(3, "tanh"), keras.layers.Dropout(0.5)
+        self.state_size = 3
+
+    def build(self, shape):
+        self.dense.build((shape[0], shape[1] + 3))
+        self.built = True
+
+    def call(self, inputs, states, training=False):
+        hidden = self.dense(keras.ops.concatenate([inputs, states[0]], -1))
+        hidden = self.dropout(hidden, training=training)
+        return hidden, [hidden]
+
+
+L = keras.layers
+STATES = {
+    "LSTM": lambda: L.LSTM(4, stateful=True),
+    "GRU": lambda: L.GRU(4, stateful=True, dropout=0.3),
+    "Bidirectional": lambda: L.Bidirectional(L.SimpleRNN(3, stateful=True)),
+    "cells": lambda: L.RNN([L.LSTMCell(4, dropout=0.3), L.GRUCell(3)], stateful=True),
+    "noisy cell": lambda: L.RNN(NoisyCell()),
+    "unseeded": Unseeded,
+    "seeds": Seeds,
+    "counters": Counters,
+    "moving mean": lambda: stack(dense(4), MovingMean, shape=(5, 4)),
+    "noise": lambda: stack(
+        lambda: L.GaussianNoise(1.0),
+        lambda: L.GaussianDropout(0.3),
+        lambda: L.AlphaDropout(0.3),
+        lambda: L.SpatialDropout1D(0.3),
+        shape=(5, 4),
+    ),
+    "time": lambda: L.TimeDistributed(L.BatchNormalization()),
+    "twice": lambda: (lambda norm: stack(lambda: norm, lambda: norm, shape=(5, 4)))(
+        L.BatchNormalization()
+    ),
+}
+
+
+class TestEveryState:
+    """Both passes start from the same state, and it moves on once (SAM-12)."""
+
+    @modes
+    @pytest.mark.parametrize("kind", STATES)
+    def test_is_the_same_in_both_passes(self, kind, eager):
+        def build():
+            return stack(STATES[kind], L.Flatten, dense(2), shape=(5, 4), batch_size=8)
+
+        assert_trains_as_without_sam(build, sequences(), run_eagerly=eager)
+
+    @pytest.mark.parametrize("kind", ["noisy cell", "unseeded"])
+    def test_under_xla(self, kind):
+        def build():
+            return stack(STATES[kind], L.Flatten, dense(2), shape=(5, 4), batch_size=8)
+
+        assert_trains_as_without_sam(build, sequences(), jit_compile=True)
+
+    def test_with_several_steps_per_execution(self):
+        def build():
+            return stack(STATES["noisy cell"], Unseeded, dense(2), shape=(5, 4), batch_size=8)
+
+        assert_trains_as_without_sam(build, sequences(), steps_per_execution=2)
+
+    @modes
+    def test_in_every_step_of_every_second(self, eager):
+        def build():
+            return stack(STATES["cells"], Unseeded, dense(2), shape=(5, 4), batch_size=8)
+
+        rule = SAM(rho=1e-12, every=2)
+        assert_trains_as_without_sam(build, sequences(), rule, run_eagerly=eager)
+
+    @modes
+    def test_in_a_loop_of_ones_own(self, eager):
+        x, _ = sequences(8)
+        rnn = L.LSTM(4, stateful=True)
+        rnn.build(x.shape)
+        counter = tf.Variable(0)
+        seen = []
+
+        def loss():
+            counter.assign_add(1)
+            noisy = rnn(x) + keras.random.normal((8, 4))
+            found = tf.reduce_sum(noisy * tf.cast(counter, tf.float32))
+            seen.append(found)
+            return found
+
+        def compute():
+            seen.clear()
+            sam_value_and_gradients(loss, rnn.trainable_variables, SAM(rho=1e-12), state=[counter])
+            return list(seen)
+
+        compute = compute if eager else tf.function(compute)
+        first, second = compute()
+        third, _ = compute()
+        assert float(first) == pytest.approx(float(second), rel=1e-5)
+        assert float(third) != pytest.approx(float(first), rel=1e-3)
+        assert int(counter) == 2
+        states = [np.asarray(v) for v in rnn.states]
+        rnn.reset_state()
+        rnn(x), rnn(x)
+        for got, want in zip(states, rnn.states, strict=True):
+            np.testing.assert_allclose(got, np.asarray(want), rtol=1e-5)
+
+    def test_nothing_is_written_if_the_second_pass_fails(self):
+        model, (x, _) = stack(dense(3), L.BatchNormalization), images()
+        before = everything(model)
+        runs = []
+
+        def loss():
+            runs.append(model(x, training=True))
+            if len(runs) == 2:
+                raise KeyboardInterrupt
+            return tf.reduce_mean(runs[0] ** 2)
+
+        with pytest.raises(KeyboardInterrupt):
+            sam_value_and_gradients(loss, model.trainable_variables, SAM())
+        for a, b in zip(everything(model), before, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+class Normalised(keras.layers.Layer):
+    """Writes to its own weight before it uses it."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 3), name="kernel")
+
+    def call(self, inputs):
+        norm = keras.ops.sqrt(keras.ops.sum(keras.ops.square(self.kernel), 0, keepdims=True))
+        self.kernel.assign(self.kernel / norm)
+        return keras.ops.matmul(inputs, self.kernel)
+
+
+class TestLayersThatWriteTheirOwnWeights:
+    @modes
+    @pytest.mark.parametrize("fraction", [1.0, 0.999])
+    @pytest.mark.parametrize(
+        "make",
+        [Normalised, lambda: L.SpectralNormalization(L.Dense(3))],
+        ids=["own", "SpectralNormalization"],
+    )
+    def test_train_as_without_sam(self, make, fraction, eager):
+        rule = SAM(rho=1e-12, fraction=fraction)
+        assert_trains_as_without_sam(
+            lambda: stack(make, dense(2)), images(), rule, run_eagerly=eager
+        )
+
+    def test_the_gradient_is_that_at_the_perturbed_and_normalised_weights(self):
+        layer, (x, _) = Normalised(), images()
+        layer.build(x.shape)
+        start = np.asarray(layer.kernel)
+        unit = start / np.linalg.norm(start, axis=0)
+
+        def gradient(w):  # of sum((x w)^2), straight through the normalisation
+            return 2 * x.T @ x @ (w / np.linalg.norm(w, axis=0))
+
+        e = 0.3 * gradient(start) / np.linalg.norm(gradient(start))
+        _, (found,) = sam_value_and_gradients(
+            lambda: tf.reduce_sum(layer(x) ** 2), [layer.kernel], SAM(rho=0.3)
+        )
+        np.testing.assert_allclose(np.asarray(layer.kernel), unit, rtol=1e-5)
+        np.testing.assert_allclose(found, gradient(unit + e), rtol=1e-4)
+
+    def test_inside_a_condition_they_are_refused(self):
+        class Conditional(Normalised):
+            def call(self, inputs):
+                def write():
+                    self.kernel.assign(0.5 * self.kernel)
+                    return 1.0
+
+                return tf.cond(tf.reduce_sum(inputs) > 0, write, lambda: 1.0) * super().call(inputs)
+
+            def compute_output_shape(self, shape):
+                return (*shape[:-1], 3)
+
+        with pytest.raises(ConfigError, match=r"kernel' of shape \(4, 3\) is assigned to inside"):
+            train(lambda: stack(Conditional, dense(2)), images(), SAM())
+
+
+def kernel_of(shape):
+    return keras.Variable(np.ones((shape[-1], 2), "float32"), name="kernel")
+
+
+class Compiled(keras.layers.Layer):
+    def build(self, shape):
+        self.kernel = kernel_of(shape)
+        self.product = tf.function(lambda inputs: tf.matmul(inputs, self.kernel))
+
+    def call(self, inputs):
+        return self.product(inputs)
+
+
+class Recomputed(keras.layers.Layer):
+    def build(self, shape):
+        self.kernel = kernel_of(shape)
+
+    def call(self, inputs):
+        # The regulariser alone would give the kernel a gradient in both passes.
+        self.add_loss(tf.reduce_sum(self.kernel**2))
+        return tf.recompute_grad(lambda inputs: tf.matmul(inputs, self.kernel))(inputs)
+
+
+class Differentiated(keras.layers.Layer):
+    def build(self, shape):
+        self.kernel = kernel_of(shape)
+
+    def call(self, inputs):
+        @tf.custom_gradient
+        def product(inputs):
+            def gradient(upstream, variables=()):
+                back = tf.matmul(upstream, self.kernel, transpose_b=True)
+                return back, [tf.matmul(inputs, upstream, transpose_a=True) for _ in variables]
+
+            return tf.matmul(inputs, self.kernel), gradient
+
+        return product(inputs)
+
+
+class PastKeras(keras.layers.Layer):
+    def build(self, shape):
+        self.kernel = kernel_of(shape)
+
+    def call(self, inputs):
+        return tf.matmul(inputs, self.kernel._value)
+
+
+class Arguments(keras.layers.Layer):
+    """Reads its kernel in every way in which it is seen."""
+
+    def build(self, shape):
+        self.kernel = kernel_of(shape)
+
+    def call(self, inputs):
+        @tf.custom_gradient
+        def product(inputs, kernel):
+            def gradient(upstream):
+                back = tf.matmul(upstream, kernel, transpose_b=True)
+                return back, tf.matmul(inputs, upstream, transpose_a=True)
+
+            return tf.matmul(inputs, kernel), gradient
+
+        looked_up = tf.nn.embedding_lookup(self.kernel, tf.constant([0]))
+        return (
+            product(inputs, tf.convert_to_tensor(self.kernel))
+            + tf.square(self.kernel.value)[0]
+            + looked_up
+        )
+
+
+class TestWeightsReadAroundKeras:
+    """What would not see the perturbation is an error, not a plain step (SAM-15)."""
+
+    @modes
+    @pytest.mark.parametrize("layer", [Compiled, Recomputed, Differentiated, PastKeras])
+    def test_is_refused(self, layer, eager):
+        train(lambda: stack(layer), images(), run_eagerly=eager)  # Keras can do it
+        with pytest.raises(ConfigError, match=r"kernel' of shape \(4, 2\) is read around Keras"):
+            train(lambda: stack(layer), images(), SAM(), run_eagerly=eager)
+
+    @modes
+    def test_a_function_that_is_traced_in_the_second_pass_is_refused(self, eager):
+        # A part of the batch has another shape than the whole, so it has a trace of its own.
+        with pytest.raises(ConfigError, match="is read around Keras"):
+            train(lambda: stack(Compiled), images(), SAM(fraction=0.5), run_eagerly=eager)
+
+    def test_functions_that_libraries_make_for_one_call_are_no_harm(self):
+        def build():
+            return stack(
+                lambda: L.TimeDistributed(L.Dense(3)),
+                lambda: L.Conv1D(6, 2, groups=3),
+                L.GlobalAveragePooling1D,
+                dense(2),
+                shape=(None, 4),
+            )
+
+        assert_trains_as_without_sam(build, sequences(), run_eagerly=True)
+
+    def test_rematerialised_layers_are_refused(self):
+        def build():
+            with keras.RematScope(mode="full"):
+                return stack(dense(3, kernel_regularizer="l2"), dense(2))
+
+        with pytest.raises(ConfigError, match=r"kernel' of shape .* keras\.RematScope"):
+            train(build, images(), SAM(), run_eagerly=True)
+
+    @modes
+    def test_what_reads_values_is_right(self, eager):
+        assert_trains_as_without_sam(lambda: stack(Arguments), images(), run_eagerly=eager)
+        x, _ = images()
+        layer = Arguments()
+        layer.build(x.shape)
+
+        def loss():
+            return tf.reduce_sum(layer(x) ** 2)
+
+        found = verify_sam(
+            lambda f: sam_value_and_gradients(f, [layer.kernel], SAM(rho=0.05))[1],
+            loss,
+            [layer.kernel],
+        )
+        assert found.ok
+
+    def test_the_probe_sees_lost_gradients(self):
+        class Blind(keras.layers.Layer):
+            def build(self, shape):
+                self.kernel = kernel_of(shape)
+
+            def call(self, inputs):
+                return tf.matmul(inputs, tf.stop_gradient(self.kernel.value)) + 0 * self.kernel[0]
+
+        x, _ = images()
+        layer, twin = Blind(), Arguments()
+        layer.build(x.shape)
+        twin.kernel = layer.kernel
+
+        def gradients_of(_):
+            return sam_value_and_gradients(
+                lambda: tf.reduce_sum(layer(x) ** 2), [layer.kernel], SAM()
+            )[1]
+
+        assert not verify_sam(gradients_of, lambda: tf.reduce_sum(twin(x) ** 2), [layer.kernel]).ok
+
+    @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+    def test_mixed_precision(self, policy):
+        x = tf.cast(images()[0], policy.removeprefix("mixed_"))
+        layer = keras.layers.Dense(2, dtype=policy)
+        layer.build(x.shape)
+        seen = []
+
+        def loss():
+            seen.append(np.asarray(tf.cast(layer(x), tf.float32)))
+            return tf.reduce_mean(tf.cast(layer(x), tf.float32) ** 2)
+
+        _, gradients = sam_value_and_gradients(loss, layer.trainable_variables, SAM(rho=1.0))
+        assert not np.allclose(seen[0], seen[1])
+        assert [g.dtype for g in gradients] == [tf.float32, tf.float32]
+
+    def test_low_rank_adapters(self):
+        def build():
+            model = stack(dense(3), dense(2))
+            model.layers[0].enable_lora(2)
+            return model
+
+        assert_trains_as_without_sam(build, images())
+
+    def test_scales_of_float8_are_not_perturbed(self):
+        def build():
+            model = stack(dense(3), dense(2))
+            for layer in model.layers:
+                layer.quantize("float8")
+            return model
+
+        assert_trains_as_without_sam(build, images())  # Keras has no eager float8
+        model, (x, y) = build(), images()
+        scales = [v for v in model.trainable_variables if v.overwrite_with_gradient]
+
+        @tf.function
+        def compute():
+            seen = []
+
+            def loss():
+                seen.append([tf.identity(v.value) for v in scales])
+                return tf.reduce_mean((model(x, training=True) - y) ** 2)
+
+            variables = model.trainable_variables
+            sam_value_and_gradients(loss, variables, SAM(rho=1.0), model=model)
+            return seen
+
+        for a, b in zip(*compute(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+class TestUnbuilt:
+    @modes
+    def test_fit_builds(self, eager):
+        def build():
+            return keras.Sequential(
+                [L.Dense(5), L.Dropout(0.5), L.BatchNormalization(), L.Dense(2)]
+            )
+
+        assert_trains_as_without_sam(build, images(), metrics=["mae"], run_eagerly=eager)
+
+    def test_several_inputs(self):
+        class Sum(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.one, self.two = L.Dense(2), L.Dense(2)
+
+            def call(self, inputs):
+                return self.one(inputs["a"]) + self.two(inputs["b"])
+
+        x, y = images()
+        assert_trains_as_without_sam(Sum, ({"a": x, "b": -x}, y))
+
+    def test_patterns_are_checked_then(self):
+        def build():
+            return keras.Sequential([L.Dense(5, name="body"), L.Dense(2, name="head")])
+
+        train(build, images(), SAM(only=["head.*"]))
+        with pytest.raises(SelectorError, match=r"'hat\.\*' matches no parameter.*head\.kernel"):
+            train(build, images(), SAM(only=["hat.*"]))
+
+    def test_on_replicas(self, mirrored):
+        x, y = images()
+        with mirrored.scope():
+            wrapped = SharpnessAwareModel(keras.Sequential([L.Dense(5), L.Dense(2)]), SAM())
+            wrapped.compile("sgd", "mse", metrics=["mae"])
+        history = wrapped.fit(x, y, batch_size=8, verbose=0).history
+        assert set(history) == {"loss", "mae", "sharpness"}
+
+
+class TestThePerturbedSet:
+    """It is selected, trainable now, and has a gradient (SAM-4)."""
+
+    def norms(self, freeze, rule):
+        model, batch = net(), data()
+        freeze(model)
+        variables = [v for layer in model.layers for v in layer._trainable_variables]
+        _, gradients, stats = sam_value_and_gradients(
+            loss_of(model), variables, rule, batch=batch, model=model, return_stats=True
+        )
+        return float(stats.norm), gradients
+
+    def test_frozen_variables_are_not_in_it(self):
+        def freeze(model):
+            model.get_layer("inner").trainable = False
+
+        want, _ = self.norms(lambda model: None, SAM(only=["outer.*"]))
+        assert self.norms(freeze, SAM())[0] == pytest.approx(want, rel=1e-12)
+
+        def freeze_kernel(model):
+            model.get_layer("inner").kernel.trainable = False
+
+        want, _ = self.norms(lambda model: None, SAM(exclude=["inner.kernel"]))
+        assert self.norms(freeze_kernel, SAM())[0] == pytest.approx(want, rel=1e-12)
+
+    def test_frozen_after_compile(self):
+        (x, y), rule = data(), SAM(rho=0.5)
+
+        def fit(early):
+            model = net(dtype="float32")
+            model.get_layer("inner").trainable = not early
+            wrapped = SharpnessAwareModel(model, rule)
+            wrapped.compile(keras.optimizers.SGD(0.1), LOSS32, run_eagerly=True)
+            if not early:
+                wrapped.optimizer.build(model.trainable_variables)
+                model.get_layer("inner").trainable = False
+            wrapped.fit(x, y, batch_size=20, shuffle=False, verbose=0)
+            return model.get_weights()
+
+        for a, b in zip(fit(False), fit(True), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_patterns_may_name_what_is_frozen(self):
+        model = net(dtype="float32")
+        model.get_layer("outer").trainable = False
+        wrapped, _ = fit_once(SAM(exclude=["outer.*"]), model=model)
+        assert len(wrapped.trainable_variables) == 2
+
+    @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+    def test_a_gradient_in_one_pass_only(self, graph):
+        a, b = (keras.Variable(np.ones(2), dtype="float64") for _ in range(2))
+
+        def compute():
+            runs = []
+
+            def loss():
+                runs.append(1)
+                both = tf.reduce_sum(a**2)
+                return both + tf.reduce_sum(b**2) if len(runs) == 1 else both
+
+            return sam_value_and_gradients(loss, [a, b], SAM(rho=1.0))[1]
+
+        g, none = (tf.function(compute) if graph else compute)()
+        assert none is None
+        np.testing.assert_allclose(g, 2 * (1 + np.full(2, 0.5)))
+
+    @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+    def test_rows_of_tables_stay_sparse(self, graph):
+        table = keras.layers.Embedding(50, 3, dtype="float64")
+        table.build()
+
+        def compute():
+            def loss():
+                return tf.reduce_sum(table(tf.constant([1, 1, 3])) ** 2)
+
+            (g,) = sam_value_and_gradients(loss, [table.embeddings], SAM(rho=0.1))[1]
+            assert isinstance(g, tf.IndexedSlices)
+            return g.values
+
+        assert (tf.function(compute) if graph else compute)().shape == (3, 3)

@@ -6,7 +6,9 @@ import argparse
 import doctest
 import importlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -538,6 +540,92 @@ def test_what_names_leave_open_is_asked_for_all_at_once(case: str) -> None:
             assert found[name] is None
             assert f"'{name}'" in str(caught.value)
     assert "For a Flax NNX or Equinox model give units=agc_jax.units(model)" in str(caught.value)
+
+
+LAYERS = {
+    "mlp": ("io", "o"),
+    "Dense_0": ("io", "o"),
+    "DenseGeneral_0": ("ihd", "hd"),
+    "qkv": ("iahd", "ahd"),
+    "o_proj": ("hdo", "o"),
+    "stem": ("vwio", "o"),
+    "Conv_0": ("vwio", "o"),
+    "conv1d": ("wio", "o"),
+    "ConvTranspose_0": ("vwoi", "o"),
+    "up": ("woi", "o"),
+    "Einsum_0": ("hid", "hd"),
+}
+STACKS: dict[str, Callable[[str], str]] = {
+    "one layer": lambda axes: axes,
+    "on axis 0": lambda axes: f"l{axes}",
+    "on axis 1": lambda axes: f"{axes[:1]}l{axes[1:]}",
+    "twice": lambda axes: f"lm{axes}",
+}
+
+
+def right_or_none(units: Any, name: str, axes: str, outputs: str) -> bool:
+    """Check that the units of an array, if there are any, are the outputs and what stacks the layer."""
+    shape = units.shape(name)
+    right = {
+        axis for axis, letter in enumerate(axes) if letter in f"{outputs}lm" and shape[axis] > 1
+    }
+    if units[name] is None:
+        return False
+    assert {axis for axis in units[name].bind(shape).keep if shape[axis] > 1} == right, (
+        f"{name} {shape}, axes {axes}: {units[name]}"
+    )
+    return True
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_layer_of_any_size_is_taken_for_another(layer: str, stack: str) -> None:
+    axes, outputs = LAYERS[layer]
+    kernel_axes, bias_axes = STACKS[stack](axes), STACKS[stack](outputs)
+    letters = sorted({*kernel_axes})
+    settled = 0
+    for sizes in product((1, 2, 3), repeat=len(letters)):
+        size = dict(zip(letters, sizes, strict=True))
+        if layer == "conv1d" and stack in ("on axis 0", "on axis 1") and size["l"] == size["w"]:
+            continue  # a square window, and a name that says it is one
+        shapes = {
+            f"a.{layer}.kernel": tuple(size[axis] for axis in kernel_axes),
+            f"b.{layer}.kernel": tuple(size[axis] for axis in kernel_axes),
+            f"b.{layer}.bias": tuple(size[axis] for axis in bias_axes),
+        }
+        units = agc_jax.units(shapes_of(shapes))
+        settled += right_or_none(units, f"a.{layer}.kernel", kernel_axes, outputs)
+        settled += right_or_none(units, f"b.{layer}.kernel", kernel_axes, outputs)
+        if units[f"b.{layer}.bias"] is not None:
+            right_or_none(units, f"b.{layer}.bias", bias_axes, "")
+    assert settled > 0
+
+
+PROJECTIONS = [("ihd", "hd", "hdo"), ("ie", "e", "eo")]
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize(
+    ("names", "inward", "heads", "outward"),
+    [("query key value out", *PROJECTIONS[0]), *((LLAMA, *axes) for axes in PROJECTIONS)],
+    ids=["linen", "llama", "llama, heads in one axis"],
+)
+def test_no_attention_of_any_size_is_taken_for_another(
+    names: str, inward: str, heads: str, outward: str, stack: str
+) -> None:
+    axes = {name: STACKS[stack](inward) for name in names.split()[:3]}
+    axes[names.split()[3]] = STACKS[stack](outward)
+    letters = sorted({*"".join(axes.values())})
+    settled = 0
+    for sizes in product((1, 2, 3), repeat=len(letters)):
+        size = dict(zip(letters, sizes, strict=True))
+        tree = {
+            f"{name}.kernel": tuple(size[axis] for axis in found) for name, found in axes.items()
+        }
+        units = agc_jax.units(shapes_of(tree))
+        for name, found in axes.items():
+            settled += right_or_none(units, f"{name}.kernel", found, "o" if "o" in found else heads)
+    assert settled > 0
 
 
 def test_layers_of_a_container_whatever_their_keys() -> None:

@@ -20,6 +20,7 @@ from typing import Final, Literal, TypeAlias
 
 from agc import Units
 from agc.plan import WHOLE, Parameter
+from agc.profiles import Layout
 
 __all__ = ["LeafNames"]
 
@@ -67,8 +68,8 @@ class LeafNames:
         owner, dot, leaf = name.rpartition(".")
         if leaf in _BIAS_OF:
             units = self._kernel(owner + dot, leaf)[0]
-            # Published rank rules read every kernel as the layout has it; rank 2 has a convention in the core.
-            layout = "out-last" if units is not None or len(shape) > 2 else None
+            # Published rank rules need the layout. Where nothing settles two axes it would count as settling.
+            layout: Layout | None = "out-last" if units is not None or len(shape) > 2 else None
             return Parameter(name, shape, units, layout, source="name")
         if leaf in _KERNELS_OF:
             return Parameter(name, shape, self._bias(owner + dot, leaf), source="name")
@@ -115,8 +116,10 @@ class LeafNames:
         """Return the meanings of a projection that fit an attention's other projections; None if it is none."""
         parent, dot, role = prefix[:-1].rpartition(".")
         for roles in _ATTENTION:
-            four = [self._shapes.get(f"{parent}{dot}{one}.{leaf}") for one in roles]
-            if role in roles and leaf == "kernel" and None not in four:
+            if leaf != "kernel" or role not in roles:
+                continue
+            four = [self._shapes.get(f"{parent}{dot}{one}.kernel") for one in roles]
+            if None not in four:
                 place = roles.index(role)
                 pairs = _projections(roles[0] == "query", *(shape or () for shape in four))
                 meant = [outward if role == roles[-1] else inward for inward, outward in pairs]
@@ -144,8 +147,10 @@ def _kind(prefix: str, leaf: str) -> Kind:
     """Return what the name of a kernel's owner says of the layer."""
     name = prefix[:-1].rpartition(".")[2]
     layer = name.lower()
-    if "einsum" in layer or "local" in layer:
-        return "einsum"  # any axis may be an output, as are all places of a convolution that shares no weights
+    if "einsum" in layer or ("conv" in layer and "local" in layer):
+        return (
+            "einsum"  # any axis may be an output; without shared weights the places of an image are
+        )
     if leaf == "w" and "transpose" in layer:
         return "transposed"  # Haiku swaps the last two axes
     if "conv" in layer:
@@ -157,7 +162,9 @@ def _kind(prefix: str, leaf: str) -> Kind:
 
 @lru_cache(maxsize=256)
 def _meanings(rank: int, kind: Kind, stackable: bool) -> tuple[str, ...]:
-    """Return every meaning of a kernel's axes, what is stacked last."""
+    """Return every meaning of a kernel's axes, what is stacked last; none for more axes than layers have."""
+    if rank > 8:
+        return ()
     found = list(_layers(rank, kind))
     if stackable:
         for count in range(1, rank - 1):

@@ -154,6 +154,8 @@ class Layers:
 
     def _child(self, node: Any, key: Any) -> Any:
         """Follow one key of a path; None if it leads nowhere."""
+        if isinstance(node, nnx.List):
+            return node[key]
         if isinstance(node, nnx.Module):
             return getattr(node, str(key), None)
         if id(node) not in self._children:

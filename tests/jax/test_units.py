@@ -39,9 +39,9 @@ def abstract(build: Any) -> Any:
     return nnx.eval_shape(lambda: build(nnx.Rngs(0)))
 
 
-def stack(build: Any, count: int = 5) -> Any:
+def stack(build: Any, count: Any = 5, axis: int = 0) -> Any:
     """Stack layers as ``nnx.vmap`` and ``nnx.scan`` do."""
-    return abstract(lambda rngs: nnx.vmap(build)(rngs.split(count)))
+    return abstract(nnx.split_rngs(splits=count)(nnx.vmap(build, out_axes=axis)))
 
 
 def attention(**options: Any) -> Any:
@@ -168,13 +168,12 @@ def test_stacked_nnx_layer(layer: str) -> None:
 
 def test_layers_stacked_twice() -> None:
     build = nnx.vmap(lambda r: nnx.Linear(3, 4, rngs=r))
-    model = abstract(lambda r: nnx.vmap(build)(r.split((6, 2))))
+    model = stack(build, (6, 2))
     check(agc_jax.plan(model, AGC()), {"kernel": "a b i o -> a b o", "bias": "a b o -> a b"})
 
 
 def test_layers_stacked_on_another_axis_have_to_be_declared() -> None:
-    build = nnx.vmap(lambda r: nnx.Linear(3, 4, rngs=r), out_axes=1)
-    model = abstract(lambda r: build(r.split(5)))
+    model = stack(lambda r: nnx.Linear(3, 4, rngs=r), axis=1)
     with pytest.raises(AmbiguousUnitsError, match=r"'kernel' of Linear with shape \(3, 5, 4\)"):
         agc_jax.plan(model, AGC(exclude=["bias"]))
     check(
@@ -702,8 +701,7 @@ def test_as_many_layers_as_inputs(axis: int) -> None:
             self.norm = nnx.LayerNorm(4, rngs=rngs) if norm else None
 
     def stacks(norm: bool) -> Any:
-        build = nnx.vmap(lambda rngs: Block(rngs, norm), out_axes=axis)
-        return abstract(lambda rngs: build(rngs.split(3)))
+        return stack(lambda rngs: Block(rngs, norm), 3, axis)
 
     with pytest.raises(
         AmbiguousUnitsError, match=r"'dense\.kernel' of Linear with shape \(3, 3, 4\)"

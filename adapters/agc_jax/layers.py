@@ -5,19 +5,22 @@ Equinox is only recognised, by the full names of its classes, never imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property, partial
+from itertools import combinations
 from typing import Any, Final, TypeAlias
 
 from flax import nnx
+from jax.tree_util import tree_flatten_with_path
 
 from agc import Units
 from agc.errors import ParameterError
 from agc.plan import WHOLE, Parameter
 from agc.profiles import Layout
 
-__all__ = ["by_type", "register_units", "stacked"]
+__all__ = ["Layers", "dotted", "path_key", "register_units"]
 
 Shape: TypeAlias = tuple[int, ...]
 LayerUnits: TypeAlias = Mapping[str, str | Units]
@@ -64,35 +67,132 @@ def register_units(layer: type | str, units: LayerRule) -> None:
     _REGISTRY[_path(layer) if isinstance(layer, type) else layer] = units
 
 
-def by_type(model: Any, keys: tuple[Any, ...], name: str, shape: Shape) -> Parameter | None:
-    """Return what the innermost registered layer on a leaf's path says of it; None if none speaks for it."""
-    for owner, rest in reversed(_owners(model, keys)):
-        below = ".".join(map(str, rest))
-        for glob, declared in _table(owner).items():
-            if fnmatchcase(below, glob):
-                known = isinstance(declared, _Expected)
-                found = declared.of(shape) if known else Units(str(declared))
-                layout = None if found is None else _layout(owner)
-                return Parameter(name, shape, found, layout, type(owner).__name__)
-    return None
+class Layers:
+    """The layers of a model, and what their types say of its parameters.
+
+    Parameters
+    ----------
+    model : nnx.Module, equinox.Module, or any tree
+        What holds the layers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        # By id of the holder: each is kept alive by its own holder's children.
+        self._children: dict[int, dict[Any, Any]] = {}
+
+    def parameters(
+        self, leaves: Iterable[tuple[str, tuple[Any, ...], Shape]]
+    ) -> dict[str, Parameter]:
+        """Return what the layers say of the leaves that they speak for, by name.
+
+        Parameters
+        ----------
+        leaves : iterable of (name, keys, shape)
+            Dotted name, keys on the path from the model, and shape of each leaf.
+
+        Notes
+        -----
+        Where the sizes allow several axes to be those that ``vmap`` or ``scan`` added, the axes in front are
+        taken only if other parameters show that the model stacks in front.
+        """
+        spoken = [
+            (name, shape, *known)
+            for name, keys, shape in leaves
+            if (known := self._declared(keys)) is not None
+        ]
+        placed = {
+            name: declared.in_front(shape)
+            for name, shape, _, declared in spoken
+            if isinstance(declared, _Expected)
+        }
+        stacks = [
+            placed[name]
+            for name, shape, _, declared in spoken
+            if isinstance(declared, _Expected) and len(shape) > len(declared.shape)
+        ]
+        usual = True in stacks and False not in stacks
+        found = {}
+        for name, shape, owner, declared in spoken:
+            units: Units | None
+            if isinstance(declared, _Expected):
+                front = placed[name] if placed[name] is not None else usual
+                units = declared.stacked(shape) if front else None
+            else:
+                units = declared
+            layout = None if units is None else _layout(owner)
+            found[name] = Parameter(name, shape, units, layout, type(owner).__name__)
+        return found
+
+    def in_equinox(self, keys: tuple[Any, ...]) -> bool:
+        """Tell whether the leaf on this path belongs to an Equinox module."""
+        return any(
+            _path(kind).startswith("equinox.")
+            for owner, _ in self._owners(keys)
+            for kind in type(owner).__mro__
+        )
+
+    def _declared(self, keys: tuple[Any, ...]) -> tuple[Any, _Expected | Units] | None:
+        """Return the innermost registered layer that speaks for a leaf, and what it says.
+
+        Of layers that share a variable, one that is registered speaks for one that is not.
+        """
+        for owner, rest in self._speakers(keys):
+            below = dotted(rest)
+            for glob, declared in _table(owner).items():
+                if fnmatchcase(below, glob):
+                    known = isinstance(declared, _Expected)
+                    return owner, declared if known else Units(str(declared))
+        return None
+
+    def _owners(self, keys: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
+        """Return what holds a leaf, outermost first, each with the keys that lead from there to the leaf."""
+        owners = [(self._model, keys)]
+        for place, key in enumerate(keys[:-1], start=1):
+            owners.append((self._child(owners[-1][0], key), keys[place:]))
+        return owners
+
+    def _child(self, node: Any, key: Any) -> Any:
+        """Follow one key of a path; None if it leads nowhere."""
+        if isinstance(node, nnx.List):
+            return node[key]
+        if isinstance(node, nnx.Module):
+            return getattr(node, str(key), None)
+        if id(node) not in self._children:
+            below, _ = tree_flatten_with_path(node, is_leaf=lambda one: one is not node)
+            self._children[id(node)] = {path_key(path[0]): child for path, child in below if path}
+        return self._children[id(node)].get(key)
+
+    def _speakers(self, keys: tuple[Any, ...]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+        """Yield what holds a leaf, innermost first, then the NNX modules that share its variable."""
+        owners = self._owners(keys)
+        yield from reversed(owners)
+        if isinstance(self._model, nnx.Module):
+            yield from self._holders.get(id(self._child(owners[-1][0], keys[-1])), [])
+
+    @cached_property
+    def _holders(self) -> dict[int, list[tuple[Any, tuple[Any, ...]]]]:
+        found: dict[int, list[tuple[Any, tuple[Any, ...]]]] = {}
+        modules = (node for _, node in nnx.iter_graph(self._model) if isinstance(node, nnx.Module))
+        for module in modules:
+            for key, value in vars(module).items():
+                if isinstance(value, nnx.Variable):
+                    found.setdefault(id(value), []).append((module, (key,)))
+        return found
 
 
-def in_equinox(model: Any, keys: tuple[Any, ...]) -> bool:
-    """Tell whether a leaf on this path belongs to an Equinox module."""
-    return any(
-        _path(kind).startswith("equinox.")
-        for owner, _ in _owners(model, keys)
-        for kind in type(owner).__mro__
-    )
+def path_key(part: Any) -> Any:
+    """Return the key in one entry of a path of JAX's."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(part, attribute):
+            return getattr(part, attribute)
+    return str(part)
 
 
-def stacked(units: Units, extra: int) -> Units:
-    """Return units with ``extra`` axes in front that are unit axes, as ``vmap`` and ``scan`` add them."""
-    if extra == 0:
-        return units
-    left, _, right = str(units).partition("->")
-    front = " ".join("l" if axis == 0 else f"l{axis}" for axis in range(extra))
-    return Units(f"{front} {left}-> {front} {right}")
+def dotted(keys: Iterable[Any]) -> str:
+    """Return keys with dots between them; a key that is a tuple counts as its members."""
+    parts = (part for key in keys for part in (key if isinstance(key, tuple) else (key,)))
+    return ".".join(map(str, parts))
 
 
 @dataclass(frozen=True)
@@ -105,33 +205,33 @@ class _Expected:
     units: Units
     shape: tuple[int | None, ...]
 
-    def of(self, shape: Shape) -> Units | None:
-        """Return the units of an array of this shape; None if the layer cannot explain it."""
+    def in_front(self, shape: Shape) -> bool | None:
+        """Tell whether the axes that stack the layer are those in front; None if others could be as well.
+
+        False also if the layer cannot explain the shape. Axes of length 1 make no difference.
+        """
+        front = tuple(range(len(shape) - len(self.shape)))
+        ways = {}
+        for extra in combinations(range(len(shape)), len(front)):
+            own = [axis for axis in range(len(shape)) if axis not in extra]
+            sizes = tuple(shape[axis] for axis in own)
+            if len(own) == len(self.shape) and all(
+                want in (None, size) for size, want in zip(sizes, self.shape, strict=True)
+            ):
+                units = {own[axis] for axis in self.units.bind(sizes).keep}.union(extra)
+                ways[extra] = frozenset(axis for axis in units if shape[axis] != 1)
+        if front not in ways:
+            return False
+        return True if len({*ways.values()}) == 1 else None
+
+    def stacked(self, shape: Shape) -> Units:
+        """Return the units of an array of this shape, with axes in front that stack the layer."""
         extra = len(shape) - len(self.shape)
-        if extra < 0 or any(
-            want not in (None, size) for size, want in zip(shape[extra:], self.shape, strict=True)
-        ):
-            return None
-        return stacked(self.units, extra)
-
-
-def _owners(model: Any, keys: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
-    """Return what holds a leaf, outermost first, each with the keys that lead from there to the leaf."""
-    owners = [(model, keys)]
-    for place, key in enumerate(keys[:-1], start=1):
-        owners.append((_child(owners[-1][0], key), keys[place:]))
-    return owners
-
-
-def _child(node: Any, key: Any) -> Any:
-    """Follow one key of a path: an attribute, or an item of a container."""
-    found = getattr(node, key, None) if isinstance(key, str) else None
-    if found is None and hasattr(node, "__getitem__"):
-        try:
-            found = node[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return found
+        if extra == 0:
+            return self.units
+        left, _, right = str(self.units).partition("->")
+        front = " ".join("l" if axis == 0 else f"l{axis}" for axis in range(extra))
+        return Units(f"{front} {left}-> {front} {right}")
 
 
 def _table(layer: Any) -> Mapping[str, Any]:
@@ -223,8 +323,13 @@ def _lora(layer: nnx.LoRA) -> Mapping[str, Any]:
     }
 
 
-def _norm(_: Any) -> Mapping[str, Any]:
-    vector = _Expected(WHOLE, (None,))
+def _norm(layer: Any) -> Mapping[str, Any]:
+    vector = _Expected(WHOLE, (layer.num_features,))
+    return {"scale": vector, "bias": vector}
+
+
+def _group_norm(layer: nnx.GroupNorm) -> Mapping[str, Any]:
+    vector = _Expected(WHOLE, (layer.num_groups * layer.group_size,))
     return {"scale": vector, "bias": vector}
 
 
@@ -253,17 +358,30 @@ def _eqx_embedding(layer: Any) -> Mapping[str, Any]:
     return {"weight": _Expected(Units("v d -> v"), (layer.num_embeddings, layer.embedding_size))}
 
 
-def _eqx_cell(layer: Any) -> Mapping[str, Any]:
+def _eqx_cell(gates: int, layer: Any) -> Mapping[str, Any]:
+    outputs = gates * layer.hidden_size
     return {
-        "weight_ih": _Expected(Units("o i -> o"), (None, layer.input_size)),
-        "weight_hh": _Expected(Units("o i -> o"), (None, layer.hidden_size)),
-        "bias*": _Expected(WHOLE, (None,)),
+        "weight_ih": _Expected(Units("o i -> o"), (outputs, layer.input_size)),
+        "weight_hh": _Expected(Units("o i -> o"), (outputs, layer.hidden_size)),
+        "bias": _Expected(WHOLE, (outputs,)),
+        "bias_n": _Expected(WHOLE, (layer.hidden_size,)),
     }
 
 
-def _eqx_norm(layer: Any) -> Mapping[str, Any]:
-    shape = getattr(layer, "shape", None) or (None,)
-    return {"weight": _Expected(WHOLE, tuple(shape)), "bias": _Expected(WHOLE, tuple(shape))}
+def _eqx_norm(size: str, layer: Any) -> Mapping[str, Any]:
+    shape = getattr(layer, size)
+    whole = _Expected(WHOLE, tuple(shape) if isinstance(shape, tuple) else (shape,))
+    return {"weight": whole, "bias": whole}
+
+
+def _eqx_weight_norm(layer: Any) -> Mapping[str, Any]:
+    """Take the lengths as a gain; each has the size of the weight's axis that it is for."""
+    weight = _table(layer.layer).get(layer.weight_name)
+    if not isinstance(weight, _Expected):
+        return {}
+    kept = None if layer.axis is None else range(len(weight.shape))[layer.axis]
+    shape = [size if axis == kept else 1 for axis, size in enumerate(weight.shape)]
+    return {"g": _Expected(WHOLE, tuple(shape))}
 
 
 _REGISTRY: Final[dict[str, LayerRule]] = {}
@@ -278,18 +396,19 @@ _BUILT_IN: Final[dict[type | str, LayerRule]] = {
     nnx.BatchNorm: _norm,
     nnx.LayerNorm: _norm,
     nnx.RMSNorm: _norm,
-    nnx.GroupNorm: _norm,
+    nnx.GroupNorm: _group_norm,
     nnx.InstanceNorm: _norm,
     "equinox.nn._linear.Linear": _eqx_linear,
     "equinox.nn._conv.Conv": _eqx_conv,
     "equinox.nn._conv.ConvTranspose": _eqx_conv,
     "equinox.nn._embedding.Embedding": _eqx_embedding,
-    "equinox.nn._rnn.GRUCell": _eqx_cell,
-    "equinox.nn._rnn.LSTMCell": _eqx_cell,
-    "equinox.nn._normalisation.LayerNorm": _eqx_norm,
-    "equinox.nn._normalisation.RMSNorm": _eqx_norm,
-    "equinox.nn._normalisation.GroupNorm": _eqx_norm,
-    "equinox.nn._batch_norm.BatchNorm": _eqx_norm,
+    "equinox.nn._rnn.GRUCell": partial(_eqx_cell, 3),
+    "equinox.nn._rnn.LSTMCell": partial(_eqx_cell, 4),
+    "equinox.nn._normalisation.LayerNorm": partial(_eqx_norm, "shape"),
+    "equinox.nn._normalisation.RMSNorm": partial(_eqx_norm, "shape"),
+    "equinox.nn._normalisation.GroupNorm": partial(_eqx_norm, "channels"),
+    "equinox.nn._weight_norm.WeightNorm": _eqx_weight_norm,
+    "equinox.nn._batch_norm.BatchNorm": partial(_eqx_norm, "input_size"),
 }
 for _layer, _rule in _BUILT_IN.items():
     register_units(_layer, _rule)

@@ -2,7 +2,7 @@
 
 JAX has no single layout: Flax and Haiku put the output last, Equinox first. So the units of a leaf come from
 the module that owns it (Flax NNX, Equinox; :mod:`agc_jax.layers`), or from its name in the tree (Flax Linen,
-Haiku: ``kernel``, ``w``, ``embedding``, ``bias``; :mod:`agc_jax.names`), never from its rank alone. The types
+Haiku: ``kernel``, ``w``, ``embedding``, ``bias``; :mod:`agc_jax.leaf_names`), never from its rank alone. The types
 are a registry, looked up along the class hierarchy; :func:`register_units` adds a layer of your own.
 
 A parameter is called by the keys on its path with dots between them: ``conv1.kernel``, ``layers.0.weight``.
@@ -11,11 +11,11 @@ The boxes that Flax puts around an array (``nnx.Variable``, ``nn.Partitioned``) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,10 @@ from flax.core.meta import AxisMetadata
 
 from agc import AGC, Plan, Units
 from agc.config import check_rule
-from agc.errors import ParameterError, ShapeError
-from agc.plan import Parameter, canonical_name, make_plan, matching_names
-from agc_jax.layers import by_type, in_equinox, register_units
-from agc_jax.names import by_name
+from agc.errors import AmbiguousUnitsError, ParameterError, ShapeError
+from agc.plan import Parameter, PlanEntry, canonical_name, make_plan, matching_names
+from agc_jax.layers import Layers, dotted, path_key, register_units
+from agc_jax.leaf_names import LeafNames
 
 __all__ = [
     "ModelUnits",
@@ -45,6 +45,8 @@ __all__ = [
 
 PyTree: TypeAlias = Any
 """A tree of arrays or of their shapes, or a model that is such a tree."""
+
+_CURE: Final = "for a Flax NNX or Equinox model give units=agc_jax.units(model)"
 
 
 def plan(model: PyTree, rule: AGC, *, units: ModelUnits | None = None) -> Plan:
@@ -68,7 +70,8 @@ def plan(model: PyTree, rule: AGC, *, units: ModelUnits | None = None) -> Plan:
     Raises
     ------
     SelectorError, AmbiguousUnitsError, UnitsError
-        As :func:`agc.plan.make_plan`; the message names the parameter.
+        As :func:`agc.plan.make_plan`; the message names the parameter. Also if the parameters are one array
+        without a name, which is what ``optax.flatten`` makes of a model, and the rule declares nothing for it.
     ConfigError
         If ``rule`` is not an AGC.
     ParameterError, ShapeError
@@ -84,11 +87,11 @@ def plan(model: PyTree, rule: AGC, *, units: ModelUnits | None = None) -> Plan:
     >>> up = dict(kernel_size=(2, 2), use_bias=False, transpose_kernel=True, rngs=nnx.Rngs(0))
     >>> model = nnx.Sequential(nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.ConvTranspose(8, 4, **up))
     >>> print(plan(model, AGC(exclude=["*.bias"])))
-    parameter        shape    units         count  clipping
-    ---------------  -------  ------------  -----  --------
-    layers.0.bias    8        ... ->            1  excluded
-    layers.0.kernel  3x3x3x8  ... i o -> o      8  0.01
-    layers.1.kernel  2x2x4x8  ... o i -> o      4  0.01
+    parameter        shape    units         source  count  clipping
+    ---------------  -------  ------------  ------  -----  --------
+    layers.0.bias    8        ... ->        layer       1  excluded
+    layers.0.kernel  3x3x3x8  ... i o -> o  layer       8  0.01
+    layers.1.kernel  2x2x4x8  ... o i -> o  layer       4  0.01
     3 parameters, 2 clipped, 12 units
     """
     _check_model(model)
@@ -120,8 +123,9 @@ def units(model: PyTree, *, wrt: Any = nnx.Param) -> ModelUnits:
     -----
     NNX and Equinox layers that ``vmap`` or ``scan`` stacked are told by their sizes: the axes in front
     become unit axes. In Linen and Haiku trees the shape of a layer's bias tells stacked layers and
-    transposed kernels from plain ones. Where that leaves doubt, or there is no bias and the rank is 3,
-    there are no units, and the plan asks to declare them.
+    transposed kernels from plain ones. Without a bias a ``kernel`` or ``w`` of two axes is a dense layer's,
+    and one of three, or of four with a square window, a convolution's if the layer's name has ``conv`` in
+    it. Where doubt is left there are no units, and the plan asks to declare them.
 
     Examples
     --------
@@ -129,7 +133,7 @@ def units(model: PyTree, *, wrt: Any = nnx.Param) -> ModelUnits:
     >>> shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 3, 6)))
     >>> found = units(shapes["params"])
     >>> str(found["query.kernel"]), str(found["out.kernel"]), str(found["query.bias"])
-    ('i h d -> h d', 'h d o -> o', '... ->')
+    ('i o0 o1 -> o0 o1', '... i o -> o', '... ->')
     """
     _check_model(model)
     return _units(model, wrt)
@@ -148,15 +152,15 @@ def _units(model: PyTree, wrt: Any = nnx.Param) -> ModelUnits:
             'returned, for example units(variables["params"])'
         )
     tree = nnx.state(model, wrt) if isinstance(model, nnx.Module) else model
+    layers = Layers(model)
     named = [
-        (name, keys, leaf)
+        (name, keys, tuple(np.shape(leaf)))
         for name, keys, leaf in _named(tree)
-        if _is_inexact(leaf) and (hasattr(leaf, "dtype") or not in_equinox(model, keys))
+        if _is_inexact(leaf) and (hasattr(leaf, "dtype") or not layers.in_equinox(keys))
     ]
-    shapes = {name: tuple(np.shape(leaf)) for name, _, leaf in named}
-    parameters = tuple(
-        by_type(model, keys, name, shapes[name]) or by_name(name, shapes) for name, keys, _ in named
-    )
+    by_type = layers.parameters(named)
+    by_name = LeafNames({name: shape for name, _, shape in named})
+    parameters = tuple(by_type.get(name) or by_name.parameter(name) for name, _, _ in named)
     return ModelUnits(parameters, getattr(model, "agc_head", None))
 
 
@@ -207,7 +211,12 @@ def plan_tree(model: PyTree, rule: AGC, units: ModelUnits | None) -> Plan:
     if units is None:
         found = _units(model)
         masked = [name for name, _, leaf in _named(model) if isinstance(leaf, optax.MaskedNode)]
-        return make_plan(found.parameters, _without(rule, masked, found), head=found.head)
+        typed = any(parameter.source == "layer" for parameter in found.parameters)
+        rule = _without(rule, masked, found)
+        plan = make_plan(found.parameters, rule, head=found.head, cure="" if typed else _CURE)
+        for entry in plan:
+            _check_name(entry)
+        return plan
     shapes = _units(model)
     for name in shapes:
         if name not in units:
@@ -225,6 +234,16 @@ def plan_tree(model: PyTree, rule: AGC, units: ModelUnits | None) -> Plan:
     return Plan(tuple(entry for entry in whole if entry.name in shapes))
 
 
+def _check_name(entry: PlanEntry) -> None:
+    """Raise if this is an array without a name that nothing declares to be one parameter (AGC-5)."""
+    if not entry.name and entry.clipped and entry.source == "vector" and math.prod(entry.shape) > 1:
+        raise AmbiguousUnitsError(
+            f"the parameters are one array without a name, of shape {entry.shape}. If optax.flatten or "
+            "ravel_pytree made it of many, clip before they do: optax.chain(adaptive_grad_clip(rule), "
+            "optax.flatten(...)). If it is one parameter, declare AGC(units={'*': '... ->'})"
+        )
+
+
 def check_options(rule: AGC, units: ModelUnits | None) -> None:
     """Raise unless these are a rule and the units of a model."""
     check_rule(rule, AGC)
@@ -235,7 +254,13 @@ def check_options(rule: AGC, units: ModelUnits | None) -> None:
 def flatten(tree: PyTree) -> tuple[tuple[str, ...], list[Any], Any]:
     """Return the names, the leaves and the structure of a tree; None and ``MaskedNode`` are leaves."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_absent)
-    return _leaf_names(structure), leaves, structure
+    names = _NAMES.get(structure)
+    if names is None:
+        names = tuple(name for name, _, _ in _named(tree))
+        if len(_NAMES) >= 256:
+            _NAMES.clear()
+        _NAMES[structure] = names
+    return names, leaves, structure
 
 
 def is_absent(leaf: Any) -> bool:
@@ -243,10 +268,8 @@ def is_absent(leaf: Any) -> bool:
     return leaf is None or isinstance(leaf, optax.MaskedNode)
 
 
-@lru_cache(maxsize=256)
-def _leaf_names(structure: Any) -> tuple[str, ...]:
-    tree = jax.tree.unflatten(structure, range(structure.num_leaves))
-    return tuple(name for name, _, _ in _named(tree))
+_NAMES: Final[dict[Any, tuple[str, ...]]] = {}
+"""Names of the leaves of the structures that came by."""
 
 
 def _named(tree: PyTree) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
@@ -254,19 +277,12 @@ def _named(tree: PyTree) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
         inside = jax.tree_util.tree_flatten_with_path(leaf, is_leaf=is_absent)[0]
         for inner, value in inside:
-            keys = tuple(_key(part) for part in (path if len(inside) == 1 else path + inner))
-            yield canonical_name(".".join(map(str, keys))), keys, value
+            keys = tuple(path_key(part) for part in (path if len(inside) == 1 else path + inner))
+            yield canonical_name(dotted(keys)), keys, value
 
 
 def _is_leaf(node: Any) -> bool:
     return is_absent(node) or isinstance(node, nnx.Variable | AxisMetadata)
-
-
-def _key(part: Any) -> Any:
-    for attribute in ("key", "idx", "name"):
-        if hasattr(part, attribute):
-            return getattr(part, attribute)
-    return str(part)
 
 
 def _is_inexact(leaf: Any) -> bool:

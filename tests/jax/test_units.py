@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import doctest
 import importlib
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
+from flax.core import FrozenDict
 
 import agc_jax
 from agc import AGC, Plan, Units
@@ -23,6 +30,7 @@ from agc.errors import (
     ShapeError,
     UnitsError,
 )
+from agc_jax.units import flatten
 
 KEY = jax.random.key(0)
 
@@ -31,9 +39,9 @@ def abstract(build: Any) -> Any:
     return nnx.eval_shape(lambda: build(nnx.Rngs(0)))
 
 
-def stack(build: Any, count: int = 5) -> Any:
+def stack(build: Any, count: Any = 5, axis: int = 0) -> Any:
     """Stack layers as ``nnx.vmap`` and ``nnx.scan`` do."""
-    return abstract(lambda rngs: nnx.vmap(build)(rngs.split(count)))
+    return abstract(nnx.split_rngs(splits=count)(nnx.vmap(build, out_axes=axis)))
 
 
 def attention(**options: Any) -> Any:
@@ -160,13 +168,12 @@ def test_stacked_nnx_layer(layer: str) -> None:
 
 def test_layers_stacked_twice() -> None:
     build = nnx.vmap(lambda r: nnx.Linear(3, 4, rngs=r))
-    model = abstract(lambda r: nnx.vmap(build)(r.split((6, 2))))
+    model = stack(build, (6, 2))
     check(agc_jax.plan(model, AGC()), {"kernel": "a b i o -> a b o", "bias": "a b o -> a b"})
 
 
 def test_layers_stacked_on_another_axis_have_to_be_declared() -> None:
-    build = nnx.vmap(lambda r: nnx.Linear(3, 4, rngs=r), out_axes=1)
-    model = abstract(lambda r: build(r.split(5)))
+    model = stack(lambda r: nnx.Linear(3, 4, rngs=r), axis=1)
     with pytest.raises(AmbiguousUnitsError, match=r"'kernel' of Linear with shape \(3, 5, 4\)"):
         agc_jax.plan(model, AGC(exclude=["bias"]))
     check(
@@ -215,7 +222,7 @@ class Linen(nn.Module):
         x = nn.Conv(5, (3,))(x)
         x = scan()(x)[0]
         x = nn.ConvTranspose(4, (3,), transpose_kernel=True)(x)
-        x = nn.ConvTranspose(4, (3,))(x)
+        x = nn.ConvTranspose(6, (3,))(x)
         x = nn.DenseGeneral(4, axis=(-2, -1))(nn.DenseGeneral((2, 3))(x))
         partitioned = nn.with_partitioning(nn.initializers.ones, (None, "model"))
         return nn.Dense(2, kernel_init=partitioned)(x)
@@ -365,6 +372,408 @@ def test_a_registry_entry_is_checked() -> None:
         agc_jax.register_units(Weird, {"kernel": "o i"})
 
 
+def kernel(*shape: int, bias: tuple[int, ...] | None = None) -> dict[str, Any]:
+    return {"kernel": shape} if bias is None else {"kernel": shape, "bias": bias}
+
+
+def shapes_of(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        tree,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def heads(query: Any, key: Any, out: Any, names: str = "query key value out") -> Any:
+    return {"attn": dict(zip(names.split(), (query, key, key, out), strict=True))}
+
+
+LLAMA = "q_proj k_proj v_proj o_proj"
+SETTLED = {
+    "dense": ({"lm_head": kernel(3, 4)}, {"lm_head.kernel": "i o -> o"}),
+    "dense 1->C": ({"up": kernel(1, 4)}, {"up.kernel": "i o -> o"}),
+    "attention": (
+        heads(kernel(16, 4, 8), kernel(16, 2, 8), kernel(4, 8, 16)),
+        {"attn.key.kernel": "i h d -> h d", "attn.out.kernel": "h d o -> o"},
+    ),
+    "attention, scan on axis 0": (
+        heads(kernel(3, 16, 4, 8), kernel(3, 16, 2, 8), kernel(3, 4, 8, 16), LLAMA),
+        {"attn.k_proj.kernel": "l i h d -> l h d", "attn.o_proj.kernel": "l h d o -> l o"},
+    ),
+    "attention, scan on axis 1": (
+        heads(kernel(16, 3, 4, 8), kernel(16, 3, 2, 8), kernel(4, 3, 8, 16)),
+        {"attn.query.kernel": "i l h d -> l h d", "attn.out.kernel": "h l d o -> l o"},
+    ),
+    "attention, scan on axis 1, as many layers as heads": (
+        heads(kernel(16, 4, 4, 8), kernel(16, 4, 4, 8), kernel(4, 4, 8, 16)),
+        {"attn.query.kernel": "i l h d -> l h d", "attn.out.kernel": "h l d o -> l o"},
+    ),
+    "attention, scan on axis 0, as many layers as heads": (
+        heads(kernel(4, 16, 4, 8), kernel(4, 16, 4, 8), kernel(4, 4, 8, 16), LLAMA),
+        {"attn.q_proj.kernel": "l i h d -> l h d", "attn.o_proj.kernel": "l h d o -> l o"},
+    ),
+    "attention in two axes, scan": (
+        heads(kernel(3, 16, 32), kernel(3, 16, 8), kernel(3, 32, 16), LLAMA),
+        {"attn.q_proj.kernel": "l i o -> l o", "attn.o_proj.kernel": "l i o -> l o"},
+    ),
+    "fused, with a bias": (
+        {"qkv": kernel(16, 3, 4, 8, bias=(3, 4, 8))},
+        {"qkv.kernel": "i a h d -> a h d", "qkv.bias": "a h d ->"},
+    ),
+    "scan on axis 1, with a bias": (
+        {"wi": kernel(5, 3, 4, bias=(4, 3))},
+        {"wi.kernel": "i l o -> l o", "wi.bias": "o l -> l"},
+    ),
+    "convolution": ({"Conv_0": kernel(3, 3, 4, 8)}, {"Conv_0.kernel": "h w i o -> o"}),
+    "convolution 1x1": ({"conv": kernel(1, 1, 4, 8)}, {"conv.kernel": "h w i o -> o"}),
+    "convolution 1-D": ({"conv1": kernel(5, 4, 8)}, {"conv1.kernel": "w i o -> o"}),
+    "convolution 1x1 of one channel": (
+        {"conv": kernel(1, 1, 1, 8)},
+        {"conv.kernel": "a b i o -> o"},
+    ),
+    "convolution beside a norm": (
+        {"block": {"conv": kernel(3, 3, 4, 8), "norm": {"scale": (8,), "bias": (8,)}}},
+        {"block.conv.kernel": "h w i o -> o"},
+    ),
+    "square convolution with a bias": (
+        {"Conv_0": kernel(3, 3, 4, 4, bias=(4,))},
+        {"Conv_0.kernel": "h w i o -> o"},
+    ),
+    "convolution in 3-D, with a bias": (
+        {"conv": kernel(3, 3, 3, 4, 4, bias=(4,))},
+        {"conv.kernel": "t h w i o -> o"},
+    ),
+    "transposed, Haiku": (
+        {"conv2_d_transpose": {"w": (3, 3, 5, 4)}},
+        {"conv2_d_transpose.w": "h w o i -> o"},
+    ),
+    "GPT-2 of transformers": (
+        {"c_attn": kernel(24, 8, bias=(24,))},
+        {"c_attn.kernel": "o i -> o"},
+    ),
+    "LoRA": (
+        {"q": {"kernel_lora_a": (16, 4), "kernel_lora_b": (4, 8), "lora_a": (5, 2)}},
+        {"q.kernel_lora_a": "i r -> r", "q.kernel_lora_b": "r o -> o", "q.lora_a": "i r -> r"},
+    ),
+    "LoRA, Haiku": ({"linear": {"w_lora_a": (6, 2)}}, {"linear.w_lora_a": "i r -> r"}),
+    "code book": (
+        {"vector_quantizer": {"embeddings": (3, 7)}, "embed": {"embeddings": (7, 3)}},
+        {"vector_quantizer.embeddings": "d v -> v", "embed.embeddings": "v d -> v"},
+    ),
+    "Gemma's table": (
+        {"embedder": {"input_embedding": (9, 4)}},
+        {"embedder.input_embedding": "v d -> v"},
+    ),
+    "vectors": (
+        {
+            "cls": (1, 1, 8),
+            "probe": (1, 1, 8),
+            "batch_norm": {"scale": (1, 1, 1, 8)},
+            "gamma": (8,),
+        },
+        {"cls": "... ->", "probe": "... ->", "batch_norm.scale": "... ->", "gamma": "... ->"},
+    ),
+    "keys that are tuples": (
+        {("a", "kernel"): (3, 4), ("a", "bias"): (4,)},
+        {"a.kernel": "i o -> o", "a.bias": "... ->"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SETTLED)
+def test_what_names_settle(case: str) -> None:
+    tree, expected = SETTLED[case]
+    plan = agc_jax.plan(shapes_of(tree), AGC())
+    check(plan, expected)
+    kernels = [entry for entry in plan if sum(size > 1 for size in entry.shape) > 1]
+    assert {entry.source for entry in kernels} <= {"name"}
+    # What was a guess from the rank alone is taken as the published rule has it, whatever the name.
+    assert len(agc_jax.plan(shapes_of(tree), AGC.profile("timm"))) == len(plan)
+
+
+ASKED = {
+    "scan on axis 0": {"q_proj": kernel(3, 16, 4, 8)},
+    "scan on axis 0, from heads": {"o_proj": kernel(3, 4, 8, 16)},
+    "scan of a dense layer": {"layers": {"mlp": kernel(3, 4, 8)}},
+    "scan of a norm": {"layers": {"norm": {"scale": (3, 8)}}},
+    "attention of which a part is missing": {
+        "attn": {"query": kernel(16, 3, 4, 8), "key": kernel(16, 3, 4, 8)}
+    },
+    "attention, every size the same": heads(
+        kernel(4, 4, 4, 4), kernel(4, 4, 4, 4), kernel(4, 4, 4, 4)
+    ),
+    "fused": {"qkv": kernel(16, 3, 4, 8)},
+    "Gemma": {"qkv_einsum": {"w": (3, 4, 16, 8)}, "attn_vec_einsum": {"w": (4, 8, 16)}},
+    "einsum of two axes": {"out_einsum": {"w": (5, 4)}},
+    "scan of a convolution": {"Conv_0": kernel(3, 3, 3, 4, 4)},
+    "ensemble of convolutions": {"conv": kernel(5, 3, 4, 6)},
+    "ensemble under the name of vmap": {"VmapConv_0": kernel(3, 3, 4, 6)},
+    "scan under the name of scan": {"ScanBlock_0": {"Conv_0": kernel(3, 3, 4, 6)}},
+    "Haiku's layer stack": {"__layer_stack_no_per_layer": {"conv1_d": {"w": (3, 3, 4, 6)}}},
+    "scan of a convolution beside its norm": {
+        "layers": {"Conv_0": kernel(3, 3, 4, 6), "BatchNorm_0": {"scale": (3, 6)}}
+    },
+    "convolution in 3-D": {"conv": kernel(3, 3, 3, 4, 8)},
+    "transposed": {"ConvTranspose_0": kernel(3, 3, 5, 4)},
+    "transposed, upwards": {"upconv": kernel(3, 3, 5, 4), "DeconvBlock": kernel(3, 3, 5, 4)},
+    "transposed or not, as many inputs": {"up": kernel(3, 3, 4, 4, bias=(4,))},
+    "any layer of four axes": {"stem": kernel(3, 3, 4, 8)},
+    "GPT-2 of transformers, square": {"c_proj": kernel(8, 8, bias=(8,))},
+    "dense layer with a bias of its inputs": {"dense": kernel(5, 4, bias=(5,))},
+    "LoRA, transposed": {"q": {"lora_a": (4, 16), "lora_b": (8, 4)}},
+    "LoRA, stacked": {"q": {"kernel_lora_a": (3, 16, 4), "kernel_lora_b": (3, 4, 8)}},
+    "code book of another name": {"vq": {"embeddings": (3, 7)}},
+    "names of AlphaFold": {"attention": {"query_w": (6, 2, 4), "output_w": (2, 4, 6)}},
+    "positions": {"pos_embedding": (1, 9, 4), "posembed_input": {"pos": (9, 4)}},
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_what_names_leave_open_is_asked_for_all_at_once(case: str) -> None:
+    tree = shapes_of(ASKED[case])
+    found = agc_jax.units(tree)
+    with pytest.raises(AmbiguousUnitsError) as caught:
+        agc_jax.plan(tree, AGC())
+    for name in found:
+        if len(found.shape(name)) > 1:
+            assert found[name] is None
+            assert f"'{name}'" in str(caught.value)
+    assert "For a Flax NNX or Equinox model give units=agc_jax.units(model)" in str(caught.value)
+
+
+LAYERS = {
+    "mlp": ("io", "o"),
+    "Dense_0": ("io", "o"),
+    "DenseGeneral_0": ("ihd", "hd"),
+    "qkv": ("iahd", "ahd"),
+    "o_proj": ("hdo", "o"),
+    "stem": ("vwio", "o"),
+    "Conv_0": ("vwio", "o"),
+    "conv1d": ("wio", "o"),
+    "ConvTranspose_0": ("vwoi", "o"),
+    "up": ("woi", "o"),
+    "Einsum_0": ("hid", "hd"),
+}
+STACKS: dict[str, Callable[[str], str]] = {
+    "one layer": lambda axes: axes,
+    "on axis 0": lambda axes: f"l{axes}",
+    "on axis 1": lambda axes: f"{axes[:1]}l{axes[1:]}",
+    "twice": lambda axes: f"lm{axes}",
+}
+
+
+def right_or_none(units: Any, name: str, axes: str, outputs: str) -> bool:
+    """Check that the units of an array, if there are any, are the outputs and what stacks the layer."""
+    shape = units.shape(name)
+    right = {
+        axis for axis, letter in enumerate(axes) if letter in f"{outputs}lm" and shape[axis] > 1
+    }
+    if units[name] is None:
+        return False
+    assert {axis for axis in units[name].bind(shape).keep if shape[axis] > 1} == right, (
+        f"{name} {shape}, axes {axes}: {units[name]}"
+    )
+    return True
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_layer_of_any_size_is_taken_for_another(layer: str, stack: str) -> None:
+    axes, outputs = LAYERS[layer]
+    kernel_axes, bias_axes = STACKS[stack](axes), STACKS[stack](outputs)
+    letters = sorted({*kernel_axes})
+    settled = 0
+    for sizes in product((1, 2, 3), repeat=len(letters)):
+        size = dict(zip(letters, sizes, strict=True))
+        if layer == "conv1d" and stack in ("on axis 0", "on axis 1") and size["l"] == size["w"]:
+            continue  # a square window, and a name that says it is one
+        shapes = {
+            f"a.{layer}.kernel": tuple(size[axis] for axis in kernel_axes),
+            f"b.{layer}.kernel": tuple(size[axis] for axis in kernel_axes),
+            f"b.{layer}.bias": tuple(size[axis] for axis in bias_axes),
+        }
+        units = agc_jax.units(shapes_of(shapes))
+        settled += right_or_none(units, f"a.{layer}.kernel", kernel_axes, outputs)
+        settled += right_or_none(units, f"b.{layer}.kernel", kernel_axes, outputs)
+        if units[f"b.{layer}.bias"] is not None:
+            right_or_none(units, f"b.{layer}.bias", bias_axes, "")
+    assert settled > 0
+
+
+PROJECTIONS = [("ihd", "hd", "hdo"), ("ie", "e", "eo")]
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize(
+    ("names", "inward", "heads", "outward"),
+    [("query key value out", *PROJECTIONS[0]), *((LLAMA, *axes) for axes in PROJECTIONS)],
+    ids=["linen", "llama", "llama, heads in one axis"],
+)
+def test_no_attention_of_any_size_is_taken_for_another(
+    names: str, inward: str, heads: str, outward: str, stack: str
+) -> None:
+    axes = {name: STACKS[stack](inward) for name in names.split()[:3]}
+    axes[names.split()[3]] = STACKS[stack](outward)
+    letters = sorted({*"".join(axes.values())})
+    settled = 0
+    for sizes in product((1, 2, 3), repeat=len(letters)):
+        size = dict(zip(letters, sizes, strict=True))
+        tree = {
+            f"{name}.kernel": tuple(size[axis] for axis in found) for name, found in axes.items()
+        }
+        units = agc_jax.units(shapes_of(tree))
+        for name, found in axes.items():
+            settled += right_or_none(units, f"{name}.kernel", found, "o" if "o" in found else heads)
+    assert settled > 0
+
+
+def test_layers_of_a_container_whatever_their_keys() -> None:
+    keys = ["values", "keys", "items", "get", "copy", "pop", "update", "index", "count"]
+
+    def linear(rngs: nnx.Rngs) -> Any:
+        return nnx.LinearGeneral(6, (2, 3, 2), use_bias=False, rngs=rngs)
+
+    class Model(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.plain = nnx.data({key: linear(rngs) for key in keys})
+            self.own = nnx.Dict({key: linear(rngs) for key in keys[:3]})
+            self.list = nnx.List([linear(rngs)])
+            self.nested = nnx.data([(linear(rngs),), {1: linear(rngs)}])
+
+    plan = agc_jax.plan(abstract(Model), AGC())
+    assert len(plan) == len(keys) + 6
+    assert {entry.source for entry in plan} == {"layer"}
+    assert {entry.count for entry in plan} == {12}
+
+
+class Pair(NamedTuple):
+    count: Any
+    index: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Values:
+    values: Any
+    items: Any
+
+
+class Bag(argparse.Namespace):
+    """A node of attributes that JAX flattens without keys."""
+
+
+jax.tree_util.register_pytree_node(
+    Bag,
+    lambda bag: (list(vars(bag).values()), tuple(vars(bag))),
+    lambda names, values: Bag(**dict(zip(names, values, strict=True))),
+)
+
+
+@pytest.mark.parametrize(
+    "contain",
+    [
+        lambda a, b: {"values": a, "items": b},
+        lambda a, b: FrozenDict({"keys": a, "copy": b}),
+        lambda a, b: OrderedDict(pop=a, update=b),
+        lambda a, b: Pair(a, b),
+        lambda a, b: Values(a, b),
+        lambda a, b: Bag(values=a, index=b),
+        lambda a, b: [a, (b,)],
+    ],
+)
+def test_layers_of_equinox_in_any_container(contain: Any) -> None:
+    class Model(eqx.Module):
+        inside: Any
+
+    layers = [eqx.filter_eval_shape(lambda: eqx.nn.Linear(3, 4, key=KEY)) for _ in range(2)]
+    plan = agc_jax.plan(Model(contain(*layers)), AGC())
+    assert [entry.count for entry in plan] == [4, 1, 4, 1]
+    assert {entry.source for entry in plan} == {"layer"}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_as_many_layers_as_inputs(axis: int) -> None:
+    """Either axis could be the one that stacks; another parameter tells."""
+
+    class Block(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs, norm: bool) -> None:
+            self.dense = nnx.Linear(3, 4, use_bias=False, rngs=rngs)
+            self.norm = nnx.LayerNorm(4, rngs=rngs) if norm else None
+
+    def stacks(norm: bool) -> Any:
+        return stack(lambda rngs: Block(rngs, norm), 3, axis)
+
+    with pytest.raises(
+        AmbiguousUnitsError, match=r"'dense\.kernel' of Linear with shape \(3, 3, 4\)"
+    ):
+        agc_jax.plan(stacks(norm=False), AGC())
+    if axis == 0:
+        check(agc_jax.plan(stacks(norm=True), AGC()), {"dense.kernel": "l i o -> l o"})
+    else:
+        assert agc_jax.units(stacks(norm=True))["dense.kernel"] is None
+
+
+def test_a_tied_variable_is_what_the_layer_that_is_known_says() -> None:
+    class Head(nnx.Module):
+        def __init__(self, table: Any) -> None:
+            self.kernel = table
+
+    class Model(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.embed = nnx.Embed(7, 6, rngs=rngs)
+            self.a_head = Head(self.embed.embedding)  # sorts first
+
+    plan = agc_jax.plan(Model(nnx.Rngs(0)), AGC())
+    assert plan.decisions() == {"a_head.kernel": (7, 0.01, False)}
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda rule, tree: optax.flatten(agc_jax.adaptive_grad_clip(rule)).init(tree),
+        lambda rule, tree: agc_jax.plan(jnp.ones(5), rule),
+        lambda rule, tree: agc_jax.plan(nnx.Param(jnp.ones((1, 5))), rule),
+    ],
+)
+def test_one_array_without_a_name_has_to_be_declared(clip: Any) -> None:
+    tree = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    with pytest.raises(AmbiguousUnitsError, match=r"one array without a name.*optax\.flatten"):
+        clip(AGC(), tree)
+    for rule in (AGC(units={"*": "... ->"}), AGC(granularity="tensor"), AGC(exclude=["*"])):
+        clip(rule, tree)
+    assert agc_jax.plan(jnp.ones(()), AGC()).count == 1
+
+
+def test_nodes_that_check_their_leaves() -> None:
+    @jax.tree_util.register_pytree_node_class
+    class Strict:
+        def __init__(self, kernel: Any) -> None:
+            assert hasattr(kernel, "shape"), "a leaf must be an array"
+            self.kernel = kernel
+
+        def tree_flatten(self) -> tuple[tuple[Any], None]:
+            return (self.kernel,), None
+
+        @classmethod
+        def tree_unflatten(cls, _: None, leaves: Any) -> Any:
+            return cls(*leaves)
+
+    tree = {"kernel": Strict(jnp.ones((3, 2)))}
+    rule = AGC(units={"*": "i o -> o"})
+    clipped, _ = agc_jax.adaptive_clip_gradients(tree, tree, rule)
+    assert clipped["kernel"].kernel.shape == (3, 2)
+    transformation = agc_jax.adaptive_grad_clip(rule)
+    transformation.update(tree, transformation.init(tree), tree)
+
+
+def test_boxes_and_tuples_are_no_part_of_a_name() -> None:
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    boxed = {"bias": nn.Partitioned(jnp.ones(3), (None,)), "kernel": jnp.ones((2, 3))}
+    tuples = {(name,): leaf for name, leaf in nnx.to_pure_dict(state).items()}
+    for tree in (state, boxed, tuples):
+        assert flatten(tree)[0] == ("bias", "kernel")
+
+
 @pytest.mark.parametrize(
     ("tree", "name"),
     [
@@ -372,6 +781,7 @@ def test_a_registry_entry_is_checked() -> None:
         ({"kernel": (4, 4, 8), "bias": (4, 8)}, "bias"),  # stacked, or to heads: both fit
         ({"kernel": (3, 3, 4, 5), "bias": (7,)}, "kernel"),  # no output of it has that bias
         ({"pos_embed": (1, 5, 4)}, "pos_embed"),
+        ({"kernel": (3, 4, 4), "bias": (4,)}, "kernel"),  # transposed or not: both fit
         (
             {"weight": (5, 4)},
             "weight",
@@ -385,7 +795,7 @@ def test_what_names_do_not_settle_has_to_be_declared(tree: Any, name: str) -> No
     shapes = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=lambda x: isinstance(x, tuple)
     )
-    with pytest.raises(AmbiguousUnitsError, match=f"parameter '{name}'.*Declare them"):
+    with pytest.raises(AmbiguousUnitsError, match=f"parameter '{name}'.*declare them"):
         agc_jax.plan(shapes, AGC())
     assert agc_jax.plan(shapes, AGC(units={"*": "... ->"}))[name].count == 1
     agc_jax.plan(shapes, AGC(exclude=["*"]))
@@ -445,7 +855,7 @@ def test_python_numbers_in_an_equinox_module_are_settings() -> None:
 
 def test_units_of_another_model() -> None:
     units = agc_jax.units({"kernel": jnp.zeros((2, 3))})
-    assert dict(units) == {"kernel": None}
+    assert dict(units) == {"kernel": Units("i o -> o")}
     with pytest.raises(
         ParameterError, match=r"'params\.kernel' is not in the units given; the names"
     ):

@@ -139,6 +139,21 @@ def newest(session: nox.Session, framework: str) -> None:
     session.run("pytest", *folders, *session.posargs, env=QUIET)
 
 
+@nox.session(default=False)
+@nox.parametrize("framework", [nox.param(name, id=name) for name in ("torch", "tensorflow")])
+def models(session: nox.Session, framework: str) -> None:
+    """Plan other people's models, judge each unit by what it feeds, and write docs/models."""
+    groups = (f"pinned-{framework}", f"models-{framework}")
+    install(session, framework, "conformance", groups=groups)
+    if framework == "torch":
+        install_peers(session)
+    else:
+        alone = nox.project.dependency_groups(PYPROJECT, "models-tensorflow-alone")
+        session.install("--no-deps", *alone)
+    name = "keras" if framework == "tensorflow" else framework
+    session.run("python", f"docs/models/{name}.py", "--out", f"docs/models/{name}.json", env=QUIET)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style: ruff's formatter and linter."""

@@ -113,7 +113,11 @@ def minimum(session: nox.Session, framework: str) -> None:
     """Run the tests with the lowest versions that pyproject.toml declares."""
     extras = PYPROJECT["project"]["optional-dependencies"]
     if framework == "core":
-        declared = [*PYPROJECT["project"]["dependencies"], *extras["conformance"], *extras["weights"]]
+        declared = [
+            *PYPROJECT["project"]["dependencies"],
+            *extras["conformance"],
+            *extras["weights"],
+        ]
         declared += nox.project.dependency_groups(PYPROJECT, "test")
         folders = ("tests/core", "tests/conformance")
     else:

@@ -367,7 +367,6 @@ def transformers_models() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
 def table(results: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
     """Return the results in Markdown."""
     lines = [
-        *("---", "orphan: true", "---", ""),
         "# Models that PyTorch users bring",
         "",
         "Written by `python docs/models/torch.py`. *Judged* are the parameters with two or more axes longer "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Final, Literal
 
 import keras
@@ -396,7 +397,9 @@ def _train(task: Task) -> Iterator[TrainStep]:
     for name, variable in variables.items():
         variable.assign(_out_last(task.weights[name]))
     sgd = keras_sgd(task.optimizer)
-    optimizer = AdaptiveGradClip(sgd, task.rule, model=variables)
+    # Under the task's names, which are not the model's, the layers' types do not speak.
+    rule = replace(task.rule, units={**task.rule.units, "*.weight": "... i o -> o"})
+    optimizer = AdaptiveGradClip(sgd, rule, model=variables)
     optimizer.build(model.trainable_variables)
 
     @tf.function(autograph=False)  # type: ignore[untyped-decorator]

@@ -77,7 +77,8 @@ def adaptive_clip_gradients(
     Raises
     ------
     ConfigError
-        If ``rule`` is not an AGC, or a schedule's value is known and is not a finite number above 0.
+        If ``rule`` is not an AGC, a schedule's value is known and is not a finite number above 0, or
+        ``nonfinite="raise"`` is compiled for several processes.
     ParameterError
         If ``params`` is None or lacks a parameter that has a gradient.
     ShapeError
@@ -95,7 +96,9 @@ def adaptive_clip_gradients(
     Notes
     -----
     Works inside and outside ``jax.jit``, ``vmap``, ``scan`` and ``grad``; the factor that a unit is scaled by
-    counts as a constant in derivatives. Outside it is compiled on first use.
+    counts as a constant in derivatives: those *through* a clipping step, as meta-learning takes them, are
+    exact only where nothing is clipped. Outside it is compiled on first use, once for each rule: make the
+    rule, and callables in it, once as well, since a new ``lambda`` in each step is a new program.
 
     Examples
     --------
@@ -108,7 +111,7 @@ def adaptive_clip_gradients(
     >>> int(stats.clipped), int(stats.units)
     (2, 2)
     """
-    return clipper(rule, units)(gradients, params, step)
+    return clipper(rule, units)(gradients, params, step, by_hand=True)
 
 
 class Clipper:
@@ -145,8 +148,13 @@ class Clipper:
         params: PyTree,
         step: int | jax.Array,
         clipping: jax.Array | None = None,
+        *,
+        by_hand: bool = False,
     ) -> tuple[PyTree, Stats]:
-        """Clip; ``clipping``, if given, stands for every threshold that is not None."""
+        """Clip; ``clipping``, if given, stands for every threshold that is not None.
+
+        Without any gradient there is nothing to do, which is an error by hand (AGC-5).
+        """
         if params is None:
             raise ParameterError(
                 "AGC compares gradients with parameters, and params is None: "
@@ -179,7 +187,7 @@ class Clipper:
             if plan.entries[place].clipped:
                 work[place] = (index, gradient, weight)
         masked = any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
-        if weights and not present and not masked:
+        if by_hand and weights and not present and not masked:
             raise MissingGradientError(
                 "no parameter has a gradient; compute gradients before clipping them"
             )
@@ -217,6 +225,12 @@ class Clipper:
         program = partial(_clip_anywhere, self.rule, plan, places)
         watch = self.rule.nonfinite == "raise"
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+            if watch and jax.process_count() > 1:
+                raise ConfigError(
+                    f"nonfinite='raise' inside compiled code of {jax.process_count()} processes would raise on "
+                    "the first alone, and leave the others waiting; clip outside jit, or use "
+                    "nonfinite='propagate' with optax.apply_if_finite"
+                )
             clipped, stats = program(*arguments)
             if watch:
                 jax.debug.callback(partial(_raise_if_any, plan), stats.columns.nonfinite)
@@ -250,7 +264,7 @@ def _array(name: str, what: str, leaf: Any) -> jax.Array:
 
 
 def _raise_if_any(plan: Plan, nonfinite: Any) -> None:
-    counts = np.asarray(nonfinite)
+    counts = jax.device_get(nonfinite)
     if counts.ndim == 1 and (found := np.flatnonzero(counts)).size:
         entry = plan.entries[found[0]]
         others = f", and so of {found.size - 1} other parameters" if found.size > 1 else ""

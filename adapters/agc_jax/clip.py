@@ -300,11 +300,11 @@ def _clip_anywhere(
     if mesh is None:
         return clip(gradients, weights, *others)
     whole = jax.NamedSharding(mesh, jax.P())
-    shapes = no_stats(len(plan))
+    stats = Stats(*[whole] * 5, Columns(*[whole] * 5))
     clip = jax.sharding.auto_axes(
         clip,
         axes=mesh.explicit_axes,
-        out_sharding=(kinds[: len(gradients)], jax.tree.map(lambda _: whole, shapes)),
+        out_sharding=(kinds[: len(gradients)], stats),
     )
     return clip(gradients, weights, *others)  # type: ignore[no-any-return]
 

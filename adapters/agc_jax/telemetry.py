@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -90,14 +91,12 @@ class Stats(NamedTuple):
         }
 
 
+@partial(jax.jit, static_argnums=0)
 def no_stats(parameters: int) -> Stats:
-    """Return the numbers before anything was clipped; an explicit transfer, and no buffer used twice."""
-    count = np.zeros(parameters, np.int32)
-    none = np.zeros(parameters, jax.dtypes.canonicalize_dtype(float))
-    columns = Columns(count, count, count, none, none + 1)
-    total = (column.dtype.type(fill) for column, fill in zip(columns, (0, 0, 0, 0, 1), strict=True))
-    stats: Stats = jax.device_put(Stats(*total, columns), may_alias=False)
-    return stats
+    """Return the numbers before anything was clipped, every one in a buffer of its own."""
+    count = jnp.zeros(parameters, np.int32)
+    none = jnp.zeros(parameters, float)
+    return Stats.of(Columns(count, count, count, none, none + 1))
 
 
 for _kind in (Columns, Stats):

@@ -564,17 +564,17 @@ def on_mesh(kinds, spec):
     ids=str,
 )  # fmt: skip
 def test_a_batch_that_is_split_over_devices(kinds, split, rule):
-    weights, batch = make_weights(), data(32)
+    weights, batch = make_weights() | {"split": jnp.linspace(-1, 1, 32).reshape(8, 4)}, data(32)
     put = on_mesh(kinds, (split,))
-    function = sam_value_and_grad(loss_fn, rule, batch_argnums=(1, 2))
+
+    def loss(weights, x, y):
+        return loss_fn(weights, x, y) + jnp.sum(weights["split"] ** 3) * jnp.mean(x)
+
+    function = sam_value_and_grad(loss, rule, batch_argnums=(1, 2))
     step = {"step": 0} if rule.every > 1 else {}
     want, wanted = jax.jit(function)(weights, *batch, **step)
     placed = jax.tree.map(lambda array: put(array, ()), weights)
-    placed["inner"]["kernel"] = put(weights["inner"]["kernel"], (None, "m"))
-    if split == "d":
-        placed["outer"]["kernel"] = put(weights["outer"]["kernel"], ("m", None))
-    else:
-        placed["inner"]["kernel"] = put(weights["inner"]["kernel"], ())
+    placed["split"] = put(weights["split"], ("d", "m"))
     for run in (function, jax.jit(function)):
         value, gradients = run(placed, *map(put, batch), **step)
         np.testing.assert_allclose(value, want, rtol=1e-12)

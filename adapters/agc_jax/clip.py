@@ -278,9 +278,7 @@ def _raise_if_any(plan: Plan, nonfinite: Any) -> None:
 
 _RUN: Final = 64  # squares added up in float32, which XLA does in vector lanes or in pairs
 _MANY: Final = 512  # squares in a unit from which on the errors of its runs average out
-_SMALL: Final = (
-    1 << 12
-)  # elements up to which copying a parameter costs less than starting a kernel
+_SMALL: Final = 1 << 12  # elements up to which a copy costs less than starting a kernel
 _LARGE: Final = 1 << 15  # squares in an array from which on their number matters at all
 _SAFE_EPS: Final = 1e-8  # floor from which on what float32 cannot hold does not matter
 

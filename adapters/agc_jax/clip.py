@@ -298,7 +298,7 @@ def _clip_anywhere(
     if mesh is None:
         return clip(gradients, weights, *others)
     whole = jax.NamedSharding(mesh, jax.P())
-    stats = Stats(*[whole] * 5, Columns(*[whole] * 5))
+    stats = Stats(whole, whole, whole, whole, whole, Columns(whole, whole, whole, whole, whole))
     clip = jax.sharding.auto_axes(
         clip,
         axes=mesh.explicit_axes,

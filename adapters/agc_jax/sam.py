@@ -541,7 +541,8 @@ def _placed(take: Callable[[jax.Array], jax.Array], leaf: Any, front: tuple[int,
     """
     array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
     kind = jax.typeof(array).sharding
-    first, *others = (*kind.spec, *(None,) * (array.ndim - len(kind.spec)))
+    axes: list[Any] = [*kind.spec, *[None] * (array.ndim - len(kind.spec))]
+    first, others = axes[0], axes[1:]
     names = first if isinstance(first, tuple) else (first,) if first else ()
     if not set(names) & set(kind.mesh.explicit_axes):
         return take(array)
@@ -550,7 +551,7 @@ def _placed(take: Callable[[jax.Array], jax.Array], leaf: Any, front: tuple[int,
     spec = jax.P(*(None,) * (len(front) - 1), stays, *others)
     place = jax.NamedSharding(kind.mesh, spec)
     automatic = jax.sharding.auto_axes(take, axes=kind.mesh.explicit_axes, out_sharding=place)
-    return automatic(array)  # type: ignore[no-any-return]
+    return automatic(array)
 
 
 def _arrays(weights: tuple[Tree, ...]) -> tuple[Tree, ...]:

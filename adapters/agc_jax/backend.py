@@ -325,7 +325,7 @@ def _at_step(state: Any, step: int) -> Any:
 
     def move(node: Any) -> Any:
         if isinstance(node, AdaptiveGradClipState):
-            return node._replace(count=jnp.full_like(node.count, step))
+            return node._replace(steps=jnp.full_like(node.steps, step))
         return node
 
     return jax.tree.map(move, state, is_leaf=lambda node: isinstance(node, AdaptiveGradClipState))

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,8 @@ def adaptive_clip_gradients(
     Raises
     ------
     ConfigError
-        If ``rule`` is not an AGC, or a schedule's value is known and is not a finite number above 0.
+        If ``rule`` is not an AGC, a schedule's value is known and is not a finite number above 0, or
+        ``nonfinite="raise"`` is compiled for several processes.
     ParameterError
         If ``params`` is None or lacks a parameter that has a gradient.
     ShapeError
@@ -95,7 +96,9 @@ def adaptive_clip_gradients(
     Notes
     -----
     Works inside and outside ``jax.jit``, ``vmap``, ``scan`` and ``grad``; the factor that a unit is scaled by
-    counts as a constant in derivatives. Outside it is compiled on first use.
+    counts as a constant in derivatives: those *through* a clipping step, as meta-learning takes them, are
+    exact only where nothing is clipped. Outside it is compiled on first use, once for each rule: make the
+    rule, and callables in it, once as well, since a new ``lambda`` in each step is a new program.
 
     Examples
     --------
@@ -108,7 +111,7 @@ def adaptive_clip_gradients(
     >>> int(stats.clipped), int(stats.units)
     (2, 2)
     """
-    return clipper(rule, units)(gradients, params, step)
+    return clipper(rule, units)(gradients, params, step, by_hand=True)
 
 
 class Clipper:
@@ -145,8 +148,13 @@ class Clipper:
         params: PyTree,
         step: int | jax.Array,
         clipping: jax.Array | None = None,
+        *,
+        by_hand: bool = False,
     ) -> tuple[PyTree, Stats]:
-        """Clip; ``clipping``, if given, stands for every threshold that is not None."""
+        """Clip; ``clipping``, if given, stands for every threshold that is not None.
+
+        Without any gradient there is nothing to do, which is an error by hand (AGC-5).
+        """
         if params is None:
             raise ParameterError(
                 "AGC compares gradients with parameters, and params is None: "
@@ -179,7 +187,7 @@ class Clipper:
             if plan.entries[place].clipped:
                 work[place] = (index, gradient, weight)
         masked = any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
-        if weights and not present and not masked:
+        if by_hand and weights and not present and not masked:
             raise MissingGradientError(
                 "no parameter has a gradient; compute gradients before clipping them"
             )
@@ -214,9 +222,15 @@ class Clipper:
             _call_schedules(entries, np.int32(step) if isinstance(step, int) else step)
         step = jax.device_put(np.int32(step)) if scheduled and isinstance(step, int) else step
         arguments = (gradients, weights, step if scheduled else None, clipping)
-        program = partial(_clip, self.rule, plan, places)
+        program = partial(_clip_anywhere, self.rule, plan, places)
         watch = self.rule.nonfinite == "raise"
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
+            if watch and jax.process_count() > 1:
+                raise ConfigError(
+                    f"nonfinite='raise' inside compiled code of {jax.process_count()} processes would raise on "
+                    "the first alone, and leave the others waiting; clip outside jit, or use "
+                    "nonfinite='propagate' with optax.apply_if_finite"
+                )
             clipped, stats = program(*arguments)
             if watch:
                 jax.debug.callback(partial(_raise_if_any, plan), stats.columns.nonfinite)
@@ -250,7 +264,7 @@ def _array(name: str, what: str, leaf: Any) -> jax.Array:
 
 
 def _raise_if_any(plan: Plan, nonfinite: Any) -> None:
-    counts = np.asarray(nonfinite)
+    counts = jax.device_get(nonfinite)
     if counts.ndim == 1 and (found := np.flatnonzero(counts)).size:
         entry = plan.entries[found[0]]
         others = f", and so of {found.size - 1} other parameters" if found.size > 1 else ""
@@ -262,15 +276,35 @@ def _raise_if_any(plan: Plan, nonfinite: Any) -> None:
 
 # --- what is compiled --------------------------------------------------------------------------------
 
-Platform: TypeAlias = Literal["cpu", "gpu", "tpu"]
-
 _RUN: Final = 64  # squares added up in float32, which XLA does in vector lanes or in pairs
 _MANY: Final = 512  # squares in a unit from which on the errors of its runs average out
-_SMALL: Final = (
-    1 << 12
-)  # elements up to which copying a parameter costs less than starting a kernel
+_SMALL: Final = 1 << 12  # elements up to which a copy costs less than starting a kernel
 _LARGE: Final = 1 << 15  # squares in an array from which on their number matters at all
 _SAFE_EPS: Final = 1e-8  # floor from which on what float32 cannot hold does not matter
+
+
+def _clip_anywhere(
+    rule: AGC,
+    plan: Plan,
+    places: tuple[int, ...],
+    gradients: list[jax.Array],
+    weights: list[jax.Array],
+    *others: jax.Array | None,
+) -> tuple[list[jax.Array], Stats]:
+    """Clip; where shardings are types, leave those inside to the compiler, as they are elsewhere (AGC-8)."""
+    clip = partial(_clip, rule, plan, places)
+    kinds = [jax.typeof(array).sharding for array in (*gradients, *weights)]
+    mesh = next((kind.mesh for kind in kinds if kind.mesh.explicit_axes), None)
+    if mesh is None:
+        return clip(gradients, weights, *others)
+    whole = jax.NamedSharding(mesh, jax.P())
+    stats = Stats(whole, whole, whole, whole, whole, Columns(whole, whole, whole, whole, whole))
+    clip = jax.sharding.auto_axes(
+        clip,
+        axes=mesh.explicit_axes,
+        out_sharding=(kinds[: len(gradients)], stats),
+    )
+    return clip(gradients, weights, *others)  # type: ignore[no-any-return]
 
 
 def _clip(
@@ -287,11 +321,11 @@ def _clip(
     given = _call_schedules(entries, step) if clipping is None else [clipping] * len(entries)
     fixed = [None if isinstance(value, jax.Array) else value for value in given]
     traced = [value if isinstance(value, jax.Array) else None for value in given]
-    cpu, gpu, tpu = (
-        partial(_clip_on, name, rule, entries, fixed) for name in ("cpu", "gpu", "tpu")
+    double, single = (
+        partial(_clip_in, wide, rule, entries, fixed) for wide in (np.float64, np.float32)
     )
     clipped, rows = lax.platform_dependent(
-        gradients, weights, traced, step, cpu=cpu, tpu=tpu, default=gpu
+        gradients, weights, traced, step, tpu=single, default=double
     )
     return clipped, Stats.of(_columns(plan, places, rows))
 
@@ -353,8 +387,8 @@ Rows: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """Clipped and non-finite units, largest ratio and smallest scale of some parameters."""
 
 
-def _clip_on(
-    platform: Platform,
+def _clip_in(
+    wide: type[np.floating[Any]],
     rule: AGC,
     entries: Sequence[PlanEntry],
     fixed: Sequence[float | Schedule | None],
@@ -363,25 +397,23 @@ def _clip_on(
     traced: Sequence[jax.Array | None],
     step: jax.Array | None,
 ) -> tuple[list[jax.Array], Rows]:
-    """Clip in the way of one platform."""
+    """Clip with the numbers of the units in this precision, or float64 if an array is."""
     real = jnp.zeros((), float).dtype
     outputs: list[jax.Array] = list(gradients)
     groups: dict[Any, tuple[_How, list[tuple[list[int], Any, Any, Any]]]] = {}
-    with nullcontext() if platform == "tpu" else jax.enable_x64(True):
+    with nullcontext() if wide is np.float32 else jax.enable_x64(True):
         for alike in _alike(entries, gradients, weights):
             entry, gradient, weight = entries[alike[0]], gradients[alike[0]], weights[alike[0]]
             double = any(array.dtype in (np.float64, np.complex128) for array in (gradient, weight))
-            wide = np.dtype(np.float64 if double or platform != "tpu" else np.float32)
-            how = _How(entry.axes, platform, double, rule.eps, rule.div_eps, rule.nonfinite)
-            clipping_K = jnp.stack([_threshold(fixed[i], traced[i], step, wide) for i in alike])
-            if len(alike) == 1:
-                out, *sums = _clip_parameter(gradient, weight, clipping_K[0], how=how)
-                out_K, (g_KU, w_KU) = [out], (sum_U[None] for sum_U in sums)
-            else:
-                out_K, g_KU, w_KU = jax.vmap(partial(_clip_parameter, how=how))(
-                    *(jnp.stack([arrays[i] for i in alike]) for arrays in (gradients, weights)),
-                    clipping_K,
-                )
+            how = _How(entry.axes, _Limits(double, rule.eps, rule.div_eps), rule.nonfinite)
+            clipping_K = _thresholds(
+                [(fixed[i], traced[i]) for i in alike],
+                step,
+                np.dtype(np.float64 if double else wide),
+            )
+            out_K, g_KU, w_KU = _clip_alike(
+                [gradients[i] for i in alike], [weights[i] for i in alike], clipping_K, how=how
+            )
             for index, out in zip(alike, out_K, strict=True):
                 outputs[index] = out
             members = groups.setdefault((entry.count, double), (how, []))[1]
@@ -419,21 +451,21 @@ def _alike(
     ):
         key: Any = index
         if gradient.size <= _SMALL:
-            kinds = [(array.dtype, jax.typeof(array).sharding) for array in (gradient, weight)]
-            key = (entry.axes, *kinds)
+            key = (entry.axes, gradient.dtype, weight.dtype)
         groups.setdefault(key, []).append(index)
     return list(groups.values())
 
 
 def _count(g: jax.Array, w: jax.Array, clipping: jax.Array, *, how: _How) -> Rows:
     """Numbers of K parameters with U units each, from squared norms, all in one reduction."""
-    units = _compare(g, w, clipping[:, None], how)
+    units = _compare(g, w, clipping, limits=how.limits)
     wide = g.dtype.type
+    one = lax.full_like(g, 1)
     rows = (
         lax.convert_element_type(units.clipped, np.int32),
         lax.convert_element_type(units.bad, np.int32),
-        units.norm / units.floor,
-        jnp.where(units.clipped, 1 / units.excess, wide(1)),
+        lax.div(units.norm, units.floor),
+        lax.select(units.clipped, lax.div(one, units.excess), one),
     )
     start = (np.int32(0), np.int32(0), wide(0), wide(1))
     return lax.reduce(rows, start, _combine, (1,))  # type: ignore[no-any-return]
@@ -443,18 +475,23 @@ def _combine(a: Rows, b: Rows) -> Rows:
     return a[0] + b[0], a[1] + b[1], lax.max(a[2], b[2]), lax.min(a[3], b[3])
 
 
-def _threshold(
-    fixed: float | Schedule | None,
-    traced: jax.Array | None,
+def _thresholds(
+    given: Sequence[tuple[float | Schedule | None, jax.Array | None]],
     step: jax.Array | None,
     wide: np.dtype[Any],
 ) -> Any:
-    if traced is not None:
-        return lax.convert_element_type(traced, wide)
-    if isinstance(fixed, Schedule):
-        steps, values = (np.array(column, wide) for column in zip(*fixed.points, strict=True))
-        return jnp.interp(lax.convert_element_type(step, wide), steps, values)
-    return np.array(fixed, wide)
+    """Thresholds of K parameters, ``(K,)``; what is known is an array of NumPy's."""
+    values = []
+    for fixed, traced in given:
+        if traced is not None:
+            values.append(lax.convert_element_type(traced, wide))
+        elif isinstance(fixed, Schedule):
+            steps, points = (np.array(column, wide) for column in zip(*fixed.points, strict=True))
+            values.append(jnp.interp(lax.convert_element_type(step, wide), steps, points))
+        else:
+            values.append(np.array(fixed, wide))
+    known = all(isinstance(value, np.ndarray) for value in values)
+    return np.stack(values) if known else jnp.stack(values)
 
 
 class _Units(NamedTuple):
@@ -470,21 +507,37 @@ class _Units(NamedTuple):
     """What units that are clipped are divided by."""
 
 
-def _compare(g: jax.Array, w: jax.Array, clipping: jax.Array, how: _How) -> _Units:
+@dataclass(frozen=True)
+class _Limits:
+    """What is known of norms and limits before they are compiled."""
+
+    double: bool
+    """Whether gradients or weights are float64."""
+    eps: float
+    div_eps: float
+
+
+@partial(jax.jit, static_argnames="limits")
+def _compare(g: jax.Array, w: jax.Array, clipping: jax.Array, *, limits: _Limits) -> _Units:
     """Compare squared norms with squared limits, so that only the factors need a root.
 
     A sum that float32 cannot hold counts as infinite on every platform.
     """
-    wide = g.dtype.type
-    largest = wide(float(jnp.finfo(np.float64 if how.double else np.float32).max))
-    senseless = ~((clipping > 0) & (clipping < np.inf))  # a schedule may return anything (AGC-10)
-    bad = ~((g <= largest) & (w <= largest)) | senseless  # AGC-4
-    norm = jnp.where(bad, wide(0), g)
-    least = max(how.eps**2, float(jnp.finfo(wide).tiny)) if how.eps else 0
-    floor = jnp.where(norm == 0, wide(1), jnp.maximum(w, wide(least)))
-    clipped = norm > clipping * clipping * floor  # AGC-1, AGC-2: strictly
-    excess = jnp.sqrt(jnp.maximum(norm, wide(how.div_eps**2)) / floor) / clipping
-    return _Units(norm, floor, bad, senseless, clipped, excess)
+    wide = g.dtype
+    largest = lax.full_like(g, jnp.finfo(np.float64 if limits.double else np.float32).max)
+    least = max(limits.eps**2, float(jnp.finfo(wide).tiny)) if limits.eps else 0
+    zero, one = lax.full_like(g, 0), lax.full_like(g, 1)
+    known = (clipping > 0) & (clipping < np.inf)  # a schedule may return anything (AGC-10)
+    clipping_KU, sensible_KU = (
+        lax.broadcast_in_dim(column, g.shape, (0,)) for column in (clipping, known)
+    )
+    good = lax.le(g, largest) & lax.le(w, largest) & sensible_KU  # AGC-4
+    norm = lax.select(good, g, zero)
+    floor = lax.select(lax.eq(norm, zero), one, lax.max(w, lax.full_like(w, least)))
+    clipped = lax.gt(norm, lax.mul(lax.square(clipping_KU), floor))  # AGC-1, AGC-2: strictly
+    divided = lax.max(norm, lax.full_like(norm, limits.div_eps**2))
+    excess = lax.div(lax.sqrt(lax.div(divided, floor)), clipping_KU)
+    return _Units(norm, floor, lax.bitwise_not(good), lax.bitwise_not(sensible_KU), clipped, excess)
 
 
 @dataclass(frozen=True)
@@ -492,75 +545,131 @@ class _How:
     """What is known of the arithmetic of one parameter before it is compiled."""
 
     axes: UnitAxes
-    platform: Platform
-    double: bool
-    eps: float
-    div_eps: float
+    limits: _Limits
     nonfinite: str
 
 
 @partial(jax.jit, static_argnames="how")
-def _clip_parameter(
-    gradient: jax.Array, weight: jax.Array, clipping: jax.Array, *, how: _How
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Clip one gradient; also the squared norms of every unit of the gradient and of the weight."""
+def _clip_alike(
+    gradients: list[jax.Array], weights: list[jax.Array], clipping: jax.Array, *, how: _How
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Clip K gradients of one kind; also the squared norms of all units, ``(K, U)``, of both."""
     clipping = lax.stop_gradient(clipping)
-    g_U = _sum_of_squares(lax.stop_gradient(gradient), how=how, wide=clipping.dtype)
-    w_U = _sum_of_squares(lax.stop_gradient(weight), how=how, wide=clipping.dtype)
-    units = _compare(g_U, w_U, clipping, how)
-    wide = clipping.dtype.type
-    poison = wide(np.nan)
-    if how.nonfinite == "zero":
-        poison = jnp.where(units.senseless, poison, wide(np.inf))
-    excess_U = jnp.where(units.bad, poison, jnp.where(units.clipped, units.excess, wide(1)))
-    if how.eps >= _SAFE_EPS and not how.double:  # then float32 can hold every factor
-        excess_U = lax.convert_element_type(excess_U, np.float32)
+    g_KU, w_KU = (
+        _sums_of_squares([lax.stop_gradient(array) for array in arrays], how, clipping.dtype)
+        for arrays in (gradients, weights)
+    )
+    factors = _factors(g_KU, w_KU, clipping, limits=how.limits, nonfinite=how.nonfinite)
+    clipped = [
+        _scale(gradient, factor_U, how)
+        for gradient, factor_U in zip(gradients, factors, strict=True)
+    ]
+    return clipped, g_KU, w_KU
+
+
+@partial(jax.jit, static_argnames=("limits", "nonfinite"))
+def _factors(
+    g: jax.Array, w: jax.Array, clipping: jax.Array, *, limits: _Limits, nonfinite: str
+) -> Sequence[jax.Array]:
+    """Return what the units of K gradients are multiplied by, a row for each; 1 for units to be kept."""
+    units = _compare(g, w, clipping, limits=limits)
+    poison = lax.full_like(g, np.nan)
+    if nonfinite == "zero":
+        poison = lax.select(units.senseless, poison, lax.full_like(g, np.inf))
+    excess_KU = lax.select(
+        units.bad, poison, lax.select(units.clipped, units.excess, lax.full_like(g, 1))
+    )
+    if limits.eps >= _SAFE_EPS and not limits.double:  # then float32 can hold every factor
+        excess_KU = lax.convert_element_type(excess_KU, np.float32)
     # A division comes last: XLA fuses anything cheaper into all that follows, at worst into every element.
-    factor_U = excess_U.dtype.type(1) / excess_U
-    g_V, factor_V = gradient.reshape(how.axes.view), factor_U.reshape(how.axes.unit_shape)
+    factor_KU = lax.div(lax.full_like(excess_KU, 1), excess_KU)
+    if len(factor_KU) == 1:
+        return [lax.squeeze(factor_KU, (0,))]
+    return lax.platform_dependent(factor_KU, cpu=_rows_by_sums, default=list)  # type: ignore[no-any-return]
+
+
+def _rows_by_sums(array: jax.Array) -> list[jax.Array]:
+    """Take an array apart along its first axis, for a CPU.
+
+    There each slice is a program of its own, and so is what uses it. A reduction whose results are the rows
+    is one program, and what uses them is alike.
+    """
+    index = lax.broadcasted_iota(np.int32, array.shape, 0)
+    zero = lax.full_like(array, 0)
+    alone = [lax.select(lax.eq(index, np.int32(k)), array, zero) for k in range(len(array))]
+    nothing = [array.dtype.type(0)] * len(array)
+    return list(lax.reduce(alone, nothing, lambda a, b: list(map(lax.add, a, b)), (0,)))
+
+
+def _scale(gradient: jax.Array, factor: jax.Array, how: _How) -> jax.Array:
+    """Multiply every unit by its factor; units with the factor 1 keep their bits."""
+    g_V = lax.reshape(gradient, how.axes.view)
+    kept = [size for axis, size in enumerate(how.axes.view) if axis in how.axes.keep]
+    factor_V = lax.broadcast_in_dim(lax.reshape(factor, kept), how.axes.view, how.axes.keep)
     out_V = _times(g_V, factor_V)
     if how.nonfinite == "zero":
-        out_V = jnp.where(factor_V == 0, jnp.zeros((), gradient.dtype), out_V)
-    out_V = jnp.where(factor_V == 1, g_V, out_V)  # keeps the bits
-    return out_V.reshape(gradient.shape), g_U, w_U
+        out_V = lax.select(
+            lax.eq(factor_V, lax.full_like(factor_V, 0)), lax.full_like(out_V, 0), out_V
+        )
+    out_V = lax.select(lax.eq(factor_V, lax.full_like(factor_V, 1)), g_V, out_V)
+    return lax.reshape(out_V, gradient.shape)
 
 
 def _times(array: jax.Array, factor: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(array):
         return lax.complex(_times(lax.real(array), factor), _times(lax.imag(array), factor))
-    return lax.convert_element_type(
-        lax.convert_element_type(array, factor.dtype) * factor, array.dtype
-    )
+    product = lax.mul(lax.convert_element_type(array, factor.dtype), factor)
+    return lax.convert_element_type(product, array.dtype)
 
 
-def _sum_of_squares(array: jax.Array, how: _How, wide: np.dtype[Any]) -> jax.Array:
-    """Sum of the squared magnitudes of every unit, in a row (AGC-3)."""
-    axes = how.axes
-    if jnp.iscomplexobj(array):
-        real, imaginary = lax.real(array), lax.imag(array)
-        return _sum_of_squares(real, how, wide) + _sum_of_squares(imaginary, how, wide)
-    runs = how.platform == "cpu" and how.eps >= _SAFE_EPS and array.dtype != np.float64
-    split = _split_into_runs(axes) if runs else None
-    if split is None:
-        array_V = lax.convert_element_type(array.reshape(axes.view), wide)
-        return jnp.sum(array_V * array_V, axis=axes.reduce).ravel()
+def _sums_of_squares(arrays: Sequence[jax.Array], how: _How, wide: np.dtype[Any]) -> jax.Array:
+    """Return the sums of the squared magnitudes of every unit of K arrays, ``(K, U)`` (AGC-3)."""
+    if jnp.iscomplexobj(arrays[0]):
+        parts = [[part(array) for array in arrays] for part in (lax.real, lax.imag)]
+        return lax.add(*(_sums_of_squares(part, how, wide) for part in parts))
+    axes, count = how.axes, len(arrays)
+    if count > 1:
+        stacked = lax.concatenate([lax.reshape(array, (1, *axes.view)) for array in arrays], 0)
+        sums = _sum(stacked, wide, tuple(axis + 1 for axis in axes.reduce))
+        return lax.reshape(sums, (count, axes.count))
+    straight = partial(_sum, wide=wide, reduce=axes.reduce)
+    runs = how.limits.eps >= _SAFE_EPS and arrays[0].dtype != np.float64 and wide == np.float64
+    if runs and (split := _split_into_runs(axes)) is not None:
+        cpu = partial(_sum_of_runs, wide=wide, split=split)
+        sums = lax.platform_dependent(
+            arrays[0], cpu=cpu, default=lambda array: straight(lax.reshape(array, axes.view))
+        )
+    else:
+        sums = straight(lax.reshape(arrays[0], axes.view))
+    return lax.reshape(sums, (1, axes.count))
+
+
+def _sum(array: jax.Array, wide: np.dtype[Any], reduce: tuple[int, ...]) -> jax.Array:
+    return lax.reduce_sum(lax.square(lax.convert_element_type(array, wide)), reduce)
+
+
+def _sum_of_runs(array: jax.Array, wide: np.dtype[Any], split: _Split) -> jax.Array:
+    """Sum of squares in runs of float32, and of the runs in the wide dtype."""
     shape, inside, between = split
     # Without the barrier XLA moves the reshape behind the product, where its fused kernel for sums of
     # squares no longer sees it.
-    pieces = lax.optimization_barrier(array.reshape(shape))
-    pieces = lax.convert_element_type(pieces, np.float32)
-    sums = jnp.sum(pieces * pieces, axis=inside, keepdims=True)
-    return jnp.sum(lax.convert_element_type(sums, wide), axis=(*inside, *between)).ravel()
+    pieces = lax.optimization_barrier(lax.reshape(array, shape))
+    sums = _sum(pieces, np.dtype(np.float32), inside)
+    left = [axis for axis in range(len(shape)) if axis not in inside]
+    return lax.reduce_sum(
+        lax.convert_element_type(sums, wide), [left.index(axis) for axis in between]
+    )
+
+
+_Split: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""A shape, its axes inside a run, and its axes from run to run."""
 
 
 @lru_cache(maxsize=4096)
-def _split_into_runs(
-    axes: UnitAxes,
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+def _split_into_runs(axes: UnitAxes) -> _Split | None:
     """Split the reduced axes into runs of elements that lie next to each other.
 
-    Returns a shape, its axes inside a run, and its axes from run to run; None if the sizes leave only
-    short runs, or there are too few to be worth it.
+    Returns None if the sizes leave only short runs, or there are too few to be worth it.
     """
     view, reduce = axes.view, axes.reduce
     if axes.fan_in < _MANY or math.prod(view) < _LARGE:

@@ -36,7 +36,9 @@ def adaptive_grad_clip(
         What ``agc_jax.units(model)`` returned. Without it the types or names in the parameters decide.
     clipping : float, scalar array or callable, optional
         Takes the place of every threshold of the rule that is not None, so that it can be a
-        hyper-parameter of ``optax.inject_hyperparams``.
+        hyper-parameter of ``optax.inject_hyperparams``. With parameters in low precision give that
+        ``hyperparam_dtype=jnp.float32``: it has the thresholds in the parameters' dtype otherwise, and 0.01
+        in bfloat16 is 0.0100098.
 
     Returns
     -------
@@ -51,7 +53,7 @@ def adaptive_grad_clip(
         By ``update``, if it is called without parameters.
     SelectorError, AmbiguousUnitsError, UnitsError
         By ``init``, as :func:`agc.plan.make_plan`.
-    ShapeError, DTypeError, MissingGradientError, NonFiniteError
+    ShapeError, DTypeError, NonFiniteError
         By ``update``, as :func:`agc_jax.adaptive_clip_gradients`.
 
     Notes
@@ -68,6 +70,9 @@ def adaptive_grad_clip(
     traced under ``jit``. A threshold that is not a finite number above 0 is an error where its value is known,
     as it is outside ``jit``. Inside, which cannot raise, every unit it belongs to becomes NaN under every policy
     and counts as non-finite; ``nonfinite="raise"`` reports it, too.
+
+    *Gradients that are missing* (AGC-5). None and ``optax.MaskedNode`` are left alone; a step without any
+    gradient clips nothing, and its telemetry is empty.
 
     *Masks*. What ``optax.masked`` and ``optax.partition`` leave out is left alone. Give ``units`` there, so
     that the name patterns of the rule are verified with the whole model.
@@ -105,15 +110,15 @@ def adaptive_grad_clip(
 
     def init(params: PyTree) -> AdaptiveGradClipState:
         return AdaptiveGradClipState(
-            jax.numpy.zeros((), np.int32), no_stats(len(clip.plan(params)))
+            jax.device_put(np.int32(0), may_alias=False), no_stats(len(clip.plan(params)))
         )
 
     def update(
         updates: PyTree, state: AdaptiveGradClipState, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, AdaptiveGradClipState]:
         del extra
-        clipped, found = clip(updates, params, state.count, dynamic)
-        return clipped, AdaptiveGradClipState(optax.safe_increment(state.count), found)
+        clipped, found = clip(updates, params, state.steps, dynamic)
+        return clipped, AdaptiveGradClipState(_increment(state.steps), found)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -123,14 +128,22 @@ class AdaptiveGradClipState(NamedTuple):
 
     Attributes
     ----------
-    count : array of int32
-        Steps taken, for schedules (AGC-10).
+    steps : array of int32
+        Steps taken, for schedules (AGC-10). No state of optax has a field of this name, so that
+        ``optax.tree_utils.tree_get(state, "count")`` finds optax's own.
     stats : Stats
         Telemetry of the last step (AGC-11).
     """
 
-    count: jax.Array
+    steps: jax.Array
     stats: Stats
+
+
+jax.export.register_namedtuple_serialization(
+    AdaptiveGradClipState, serialized_name="agc_jax.AdaptiveGradClipState"
+)
+
+_increment = jax.jit(optax.safe_increment)
 
 
 def stats(opt_state: PyTree) -> Stats:

@@ -1,6 +1,6 @@
 """Sharpness-aware minimization as an ordinary ``value_and_grad``.
 
-``sam_value_and_grad`` has the signature and the purity of :func:`jax.value_and_grad`: it computes the
+``sam_value_and_grad`` is called like :func:`jax.value_and_grad` and as pure: it computes the
 gradient at the weights, moves to ``w + e``, and returns the gradient there. The weights given are never
 changed, so there is nothing to restore; the optimizer, and AGC in front of it, see that one gradient and
 the original weights.
@@ -9,6 +9,7 @@ the original weights.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
 from collections import Counter
@@ -19,11 +20,14 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from agc.config import SAM, Schedule, check_rule
 from agc.errors import ConfigError, DTypeError, NonFiniteError, ParameterError
-from agc.plan import canonical_name, perturbed_names
+from agc.plan import perturbed_names
 from agc_jax.clip import call_schedule
+from agc_jax.layers import in_equinox
+from agc_jax.units import flatten, is_absent
 
 __all__ = ["SamStats", "Verification", "sam_value_and_grad", "verify_sam"]
 
@@ -52,6 +56,9 @@ class SamStats(NamedTuple):
         return self.perturbed_loss - self.loss
 
 
+jax.export.register_namedtuple_serialization(SamStats, serialized_name="agc_jax.SamStats")
+
+
 def sam_value_and_grad(
     loss_fn: Callable[..., Any],
     rule: SAM,
@@ -78,7 +85,9 @@ def sam_value_and_grad(
         whole batch (SAM-12); with ``microbatches``, stacked along a new first axis.
     batch_argnums : int or sequence of int, optional
         Which positional arguments are the batch (pytrees of arrays that share their first axis).
-        Needed for ``fraction`` below 1 and ``microbatches`` above 1; the loss must be a mean.
+        Needed for ``fraction`` below 1 and ``microbatches`` above 1; the loss must be a mean. What is not
+        split by example, a scalar or a random key, belongs in another argument; each part is given the
+        same.
     axis_name : str or sequence of str, optional
         Mesh axes to average over inside ``shard_map`` (or ``pmap``). The descent gradient always is
         averaged, the ascent gradient if ``rule.scope`` is ``"global"`` (SAM-9). Outside, leave it out:
@@ -90,7 +99,8 @@ def sam_value_and_grad(
     -------
     callable
         Takes ``loss_fn``'s arguments, and ``step=`` (an integer, traced or not) if ``rho`` is a schedule
-        or ``every`` is above 1. Returns ``(value, gradients)``, ``((value, aux), gradients)`` with
+        or ``every`` is above 1. A loss with a parameter ``step``, or with ``**kwargs``, is given it as
+        well. Returns ``(value, gradients)``, ``((value, aux), gradients)`` with
         ``has_aux``, and the stats behind them with ``has_stats``.
 
     Raises
@@ -98,11 +108,12 @@ def sam_value_and_grad(
     ConfigError
         If ``rule`` is not a SAM, ``fraction`` or ``microbatches`` is given without ``batch_argnums``, a
         step is missing, an argument is not there, or a schedule of rho returns what is known not to be a
-        finite number above 0.
+        finite number above 0. By the function also if the arrays of the batch do not share their first
+        axis.
     DTypeError
-        If a weight is neither floating point nor complex.
+        If a weight is neither floating point nor complex, or no array.
     ParameterError
-        If two weights have the same name.
+        If two weights have the same name, or an NNX module is given that holds more than weights.
     SelectorError
         If a name pattern matches nothing, or nothing is left to perturb.
 
@@ -113,6 +124,10 @@ def sam_value_and_grad(
     :func:`optax.apply_if_finite` to skip the step; ``"raise"`` works outside ``jit`` only (SAM-5).
     A schedule of rho is called with the step as it is given. Traced, it cannot raise: where it returns
     nonsense the gradients are NaN under every policy (SAM-11).
+
+    A model is split first, so that the first argument is its weights alone: ``nnx.split(model, nnx.Param,
+    ...)`` for Flax NNX, ``eqx.partition(model, eqx.is_inexact_array)`` for Equinox. ``exclude`` and ``only``
+    take the names that ``agc_jax.plan`` prints.
 
     The gradients of complex weights are those of :func:`jax.grad`, conjugates of the steepest ascent;
     the perturbation goes uphill.
@@ -140,6 +155,8 @@ def sam_value_and_grad(
 
     @functools.wraps(loss_fn)
     def value_and_grad(*args: Any, step: Any = None, **kwargs: Any) -> Any:
+        if step is not None and _takes_step(loss_fn, len(args)):
+            kwargs["step"] = step
         if step is None and (callable(rule.rho) or rule.every != 1):
             raise ConfigError(
                 "rho is a schedule, or every is above 1: call with step=, the optimizer's step count"
@@ -157,6 +174,8 @@ def sam_value_and_grad(
             return gradient_fn(*merged, **kwargs)
 
         batch = tuple(args[i] for i in batch_at)
+        if rule.fraction != 1 or rule.microbatches != 1:
+            _check_batch(batch, batch_at)
 
         def sharpness_aware() -> Any:
             return _gradients(compute, weights, batch, rule, _radius(rule, step), axes)
@@ -196,12 +215,7 @@ def _gradients(
     """Clean loss, auxiliary data, descent gradients and stats of one batch."""
     if rule.microbatches == 1:
         return _two_passes(compute, weights, batch, rule, rho, axes)
-    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
-    if len(sizes) != 1:
-        raise ConfigError(
-            f"the arrays of the batch must share their first axis, got {sorted(sizes)}"
-        )
-    (examples,) = sizes
+    examples = len(jax.tree.leaves(batch)[0])
     if examples < rule.microbatches:
         raise ConfigError(f"microbatches={rule.microbatches} is more than the {examples} examples")
 
@@ -209,15 +223,15 @@ def _gradients(
         return _two_passes(compute, weights, part, rule, rho, axes)
 
     if examples % rule.microbatches == 0:
-        shape = (rule.microbatches, examples // rule.microbatches)
-        stacked = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), batch)
-        lengths = [shape[1]] * rule.microbatches
+        size = examples // rule.microbatches
+        stacked = jax.tree.map(lambda leaf: _stacked(leaf, size), batch)
+        lengths = [size] * rule.microbatches
         results = jax.lax.map(run, stacked)
     else:
         bounds = [_boundary(examples, i, rule.microbatches) for i in range(rule.microbatches + 1)]
         lengths = [high - low for low, high in itertools.pairwise(bounds)]
         parts = [
-            run(jax.tree.map(lambda leaf, a=low, b=high: leaf[a:b], batch))
+            run(jax.tree.map(lambda leaf, a=low, b=high: _part(leaf, a, b), batch))
             for low, high in itertools.pairwise(bounds)
         ]
         results = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
@@ -251,7 +265,9 @@ def _two_passes(
 ) -> Any:
     first = batch
     if rule.fraction < 1:
-        first = jax.tree.map(lambda leaf: leaf[: math.ceil(rule.fraction * leaf.shape[0])], batch)
+        first = jax.tree.map(
+            lambda leaf: _part(leaf, 0, math.ceil(rule.fraction * len(leaf))), batch
+        )
     (value, clean_aux), ascent = compute(weights, first)
     if axes is not None and rule.scope == "global":
         ascent = _varying(jax.lax.pmean(ascent, axes), axes)
@@ -273,17 +289,12 @@ def _perturb(
     weights: tuple[Tree, ...], ascent: tuple[Tree, ...], rule: SAM, rho: float | jax.Array
 ) -> tuple[tuple[Tree, ...], jax.Array]:
     """Return the weights at ``w + e`` and the norm of the ascent gradient (SAM-1, SAM-2, SAM-10)."""
-    tree = weights[0] if len(weights) == 1 else weights
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree)
-    names = [canonical_name(_name(path)) or "w" for path, _ in paths]
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise ParameterError(f"two parameters are called {name!r}")
-    chosen = set(perturbed_names(names, rule))
-    leaves = [leaf for _, leaf in paths]
-    gradients = jax.tree.leaves(ascent)
+    names, leaves, structure = flatten(_one(weights))
+    chosen = set(perturbed_names(_distinct(names, leaves), rule))
+    gradients = iter(jax.tree.leaves(ascent))
     directions = {}
-    for name, w, g in zip(names, leaves, gradients, strict=True):
+    for name, w in _named_arrays(names, leaves):
+        g = next(gradients)
         if name in chosen:
             # JAX's gradient of a complex weight is the conjugate of the steepest ascent.
             directions[name] = jnp.conj(g.astype(_wide(g.dtype))) * _scale(w, rule)
@@ -291,20 +302,41 @@ def _perturb(
     largest = functools.reduce(
         jnp.maximum, [jnp.max(jnp.abs(d)) for d in directions.values() if d.size], nothing
     )
-    safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    # What the norm is divided by, and a root at 0, would make derivatives through this step NaN.
+    safe = jax.lax.stop_gradient(jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1))
     squares = [jnp.sum(jnp.square(jnp.abs(d / safe))) for d in directions.values()]
-    norm = jnp.sqrt(functools.reduce(jnp.add, squares)) * safe
-    factor = rho / (norm + rule.eps)
+    total = functools.reduce(jnp.add, squares)
+    norm = jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)) * safe, total)
     usable = (norm > 0) & jnp.isfinite(norm)
+    factor = rho / jnp.where(usable, norm + rule.eps, 1)
     moved = []
     for name, w in zip(names, leaves, strict=True):
-        if name in directions:
-            e = factor * directions[name] * _scale(w, rule)
+        if (name or "w") in directions and not is_absent(w):
+            e = factor * directions[name or "w"] * _scale(w, rule)
             moved.append((w + jnp.where(usable, e, 0)).astype(w.dtype))
         else:
             moved.append(w)
     out = jax.tree.unflatten(structure, moved)
     return ((out,) if len(weights) == 1 else out), norm
+
+
+def _one(weights: tuple[Tree, ...]) -> Tree:
+    """Return the only tree of weights, or all of them as one tree."""
+    return weights[0] if len(weights) == 1 else weights
+
+
+def _named_arrays(names: Sequence[str], leaves: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Name the weights that are there, as AGC does; a lone array is called ``w``."""
+    pairs = zip(names, leaves, strict=True)
+    return [(name or "w", leaf) for name, leaf in pairs if not is_absent(leaf)]
+
+
+def _distinct(names: Sequence[str], leaves: Sequence[Any]) -> list[str]:
+    found = [name for name, _ in _named_arrays(names, leaves)]
+    for name, count in Counter(found).items():
+        if count > 1:
+            raise ParameterError(f"two parameters are called {name!r}")
+    return found
 
 
 def _scale(w: jax.Array, rule: SAM) -> Any:
@@ -454,18 +486,117 @@ def _check_call(weights_at: Sequence[int], batch_at: Sequence[int], count: int) 
     _check_apart([at % count for at in weights_at], [at % count for at in batch_at])
 
 
+def _takes_step(loss_fn: Callable[..., Any], given: int) -> bool:
+    """Tell whether a loss called with so many positional arguments takes the keyword ``step``."""
+    try:
+        parameters = list(inspect.signature(loss_fn).parameters.values())
+    except (TypeError, ValueError):  # a callable that does not say
+        return False
+    for position, one in enumerate(parameters):
+        if one.kind is one.VAR_KEYWORD or (one.name == "step" and one.kind is one.KEYWORD_ONLY):
+            return True
+        if one.name == "step" and one.kind is one.POSITIONAL_OR_KEYWORD:
+            return position >= given
+    return False
+
+
+def _check_batch(batch: tuple[Tree, ...], batch_at: Sequence[int]) -> None:
+    """Raise unless every leaf of the batch has its examples along its first axis."""
+    sizes: dict[int, str] = {}
+    for position, tree in zip(batch_at, batch, strict=True):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            where = f"argument {position}" + (f", {_name(path)!r}," if path else "")
+            if not np.shape(leaf):
+                raise ConfigError(
+                    f"{where} has no first axis to take examples from: it is a scalar or a random key. Give "
+                    "it in an argument that is not in batch_argnums, which every part of the batch sees whole"
+                )
+            sizes.setdefault(np.shape(leaf)[0], where)
+    if len(sizes) > 1:
+        listing = "; ".join(f"{where} has {size}" for size, where in sizes.items())
+        raise ConfigError(
+            f"the arrays of the batch must share their first axis, got {sorted(sizes)}: {listing}. Give what "
+            "is not split by example in an argument that is not in batch_argnums"
+        )
+    if not sizes:
+        raise ConfigError("the arguments in batch_argnums hold no array")
+
+
+def _part(leaf: Any, low: int, high: int) -> jax.Array:
+    """Return some examples."""
+    return _placed(lambda array: array[low:high], leaf, (high - low,))
+
+
+def _stacked(leaf: Any, size: int) -> jax.Array:
+    """Return micro-batches of one size behind each other, along a new first axis."""
+    return _placed(
+        lambda array: array.reshape(-1, size, *array.shape[1:]), leaf, (len(leaf) // size, size)
+    )
+
+
+def _placed(take: Callable[[jax.Array], jax.Array], leaf: Any, front: tuple[int, ...]) -> jax.Array:
+    """Take examples, whose axes in front are then these.
+
+    Where shardings are types, examples stay split over the devices if their number allows it.
+    """
+    array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+    kind = jax.typeof(array).sharding
+    axes: list[Any] = [*kind.spec, *[None] * (array.ndim - len(kind.spec))]
+    first, others = axes[0], axes[1:]
+    names = first if isinstance(first, tuple) else (first,) if first else ()
+    if not set(names) & set(kind.mesh.explicit_axes):
+        return take(array)
+    split = math.prod(kind.mesh.shape[name] for name in names)
+    stays = first if front[-1] % split == 0 else None
+    spec = jax.P(*(None,) * (len(front) - 1), stays, *others)
+    place = jax.NamedSharding(kind.mesh, spec)
+    automatic = jax.sharding.auto_axes(take, axes=kind.mesh.explicit_axes, out_sharding=place)
+    return automatic(array)
+
+
 def _arrays(weights: tuple[Tree, ...]) -> tuple[Tree, ...]:
     """Return the weights as JAX's arrays, as ``jit`` makes them of NumPy's and of Python's numbers."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-        weights[0] if len(weights) == 1 else weights
-    ):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+    names, leaves, _ = flatten(_one(weights))
+    for name, leaf in _named_arrays(names, leaves):
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError:
             raise DTypeError(
-                f"parameter {_name(path) or 'w'!r}: the weight has dtype {jnp.result_type(leaf)}; SAM needs "
-                "floating point or complex: give other arrays in an argument that is not in argnums"
+                f"parameter {name!r} is no array but {leaf!r}{_cure(weights)}"
+            ) from None
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise DTypeError(
+                f"parameter {name!r}: the weight has dtype {dtype}; SAM needs floating point or "
+                f"complex{_cure(weights)}"
+            )
+    for module in filter(_is_nnx, weights):
+        others = nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.Param)))
+        for path, variable in others:
+            raise ParameterError(
+                f"{'.'.join(map(str, path))!r} of the NNX module {type(module).__name__} is a "
+                f"{type(variable).__name__}, no weight{_cure(weights)}"
             )
     arrays: tuple[Tree, ...] = jax.tree.map(jnp.asarray, weights)
     return arrays
+
+
+def _is_nnx(tree: Tree) -> bool:
+    return isinstance(tree, nnx.Module)
+
+
+def _cure(weights: tuple[Tree, ...]) -> str:
+    """Say how to give the weights alone."""
+    if any(map(_is_nnx, weights)):
+        return (
+            ". Split the module: graphdef, params, rest = nnx.split(model, nnx.Param, ...), give params as "
+            "the weights, and merge the three in the loss"
+        )
+    if any(in_equinox(tree, ()) for tree in weights):
+        return (
+            ". Partition the module: params, static = eqx.partition(model, eqx.is_inexact_array), give "
+            "params as the weights, and eqx.combine the two in the loss"
+        )
+    return ": give what is no weight in an argument that is not in argnums"
 
 
 def _norm_dtype(weights: tuple[Tree, ...]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -90,12 +91,16 @@ class Stats(NamedTuple):
         }
 
 
+@partial(jax.jit, static_argnums=0)
 def no_stats(parameters: int) -> Stats:
-    """Return the numbers before anything was clipped."""
-    count = np.zeros(parameters, np.int32)
-    real = np.zeros(parameters, jnp.zeros((), float).dtype)
-    arrays = (count, count, count, real, real + 1)
-    return Stats.of(Columns(*(jnp.asarray(array) for array in arrays)))
+    """Return the numbers before anything was clipped, every one in a buffer of its own."""
+    count = jnp.zeros(parameters, np.int32)
+    none = jnp.zeros(parameters, float)
+    return Stats.of(Columns(count, count, count, none, none + 1))
+
+
+for _kind in (Columns, Stats):
+    jax.export.register_namedtuple_serialization(_kind, serialized_name=f"agc_jax.{_kind.__name__}")
 
 
 def _read(row: Sequence[Any]) -> reference.Stats:

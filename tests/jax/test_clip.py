@@ -545,6 +545,14 @@ def test_donated_gradients_are_reused() -> None:
     assert sizes.temp_size_in_bytes < 0.2 * gradients["kernel"].nbytes
 
 
+def test_parameters_that_are_alike_have_one_program() -> None:
+    """A slice would make each of them a program of its own, and compiling slow."""
+    tree = {f"layer{i}": {"bias": jnp.ones(64) * i} for i in range(8)}
+    text = jax.jit(clip).lower(tree, tree).compile().as_text()
+    assert text.count("fusion(") >= 8
+    assert " slice(" not in text
+
+
 def test_a_plan_is_made_and_compiled_once() -> None:
     gradients, params = pair()
     rule = AGC(clipping=0.0123)

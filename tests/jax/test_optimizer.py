@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import agc_jax
-from agc import AGC, Schedule
+from agc import AGC, SAM, Schedule
 from agc.errors import ConfigError, NonFiniteError, ParameterError, SelectorError, ShapeError
 from agc.reference import adaptive_clip
 
@@ -69,7 +70,7 @@ def test_in_a_chain(params: Any, gradients: Any) -> None:
     tx = optax.chain(agc_jax.adaptive_grad_clip(RULE), optax.sgd(0.5))
     updates, state = update(tx, gradients, params, steps=3)
     assert close(updates, jax.tree.map(lambda g: -0.5 * g, expected(gradients, params)))
-    assert state[0].count == 3
+    assert state[0].steps == 3
     assert agc_jax.stats(state).total().units == 6
 
 
@@ -89,6 +90,95 @@ def test_errors_come_early(params: Any, gradients: Any) -> None:
     for array in (jnp.array(-1.0), np.array(np.nan)):
         with pytest.raises(ConfigError, match="clipping must be a finite number > 0"):
             agc_jax.adaptive_grad_clip(RULE, clipping=array)
+
+
+AROUND = {
+    "alone": lambda tx: tx,
+    "chain": lambda tx: optax.chain(tx, optax.identity()),
+    "named chain": lambda tx: optax.named_chain(("agc", tx), ("id", optax.identity())),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(optax.chain(tx, optax.identity()), 3),
+    "masked": lambda tx: optax.masked(tx, {"body": True, "head": True}),
+    "multi_transform": lambda tx: optax.multi_transform({"all": tx}, "all"),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("hole", [None, optax.MaskedNode()], ids=["None", "MaskedNode"])
+def test_a_step_without_gradients(params: Any, around: str, jitted: bool, hole: Any) -> None:
+    """Nothing to do is no error here, as optax's own transformations have none (AGC-5)."""
+    tx = AROUND[around](agc_jax.adaptive_grad_clip(RULE))
+    state = tx.init(params)
+    empty = jax.tree.map(lambda _: hole, params)
+    updates, state = (jax.jit(tx.update) if jitted else tx.update)(empty, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(empty)
+    assert agc_jax.stats(state).total() == agc_jax.stats(tx.init(params)).total()
+    assert agc_jax.stats(state).total().units == 0
+
+
+def test_the_names_of_a_state_are_not_those_of_optax(params: Any, gradients: Any) -> None:
+    """What looks for optax's counters and moments by name finds optax's alone."""
+    tx = optax.chain(agc_jax.adaptive_grad_clip(RULE), optax.adam(0.1))
+    _, state = update(tx, gradients, params, steps=2)
+    assert optax.tree_utils.tree_get(state, "count") == 2
+    ours = {
+        *agc_jax.AdaptiveGradClipState._fields,
+        *agc_jax.Stats._fields,
+        *agc_jax.Columns._fields,
+    }
+    kinds = [kind for kind in vars(optax).values() if hasattr(kind, "_fields")]
+    theirs = {field for kind in kinds for field in kind._fields}
+    assert {"count", "mu", "nu", "trace", "inner_state", "hyperparams"} <= theirs
+    assert not (ours | {*agc_jax.SamStats._fields}) & theirs
+
+
+def test_exported(params: Any, gradients: Any) -> None:
+    """The state is part of what is exported, and is called by the name of its type."""
+    tx = agc_jax.adaptive_grad_clip(AGC(clipping=Schedule([(0, 0.04), (4, 0.01)])))
+    state = tx.init(params)
+    data = jax.export.export(jax.jit(tx.update))(gradients, state, params).serialize()
+    updates, after = jax.export.deserialize(data).call(gradients, state, params)
+    want, wanted = tx.update(gradients, state, params)
+    assert isinstance(after, agc_jax.AdaptiveGradClipState)
+    assert close(updates, want)
+    assert agc_jax.stats(after).total() == agc_jax.stats(wanted).total()
+    function = agc_jax.sam_value_and_grad(lambda p: optax.tree.norm(p), SAM(), has_stats=True)
+    found = jax.export.export(jax.jit(function))(params)
+    assert isinstance(jax.export.deserialize(found.serialize()).call(params)[2], agc_jax.SamStats)
+
+
+@pytest.mark.parametrize(
+    "rule", [RULE, AGC(clipping=Schedule([(0, 0.04), (4, 0.01)])), AGC(nonfinite="raise")], ids=str
+)
+def test_eager_steps_transfer_nothing(params: Any, gradients: Any, rule: AGC) -> None:
+    tx = agc_jax.adaptive_grad_clip(rule)
+    with jax.transfer_guard("disallow"):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(gradients, state, params)
+    assert close(updates, expected(gradients, params, rule, step=1))
+
+
+def test_a_fresh_state_has_buffers_of_its_own(params: Any) -> None:
+    """So that it can be donated."""
+    leaves = jax.tree.leaves(agc_jax.adaptive_grad_clip(RULE).init(params))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves) == 11
+
+
+def test_raising_on_several_processes_is_refused(
+    params: Any, gradients: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tx = agc_jax.adaptive_grad_clip(AGC(nonfinite="raise"))
+    state = tx.init(params)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(
+        ConfigError, match=r"'raise' inside compiled code of 2 processes .*apply_if_"
+    ):
+        jax.jit(tx.update)(gradients, state, params)
+    tx.update(gradients, state, params)  # outside each process sees the numbers itself
+    poisoned = jax.tree.map(lambda g: jnp.nan * g, gradients)
+    with pytest.raises(NonFiniteError):
+        tx.update(poisoned, state, params)
 
 
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
@@ -115,7 +205,7 @@ def test_a_tree_without_parameters() -> None:
         state = tx.init({})
         updates, state = tx.update({}, state, {})
         assert updates == {}
-        assert state.count == 1
+        assert state.steps == 1
 
 
 def test_python_numbers_in_a_scan() -> None:
@@ -261,7 +351,7 @@ def test_multi_steps_clips_the_mean(params: Any) -> None:
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *micro)
     assert close(updates, expected(mean, params))
     assert agc_jax.stats(state).total().units == 6
-    assert state.inner_opt_state[0].count == 1
+    assert state.inner_opt_state[0].steps == 1
 
 
 def test_apply_if_finite_sees_the_poison(params: Any, gradients: Any) -> None:
@@ -430,6 +520,50 @@ def test_sharded_equals_unsharded(layout: str, kind: str) -> None:
     for name in shapes:
         np.testing.assert_allclose(np.asarray(split[name]), np.asarray(whole[name]), rtol=4e-7)
     assert agc_jax.stats(split_state).total() == agc_jax.stats(state).total()
+
+
+KINDS = [("Explicit", "Explicit"), ("Auto", "Auto"), ("Explicit", "Auto"), ("Auto", "Explicit")]
+LAYOUTS = {
+    "up.kernel": ((16, 16), (None, "d")),
+    "up.bias": ((16,), ("d",)),
+    "down.kernel": ((16, 16), ("d", None)),
+    "down.bias": ((16,), ()),
+    "query.kernel": ((16, 4, 8), (None, "d", "m")),
+    "heads.kernel": ((16, 4, 8), (None, None, "m")),
+    "runs.kernel": ((1536, 24), (("d", "m"), None)),
+    "whole.kernel": ((64, 16), ()),
+    "grouped": ((8, 6), ("d", None)),
+}
+"""Shapes and specs that no two axes of units have in common."""
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("context", [False, True], ids=["no context", "set_mesh"])
+def test_every_layout_on_every_mesh(kinds: tuple[str, str], jitted: bool, context: bool) -> None:
+    """The bits of the unsharded result, and the layout that came in (AGC-8)."""
+    rng = np.random.default_rng(5)
+    params, gradients = (
+        {k: rng.standard_normal(shape).astype(np.float32) for k, (shape, _) in LAYOUTS.items()}
+        for _ in range(2)
+    )
+    units = {"query.*": "i h d -> h d", "heads.*": "i h d -> h d", "grouped": "(g=4 o) i -> g o",
+             "*.kernel": "i o -> o"}  # fmt: skip
+    tx = agc_jax.adaptive_grad_clip(AGC(units=units))
+    whole, wanted = tx.update(gradients, tx.init(params), params)
+    types = tuple(jax.sharding.AxisType[kind] for kind in kinds)
+    devices = jax.make_mesh((4, 2), ("d", "m"), axis_types=types, devices=jax.devices("cpu")[:8])
+    places = {k: jax.NamedSharding(devices, jax.P(*spec)) for k, (_, spec) in LAYOUTS.items()}
+    step = jax.jit(tx.update) if jitted else tx.update
+    with jax.set_mesh(devices) if context else nullcontext():
+        placed = [jax.device_put(tree, places) for tree in (gradients, params)]
+        _, state = step(placed[0], tx.init(placed[1]), placed[1])
+        split, state = step(placed[0], state, placed[1])
+    for name, place in places.items():
+        np.testing.assert_array_equal(np.asarray(split[name]), np.asarray(whole[name]))
+        if kinds == ("Explicit", "Explicit"):
+            assert split[name].sharding.is_equivalent_to(place, split[name].ndim), name
+    assert agc_jax.stats(state).total() == agc_jax.stats(wanted).total()
 
 
 def test_data_parallel_shard_map(params: Any) -> None:

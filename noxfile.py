@@ -119,11 +119,11 @@ def minimum(session: nox.Session, framework: str) -> None:
             *extras["weights"],
         ]
         declared += nox.project.dependency_groups(PYPROJECT, "test")
-        folders = ("tests/core", "tests/conformance")
+        folders = ["tests/core", "tests/conformance"]
     else:
         declared = [*extras[framework]]
         declared += nox.project.dependency_groups(PYPROJECT, f"test-{framework}")
-        folders = (f"tests/{framework}",)
+        folders = [f"tests/{framework}"]
     others = nox.project.dependency_groups(PYPROJECT, "test") if framework != "core" else ()
     session.install("-e", ".[conformance,weights]", *lowest(declared), *others)
     # Old releases warn of what they use of even older ones.

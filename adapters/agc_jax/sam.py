@@ -26,7 +26,7 @@ from agc.config import SAM, Schedule, check_rule
 from agc.errors import ConfigError, DTypeError, NonFiniteError, ParameterError
 from agc.plan import perturbed_names
 from agc_jax.clip import call_schedule
-from agc_jax.layers import in_equinox
+from agc_jax.layers import Layers
 from agc_jax.units import flatten, is_absent
 
 __all__ = ["SamStats", "Verification", "sam_value_and_grad", "verify_sam"]
@@ -591,7 +591,7 @@ def _cure(weights: tuple[Tree, ...]) -> str:
             ". Split the module: graphdef, params, rest = nnx.split(model, nnx.Param, ...), give params as "
             "the weights, and merge the three in the loss"
         )
-    if any(in_equinox(tree, ()) for tree in weights):
+    if any(Layers(tree).in_equinox(()) for tree in weights):
         return (
             ". Partition the module: params, static = eqx.partition(model, eqx.is_inexact_array), give "
             "params as the weights, and eqx.combine the two in the loss"

@@ -97,7 +97,7 @@ def _recurrent(n: Mapping[str, int], gates: int) -> list[tuple[str, tuple[int, .
 def layer_parameters(layer: Layer) -> list[Parameter]:
     """Parameters of a layer type as PyTorch would store them, with a bias."""
     weights = [
-        Parameter(name, shape, pattern and Units(pattern), "out-first", layer.kind)
+        Parameter(name, shape, Units(pattern) if pattern else None, "out-first", layer.kind)
         for name, shape, pattern in _LAYERS[layer.kind](layer.sizes)
     ]
     return [*weights, Parameter("bias", (layer.sizes.get("o", 3),))]
@@ -272,8 +272,8 @@ class ReferenceBackend(Backend):
         if name == "fixed":
             fixed = [*settings["frozen"], *settings["absent"]]
             rule = replace(problem.rule, exclude=[*problem.rule.exclude, *fixed])
-            found = self.sharpen(replace(problem, rule=rule))
-            return replace(found, gradients={**found.gradients, **dict.fromkeys(fixed)})
+            outcome = self.sharpen(replace(problem, rule=rule))
+            return replace(outcome, gradients={**outcome.gradients, **dict.fromkeys(fixed)})
         if name == "replicas":
             found = self.sharpness(problem, settings["replicas"])
             gradients = {

@@ -51,7 +51,7 @@ CLAUSES: Final[dict[str, str]] = {
     "SAM-1": "e = rho * g / norm(g), one norm over everything that is perturbed",
     "SAM-2": "a zero gradient does not move; no epsilon",
     "SAM-3": "gradient at w + e; then the weights, bit for bit",
-    "SAM-4": "what is perturbed: selected, trainable, in the optimizer, with a gradient",
+    "SAM-4": "parameters without a gradient",
     "SAM-5": "a norm that is not finite falls under a policy",
     "SAM-6": "weight decay and AGC only on the final gradient, at w",
     "SAM-7": "ascent on the first part of the same batch",

@@ -40,6 +40,7 @@ import tensorflow as tf  # noqa: E402
 import agc_tensorflow  # noqa: E402
 from agc import AGC  # noqa: E402
 from agc.errors import AmbiguousUnitsError  # noqa: E402
+from agc.files import write_text  # noqa: E402
 from agc_tensorflow.units import named_variables, variable_key  # noqa: E402
 
 DRAWS = 3
@@ -375,11 +376,14 @@ def main() -> None:
         "versions": versions,
         "models": {name: asdict(found) for name, found in results.items()},
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(options.out, json.dumps(record, indent=1) + "\n")
     note = ", ".join(f"{name} {version}" for name, version in versions.items())
-    text = f"Units of KerasHub's models ({note}), by `python docs/models/keras.py`.\n\n{LEGEND}\n\n"
+    text = "# Models that Keras users bring\n\n"
+    text += (
+        f"Units of KerasHub's models ({note}), by `python docs/models/keras.py`.\n\n{LEGEND}\n\n"
+    )
     text += f"{table(results)}\n"
-    options.out.with_suffix(".md").write_text(text)
+    write_text(options.out.with_suffix(".md"), text)
 
 
 if __name__ == "__main__":

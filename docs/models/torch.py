@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_map  # noqa: E402
 import agc_torch  # noqa: E402
 from agc import AGC, PlanEntry  # noqa: E402
 from agc.errors import AmbiguousUnitsError, UnitsWarning  # noqa: E402
+from agc.files import write_text  # noqa: E402
 from agc_torch.units import named_parameters  # noqa: E402
 
 RULE = AGC()
@@ -400,8 +401,8 @@ def write(results: dict[str, dict[str, Any]], out: Path) -> None:
     """Write the results as JSON, and as a table beside it."""
     versions = {name: metadata.version(name) for name in ("torch", "timm", "transformers")}
     document = {"versions": versions, "models": results}
-    out.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    out.with_suffix(".md").write_text(table(results, versions))
+    write_text(out, json.dumps(document, indent=1, sort_keys=True) + "\n")
+    write_text(out.with_suffix(".md"), table(results, versions))
 
 
 def main() -> int:

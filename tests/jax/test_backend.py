@@ -24,6 +24,7 @@ CASES = {
     f"{vector.id}:{dtype}": (vector, dtype)
     for vector in load_vectors()
     if vector.id.startswith(("L2", "L3"))
+    and vector.id != "L3-sam-stale"  # no gradient is left behind in JAX
     for dtype in vector.data["dtypes"][:1]
 }
 

@@ -126,6 +126,8 @@ def minimum(session: nox.Session, framework: str) -> None:
         folders = [f"tests/{framework}"]
     others = nox.project.dependency_groups(PYPROJECT, "test") if framework != "core" else ()
     session.install("-e", ".[conformance,weights]", *lowest(declared), *others)
+    if framework == "torch":
+        install_peers(session)
     # Old releases warn of what they use of even older ones.
     deprecations = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
     quiet = [f"-Wdefault::{category}" for category in deprecations]

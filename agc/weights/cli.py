@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,14 @@ def _convert(chosen: argparse.Namespace) -> int:
         progress.DownloadColumn(),
         progress.TimeRemainingColumn(),
     )
-    quiet = not console.is_terminal
-    with (
-        named_files(),
-        progress.Progress(*columns, console=console, transient=True, disable=quiet) as bar,
-    ):
-        task = bar.add_task("reading", total=None)
+    bar = progress.Progress(*columns, console=console, transient=True)
+    task = bar.add_task("reading", total=None)
 
-        def advance(name: str, size: int, total: int) -> None:
-            bar.update(task, description=name, total=total, advance=size)
+    def advance(name: str, size: int, total: int) -> None:
+        bar.update(task, description=name, total=total, advance=size)
 
+    # Where nobody looks on, older releases of rich print an empty line for a bar that is switched off.
+    with named_files(), bar if console.is_terminal else nullcontext():
         found = convert(
             chosen.source,
             chosen.target,

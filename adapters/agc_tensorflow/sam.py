@@ -21,7 +21,7 @@ import tensorflow as tf
 from agc.config import SAM, Schedule, check_rule
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, ParameterError
 from agc.plan import perturbed_names
-from agc_tensorflow.units import named_variables, variable_key
+from agc_tensorflow.units import named_variables, refuse_keras_2, variable_key
 
 __all__ = [
     "SamStats",
@@ -98,6 +98,11 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
         self._ready = False
         if model.built:
             self.built = True
+
+    @property
+    def agc_bare(self) -> Any:
+        """The inner model, whose names are those of the parameters, wrapped or not."""
+        return self.model
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Run the inner model."""
@@ -938,6 +943,7 @@ def _flatten_gradients(gradients: Sequence[Any], like: Sequence[Any]) -> Any:
 
 def _check_model(model: Any) -> Any:
     """Return the model if sharpness-aware steps can take the place of its own."""
+    refuse_keras_2(model)
     if not isinstance(model, keras.Model):
         raise ConfigError(f"model must be a keras.Model, got {model!r}")
     if isinstance(model, SharpnessAwareModel):

@@ -205,7 +205,8 @@ def _plan(model: Model, rule: AGC, cure: str) -> Plan:
     """Make a plan; ``cure`` says what could be done before units are declared."""
     check_rule(rule, AGC)
     parameters = [parameter for parameter, _ in _survey(model)]
-    return make_plan(parameters, rule, head=getattr(model, "agc_head", None), cure=cure)
+    bare = getattr(model, "agc_bare", model)
+    return make_plan(parameters, rule, head=getattr(bare, "agc_head", None), cure=cure)
 
 
 def _by_key(model: Model, plan: Plan) -> dict[object, PlanEntry]:
@@ -217,6 +218,7 @@ def _by_key(model: Model, plan: Plan) -> dict[object, PlanEntry]:
 def _survey(model: Model) -> list[Found]:
     """List every parameter: its name, what its layer's type says, which layer that is, whether it is frozen."""
     refuse_keras_2(model)
+    model = getattr(model, "agc_bare", model)
     if isinstance(model, keras.layers.Layer) and not model.built:
         raise ParameterError(
             f"the model {model.name!r} is not built, so its parameters have no shapes yet; "

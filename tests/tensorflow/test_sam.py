@@ -370,6 +370,9 @@ class TestNames:
         plan = agc_tensorflow.plan(inner, AGC(exclude=["head.bias"]))
         assert list(plan.decisions()) == ["head.kernel", "head.bias"]
         model = SharpnessAwareModel(inner, SAM(exclude=["head.bias"]))
+        assert agc_tensorflow.plan(model, AGC(exclude=["head.bias"])) == plan
+        inner.agc_head = "head"
+        assert agc_tensorflow.plan(model, AGC(exclude=["@head"])).count == 0
         model.compile("sgd", "mse")
         model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
 

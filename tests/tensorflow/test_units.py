@@ -17,7 +17,7 @@ import tensorflow as tf
 from keras import layers
 
 import agc_tensorflow
-from agc import AGC, Units
+from agc import AGC, SAM, Units
 from agc.errors import (
     AmbiguousUnitsError,
     ParameterError,
@@ -456,6 +456,7 @@ def test_keras_2_is_refused_everywhere():
         lambda: agc_tensorflow.adaptive_clip_gradients([kernel], [kernel], AGC(), model=model),
         lambda: agc_tensorflow.AdaptiveGradClip("sgd", AGC(), model=model),
         lambda: agc_tensorflow.AdaptiveGradClip(of_keras_2(object), AGC()),
+        lambda: agc_tensorflow.SharpnessAwareModel(model, SAM()),
     ):
         with pytest.raises(
             ParameterError, match=r"Own is made by Keras 2 \(tf_keras\).*use Keras 3"

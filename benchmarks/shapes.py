@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from math import prod
 
-__all__ = ["MODELS", "gpt2_small", "nfnet_f0", "out_last", "parameters"]
+__all__ = ["MODELS", "declared", "gpt2_small", "nfnet_f0", "out_last", "parameters"]
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -81,6 +81,17 @@ def out_last(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) < 2 or name.endswith("embedding"):
         return shape
     return (*shape[2:], shape[1], shape[0])
+
+
+def declared(shapes: Shapes, kernel: str, leaf: str = "weight") -> dict[str, str]:
+    """Return the units of bare arrays, which no layer's type settles.
+
+    ``kernel`` is the pattern of matrices and convolutions, ``leaf`` what they are called.
+    """
+    units = {f"*.{leaf}": kernel}
+    if any(name.endswith(".embedding") for name in shapes):
+        units["*.embedding"] = "v d -> v"
+    return units
 
 
 def parameters(shapes: Shapes) -> int:

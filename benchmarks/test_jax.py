@@ -13,7 +13,7 @@ import pytest
 import agc_jax
 from agc import AGC
 from benchmarks.common import Measure, bound, draw
-from benchmarks.shapes import MODELS, out_last
+from benchmarks.shapes import MODELS, declared, out_last
 
 CONTESTANTS = ("ours", "optax", "bound")
 
@@ -37,7 +37,8 @@ class Tensors:
         self.steps: dict[str, tuple[Any, Any]] = {}
         for contestant, clip in {
             "ours": agc_jax.adaptive_grad_clip(
-                AGC(clipping=0.01), units=agc_jax.units(self.parameters)
+                AGC(clipping=0.01, units=declared(MODELS[model](), "... i o -> o", "kernel")),
+                units=agc_jax.units(self.parameters),
             ),
             "optax": optax.adaptive_grad_clip(0.01),
         }.items():

@@ -12,9 +12,8 @@ import tensorflow as tf
 import agc_tensorflow
 from agc import AGC
 from benchmarks.common import Measure, bound, draw
-from benchmarks.shapes import MODELS, out_last
+from benchmarks.shapes import MODELS, declared, out_last
 
-RULE = AGC(clipping=0.01)
 CONTESTANTS = ("ours", "naive", "ours xla", "naive xla", "bound")
 
 
@@ -44,8 +43,9 @@ class Tensors:
             weight, gradient = draw(out_last(name, shape), condition, seed)
             self.variables.append(tf.Variable(weight, name=name.replace(".", "/")))
             self.gradients.append(tf.constant(gradient))
+        rule = AGC(clipping=0.01, units=declared(MODELS[model](), "... i o -> o"))
         plain: dict[str, Callable[[Any], Any]] = {
-            "ours": lambda g: agc_tensorflow.adaptive_clip_gradients(g, self.variables, RULE),
+            "ours": lambda g: agc_tensorflow.adaptive_clip_gradients(g, self.variables, rule),
             "naive": lambda g: naive(g, self.variables),
         }
         self.functions = {

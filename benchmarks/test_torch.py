@@ -13,9 +13,8 @@ import agc_torch
 from agc import AGC
 from agc_conformance.peers import timm as timm_peer
 from benchmarks.common import Measure, bound, draw
-from benchmarks.shapes import MODELS
+from benchmarks.shapes import MODELS, declared
 
-RULE = AGC(clipping=0.01)
 CONTESTANTS = ("ours", "timm", "pytorch_optimizer", "bound")
 timm_agc = timm_peer.load()
 
@@ -32,7 +31,9 @@ class Tensors:
             self.parameters[name] = torch.nn.Parameter(weight)
             self.parameters[name].grad = gradient.clone()
             self.gradients.append(gradient)
-        self.plan = agc_torch.plan(self.parameters, RULE)
+        units = declared(MODELS[model](), "o i ... -> o")
+        self.rule = AGC(clipping=0.01, units=units)
+        self.plan = agc_torch.plan(self.parameters, self.rule)
 
     def restore(self) -> None:
         grads = [parameter.grad for parameter in self.parameters.values()]
@@ -41,7 +42,7 @@ class Tensors:
     def contestant(self, name: str) -> Callable[[], Any]:
         parameters = list(self.parameters.values())
         if name == "ours":
-            return lambda: agc_torch.adaptive_clip_grad_(self.parameters, RULE, plan=self.plan)
+            return lambda: agc_torch.adaptive_clip_grad_(self.parameters, self.rule, plan=self.plan)
         if name == "timm":
             return lambda: timm_agc.adaptive_clip_grad(parameters, clip_factor=0.01)
         if name == "pytorch_optimizer":

@@ -161,17 +161,21 @@ def programs(devices: Any) -> Iterator[Program]:
         for dtype in ("float32", "bfloat16"):
             tree = _tree(shapes, dtype, lambda _: place)
             # Of the layers in the block optax takes other units, so there is nothing to compare.
-            other = None if rule.units else (optax_clip, (tree, tree))
+            other = None if name == "transformer" else (optax_clip, (tree, tree))
             least = 3 * _bytes(tree)
             yield Program(f"clip {name} {dtype}", clip(rule), (tree, tree), least, peer=other)
     tree = _tree(_nfnet_f0(), "float32", lambda _: place)
     least = 3 * _bytes(tree)
     yield Program(
-        "clip and telemetry NFNet-F0 float32", clip(AGC(), stats=True), (tree, tree), least
+        "clip and telemetry NFNet-F0 float32",
+        clip(AGC(units=_OUT_LAST), stats=True),
+        (tree, tree),
+        least,
     )
     rule = AGC(
         clipping={"stem*": None, "*": Schedule([(0, 0.04), (1000, 0.01)])},
         exclude=["@head"],
+        units=_OUT_LAST,
         nonfinite="zero",
         head="head",
     )
@@ -185,7 +189,7 @@ def programs(devices: Any) -> Iterator[Program]:
         "step with SGD, schedule, zero policy NFNet-F0 float32", *step, least, (0, 1), peer_step
     )
     if len(devices) > 1:
-        yield from _sharded(devices, clip(AGC(), stats=True), optax_clip)
+        yield from _sharded(devices, clip(AGC(units=_OUT_LAST), stats=True), optax_clip)
 
 
 def _step(tx: Any, params: Any, place: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -362,6 +366,7 @@ def _nfnet_f0() -> Shapes:
     return shapes
 
 
+_OUT_LAST: Final = {"*.kernel": "... i o -> o"}  # a tree without types says no more than names
 _TREES: Final[dict[str, tuple[Shapes, AGC]]] = {
     "conv": ({"kernel": (3, 3, 256, 512), "bias": (512,)}, AGC()),
     "dense": ({"kernel": (1024, 4096), "bias": (4096,)}, AGC()),
@@ -378,7 +383,7 @@ _TREES: Final[dict[str, tuple[Shapes, AGC]]] = {
             }
         ),
     ),
-    "NFNet-F0": (_nfnet_f0(), AGC()),
+    "NFNet-F0": (_nfnet_f0(), AGC(units=_OUT_LAST)),
 }
 
 

@@ -247,19 +247,20 @@ def _opened(entry: PlanEntry, tensor: Tensor, *, written: bool = False) -> Tenso
     inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
     if len(inner) == 1 and (inner[0].shape, inner[0].dtype) == (tensor.shape, tensor.dtype):
         return _opened(entry, inner[0], written=written)
+    failure: Exception | None = None
     if not written:
         try:
             plain = tensor.dequantize()
-        except (NotImplementedError, RuntimeError, TypeError):
-            plain = None
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            plain, failure = None, error
         if isinstance(plain, Tensor) and plain.shape == tensor.shape:
             return plain
     raise ParameterError(
         f"parameter {entry.name!r}: the {'gradient' if written else 'weight'} of shape "
         f"{tuple(tensor.shape)} is a {type(tensor).__name__}, which is no plain tensor"
-        f"{'' if written else ' and has no dequantize()'}; leave it out with AGC(exclude="
+        f"{'' if written else ' and cannot be read by dequantize()'}; leave it out with AGC(exclude="
         f"[{entry.name!r}])"
-    )
+    ) from failure
 
 
 def _is_shard(placement: Any) -> bool:

@@ -911,7 +911,19 @@ class Adversaries(keras.Model):
         return losses
 
 
+@pytest.fixture
+def reads_and_writes_in_order():
+    """In this pass of TensorFlow's, a read and a write of one variable may change places.
+
+    The tape alone, without SAM, then reads the judge's weights now and then before they are updated.
+    """
+    tf.config.optimizer.set_experimental_options({"dependency_optimization": False})
+    yield
+    tf.config.optimizer.set_experimental_options({"dependency_optimization": True})
+
+
 @modes
+@pytest.mark.usefixtures("reads_and_writes_in_order")
 def test_in_a_step_of_ones_own(eager):
     def fit(rule):
         keras.utils.set_random_seed(0)

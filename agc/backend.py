@@ -502,6 +502,10 @@ class Backend:
         ``fixed``
             The parameters ``settings["frozen"]`` are not trainable and those in ``settings["absent"]`` are not
             the optimizer's; all of them have a gradient from before (SAM-4).
+        ``stateful``
+            The loss is multiplied by a number that the forward pass keeps, as layers keep statistics: it is 1 at
+            first, and every pass doubles it. The outcome is that of the second of two steps from the same
+            weights, in which the number is 2 (SAM-12).
         """
         raise Unsupported(f"{self.name} has no scenario {name!r} for SAM")
 

@@ -64,6 +64,8 @@ def sharpness_scenario(
         return _replicas(problem, devices[: settings["replicas"]], settings["replicas"])
     if name == "fixed":
         return _fixed(problem, {*settings["frozen"], *settings["absent"]})
+    if name == "stateful":
+        return _stateful(problem)
     if name == "stale":
         raise Unsupported("in JAX gradients are values: none is left from an earlier step")
     raise Unsupported(f"jax has no scenario {name!r} for SAM")
@@ -131,6 +133,19 @@ def _fixed(problem: SharpnessProblem, fixed: Collection[str]) -> SharpnessOutcom
     return SharpnessOutcome(
         {**dict.fromkeys(fixed), **_arrays(gradients)}, _arrays(params), float(value)
     )
+
+
+def _stateful(problem: SharpnessProblem) -> SharpnessOutcome:
+    """Thread a state through the loss, as Flax does with statistics."""
+
+    def loss(params: Any, batch: Batch, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return state * _loss(params, batch), 2 * state
+
+    function = jax.jit(_value_and_grad(loss, problem.rule, has_aux=True))
+    params, batch = _tree(problem.parameters), _batch(problem.examples)
+    (_, state), _ = function(params, batch, jnp.ones((), jnp.float32))
+    (value, _), gradients = function(params, batch, state)
+    return SharpnessOutcome(_arrays(gradients), _arrays(params), float(value))
 
 
 def _scaled(problem: SharpnessProblem, scale: float) -> SharpnessOutcome:

@@ -63,6 +63,8 @@ def sharpness_scenario(
         return _replicas(problem, int(settings["replicas"]))
     if name == "fixed":
         return _fixed(problem, settings["frozen"], settings["absent"])
+    if name == "stateful":
+        return _stateful(problem)
     if name == "stale":
         raise Unsupported("in TensorFlow gradients are values: none is left from an earlier step")
     raise Unsupported(f"tensorflow has no scenario {name!r} for SAM")
@@ -215,6 +217,29 @@ def _fixed(
         {**dict.fromkeys(variables), **dict(zip(moving, map(to_array, gradients), strict=True))},
         {name: to_array(v) for name, v in variables.items()},
         float(loss),
+    )
+
+
+def _stateful(problem: SharpnessProblem) -> SharpnessOutcome:
+    """Keep a state in a variable that the loss assigns to, as layers keep statistics."""
+    variables, batch = _variables(problem), _batch(problem.examples)
+    quadratic = _loss_function(list(problem.examples.curvatures), variables)
+    state = keras.Variable(1.0, trainable=False, name="state")
+
+    def loss(*part: Any) -> Any:
+        unscaled = quadratic(*part)
+        value = tf.cast(state.value, unscaled.dtype) * unscaled
+        state.assign(2 * state.value)
+        return value
+
+    for _ in range(2):
+        value, gradients = sam_value_and_gradients(
+            loss, list(variables.values()), problem.rule, batch=batch, step=problem.step
+        )
+    return SharpnessOutcome(
+        {name: to_array(g) for name, g in zip(variables, gradients, strict=True)},
+        {name: to_array(v) for name, v in variables.items()},
+        float(value),
     )
 
 

@@ -48,6 +48,10 @@ def sharpness_scenario(
         return sharpen(problem, device, scaler=scaler)
     if name == "replicas":
         return _replicas(problem, device, int(settings["replicas"]))
+    if name == "stateful":
+        counting, batch = _Counting(problem.parameters, device), _batch(problem.examples, device)
+        _look(problem, counting, counting, batch)
+        return _look(problem, counting, counting, batch)
     if name in ("stale", "fixed"):
         model = _Quadratic(problem.parameters, device)
         for parameter in model.parameters():
@@ -140,6 +144,19 @@ class _Quadratic(nn.Module):  # type: ignore[misc]
 
     def arrays(self) -> dict[str, Array]:
         return {name: to_array(parameter) for name, parameter in self.named_parameters()}
+
+
+class _Counting(_Quadratic):
+    """The same, times a buffer that every forward pass doubles."""
+
+    def __init__(self, parameters: Mapping[str, Array], device: str) -> None:
+        super().__init__(parameters, device)
+        self.register_buffer("state", torch.ones((), device=device))
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        loss: Tensor = self.state * super().forward(*batch)
+        self.state = 2 * self.state
+        return loss
 
 
 class _Recorder(torch.optim.Optimizer):  # type: ignore[misc]

@@ -91,6 +91,7 @@ FLAGS: Final[dict[str, str]] = {
     "UnusedParameter": "a parameter without a gradient breaks, moves, or is made up",
     "GradientsLeft": "gradients that an earlier step left are added to those of a pass",
     "FixedPerturbed": "frozen parameters, or those of another optimizer, are perturbed",
+    "StatePerPass": "what the forward pass keeps differs between the passes, or is not updated once",
     "NonFiniteAscent": "the policy for a non-finite ascent norm is not the one asked for",
     # SAM: the batch
     "SubsetIgnored": "the ascent pass sees the whole batch",

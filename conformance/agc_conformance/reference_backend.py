@@ -269,6 +269,10 @@ class ReferenceBackend(Backend):
         """Do what the scenario leaves to be done."""
         if name in ("compiled", "scaled", "stale"):
             return self.sharpen(problem)
+        if name == "stateful":
+            examples = problem.examples
+            doubled = {key: 2 * value for key, value in examples.curvatures.items()}
+            return self.sharpen(replace(problem, examples=replace(examples, curvatures=doubled)))
         if name == "fixed":
             fixed = [*settings["frozen"], *settings["absent"]]
             rule = replace(problem.rule, exclude=[*problem.rule.exclude, *fixed])

@@ -268,7 +268,8 @@ def _sharpen(
         fixed = [*settings.get("frozen", ()), *settings.get("absent", ())]
         chosen = sam_rule(rule)
         chosen = replace(chosen, exclude=[*chosen.exclude, *fixed])
-        expect = _expectation(case, chosen, step, settings.get("replicas", 1))
+        seen = case.scaled(1) if scenario == "stateful" else case
+        expect = _expectation(seen, chosen, step, settings.get("replicas", 1))
         expect.get("gradients", {}).update(dict.fromkeys(fixed, "absent"))
     return vector(
         id,
@@ -1250,6 +1251,26 @@ def sam_scenario_vectors() -> list[dict[str, Any]]:
             scenario="fixed",
             full=[],
             settings={"frozen": ["head.bias"], "absent": ["head.weight"]},
+        ),
+        _sharpen(
+            "L3-sam-stateful",
+            12,
+            ["StatePerPass"],
+            "What the forward pass keeps is the same in both passes, and is updated once a step.",
+            plain,
+            {"rho": 1.0},
+            scenario="stateful",
+            full=[],
+        ),
+        _sharpen(
+            "L3-sam-stateful-fraction",
+            12,
+            ["StatePerPass"],
+            "The same, on a fraction of the batch: the update is the second pass's.",
+            ten,
+            {"rho": 1.0, "fraction": 0.4},
+            scenario="stateful",
+            full=[],
         ),
         _trajectory(
             "L3-sam-restart",

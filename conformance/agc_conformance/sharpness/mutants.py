@@ -49,6 +49,11 @@ class SharpEngine(Engine):
 
     name = "sharp engine"
 
+    #: What the loss is multiplied by; a forward pass multiplies it by ``growth`` (scenario ``stateful``).
+    state, growth = 1.0, 1.0
+    #: Gradients that are there before the first pass (scenario ``stale``).
+    left: Gradients = {}
+
     # -- what takes part ------------------------------------------------------------------------
 
     def chosen(self, problem: SharpnessProblem) -> set[str]:
@@ -81,9 +86,10 @@ class SharpEngine(Engine):
         loss, gradients = 0.0, dict.fromkeys(weights)
         for name, a in examples.curvatures.items():
             away = weights[name].astype(np.float64) - examples.centers[name][rows]
-            a = a[rows].astype(np.float64)
+            a = self.state * a[rows].astype(np.float64)
             loss += float(np.sum(0.5 * a * away**2)) / len(rows)
             gradients[name] = to_dtype(np.mean(a * away, axis=0), weights[name].dtype)
+        self.state *= self.growth
         return loss, gradients
 
     def ascent(
@@ -101,6 +107,22 @@ class SharpEngine(Engine):
     ) -> tuple[float, Gradients]:
         """Second pass, at the perturbed weights."""
         return self.loss_and_gradients(weights, examples, rows)
+
+    def before_ascent(self) -> Gradients:
+        """Gradients that the first pass adds to: none, whoever left some (SAM-4)."""
+        return {}
+
+    def before_descent(self, first: Gradients) -> Gradients:  # noqa: ARG002
+        """Gradients that the second pass adds to (SAM-4)."""
+        return {}
+
+    def state_of_descent(self, before: float, after: float) -> float:  # noqa: ARG002
+        """State that the second pass starts from, out of those around the first (SAM-12)."""
+        return before
+
+    def state_of_step(self, before: float, after: float) -> float:  # noqa: ARG002
+        """State that a step leaves, out of those around its first pass; ``self.state`` is the second's."""
+        return after
 
     # -- the perturbation -----------------------------------------------------------------------
 
@@ -206,14 +228,15 @@ class SharpEngine(Engine):
         perturbed: list[tuple[int, float]] = []
         found: list[tuple[int, Gradients]] = []
         norms: list[float] = []
-        skip = False
+        skip, before = False, self.state
         for micro in range(rule.microbatches):
             firsts: list[tuple[int, Gradients]] = []
             for share in parts:
                 loss, first = self.ascent(weights, examples, share[micro], problem)
                 count = len(self.first(share[micro], rule))
                 clean.append((count, loss))
-                firsts.append((count, first))
+                firsts.append((count, _added(first, self.before_ascent())))
+            after = self.state
             for share, ascent in zip(parts, self.reduce(firsts, rule), strict=True):
                 rows = self.descent_rows(share[micro], rule)
                 e, norm = self.perturbation(ascent, weights, problem)
@@ -223,7 +246,10 @@ class SharpEngine(Engine):
                 for name, move in e.items():
                     w = weights[name]
                     w[...] = to_dtype(w.astype(np.float64) + move, w.dtype)
+                self.state = self.state_of_descent(before, after)
                 loss, gradients = self.descent(weights, examples, rows, ascent)
+                gradients = _added(gradients, self.before_descent(ascent))
+                self.state = self.state_of_step(before, after)
                 self.restore(weights, copies, e)
                 perturbed.append((len(rows), loss))
                 found.append((len(rows), gradients))
@@ -294,6 +320,11 @@ class SharpEngine(Engine):
             return self.estimate(problem, settings["replicas"])
         if name == "scaled":
             return self.scaled(problem, float(settings["scale"]))
+        if name == "stale":
+            self.left = {key: np.ones_like(value) for key, value in problem.parameters.items()}
+        if name == "stateful":
+            self.growth = 2.0
+            self.estimate(problem)
         if name == "fixed":
             fixed = [*settings["frozen"], *settings["absent"]]
             rule = replace(problem.rule, exclude=[*problem.rule.exclude, *fixed])
@@ -317,6 +348,14 @@ class SharpEngine(Engine):
             for name, g in found.gradients.items()
         }
         return SharpnessOutcome(gradients, found.weights, skipped=found.skipped)
+
+
+def _added(gradients: Gradients, more: Gradients) -> Gradients:
+    """Add gradients to those that have a value."""
+    return {
+        name: g if g is None or more.get(name) is None else g + more[name]
+        for name, g in gradients.items()
+    }
 
 
 # -- the perturbation ----------------------------------------------------------------------------
@@ -771,38 +810,37 @@ class _MomentumLost(SharpEngine):
         return step, {name: np.zeros_like(m) for name, m in momenta.items()}
 
 
-@_mutant("GradientsLeft", "both passes add to the gradients that are there")
+@_mutant("GradientsLeft", "the first pass adds to the gradients that are there")
 class _GradientsLeft(SharpEngine):
-    left = 1.0
-
-    def sharpness_scenario(
-        self, name: str, problem: SharpnessProblem, settings: Mapping[str, Any]
-    ) -> SharpnessOutcome:
-        found = super().sharpness_scenario(name, problem, settings)
-        if name != "stale":
-            return found
-        gradients = {
-            key: None if g is None else g + np.asarray(self.left, g.dtype)
-            for key, g in found.gradients.items()
-        }
-        return replace(found, gradients=gradients)
+    def before_ascent(self) -> Gradients:
+        return self.left
 
 
 @_mutant("GradientsLeft", "the second pass adds to the gradients of the first")
 class _PassesAdded(SharpEngine):
-    def sharpness_scenario(
-        self, name: str, problem: SharpnessProblem, settings: Mapping[str, Any]
-    ) -> SharpnessOutcome:
-        found = super().sharpness_scenario(name, problem, settings)
-        if name != "stale":
-            return found
-        rows = np.arange(len(problem.examples))
-        _, first = self.loss_and_gradients(dict(problem.parameters), problem.examples, rows)
-        gradients = {
-            key: g if g is None or first[key] is None else g + first[key]
-            for key, g in found.gradients.items()
-        }
-        return replace(found, gradients=gradients)
+    def before_descent(self, first: Gradients) -> Gradients:
+        return first
+
+
+@_mutant("StatePerPass", "both passes update normalisation statistics (davda54)")
+class _StateTwice(SharpEngine):
+    def state_of_descent(self, before: float, after: float) -> float:  # noqa: ARG002
+        return after
+
+    def state_of_step(self, before: float, after: float) -> float:  # noqa: ARG002
+        return self.state
+
+
+@_mutant("StatePerPass", "the second pass sees what the first one updated")
+class _StateOfFirstPass(SharpEngine):
+    def state_of_descent(self, before: float, after: float) -> float:  # noqa: ARG002
+        return after
+
+
+@_mutant("StatePerPass", "what the forward pass updates is dropped")
+class _StateDropped(SharpEngine):
+    def state_of_step(self, before: float, after: float) -> float:  # noqa: ARG002
+        return before
 
 
 @_mutant(

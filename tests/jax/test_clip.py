@@ -162,7 +162,14 @@ def test_accuracy_of_large_units(layout: str, values: str) -> None:
     assert ulps(clipped["w"], exact) <= 4
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+older_xla = pytest.mark.xfail(
+    jax.__version_info__ < (0, 10, 2),
+    reason="XLA of older releases fuses no squares into sums on the CPU",
+    strict=True,
+)
+
+
+@pytest.mark.parametrize("platform", ["gpu", pytest.param("tpu", marks=older_xla)])
 def test_sums_of_other_platforms(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is lowered for a GPU or TPU, run on the CPU."""
 
@@ -537,6 +544,7 @@ def test_nothing_waits_for_the_host() -> None:
     assert stats.total().units == 6
 
 
+@older_xla
 def test_donated_gradients_are_reused() -> None:
     gradients, params = ({"kernel": jnp.ones((512, 128))} for _ in range(2))
     compiled = jax.jit(clip, donate_argnums=0).lower(gradients, params).compile()

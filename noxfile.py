@@ -22,6 +22,8 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 FRAMEWORKS = ("torch", "jax", "tensorflow")
 PEERS = {"torch": ("timm", "pytorch_optimizer"), "jax": ("optax",), "tensorflow": ()}  # modules
 PACKAGES = ("agc", "agc_torch", "agc_jax", "agc_tensorflow", "agc_conformance")
+# Each file runs in one process: its tests share what they compile.
+IN_PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile")
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 
@@ -98,13 +100,13 @@ def tests(session: nox.Session, framework: str) -> None:
     """Unit and integration tests, each framework alone."""
     if framework == "core":
         install(session, "conformance", "weights", groups=("test",))
-        session.run("pytest", "tests/core", "tests/conformance", *session.posargs)
+        session.run("pytest", *IN_PARALLEL, "tests/core", "tests/conformance", *session.posargs)
         return
     groups = ("test", f"pinned-{framework}", f"test-{framework}")
     install(session, framework, "conformance", "weights", groups=groups)
     if framework == "torch":
         install_peers(session)
-    session.run("pytest", f"tests/{framework}", *session.posargs, env=QUIET)
+    session.run("pytest", *IN_PARALLEL, f"tests/{framework}", *session.posargs, env=QUIET)
 
 
 @nox.session(default=False)
@@ -131,7 +133,7 @@ def minimum(session: nox.Session, framework: str) -> None:
     # Old releases warn of what they use of even older ones.
     deprecations = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
     quiet = [f"-Wdefault::{category}" for category in deprecations]
-    session.run("pytest", *quiet, *folders, *session.posargs, env=QUIET)
+    session.run("pytest", *IN_PARALLEL, *quiet, *folders, *session.posargs, env=QUIET)
 
 
 @nox.session(default=False)
@@ -142,7 +144,7 @@ def newest(session: nox.Session, framework: str) -> None:
     groups = ("test", *(f"test-{name}" for name in extra))
     install(session, *extra, "conformance", "weights", groups=groups)
     folders = (f"tests/{framework}",) if extra else ("tests/core", "tests/conformance")
-    session.run("pytest", *folders, *session.posargs, env=QUIET)
+    session.run("pytest", *IN_PARALLEL, *folders, *session.posargs, env=QUIET)
 
 
 @nox.session(default=False)

@@ -149,6 +149,8 @@ class _Quadratic(nn.Module):  # type: ignore[misc]
 class _Counting(_Quadratic):
     """The same, times a buffer that every forward pass doubles."""
 
+    state: Tensor
+
     def __init__(self, parameters: Mapping[str, Array], device: str) -> None:
         super().__init__(parameters, device)
         self.register_buffer("state", torch.ones((), device=device))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class SharpEngine(Engine):
     #: What the loss is multiplied by; a forward pass multiplies it by ``growth`` (scenario ``stateful``).
     state, growth = 1.0, 1.0
     #: Gradients that are there before the first pass (scenario ``stale``).
-    left: Gradients = {}
+    left: Mapping[str, Array | None] = MappingProxyType({})
 
     # -- what takes part ------------------------------------------------------------------------
 
@@ -108,11 +109,11 @@ class SharpEngine(Engine):
         """Second pass, at the perturbed weights."""
         return self.loss_and_gradients(weights, examples, rows)
 
-    def before_ascent(self) -> Gradients:
+    def before_ascent(self) -> Mapping[str, Array | None]:
         """Gradients that the first pass adds to: none, whoever left some (SAM-4)."""
         return {}
 
-    def before_descent(self, first: Gradients) -> Gradients:  # noqa: ARG002
+    def before_descent(self, first: Gradients) -> Mapping[str, Array | None]:  # noqa: ARG002
         """Gradients that the second pass adds to (SAM-4)."""
         return {}
 
@@ -350,7 +351,7 @@ class SharpEngine(Engine):
         return SharpnessOutcome(gradients, found.weights, skipped=found.skipped)
 
 
-def _added(gradients: Gradients, more: Gradients) -> Gradients:
+def _added(gradients: Gradients, more: Mapping[str, Array | None]) -> Gradients:
     """Add gradients to those that have a value."""
     return {
         name: g if g is None or more.get(name) is None else g + more[name]
@@ -812,13 +813,13 @@ class _MomentumLost(SharpEngine):
 
 @_mutant("GradientsLeft", "the first pass adds to the gradients that are there")
 class _GradientsLeft(SharpEngine):
-    def before_ascent(self) -> Gradients:
+    def before_ascent(self) -> Mapping[str, Array | None]:
         return self.left
 
 
 @_mutant("GradientsLeft", "the second pass adds to the gradients of the first")
 class _PassesAdded(SharpEngine):
-    def before_descent(self, first: Gradients) -> Gradients:
+    def before_descent(self, first: Gradients) -> Mapping[str, Array | None]:
         return first
 
 

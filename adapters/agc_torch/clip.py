@@ -220,9 +220,8 @@ def _jobs(
                 missing(entry, parameter)
             if not (entry.clipped and parameter.requires_grad and is_dtensor(parameter)):
                 continue
-            gradient = torch.zeros_like(
-                parameter
-            )  # other processes may have one, and wait for this one
+            # Other processes may have one, and wait for this one.
+            gradient = torch.zeros_like(parameter)
         check(entry, parameter, gradient)
         if entry.clipped:
             if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():
@@ -236,11 +235,12 @@ def _chunks(jobs: list[_Job]) -> Iterable[list[_Job]]:
     groups: list[tuple[tuple[Place, Clipping], list[_Job]]] = []
     for job in jobs:
         kind = job.gradient.place, job.entry.clipping
-        some = next((group for one, group in groups if one == kind), None)
-        if some is None:
-            groups.append((kind, [job]))
+        # A list, for torch.compile knew no next() with a default before PyTorch 2.9.
+        found = [group for one, group in groups if one == kind]
+        if found:
+            found[0].append(job)
         else:
-            some.append(job)
+            groups.append((kind, [job]))
     for ((device, mesh), _), group in groups:
         if mesh is not None or not on_host(device):
             yield group

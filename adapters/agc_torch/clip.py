@@ -235,7 +235,7 @@ def _chunks(jobs: list[_Job]) -> Iterable[list[_Job]]:
     groups: list[tuple[tuple[Place, Clipping], list[_Job]]] = []
     for job in jobs:
         kind = job.gradient.place, job.entry.clipping
-        # A list, for torch.compile knew no next() with a default before PyTorch 2.9.
+        # A list: torch.compile of older releases takes no next() with a default.
         found = [group for one, group in groups if one == kind]
         if found:
             found[0].append(job)

@@ -141,7 +141,9 @@ def _stateful(problem: SharpnessProblem) -> SharpnessOutcome:
     def loss(params: Any, batch: Batch, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         return state * _loss(params, batch), 2 * state
 
-    function = jax.jit(_value_and_grad(loss, problem.rule, has_aux=True))
+    function = functools.partial(
+        jax.jit(_value_and_grad(loss, problem.rule, has_aux=True)), step=problem.step
+    )
     params, batch = _tree(problem.parameters), _batch(problem.examples)
     (_, state), _ = function(params, batch, jnp.ones((), jnp.float32))
     (value, _), gradients = function(params, batch, state)

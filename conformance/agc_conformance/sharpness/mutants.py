@@ -6,6 +6,7 @@ place and copied back. It is cut into replaceable parts, and passes every vector
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -181,8 +182,8 @@ class SharpEngine(Engine):
 
     def restore(self, weights: Arrays, copies: Arrays, e: Arrays) -> None:  # noqa: ARG002
         """Put the weights back (SAM-3)."""
-        for name, copy in copies.items():
-            weights[name][...] = copy
+        for name, value in copies.items():
+            weights[name][...] = value
 
     # -- putting it together --------------------------------------------------------------------
 
@@ -321,17 +322,19 @@ class SharpEngine(Engine):
             return self.estimate(problem, settings["replicas"])
         if name == "scaled":
             return self.scaled(problem, float(settings["scale"]))
+        # A copy, so that no other question meets what this one leaves.
+        scene = copy.copy(self)
         if name == "stale":
-            self.left = {key: np.ones_like(value) for key, value in problem.parameters.items()}
+            scene.left = {key: np.ones_like(value) for key, value in problem.parameters.items()}
         if name == "stateful":
-            self.growth = 2.0
-            self.estimate(problem)
+            scene.growth = 2.0
+            scene.estimate(problem)
         if name == "fixed":
             fixed = [*settings["frozen"], *settings["absent"]]
             rule = replace(problem.rule, exclude=[*problem.rule.exclude, *fixed])
             found = self.estimate(replace(problem, rule=rule))
             return replace(found, gradients={**found.gradients, **dict.fromkeys(fixed)})
-        return self.estimate(problem)
+        return scene.estimate(problem)
 
     def scaled(self, problem: SharpnessProblem, scale: float) -> SharpnessOutcome:
         """Under loss scaling: nothing of the scale is left."""

@@ -11,8 +11,8 @@ __all__ = ["TITLE", "VECTORS"]
 
 TITLE: Final = "Plans of the frameworks' own layers"
 
-# Kind of layer, sizes, totals [elements, units] that are right for its weights. A framework may or may
-# not count a stacked bias: both totals are right.
+# Kind of layer, sizes, totals [elements, units] that are right for its weights: two where a
+# framework may or may not count a stacked bias.
 _LAYERS: Final[list[tuple[str, dict[str, int], list[list[int]]]]] = [
     ("dense", {"i": 4, "o": 6}, [[24, 6]]),
     ("dense", {"i": 1, "o": 6}, [[6, 6]]),
@@ -37,23 +37,21 @@ _LAYERS: Final[list[tuple[str, dict[str, int], list[list[int]]]]] = [
     ("temperature", {"h": 6}, [[0, 0]]),
     ("stacked_dense", {"l": 3, "i": 4, "o": 5}, [[60, 15], [75, 18]]),
 ]
-
-
-_FLAGS: Final = {
+# Flags of layers all of whose parameters are vectors (AGC-5).
+_VECTORS_ONLY: Final = {
     "layer_norm": ["LayerPlan"],
     "class_token": ["VectorRefused", "VectorPerElement"],
     "temperature": ["VectorRefused", "VectorPerElement"],
 }
-"""Of layers that have no weights but vectors (AGC-5)."""
 
 
 def _layer(kind: str, sizes: dict[str, int], totals: list[list[int]]) -> Data:
-    name, flags = kind.replace("_", "-"), _FLAGS.get(kind, ["LayerPlan"])
+    name, flags = kind.replace("_", "-"), _VECTORS_ONLY.get(kind, ["LayerPlan"])
     if sizes.get("i") == 1:
         name, flags = f"{name}-of-one-input", [*flags, "Squeeze"]
     return vector(
         f"L0-plan-{name}",
-        5 if kind in _FLAGS else 2,
+        5 if kind in _VECTORS_ONLY else 2,
         "layer",
         flags,
         f"The framework's own {kind} layer: elements and units of its weights; all else is whole.",

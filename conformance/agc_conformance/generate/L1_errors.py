@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import Final
 
 from agc_conformance.generate.build import error_vector
-from agc_conformance.generate.parameters import bias, bias_of, dense, dense_of
+from agc_conformance.generate.parameters import bias, dense, mixed_bias, mixed_dense
 
 __all__ = ["TITLE", "VECTORS"]
 
 TITLE: Final = "What is refused"
 
-_WEIGHT: Final = dense_of(170)
-_BIAS: Final = bias_of(171)
+_WEIGHT: Final = mixed_dense(170)
+_BIAS: Final = mixed_bias(171)
 
 VECTORS: Final = [
     error_vector(

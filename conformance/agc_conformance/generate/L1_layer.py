@@ -1,4 +1,4 @@
-"""What each framework stores of a layer, and which axes name a unit: a vector for every kind of layer."""
+"""Every kind of layer: how each framework stores its weight, and which axes name a unit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ _DEPTHWISE: Final = by_framework(
     ("h w i (c m)", "... i o -> o"),
     ("h w c m", "... c m -> c m"),
 )
-_EMBEDDING: Final[Layouts] = {"any": ("v d", "v d -> v")}
 _GROUPED_OUT_LAST: Final = ("h w (g i) o", "... (g=2 i) o -> g o")
 
 # Name, comment, canonical axes (unit axes first), number of unit axes, layouts, flags.
@@ -158,7 +157,7 @@ _LAYERS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] =
         "a unit is a token's vector",
         {"v": 7, "d": 4},
         1,
-        _EMBEDDING,
+        {"any": ("v d", "v d -> v")},
         ["WrongAxisEmbedding"],
     ),
     (

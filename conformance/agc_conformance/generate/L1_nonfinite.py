@@ -12,11 +12,11 @@ from agc_conformance.generate.parameters import (
     CONV2D,
     VectorParameter,
     bias,
-    bias_of,
     dense,
-    dense_of,
     generated,
     inline,
+    mixed_bias,
+    mixed_dense,
     overwritten,
 )
 
@@ -27,18 +27,18 @@ TITLE: Final = "NaN and infinity"
 _WEIGHT: Final = [[1.0, 2, 2], [4, -4, 2], [0.5, 0.25, 1], [3, 0, 4]]
 _GRADIENT: Final = [[0.5, 0.25, -1], [0.001953125, 0, -0.0], [2, -3, 4], [1, 1, 0.5]]
 _NAN_IN_SMALL_UNIT: Final = [[0.5, 0.25, -1], [0.0009765625, np.nan, 0], [2, -3, 4], [1, 1, 0.5]]
-
-_SOUND: Final = dense(_WEIGHT, _GRADIENT)
 # The second element of the third unit.
 _POISONED: Final = 7
 
 
 def _weight_with(value: float) -> VectorParameter:
-    return replace(_SOUND, weight=overwritten(_SOUND.weight, {_POISONED: value}))
+    weight = overwritten(inline(_WEIGHT), {_POISONED: value})
+    return replace(dense(_WEIGHT, _GRADIENT), weight=weight)
 
 
 def _gradient_with(value: float) -> VectorParameter:
-    return replace(_SOUND, gradient=overwritten(inline(_GRADIENT), {_POISONED: value}))
+    gradient = overwritten(inline(_GRADIENT), {_POISONED: value})
+    return replace(dense(_WEIGHT, _GRADIENT), gradient=gradient)
 
 
 # Name, parameter, comment, flags.
@@ -63,7 +63,7 @@ VECTORS: Final = [
             4,
             [*flags, flag, "PoisonSpreads"],
             f"{comment}: the whole unit falls under the policy {policy!r}, no other unit does.",
-            [poisoned, bias_of(120)],
+            [poisoned, mixed_bias(120)],
             rule={"nonfinite": policy},
             stats=True,
         )
@@ -83,7 +83,7 @@ VECTORS: Final = [
         4,
         ["NaNPasses", "PoisonSpreads"],
         "A bias is one unit: one NaN makes all of it NaN, and nothing of the weight beside it.",
-        [dense_of(123), bias([1.0, 2, 3], [1.0, np.nan, 2])],
+        [mixed_dense(123), bias([1.0, 2, 3], [1.0, np.nan, 2])],
         full_dtypes=["float64"],
     ),
     clip_vector(
@@ -181,7 +181,7 @@ VECTORS: Final = [
         4,
         ["PolicyIgnored", "NaNPasses"],
         "nonfinite='raise' names the parameter.",
-        [dense(_WEIGHT, _NAN_IN_SMALL_UNIT), bias_of(124)],
+        [dense(_WEIGHT, _NAN_IN_SMALL_UNIT), mixed_bias(124)],
         "NonFiniteError",
         ["weight"],
         rule={"nonfinite": "raise"},
@@ -201,7 +201,7 @@ VECTORS: Final = [
         4,
         ["PolicyIgnored"],
         "nonfinite='raise' clips as usual where everything is finite.",
-        [dense_of(125), bias_of(126)],
+        [mixed_dense(125), mixed_bias(126)],
         rule={"nonfinite": "raise"},
         full_dtypes=["float64"],
     ),

@@ -12,10 +12,10 @@ from agc_conformance.generate.parameters import (
     DENSE,
     VectorParameter,
     bias,
-    bias_of,
     dense,
-    dense_of,
     generated,
+    mixed_bias,
+    mixed_dense,
 )
 
 __all__ = ["TITLE", "VECTORS"]
@@ -120,7 +120,7 @@ VECTORS: Final = [
         3,
         ["DtypePromoted", "LowPrecisionScale"],
         "Gradients in another precision than the weights keep their own.",
-        [dense_of(108), bias_of(109)],
+        [mixed_dense(108), mixed_bias(109)],
         dtypes=["bfloat16/float32", "float16/float32", "float32/bfloat16", "float32/float16"],
         full_dtypes=[],
     ),
@@ -150,7 +150,7 @@ VECTORS: Final = [
         3,
         ["NormInInputDtype"],
         "float64 is accumulated in float64.",
-        [dense_of(111, o=6, i=7), bias_of(112)],
+        [mixed_dense(111, o=6, i=7), mixed_bias(112)],
         dtypes=["float64"],
         full_dtypes=[],
     ),

@@ -13,11 +13,11 @@ from agc_conformance.generate.parameters import (
     Layouts,
     VectorParameter,
     bias,
-    bias_of,
     dense,
-    dense_of,
     inline,
     mixed,
+    mixed_bias,
+    mixed_dense,
 )
 
 __all__ = ["TITLE", "VECTORS"]
@@ -27,23 +27,23 @@ TITLE: Final = "What takes part; schedules; telemetry"
 _SCALAR: Final[Layouts] = {"any": ("", "... ->")}
 _GAIN: Final = VectorParameter("gain", {}, 0, inline(2.0), inline(-3.0), _SCALAR)
 _HEAD_FIRST: Final = [
-    dense_of(140, "head.weight", 3, 4),
-    bias_of(141, "head.bias", 3),
-    dense_of(142, "body.weight"),
-    bias_of(143, "body.bias"),
-    dense_of(144, "neck.weight", 5, 3),
+    mixed_dense(140, "head.weight", 3, 4),
+    mixed_bias(141, "head.bias", 3),
+    mixed_dense(142, "body.weight"),
+    mixed_bias(143, "body.bias"),
+    mixed_dense(144, "neck.weight", 5, 3),
 ]
 _HEAD_WITHOUT_BIAS: Final = [
-    dense_of(145, "body.weight"),
-    bias_of(146, "body.bias"),
-    dense_of(147, "head.weight", 3, 4),
+    mixed_dense(145, "body.weight"),
+    mixed_bias(146, "body.bias"),
+    mixed_dense(147, "head.weight", 3, 4),
 ]
 _THREE_LAYERS: Final = [
-    dense_of(148, "stem.weight"),
-    bias_of(149, "stem.bias"),
-    dense_of(150, "block.weight", 3, 6),
-    bias_of(151, "block.bias", 3),
-    dense_of(152, "head.weight", 2, 7),
+    mixed_dense(148, "stem.weight"),
+    mixed_bias(149, "stem.bias"),
+    mixed_dense(150, "block.weight", 3, 6),
+    mixed_bias(151, "block.bias", 3),
+    mixed_dense(152, "head.weight", 2, 7),
 ]
 _SCHEDULE: Final = {"@schedule": [[0, 0.04], [4, 0.01], [8, 0.002]]}
 
@@ -65,7 +65,7 @@ VECTORS: Final = [
         5,
         ["VectorPerElement"],
         "A bias is one unit: one scale for all of it.",
-        [bias_of(130, o=9)],
+        [mixed_bias(130, o=9)],
         **IN_EVERY_DTYPE,
     ),
     clip_vector(
@@ -73,7 +73,7 @@ VECTORS: Final = [
         5,
         ["NoneGradient"],
         "A parameter without a gradient is left alone.",
-        [dense_of(131), replace(bias_of(133, "frozen"), gradient=None), bias_of(132)],
+        [mixed_dense(131), replace(mixed_bias(133, "frozen"), gradient=None), mixed_bias(132)],
         full_dtypes=["float64"],
     ),
     clip_vector(
@@ -83,7 +83,7 @@ VECTORS: Final = [
         "Empty parameters break nothing.",
         [
             dense(np.ones((0, 3)), [], "empty"),
-            dense_of(134),
+            mixed_dense(134),
             dense(np.ones((3, 0)), [], "hollow"),
             bias([], [], "empty_bias"),
         ],
@@ -190,7 +190,7 @@ VECTORS: Final = [
             10,
             ["IgnoresSchedule"],
             f"Straight lines between the points, at step {step}.",
-            [dense_of(154, o=8), bias_of(155)],
+            [mixed_dense(154, o=8), mixed_bias(155)],
             rule={"clipping": _SCHEDULE},
             step=step,
             full_dtypes=["float64"] if step == 1 else [],
@@ -212,7 +212,7 @@ VECTORS: Final = [
         12,
         ["TensorGranularity"],
         "granularity='tensor': one unit a parameter, whatever its layer (DreamerV3's 0.3).",
-        [dense_of(156), mixed("conv.weight", {"o": 3, "i": 2, "h": 2, "w": 3}, 1, CONV2D, 157)],
+        [mixed_dense(156), mixed("conv.weight", {"o": 3, "i": 2, "h": 2, "w": 3}, 1, CONV2D, 157)],
         rule={"granularity": "tensor", "clipping": 0.004},
         stats=True,
         full_dtypes=["float64"],
@@ -222,7 +222,7 @@ VECTORS: Final = [
         12,
         ["TensorGranularity", "NaNPasses"],
         "granularity='tensor': one NaN poisons the parameter.",
-        [dense([[1.0, 2], [3, 4]], [[1.0, np.nan], [3, 4]]), bias_of(158)],
+        [dense([[1.0, 2], [3, 4]], [[1.0, np.nan], [3, 4]]), mixed_bias(158)],
         rule={"granularity": "tensor", "clipping": 0.3},
         full_dtypes=[],
     ),

@@ -11,10 +11,10 @@ from agc_conformance.generate.build import FLOAT32_AND_FLOAT64, clip_vector, err
 from agc_conformance.generate.parameters import (
     Data,
     VectorParameter,
-    bias_of,
-    dense_of,
     generated,
     inline,
+    mixed_bias,
+    mixed_dense,
     rows,
 )
 
@@ -92,7 +92,7 @@ VECTORS: Final = [
         9,
         ["SparseDensified", "GlobalNorm"],
         "Sparse and dense gradients in one model.",
-        [_THREE_ROWS, dense_of(161), bias_of(162)],
+        [_THREE_ROWS, mixed_dense(161), mixed_bias(162)],
         **FLOAT32_AND_FLOAT64,
     ),
     error_vector(

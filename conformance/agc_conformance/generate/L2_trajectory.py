@@ -100,7 +100,7 @@ def _follow(
     rule: AGC,
     optimizer: Optimizer,
 ) -> tuple[list[Data], float, float]:
-    """Return weights after every step, the share of clipped units, the least distance from a limit."""
+    """Return weights after every step, the share of clipped units, the distance to the limit."""
     weights = {p.name: p.weight_array for p in parameters}
     momenta = {name: np.zeros_like(value) for name, value in weights.items()}
     expected: list[Data] = []

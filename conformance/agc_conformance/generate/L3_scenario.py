@@ -15,12 +15,12 @@ from agc_conformance.generate.parameters import (
     DENSE,
     Data,
     VectorParameter,
-    bias_of,
     conv_transpose,
-    dense_of,
     generated,
     inline,
     mixed,
+    mixed_bias,
+    mixed_dense,
     overwritten,
     small_model,
 )
@@ -36,8 +36,8 @@ _TO_SHARD: Final = [
     mixed("conv.weight", {"o": 4, "i": 2, "h": 2, "w": 2}, 1, CONV2D, 310),
     mixed("up.weight", {"o": 6, "i": 4, "h": 2, "w": 2}, 1, conv_transpose("h w"), 311),
     mixed("dense.weight", {"o": 6, "i": 8}, 1, DENSE, 312),
-    bias_of(313, "dense.bias", 6),
-    dense_of(314, "odd.weight", 3, 5),
+    mixed_bias(313, "dense.bias", 6),
+    mixed_dense(314, "odd.weight", 3, 5),
     mixed("embedding.weight", {"v": 8, "d": 3}, 1, {"any": ("v d", "v d -> v")}, 315),
 ]
 

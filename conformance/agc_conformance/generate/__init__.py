@@ -1,9 +1,9 @@
 """Writes the vector files: the module ``L1_threshold`` makes ``vectors/v1/L1-threshold.json``.
 
-Every module whose name starts with ``L`` has a ``TITLE`` and a list ``VECTORS``; nothing else is said of
-a file, so that a new file is a new module. The others are what those share: :mod:`.parameters`,
-:mod:`.unit_table` and :mod:`.build` for AGC, ``sam_*`` for SAM, :mod:`.trajectory` for both. Nothing is
-computed until :func:`vector_files` is called.
+Every module whose name starts with ``L`` has a ``TITLE`` and a list ``VECTORS``, and is found by
+its name: a new module is a new file. The others hold what those share, in this order of reading:
+``unit_table``, ``parameters``, ``build`` and ``optimizer`` for AGC; ``sam_case``, ``sam_build`` and
+``sam_trajectory`` for SAM. Importing this package computes nothing; :func:`vector_files` does.
 """
 
 from __future__ import annotations

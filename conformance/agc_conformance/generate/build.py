@@ -139,7 +139,17 @@ def error_vector(
     *,
     rule: Mapping[str, Any] | None = None,
 ) -> Data:
-    """Return a vector that must be refused with an error of this class whose message names these."""
+    """Return a vector that must be refused.
+
+    Parameters
+    ----------
+    name, clause, flags, comment, parameters, rule
+        See :func:`clip_vector`.
+    error : str
+        Class of the error.
+    message : sequence of str
+        What its message must contain.
+    """
     return vector(
         name,
         clause,
@@ -185,7 +195,7 @@ def expectation(
         elif threshold is None:
             expected[p.name] = "untouched"
         else:
-            expected[p.name] = _clipped(p, gradient, plan, threshold, rule)
+            expected[p.name] = _expected_units(p, gradient, plan, threshold, rule)
             _check_against_reference(p.name, expected[p.name], reference.clipped[p.name])
     if not stats:
         return {"gradients": expected}
@@ -213,7 +223,7 @@ def _gradient(p: VectorParameter) -> Array | RowSparse | None:
     return RowSparse(indices, decode_values(p.gradient, (len(indices), *p.shape[1:])), p.shape)
 
 
-def _clipped(
+def _expected_units(
     p: VectorParameter, gradient: Array | RowSparse, plan: Plan, threshold: float, rule: AGC
 ) -> Data:
     """Return rows of a sparse gradient, the table of units and, where it is short, the gradient."""

@@ -28,15 +28,15 @@ __all__ = [
     "Layouts",
     "VectorParameter",
     "bias",
-    "bias_of",
     "by_framework",
     "conv",
     "conv_transpose",
     "dense",
-    "dense_of",
     "generated",
     "inline",
     "mixed",
+    "mixed_bias",
+    "mixed_dense",
     "overwritten",
     "rows",
     "small_model",
@@ -44,7 +44,7 @@ __all__ = [
 
 Data = dict[str, Any]
 Layouts = Mapping[str, tuple[str, str]]
-"""Framework to its order of axes and the pattern of its units there; ``any`` stands for all three."""
+"""By framework: the order of axes in storage and the units pattern there; ``any`` is all three."""
 
 FEW: Final = 100
 """Largest number of elements that is written out."""
@@ -172,7 +172,7 @@ def rows(indices: Sequence[int], values: Any) -> Data:
 
 
 def generated(shape: Sequence[int], seed: int, exponent: int, spread: Sequence[int]) -> Data:
-    """Return the recipe of values (:func:`~agc_conformance.data.splitmix_values`), or few values."""
+    """Return the recipe of :func:`~agc_conformance.data.splitmix_values`, or its values if few."""
     data: Data = {
         "splitmix64": {"seed": seed, "exponent": exponent, "spread": list(spread)},
     }
@@ -205,14 +205,14 @@ def bias(weight: Any, gradient: Any, name: str = "bias") -> VectorParameter:
 def mixed(
     name: str, axes: Mapping[str, int], units: int, layouts: Layouts, seed: int
 ) -> VectorParameter:
-    """Return a parameter some of whose units are above the limit of the default rule, and some below.
+    """Return a parameter with units above and units below the limit of the default rule.
 
-    Scales differ along every axis, and no ratio is near the limit.
+    Scales differ along every axis, and no unit is near its limit.
 
     Raises
     ------
     AssertionError
-        If no data drawn from ``seed`` on are like this.
+        If no such numbers are drawn from ``seed`` on.
     """
     shape, rule = tuple(axes.values()), AGC()
     spread = [3 if axis < units else 2 if axis < units + 2 else 1 for axis in range(len(shape))]
@@ -226,22 +226,22 @@ def mixed(
             ratios = np.array(table["gradient_norm"]) / np.array(table["limit"])
             if _is_mixed(ratios) and np.abs(ratios - 1).min() > _NEAR:
                 return p
-    raise AssertionError(f"no data for {name!r} {dict(axes)}")
+    raise AssertionError(f"no mixed numbers for {name!r} {dict(axes)}")
 
 
 def _is_mixed(ratios: Array) -> bool:
-    """Whether 30 % to 80 % of the units are clipped; a single unit is, but not out of all proportion."""
+    """Whether 30 % to 80 % of the units are clipped, or a single unit is, at most 50 times."""
     if len(ratios) == 1:
         return bool(1 < ratios[0] < 50)
     return bool(0.3 <= np.count_nonzero(ratios > 1) / len(ratios) <= 0.8)
 
 
-def dense_of(seed: int, name: str = "weight", o: int = 4, i: int = 5) -> VectorParameter:
+def mixed_dense(seed: int, name: str = "weight", o: int = 4, i: int = 5) -> VectorParameter:
     """Return a dense weight of :func:`mixed` numbers."""
     return mixed(name, {"o": o, "i": i}, 1, DENSE, seed)
 
 
-def bias_of(seed: int, name: str = "bias", o: int = 4) -> VectorParameter:
+def mixed_bias(seed: int, name: str = "bias", o: int = 4) -> VectorParameter:
     """Return a bias of :func:`mixed` numbers."""
     return mixed(name, {"o": o}, 0, WHOLE, seed)
 
@@ -250,7 +250,7 @@ def small_model(seed: int) -> list[VectorParameter]:
     """Return a convolution and a head, each with its bias, of :func:`mixed` numbers."""
     return [
         mixed("conv.weight", {"o": 4, "i": 2, "h": 2, "w": 2}, 1, CONV2D, seed),
-        bias_of(seed + 1, "conv.bias", 4),
-        dense_of(seed + 2, "head.weight", 3, 4),
-        bias_of(seed + 3, "head.bias", 3),
+        mixed_bias(seed + 1, "conv.bias", 4),
+        mixed_dense(seed + 2, "head.weight", 3, 4),
+        mixed_bias(seed + 3, "head.bias", 3),
     ]

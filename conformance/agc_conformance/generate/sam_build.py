@@ -1,8 +1,8 @@
 """Vectors that ask for one sharpness-aware gradient.
 
-Every number comes from :mod:`agc.reference`, on sums that are exact. Rounding errs by a fraction of the
-terms that are added, not of what is left when they cancel, so each number comes with its magnitude: the
-same computation on absolute values.
+Every number comes from :mod:`agc.reference`, on sums that are exact. Rounding errs by a fraction of
+the terms that are added, not of what is left when they cancel, so each number comes with its
+magnitude: the same computation on absolute values.
 """
 
 from __future__ import annotations
@@ -209,17 +209,17 @@ def _magnitudes(
     ascents: list[_Pass] = []
     descents: list[tuple[_Pass, dict[str, Array]]] = []
     norms = []
-    # Of every micro-batch, the ascent pass of each replica and then the descent pass of each.
+    # A micro-batch has the ascent passes of all replicas, then their descent passes.
     for first in range(0, 2 * replicas * rule.microbatches, 2 * replicas):
         microbatch = passes[first : first + 2 * replicas]
         for replica, descent in enumerate(microbatch[replicas:]):
             ascent = microbatch[replica]
             norm = reference.norms[len(ascents)]
-            moves = perturbed if math.isfinite(norm) and norm > 0 else set()
+            moved = perturbed if math.isfinite(norm) and norm > 0 else set()
             reduced = microbatch[:replicas] if rule.scope == "global" else [ascent]
             gradients, squares = {}, 0.0
             for name, gradient in descent.gradients.items():
-                if name in moves:
+                if name in moved:
                     scale = _scale(weights[name], rule)
                     mean = sum(one.gradients[name] for one in reduced) / len(reduced)
                     squares += float(np.sum((scale * mean) ** 2))

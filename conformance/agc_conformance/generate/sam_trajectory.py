@@ -96,7 +96,7 @@ def sam_trajectory_vector(
 def _follow(
     batches: Sequence[SamCase], rule: SAM, clipping: AGC | None, optimizer: Optimizer
 ) -> tuple[list[Data], float, float]:
-    """Return weights after every step, the share of clipped units, the least distance from a limit."""
+    """Return weights after every step, the share of clipped units, the distance to the limit."""
     parameters, weights = batches[0].parameters, batches[0].weights
     momenta = {name: np.zeros_like(value) for name, value in weights.items()}
     expected: list[Data] = []

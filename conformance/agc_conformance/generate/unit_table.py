@@ -27,7 +27,7 @@ def unit_table(
     Parameters
     ----------
     gradient, weight : array of float64 or complex128
-        Of equal shape; the first axes name a unit.
+        The first axes name a unit.
     count : int
         Number of units.
     clipping : float

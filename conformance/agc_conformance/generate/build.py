@@ -195,7 +195,7 @@ def expectation(
         elif threshold is None:
             expected[p.name] = "untouched"
         else:
-            expected[p.name] = _expected_units(p, gradient, plan, threshold, rule)
+            expected[p.name] = _expected_units(p, gradient, weights[p.name], plan, threshold, rule)
             _check_against_reference(p.name, expected[p.name], reference.clipped[p.name])
     if not stats:
         return {"gradients": expected}
@@ -224,11 +224,16 @@ def _gradient(p: VectorParameter) -> Array | RowSparse | None:
 
 
 def _expected_units(
-    p: VectorParameter, gradient: Array | RowSparse, plan: Plan, threshold: float, rule: AGC
+    p: VectorParameter,
+    gradient: Array | RowSparse,
+    weight: Array,
+    plan: Plan,
+    threshold: float,
+    rule: AGC,
 ) -> Data:
     """Return rows of a sparse gradient, the table of units and, where it is short, the gradient."""
-    entry, weight = plan[p.name], p.weight_array
     expected: Data = {}
+    entry = plan[p.name]
     count = entry.count
     if isinstance(gradient, RowSparse):
         coalesced = gradient.coalesce()

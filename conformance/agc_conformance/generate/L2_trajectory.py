@@ -107,10 +107,12 @@ def _follow(
     actions: list[str] = []
     distance = np.inf
     for step, raw in enumerate(gradients):
-        now = [replace(p, weight=inline(weights[p.name]), gradient=raw[p.name]) for p in parameters]
-        units_of = expectation(now, rule, step=step)["gradients"]
+        present = [
+            replace(p, weight=inline(weights[p.name]), gradient=raw[p.name]) for p in parameters
+        ]
+        units_of = expectation(present, rule, step=step)["gradients"]
         clipped = {}
-        for p in now:
+        for p in present:
             units, gradient = units_of[p.name], p.gradient_array
             if units != "untouched":
                 actions += units["action"]

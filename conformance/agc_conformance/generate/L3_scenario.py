@@ -97,7 +97,6 @@ VECTORS: Final = [
         [*_MODEL, *(p for p in _TO_SHARD if p.name != "conv.weight")],
         rule=_WITHOUT_HEAD,
         scenario="compiled",
-        settings={},
         dtypes=["float32", "bfloat16"],
         full_dtypes=["float64", "float16"],
     ),
@@ -108,7 +107,6 @@ VECTORS: Final = [
         "Inside a compiled step, with a poisoned unit.",
         _POISONED,
         scenario="compiled",
-        settings={},
         **FLOAT32_AND_FLOAT64,
     ),
     clip_vector(
@@ -140,7 +138,6 @@ VECTORS: Final = [
         _MODEL,
         rule=_WITHOUT_HEAD,
         scenario="optimizer",
-        settings={},
         **FLOAT32_AND_FLOAT64,
     ),
     clip_vector(
@@ -151,7 +148,6 @@ VECTORS: Final = [
         _MODEL,
         rule=_WITHOUT_HEAD,
         scenario="idle",
-        settings={},
         **FLOAT32_AND_FLOAT64,
     ),
     clip_vector(
@@ -162,7 +158,6 @@ VECTORS: Final = [
         _MODEL,
         rule={"clipping": {"*.bias": None, "conv.*": 0.002, "*": 0.01}},
         scenario="optimizer",
-        settings={},
         **FLOAT32_AND_FLOAT64,
     ),
 ]

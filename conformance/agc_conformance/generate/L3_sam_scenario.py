@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -18,9 +19,10 @@ TITLE: Final = "SAM: settings of real training"
 _SIX: Final = sam_case(11, by_framework=True)
 _TEN: Final = sam_case(12, 10, by_framework=True)
 _NAN: Final = _SIX.poisoned(2, np.nan)
+_scenario_vector = partial(sharpen_vector, full_dtypes=[])
 
 VECTORS: Final = [
-    sharpen_vector(
+    _scenario_vector(
         "L3-sam-compiled",
         3,
         ["SamCompiled"],
@@ -28,9 +30,8 @@ VECTORS: Final = [
         _SIX,
         {"rho": 1.0},
         scenario="compiled",
-        full_dtypes=[],
     ),
-    sharpen_vector(
+    _scenario_vector(
         "L3-sam-compiled-nfnets",
         7,
         ["SamCompiled"],
@@ -38,9 +39,8 @@ VECTORS: Final = [
         _TEN,
         {"profile": "nfnets", "rho": 1.0, "exclude": ["head.*"]},
         scenario="compiled",
-        full_dtypes=[],
     ),
-    sharpen_vector(
+    _scenario_vector(
         "L3-sam-compiled-microbatches",
         8,
         ["SamCompiled", "MicrobatchUnweighted"],
@@ -48,9 +48,8 @@ VECTORS: Final = [
         _TEN,
         {"rho": 1.0, "microbatches": 3, "adaptive": True},
         scenario="compiled",
-        full_dtypes=[],
     ),
-    sharpen_vector(
+    _scenario_vector(
         "L3-sam-compiled-nan",
         5,
         ["SamCompiled", "NonFiniteAscent"],
@@ -58,9 +57,8 @@ VECTORS: Final = [
         _NAN,
         {"rho": 1.0},
         scenario="compiled",
-        full_dtypes=[],
     ),
-    sharpen_vector(
+    _scenario_vector(
         "L3-sam-scaled",
         6,
         ["SamLossScale"],
@@ -68,10 +66,9 @@ VECTORS: Final = [
         _SIX,
         {"rho": 1.0},
         scenario="scaled",
-        full_dtypes=[],
         settings={"scale": 1024},
     ),
-    sharpen_vector(
+    _scenario_vector(
         "L3-sam-scaled-nan",
         5,
         ["SamLossScale", "NonFiniteAscent"],
@@ -79,10 +76,9 @@ VECTORS: Final = [
         _NAN,
         {"rho": 1.0},
         scenario="scaled",
-        full_dtypes=[],
         settings={"scale": 1024},
     ),
-    sharpen_vector(
+    _scenario_vector(
         "L3-sam-replicas-local",
         9,
         ["ScopeIgnored"],
@@ -91,9 +87,8 @@ VECTORS: Final = [
         {"rho": 1.0},
         scenario="replicas",
         settings={"replicas": 2},
-        full_dtypes=[],
     ),
-    sharpen_vector(
+    _scenario_vector(
         "L3-sam-replicas-global",
         9,
         ["ScopeIgnored"],
@@ -102,9 +97,8 @@ VECTORS: Final = [
         {"rho": 1.0, "scope": "global"},
         scenario="replicas",
         settings={"replicas": 2},
-        full_dtypes=[],
     ),
-    sharpen_vector(
+    _scenario_vector(
         "L3-sam-replicas-fraction",
         9,
         ["ScopeIgnored", "SubsetIgnored"],
@@ -113,9 +107,8 @@ VECTORS: Final = [
         {"rho": 1.0, "fraction": 0.4},
         scenario="replicas",
         settings={"replicas": 2},
-        full_dtypes=[],
     ),
-    sharpen_vector(
+    _scenario_vector(
         "L3-sam-stale",
         4,
         ["GradientsLeft"],
@@ -123,9 +116,8 @@ VECTORS: Final = [
         _SIX,
         {"rho": 1.0},
         scenario="stale",
-        full_dtypes=[],
     ),
-    sharpen_vector(
+    _scenario_vector(
         "L3-sam-fixed",
         4,
         ["FixedPerturbed"],
@@ -133,10 +125,9 @@ VECTORS: Final = [
         _SIX,
         {"rho": 1.0},
         scenario="fixed",
-        full_dtypes=[],
         settings={"frozen": ["head.weight"], "absent": ["head.bias"]},
     ),
-    sharpen_vector(
+    _scenario_vector(
         "L3-sam-fixed-fraction",
         4,
         ["FixedPerturbed"],
@@ -144,10 +135,9 @@ VECTORS: Final = [
         _TEN,
         {"rho": 1.0, "fraction": 0.4},
         scenario="fixed",
-        full_dtypes=[],
         settings={"frozen": ["head.bias"], "absent": ["head.weight"]},
     ),
-    sharpen_vector(
+    _scenario_vector(
         "L3-sam-stateful",
         12,
         ["StatePerPass"],
@@ -155,9 +145,8 @@ VECTORS: Final = [
         _SIX,
         {"rho": 1.0},
         scenario="stateful",
-        full_dtypes=[],
     ),
-    sharpen_vector(
+    _scenario_vector(
         "L3-sam-stateful-fraction",
         12,
         ["StatePerPass"],
@@ -165,7 +154,6 @@ VECTORS: Final = [
         _TEN,
         {"rho": 1.0, "fraction": 0.4},
         scenario="stateful",
-        full_dtypes=[],
     ),
     sam_trajectory_vector(
         "L3-sam-restart",

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from agc.checks import check_count
 from agc.errors import ConfigError, MissingPackageError
 from agc.files import check_target, named_files, replacing, write_text, written
 from agc.nfnet import parameters
@@ -71,9 +72,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         for name in ("seeds", "steps", "batch"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ConfigError(f"{name} must be an integer >= 1, got {number!r}")
+            check_count(name, getattr(self, name))
         for name in ("clippings", "rates"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must name at least one number")

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from reprlib import repr as short_repr
-from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Final, Literal, TypeAlias, get_args
 
-from agc.config import AGC, SAM, Clipping, clipping_from_data, clipping_to_data, schedule_value
+from agc.checks import check_distinct
+from agc.config import AGC, Clipping, clipping_from_data, clipping_to_data
 from agc.errors import (
     AmbiguousUnitsError,
     FormatError,
@@ -26,7 +27,10 @@ from agc.errors import (
     UnitsError,
     UnitsWarning,
 )
-from agc.profiles import Layout, rank_units
+from agc.layouts import Layout
+from agc.rank_rules import rank_units
+from agc.schedule import schedule_value
+from agc.selectors import canonical_name, first_matches, select
 from agc.units import UnitAxes, Units
 
 __all__ = [
@@ -35,13 +39,8 @@ __all__ = [
     "Plan",
     "PlanEntry",
     "Source",
-    "canonical_name",
     "make_plan",
-    "matching_names",
-    "perturbed_names",
 ]
-
-V = TypeVar("V")
 
 WHOLE: Final = Units("... ->")
 """The whole tensor is one unit."""
@@ -60,11 +59,6 @@ _CONVENTIONS: Final[Mapping[tuple[Layout, int], Units]] = {
 
 _FORMAT: Final = "agc-plan"
 _VERSION: Final = 1
-
-
-def canonical_name(name: str) -> str:
-    """Return a parameter name with dots between its parts, whatever the framework writes."""
-    return name.replace("/", ".")
 
 
 @dataclass(frozen=True)
@@ -175,11 +169,7 @@ class Plan:
     entries: tuple[PlanEntry, ...]
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
-        for entry in self.entries:
-            if entry.name in seen:
-                raise ParameterError(f"two parameters are called {entry.name!r}")
-            seen.add(entry.name)
+        check_distinct(entry.name for entry in self.entries)
 
     def __iter__(self) -> Iterator[PlanEntry]:
         return iter(self.entries)
@@ -414,12 +404,11 @@ def make_plan(
         replace(parameter, name=canonical_name(parameter.name), shape=tuple(parameter.shape))
         for parameter in parameters
     ]
-    names = [parameter.name for parameter in given]
+    shapes = {parameter.name: parameter.shape for parameter in given}
+    names = list(shapes)
     head = rule.head or head
-    excluded: set[str] = set()
-    for selector in rule.exclude:
-        excluded.update(_select("exclude", selector, given, head))
-    declared = _first_matches("units", rule.units, names)
+    excluded = {name for selector in rule.exclude for name in select(selector, shapes, head)}
+    declared = first_matches("units", rule.units, names)
     thresholds = _thresholds(rule, names)
     entries: list[PlanEntry] = []
     undecided: list[Parameter] = []
@@ -457,97 +446,17 @@ def make_plan(
     return Plan(tuple(entries))
 
 
-def perturbed_names(names: Iterable[str], rule: SAM) -> tuple[str, ...]:
-    """Names of the parameters that SAM perturbs, in the order given (SAM-11).
-
-    Raises
-    ------
-    SelectorError
-        If a pattern of ``only`` or ``exclude`` matches no parameter, or nothing is left to perturb.
-    """
-    given = list(names)
-    dotted = [canonical_name(name) for name in given]
-    chosen = {name for pattern in rule.only for name in _match("only", pattern, dotted)}
-    if not rule.only:
-        chosen = set(dotted)
-    for pattern in rule.exclude:
-        chosen.difference_update(_match("exclude", pattern, dotted))
-    if not chosen:
-        raise SelectorError(
-            f"no parameter is left to perturb: only={list(rule.only)} and "
-            f"exclude={list(rule.exclude)} select none of {len(given)} parameters"
-        )
-    return tuple(name for name, dot in zip(given, dotted, strict=True) if dot in chosen)
-
-
-def matching_names(pattern: str, names: Iterable[str]) -> list[str]:
-    """Return the dotted names that a name pattern means, in the order given (AGC-6).
-
-    A pattern that is literally one of the names means that one: brackets in a name are no glob.
-    """
-    given, wanted = list(names), canonical_name(pattern)
-    if wanted in given:
-        return [wanted]
-    return [name for name in given if fnmatchcase(name, wanted)]
-
-
-def _match(field: str, pattern: str, names: list[str]) -> list[str]:
-    found = matching_names(pattern, names)
-    if not found:
-        listing = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        raise SelectorError(
-            f"{field}: the pattern {pattern!r} matches no parameter; the names are: {listing}"
-        )
-    return found
-
-
-def _select(field: str, selector: str, parameters: list[Parameter], head: str | None) -> list[str]:
-    """Names that a selector means: a pattern, ``@head`` or ``@head.weight``."""
-    if not selector.startswith("@"):
-        return _match(field, selector, [parameter.name for parameter in parameters])
-    if selector not in ("@head", "@head.weight"):
-        raise SelectorError(
-            f"{field}: unknown selector {selector!r}; there are '@head' and '@head.weight'"
-        )
-    if head is None:
-        raise SelectorError(
-            f"{field}: {selector!r} needs the name of the classifier layer, and the model does not "
-            "declare one; give it in the rule, for example head='fc'"
-        )
-    names = [parameter.name for parameter in parameters]
-    layer = f"{canonical_name(head)}."
-    found = [name for name in names if name.startswith(layer)] or _match("head", f"{head}.*", names)
-    if selector == "@head":
-        return found
-    matrices = [p.name for p in parameters if p.name in found and len(p.shape) >= 2]
-    if not matrices:
-        raise SelectorError(
-            f"{field}: {selector!r} matches no parameter, because the head {head!r} has no matrix, only "
-            f"{', '.join(found)}; name what you mean instead"
-        )
-    return matrices
-
-
 def _thresholds(rule: AGC, names: list[str]) -> dict[str, Clipping]:
     """Threshold of every parameter: the first pattern that matches decides."""
     if not isinstance(rule.clipping, Mapping):
         return dict.fromkeys(names, rule.clipping)
-    chosen = _first_matches("clipping", rule.clipping, names)
+    chosen = first_matches("clipping", rule.clipping, names)
     missing = [name for name in names if name not in chosen]
     if missing:
         raise SelectorError(
             f"clipping: parameter {missing[0]!r} matches none of the patterns "
             f"{list(rule.clipping)}; add '*' as the last one, for example '*': 0.01"
         )
-    return chosen
-
-
-def _first_matches(field: str, patterns: Mapping[str, V], names: list[str]) -> dict[str, V]:
-    """Name to the value of the first pattern that matches it; names that none matches are left out."""
-    chosen: dict[str, V] = {}
-    for pattern, value in patterns.items():
-        for name in _match(field, pattern, names):
-            chosen.setdefault(name, value)
     return chosen
 
 

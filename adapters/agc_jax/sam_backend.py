@@ -16,7 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from agc.backend import Examples, Optimizer, SharpnessOutcome, SharpnessProblem, Unsupported
 from agc.config import SAM
-from agc.plan import perturbed_names
+from agc.selectors import perturbed_names
 from agc_jax.backend import optax_sgd
 from agc_jax.optimizer import adaptive_grad_clip
 from agc_jax.sam import sam_value_and_grad

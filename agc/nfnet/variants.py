@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
+from agc.checks import check_count
 from agc.errors import ConfigError
 
 __all__ = [
@@ -200,9 +201,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for field in ("num_classes", "in_channels"):
-            number = getattr(self, field)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ConfigError(f"{field} must be an integer >= 1, got {number!r}")
+            object.__setattr__(self, field, check_count(field, getattr(self, field)))
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ConfigError(f"dropout must be a rate in [0, 1), got {self.dropout!r}")
         if not (_is_number(self.stochastic_depth) and 0 <= self.stochastic_depth <= 1):

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from agc.config import AGC, check_step
+from agc.checks import NO_GRADIENT, check_inexact, check_shapes, check_step, rows_are_not_units
+from agc.config import AGC
 from agc.errors import (
     ConfigError,
     DTypeError,
@@ -22,7 +23,8 @@ from agc.errors import (
     ShapeError,
     UnitsError,
 )
-from agc.plan import Plan, PlanEntry, canonical_name
+from agc.plan import Plan, PlanEntry
+from agc.selectors import canonical_name
 from agc.units import UnitAxes, Units
 
 __all__ = [
@@ -306,9 +308,7 @@ def adaptive_clip(
     if missing:
         raise ParameterError(f"parameter {missing[0]!r} of the plan is missing")
     if all(gradient is None for gradient in gradients.values()):
-        raise MissingGradientError(
-            "no parameter has a gradient; compute gradients before clipping them"
-        )
+        raise MissingGradientError(NO_GRADIENT)
     out: dict[str, Array | RowSparse | None] = {}
     details: dict[str, Clipped] = {}
     for name, gradient in gradients.items():
@@ -317,11 +317,7 @@ def adaptive_clip(
         if gradient is None:
             out[name] = None
             continue
-        if tuple(gradient.shape) != entry.shape or tuple(weight.shape) != entry.shape:
-            raise ShapeError(
-                f"parameter {entry.name!r} has shape {tuple(weight.shape)}, its gradient "
-                f"{tuple(gradient.shape)}, and the plan says {entry.shape}"
-            )
+        check_shapes(entry.name, weight=weight.shape, gradient=gradient.shape, plan=entry.shape)
         try:
             sparse = isinstance(gradient, RowSparse)
             done = _clip_sparse if isinstance(gradient, RowSparse) else _clip_dense
@@ -377,10 +373,7 @@ def _clip_sparse(
         g, w_norm = widen("gradient", rows.values), unit_norms(weight[rows.indices], entry.units)
         g_norm = unit_norms(g, entry.units)
     else:
-        raise UnitsError(
-            f"the gradient of shape {gradient.shape} is row-sparse, but the rows are not units "
-            f"of {entry.units}; declare row units such as 'v d -> v', or make the gradient dense"
-        )
+        raise rows_are_not_units("the gradient", gradient.shape, entry.units)
     return _clip(g, axes, g_norm, w_norm, threshold, rule)
 
 
@@ -412,8 +405,8 @@ def widen(what: str, array: Array) -> Array:
     """Return the array in float64 or complex128; float16 and bfloat16 widen without rounding."""
     array = np.asarray(array)
     # bfloat16 comes from ml_dtypes, whose kind is "V" to NumPy.
-    if not np.issubdtype(array.dtype, np.inexact) and array.dtype.name != "bfloat16":
-        raise DTypeError(f"the {what} has dtype {array.dtype}; AGC needs floating point or complex")
+    inexact = np.issubdtype(array.dtype, np.inexact) or array.dtype.name == "bfloat16"
+    check_inexact(f"the {what}", array.dtype, inexact=inexact)
     wide = np.complex128 if np.issubdtype(array.dtype, np.complexfloating) else np.float64
     if not np.can_cast(array.dtype, wide):
         raise DTypeError(

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from agc.config import SAM, check_count, check_step
+from agc.checks import check_count, check_microbatches, check_step
+from agc.config import SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError
-from agc.plan import perturbed_names
 from agc.reference.clipping import widen
+from agc.selectors import perturbed_names
 
 __all__ = ["GradientFunction", "SharpnessAware", "perturbation", "sharpness_aware_gradients"]
 
@@ -176,15 +177,11 @@ def sharpness_aware_gradients(
     if not rule.perturbs(step):
         loss, gradients = gradient_function(weights, batch)
         return SharpnessAware(loss, loss, dict(gradients), ())
+    check_microbatches(rule.microbatches, examples // replicas, " of a replica's batch")
     # rows[replica][microbatch]: the examples of one perturbation
     rows = [
         np.array_split(part, rule.microbatches) for part in np.split(np.arange(examples), replicas)
     ]
-    if len(rows[0][-1]) == 0:
-        raise ConfigError(
-            f"microbatches={rule.microbatches} is more than the {len(batch[0]) // replicas} examples "
-            "of a replica's batch"
-        )
     losses: list[tuple[int, float]] = []
     perturbed_losses: list[tuple[int, float]] = []
     descents: list[tuple[int, Mapping[str, Array | None]]] = []

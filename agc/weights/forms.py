@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy.typing as npt
 
+from agc.layouts import out_first, out_first_axes, out_last
 from agc.nfnet import HEAD, VARIANTS, ParameterSpec, Variant, parameters
 
 __all__ = ["FORMS", "Form", "guess", "sizes"]
@@ -46,24 +47,20 @@ class Form:
 
     def shape(self, spec: ParameterSpec) -> tuple[int, ...]:
         """Return the shape that a parameter has in this form."""
-        return tuple(spec.shape[axis] for axis in self._axes(spec)) + (1,) * self._unit_axes(spec)
+        shape = spec.shape
+        if self.outputs_first:
+            shape = tuple(shape[axis] for axis in out_first_axes(len(shape)))
+        return shape + (1,) * self._unit_axes(spec)
 
     def encode(self, spec: ParameterSpec, array: Array) -> Array:
         """Bring a neutral array into this form; a view."""
-        return array.transpose(self._axes(spec)).reshape(self.shape(spec))
+        array = out_first(array) if self.outputs_first else array
+        return array.reshape(self.shape(spec))
 
     def decode(self, spec: ParameterSpec, array: Array) -> Array:
         """Bring an array of this form into the neutral one; a view."""
-        axes = self._axes(spec)
-        return array.reshape(array.shape[: len(axes)]).transpose(
-            sorted(range(len(axes)), key=axes.__getitem__)
-        )
-
-    def _axes(self, spec: ParameterSpec) -> tuple[int, ...]:
-        rank = len(spec.shape)
-        if self.outputs_first:
-            return {4: (3, 2, 0, 1), 2: (1, 0)}.get(rank, tuple(range(rank)))
-        return tuple(range(rank))
+        array = array.reshape(array.shape[: len(spec.shape)])
+        return out_last(array) if self.outputs_first else array
 
     def _unit_axes(self, spec: ParameterSpec) -> int:
         return {"gain": 3, "se": 2}.get(spec.kind, 0) if self.as_kernels else 0

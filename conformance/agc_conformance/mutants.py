@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agc.backend import Gradient, Layer, Optimizer, Outcome, Problem
-from agc.config import AGC, Schedule
+from agc.config import AGC
 from agc.errors import (
     AGCError,
     AmbiguousUnitsError,
@@ -30,8 +30,9 @@ from agc.errors import (
     UnitsWarning,
 )
 from agc.plan import WHOLE, Parameter, Plan, PlanEntry, make_plan
-from agc.profiles import RANK_RULES
+from agc.rank_rules import RANK_RULES
 from agc.reference import RowSparse, Stats
+from agc.schedule import Schedule
 from agc.units import UnitAxes, Units
 from agc_conformance.reference_backend import ReferenceBackend, layer_parameters, to_dtype
 from agc_conformance.runner import Core, cases, run_case

@@ -22,8 +22,9 @@ import agc.errors
 from agc.backend import Backend, Layer, Optimizer, Outcome, Problem, Unavailable, Unsupported
 from agc.config import AGC, SAM
 from agc.errors import AGCError, ConfigError, UnitsWarning
-from agc.plan import Parameter, Plan, make_plan, perturbed_names
+from agc.plan import Parameter, Plan, make_plan
 from agc.reference import RowSparse, Stats
+from agc.selectors import perturbed_names
 from agc.units import Units
 from agc_conformance.bind import Bound, bind, decode_rule
 from agc_conformance.compare import (

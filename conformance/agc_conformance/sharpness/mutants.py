@@ -23,7 +23,7 @@ from agc.backend import (
     SharpnessOutcome,
     SharpnessProblem,
 )
-from agc.config import AGC, SAM, Schedule
+from agc.config import AGC, SAM
 from agc.errors import (
     AGCError,
     ConfigError,
@@ -31,7 +31,8 @@ from agc.errors import (
     NonFiniteError,
     SelectorError,
 )
-from agc.plan import perturbed_names
+from agc.schedule import Schedule
+from agc.selectors import perturbed_names
 from agc_conformance.mutants import Engine, Mutant, register_mutant
 from agc_conformance.reference_backend import to_dtype
 from agc_conformance.runner import Core

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import tokenize
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agc.errors import FormatError, MissingPackageError
+from agc.packages import need
 from agc.weights.pickles import read_pickle
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "Source",
     "Tensor",
     "in_memory",
-    "need",
     "open_source",
     "write_npz",
     "write_safetensors",
@@ -55,23 +54,6 @@ class Source:
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-
-
-def need(package: str, what: str, extra: str = "weights") -> Any:
-    """Import an optional package.
-
-    Raises
-    ------
-    MissingPackageError
-        If it is not installed; the message says what needs it, and names the extra.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{what} needs {package.partition('.')[0]}, which cannot be imported ({error}); "
-            f'try: pip install "agc-sam[{extra}]"'
-        ) from error
 
 
 @contextmanager

@@ -175,10 +175,6 @@ class Units:
         """Return the number of units of a parameter of this shape (0 if it is empty)."""
         return self.bind(shape).count
 
-    def reduce_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the axes that the norm runs over, as axes of ``bind(shape).view``."""
-        return self.bind(shape).reduce
-
     def _meaning(self) -> tuple[object, ...]:
         """Describe the pattern without its axis names."""
         return tuple(

@@ -1,7 +1,7 @@
 """Checks of values, and the messages of failures, that the core and every adapter share.
 
-Each function returns the checked value, if a caller wants it, and raises one error with one wording: the same
-mistake reads the same in every framework.
+Each function returns the checked value, if a caller wants it, and raises one error with one
+wording: the same mistake reads the same in every framework.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ __all__ = [
     "rows_are_not_units",
 ]
 
-# --- hyper-parameters -------------------------------------------------------------------------------
+# --- hyper-parameters -----------------------------------------------------------------------------
 
 
 def check_number(name: str, value: Any, requirement: str) -> float:
-    """Return a finite real number as a float; raise ConfigError, which states the requirement, otherwise."""
+    """Return a finite real number as a float; raise ConfigError with the requirement otherwise."""
     try:
         real = isinstance(value, Real) and not isinstance(value, bool)
         number = float(value) if real else math.nan
@@ -71,7 +71,7 @@ def check_step(step: Any) -> int:
 
 
 def check_count(name: str, value: Any) -> int:
-    """Return a number of things as a Python integer; raise ConfigError if it is not one from 1 on."""
+    """Return a count as a Python integer; raise ConfigError if it is not an integer from 1 on."""
     return _integer(name, value, 1)
 
 
@@ -92,7 +92,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def check_patterns(name: str, value: Any) -> tuple[str, ...]:
-    """Return one name pattern, or a list of them, as a tuple; raise ConfigError for anything else."""
+    """Return a name pattern, or a list of them, as a tuple; raise ConfigError for anything else."""
     patterns = (value,) if isinstance(value, str) else value
     if not isinstance(patterns, Sequence):
         raise ConfigError(f"{name} must be a list of name patterns, got {value!r}")
@@ -112,7 +112,7 @@ def check_rule(rule: object, kind: type) -> None:
         raise ConfigError(f"rule must be an agc.{kind.__name__}, got {rule!r}")
 
 
-# --- parameters and gradients -----------------------------------------------------------------------
+# --- parameters and gradients ---------------------------------------------------------------------
 
 NO_GRADIENT: Final = "no parameter has a gradient; compute gradients before clipping them"
 """Message of the MissingGradientError of a call by hand that finds no gradient at all (AGC-5)."""
@@ -176,7 +176,7 @@ def rows_are_not_units(
     )
 
 
-# --- batches of sharpness-aware minimization --------------------------------------------------------
+# --- batches of sharpness-aware minimization ------------------------------------------------------
 
 
 def check_batch_given(fraction: float, microbatches: int, *, given: bool, cure: str) -> None:
@@ -191,6 +191,6 @@ def check_batch_given(fraction: float, microbatches: int, *, given: bool, cure: 
 
 
 def check_microbatches(microbatches: int, examples: int, of: str = "") -> None:
-    """Raise ConfigError if a micro-batch would be empty (SAM-8); ``of`` says what the examples are in."""
+    """Raise ConfigError if a micro-batch would be empty (SAM-8); ``of`` follows "examples"."""
     if examples < microbatches:
         raise ConfigError(f"microbatches={microbatches} is more than the {examples} examples{of}")

@@ -46,7 +46,7 @@ SkipPolicy = Literal["skip_step", "skip_perturb", "raise"]
 
 
 class FrozenMap(Mapping[str, V]):
-    """A read-only, ordered, hashable mapping: what a configuration holds where a user gives a dict."""
+    """Read-only, ordered, hashable mapping: how a configuration holds a dictionary."""
 
     __slots__ = ("_items",)
 
@@ -83,27 +83,28 @@ class AGC:
     ----------
     clipping : float, None, callable, or mapping of name pattern to one of these, default 0.01
         Largest allowed ratio of a unit's gradient norm to its weight norm (dimensionless). ``None``
-        switches AGC off. A callable (or a :class:`agc.Schedule`) is given the step, counted from 0. In a
-        mapping the first pattern that matches a parameter's name decides, and every parameter must
-        match one: end with ``"*"``. (AGC-1, AGC-10)
+        switches AGC off. A callable (or a :class:`agc.Schedule`) is given the step, counted from 0.
+        In a mapping the first pattern that matches a parameter's name decides, and every parameter
+        must match one: end with ``"*"``. (AGC-1, AGC-10)
     eps : float, default 1e-3
         Floor of the weight norm, so that a unit whose weights are zero can start to learn. (AGC-1)
     exclude : sequence of str, default ()
         Name patterns of parameters that are not clipped. (AGC-6)
     units : mapping of str to str or Units, default {}
-        Name pattern to units pattern, for what the layer types do not settle: ``{"pos_embed": "n d -> n"}``.
-        The first pattern that matches decides. (AGC-5)
+        Name pattern to units pattern, for what the layer types do not settle:
+        ``{"pos_embed": "n d -> n"}``. The first pattern that matches decides. (AGC-5)
     nonfinite : {"propagate", "zero", "raise"}, default "propagate"
-        What becomes of a unit whose gradient or weight norm is not finite. ``"raise"`` has to wait for
-        the device at every step. (AGC-4)
+        What becomes of a unit whose gradient or weight norm is not finite. ``"raise"`` has to wait
+        for the device at every step. (AGC-4)
     granularity : {"unit", "tensor"}, default "unit"
         ``"tensor"`` takes every parameter as one unit, as DreamerV3 does. (AGC-12)
     head : str, optional
         Name (or name pattern) of the classifier layer, for the selectors ``"@head"`` (all of its
-        parameters) and ``"@head.weight"`` (its matrix). Models that declare their head need not give it.
+        parameters) and ``"@head.weight"`` (its matrix). Models that declare their head need not
+        give it.
     unit_rule : str, default "declared"
-        ``"declared"`` follows the layer types. Any other value is a published guess by rank, kept for
-        the profiles that continue an old run; see :mod:`agc.rank_rules`.
+        ``"declared"`` follows the layer types. Any other value is a published guess by rank, kept
+        for the profiles that continue an old run; see :mod:`agc.rank_rules`.
     div_eps : float, default 0
         Floor of the gradient norm in the division. The specification has none; profiles do.
 
@@ -117,10 +118,10 @@ class AGC:
     .. math:: G_i \leftarrow \lambda \frac{\max(\|W_i\|, \epsilon)}{\|G_i\|} G_i
         \quad\text{if}\quad \|G_i\| > \lambda \max(\|W_i\|, \epsilon)
 
-    Name patterns are shell-style globs (``*``, ``?``, ``[a-z]``) matched case-sensitively against the
-    whole dotted name; ``/`` in a name or pattern counts as ``.``. A pattern that is literally a
-    parameter's name means that parameter alone. A pattern that matches no parameter is an error when the
-    plan is made.
+    Name patterns are shell-style globs (``*``, ``?``, ``[a-z]``) matched case-sensitively against
+    the whole dotted name; ``/`` in a name or pattern counts as ``.``. A pattern that is literally a
+    parameter's name means that parameter alone. A pattern that matches no parameter is an error
+    when the plan is made.
 
     References
     ----------
@@ -257,7 +258,8 @@ class SAM:
         Radius of the perturbation, in the units of the weights (L2). A callable (or a
         :class:`agc.Schedule`) is given the optimizer step, counted from 0. (SAM-1, SAM-11)
     adaptive : bool, default False
-        ASAM: measure the radius relative to the weights; rho is then about ten times as large. (SAM-10)
+        ASAM: measure the radius relative to the weights; rho is then about ten times as large.
+        (SAM-10)
     eta : float, default 0.01
         What ASAM adds to a weight's magnitude, so that a zero weight can be perturbed. (SAM-10)
     fraction : float, default 1
@@ -335,7 +337,7 @@ class SAM:
         object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
 
     def radius(self, step: int) -> float:
-        """Return rho at a step (a Python integer); raise ConfigError if a schedule returns nonsense."""
+        """Return rho at a step, a Python integer; raise ConfigError as :func:`schedule_value`."""
         return schedule_value("rho", self.rho, step) if callable(self.rho) else self.rho
 
     def perturbs(self, step: int) -> bool:
@@ -361,7 +363,7 @@ class SAM:
         return _from_profile(cls, SAM_PROFILES, name, changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as JSON data; raise ConfigError for a rho that is an anonymous callable."""
+        """Return the configuration as JSON data; raise ConfigError for an anonymous callable."""
         data = {item.name: getattr(self, item.name) for item in fields(self)}
         return data | {
             "rho": schedule_to_data("rho", self.rho),
@@ -390,7 +392,7 @@ def clipping_to_data(value: Clipping) -> Any:
 
 
 def clipping_from_data(data: Any, name: str = "clipping") -> Clipping:
-    """Read one clipping value back from :func:`clipping_to_data`'s data; ``name`` is for messages."""
+    """Read a clipping value back from :func:`clipping_to_data`; ``name`` is for messages."""
     if isinstance(data, Mapping) and set(data) == {SCHEDULE}:
         return schedule_from_data(data)
     return _clipping(name, data)

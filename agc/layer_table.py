@@ -1,7 +1,7 @@
-"""What layer types say of their parameters: a table that every adapter fills with its framework's layers.
+"""Units by layer type: a table that every adapter fills with its framework's layers.
 
-A layer is looked up along its class hierarchy by dotted class name, so classes of packages that are not
-imported can be in the table.
+A layer is looked up along its class hierarchy by dotted class name, so classes of packages that are
+not imported can be in the table.
 """
 
 from __future__ import annotations
@@ -61,12 +61,13 @@ class LayerTable:
         Parameters
         ----------
         layer : type or str
-            The layer's class; its subclasses follow it unless they are registered themselves. A string is
-            the full path of a class that need not be imported, ``"package.module.Name"``, or a glob of
-            paths, ``"package.*"``, which speaks for the names that no class of its own speaks for.
+            The layer's class; its subclasses follow it unless they are registered themselves. A
+            string is the full path of a class that need not be imported, ``"package.module.Name"``,
+            or a glob of paths, ``"package.*"``, which speaks for the names that no class of its own
+            speaks for.
         units : mapping of str to str or Units, or callable
-            Name of a parameter (a glob, the first that matches decides) to units; or a function of the
-            layer that returns such a mapping.
+            Name of a parameter (a glob, the first that matches decides) to units; or a function of
+            the layer that returns such a mapping.
 
         Raises
         ------
@@ -98,8 +99,8 @@ class LayerTable:
         Returns
         -------
         dict of str to Units, or to an object of the class that is kept
-            By name (a glob, the first that matches decides): first what the nearest registered class in the
-            hierarchy says, then what globs say.
+            By name (a glob, the first that matches decides): first what the nearest registered
+            class in the hierarchy says, then what globs say.
         """
         paths = [class_path(kind) for kind in type(layer).__mro__]
         nearest = next((path for path in paths if path in self._by_class), None)

@@ -1,7 +1,7 @@
 """The two layouts of dense and convolution weights: outputs first, and outputs last.
 
-PyTorch, Equinox and timm store outputs first (OI, OIW, OIHW, OIDHW); Flax, Haiku and Keras store them last
-(IO, WIO, HWIO, DHWIO). Vectors and scalars are the same in both.
+PyTorch, Equinox and timm store outputs first (OI, OIW, OIHW, OIDHW); Flax, Haiku and Keras store
+them last (IO, WIO, HWIO, DHWIO). Vectors and scalars are the same in both.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def out_last(array: Array) -> Array:
 
 
 def out_first_axes(rank: int) -> tuple[int, ...]:
-    """Return the permutation of :func:`out_first`, for tensors of a framework: which axis comes where."""
+    """Return the permutation of :func:`out_first`, for tensors of a framework."""
     return (rank - 1, rank - 2, *range(rank - 2)) if rank >= 2 else tuple(range(rank))
 
 
 def out_last_axes(rank: int) -> tuple[int, ...]:
-    """Return the permutation of :func:`out_last`, for tensors of a framework: which axis comes where."""
+    """Return the permutation of :func:`out_last`, for tensors of a framework."""
     return (*range(2, rank), 1, 0) if rank >= 2 else tuple(range(rank))

@@ -1,4 +1,4 @@
-"""Optional packages: imported when a feature needs them, and named with the extra that brings them."""
+"""Optional packages: imported when a feature needs them; an error names their extra."""
 
 from __future__ import annotations
 

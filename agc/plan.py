@@ -1,7 +1,7 @@
 """Plan: what will happen to every parameter, decided before any number is touched.
 
-A plan is integers, names and patterns, so plans of different frameworks are compared exactly. The core
-decides *what* here; an adapter carries it out.
+A plan is integers, names and patterns, so plans of different frameworks are compared exactly. The
+core decides *what* here; an adapter carries it out.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ WHOLE: Final = Units("... ->")
 """The whole tensor is one unit."""
 
 Source: TypeAlias = Literal["rule", "layer", "name", "vector", "layout", "none"]
-"""What settled a parameter's units: the rule, the layer's type, the leaf's name, its being a vector, the
-framework's layout convention, or nothing where it is not clipped."""
+"""What settled a parameter's units: the rule, the layer's type, the leaf's name, its being a
+vector, the framework's layout convention, or nothing where it is not clipped."""
 
 _CONVENTIONS: Final[Mapping[tuple[Layout, int], Units]] = {
     ("out-first", 2): Units("o i -> o"),
@@ -55,7 +55,7 @@ _CONVENTIONS: Final[Mapping[tuple[Layout, int], Units]] = {
     ("out-first", 5): Units("o i ... -> o"),
     ("out-last", 2): Units("i o -> o"),
 }
-"""Units by layout and rank, where the layout's frameworks store nothing else at that rank by default."""
+"""Units by layout and rank, where frameworks of that layout store nothing else at that rank."""
 
 _FORMAT: Final = "agc-plan"
 _VERSION: Final = 1
@@ -74,14 +74,15 @@ class Parameter:
     units : Units, optional
         What the owning layer's type, or the leaf's name, says; None if they say nothing.
     layout : {"out-first", "out-last"}, optional
-        The framework's convention for dense and convolution weights, used when ``units`` is None for ranks
-        2, 4 and 5 (out-first) or 2 (out-last); None if there is no convention.
+        The framework's convention for dense and convolution weights, used when ``units`` is None
+        for ranks 2, 4 and 5 (out-first) or 2 (out-last); None if there is no convention.
     owner : str, optional
         The owning layer, for error messages.
     source : {"layer", "name"}, default "layer"
         What ``units`` come from.
     inactive : str, optional
-        Why the parameter has no gradient at present, such as ``"frozen"``; shown in the plan's table.
+        Why the parameter has no gradient at present, such as ``"frozen"``; shown in the plan's
+        table.
     """
 
     name: str
@@ -114,8 +115,8 @@ class PlanEntry:
     source : {"rule", "layer", "name", "vector", "layout", "none"}
         What settled the units. Does not count when plans are compared.
     inactive : str, optional
-        Why the parameter has no gradient at present: ``"frozen"``, ``"not in the optimizer"``. Does not
-        count when plans are compared, and is not written to files.
+        Why the parameter has no gradient at present: ``"frozen"``, ``"not in the optimizer"``. Does
+        not count when plans are compared, and is not written to files.
     """
 
     name: str
@@ -143,8 +144,8 @@ class PlanEntry:
         Raises
         ------
         ConfigError
-            If there is a schedule, and its value is not a finite number above 0 or the step is not an
-            integer from 0 on.
+            If there is a schedule, and its value is not a finite number above 0 or the step is not
+            an integer from 0 on.
         """
         if not self.clipped:
             return None
@@ -157,8 +158,8 @@ class PlanEntry:
 class Plan:
     """Every parameter with its units, threshold and exclusion, in the model's order.
 
-    ``plan[name]`` is an entry, ``print(plan)`` a table. Plans are hashable and compare exactly; across
-    frameworks, whose layouts differ, compare :meth:`decisions`.
+    ``plan[name]`` is an entry, ``print(plan)`` a table. Plans are hashable and compare exactly;
+    across frameworks, whose layouts differ, compare :meth:`decisions`.
 
     Attributes
     ----------
@@ -371,8 +372,8 @@ def make_plan(
     head : str, optional
         Name of the classifier layer as the model declares it; ``rule.head`` takes precedence.
     cure : str, optional
-        What the caller could do before declaring units, such as giving the model; begins messages about
-        parameters whose units nothing settles.
+        What the caller could do before declaring units, such as giving the model; begins messages
+        about parameters whose units nothing settles.
 
     Returns
     -------
@@ -382,23 +383,25 @@ def make_plan(
     Raises
     ------
     SelectorError
-        If a name pattern matches no parameter, a parameter matches no pattern of ``clipping``, or the
-        head is selected but unknown.
+        If a name pattern matches no parameter, a parameter matches no pattern of ``clipping``, or
+        the head is selected but unknown.
     AmbiguousUnitsError
-        If nothing settles the units of parameters that would be clipped; one error lists all of them.
+        If nothing settles the units of parameters that would be clipped; one error lists all of
+        them.
     UnitsError, ShapeError
         If a pattern does not fit a shape, or what is given as a shape is none.
 
     Warns
     -----
     UnitsWarning
-        If the units of parameters that are clipped follow the layout convention; one warning lists them.
+        If the units of parameters that are clipped follow the layout convention; one warning lists
+        them.
 
     Notes
     -----
     Units come from, in this order: ``granularity="tensor"`` (AGC-12), the first matching pattern of
-    ``rule.units``, a published ``unit_rule``, the owning layer's type or the leaf's name, the shape of a
-    vector (at most one axis longer than 1: one unit, AGC-5), and the layout convention.
+    ``rule.units``, a published ``unit_rule``, the owning layer's type or the leaf's name, the shape
+    of a vector (at most one axis longer than 1: one unit, AGC-5), and the layout convention.
     """
     given = [
         replace(parameter, name=canonical_name(parameter.name), shape=tuple(parameter.shape))
@@ -450,20 +453,20 @@ def _thresholds(rule: AGC, names: list[str]) -> dict[str, Clipping]:
     """Threshold of every parameter: the first pattern that matches decides."""
     if not isinstance(rule.clipping, Mapping):
         return dict.fromkeys(names, rule.clipping)
-    chosen = first_matches("clipping", rule.clipping, names)
-    missing = [name for name in names if name not in chosen]
+    thresholds = first_matches("clipping", rule.clipping, names)
+    missing = [name for name in names if name not in thresholds]
     if missing:
         raise SelectorError(
             f"clipping: parameter {missing[0]!r} matches none of the patterns "
             f"{list(rule.clipping)}; add '*' as the last one, for example '*': 0.01"
         )
-    return chosen
+    return thresholds
 
 
 def _resolve(
     parameter: Parameter, rule: AGC, declared: str | Units | None, *, required: bool
 ) -> tuple[Units, Source] | None:
-    """Return a parameter's units and what settled them; None if nothing does and they are required."""
+    """Return a parameter's units and their source; None if nothing settles required ones."""
     if rule.granularity == "tensor":
         return WHOLE, "rule"
     if declared is not None:
@@ -529,7 +532,7 @@ def _declarations(undecided: list[Parameter], names: list[str]) -> list[tuple[st
 
 
 def _proposal(shape: tuple[int, ...], layout: Layout | None) -> str:
-    """Return a units pattern that is right for a common meaning of a shape, to be checked by its reader."""
+    """Propose a units pattern for a common meaning of a shape; its reader must check it."""
     rank = len(shape)
     if rank == 3 and shape[0] == 1:
         return "one n d -> n"  # a table of positions with a batch axis

@@ -1,9 +1,9 @@
-"""Published guesses of the unit axes from the rank of an array, for the profiles that continue an old run.
+"""Published guesses of the unit axes by rank, for the profiles that continue an old run.
 
-Each guess is wrong for several common layers, and reproduced as it is. A rank rule reads an array in the layout
-that its own framework has. When the adapter's layout is the other one, the weights of dense layers and ordinary
-convolutions are read as if permuted, so that a run can be ported between stacks; every other array is read as it
-is stored.
+Each guess is wrong for several common layers, and reproduced as it is. A rank rule reads an array
+in the layout that its own framework has. When the adapter's layout is the other one, the weights of
+dense layers and ordinary convolutions are read as if permuted, so that a run can be ported between
+stacks; every other array is read as it is stored.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _all(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _deepmind(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """``nfnets/optim.py:446``: squeezes to decide on "vector", then looks at the unsqueezed rank."""
+    """``nfnets/optim.py:446``: squeezes to find vectors, then looks at the unsqueezed rank."""
     if sum(size != 1 for size in shape) <= 1:
         return _all(shape)
     return {2: (0,), 3: (0,), 4: (0, 1, 2)}.get(len(shape))

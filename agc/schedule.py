@@ -1,4 +1,4 @@
-"""Values that change with the step: :class:`Schedule`, its form as data, and the checked value of any callable."""
+"""Values that change with the step: schedules, their form as data, and their checked value."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Schedule:
 
 
 def schedule_to_data(name: str, value: Any) -> Any:
-    """Return a number, None or a schedule as JSON data; raise ConfigError for an anonymous callable."""
+    """Return a value or schedule as JSON data; raise ConfigError for an anonymous callable."""
     if isinstance(value, Schedule):
         return {SCHEDULE: [list(point) for point in value.points]}
     if callable(value):
@@ -95,14 +95,14 @@ def schedule_to_data(name: str, value: Any) -> Any:
 
 
 def schedule_from_data(data: Mapping[str, Any]) -> Schedule:
-    """Read a schedule back from :func:`schedule_to_data`'s data; raise ConfigError for anything else."""
+    """Read a schedule back from :func:`schedule_to_data`; raise ConfigError for anything else."""
     if set(data) != {SCHEDULE}:
         raise ConfigError(f"a schedule is written as {{{SCHEDULE!r}: points}}, got {data!r}")
     return Schedule(data[SCHEDULE])
 
 
 def schedule_value(name: str, schedule: Callable[[Any], Any], step: Any) -> float:
-    """Return what a schedule says of a step; raise ConfigError unless it is a finite number above 0."""
+    """Return a schedule's value at a step; raise ConfigError unless it is finite and above 0."""
     step = check_step(step)
     value = schedule(step)
     try:

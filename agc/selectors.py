@@ -1,4 +1,4 @@
-"""Which parameters a configuration means: name patterns, the selectors of the head, what SAM perturbs."""
+"""Which parameters a configuration means: name patterns, the head, what SAM perturbs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def matching_names(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def first_matches(field: str, patterns: Mapping[str, V], names: Sequence[str]) -> dict[str, V]:
-    """Return name to the value of the first pattern that matches it, without names that none matches.
+    """Return name to the value of the first pattern that matches it; other names are left out.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def first_matches(field: str, patterns: Mapping[str, V], names: Sequence[str]) -
 def select(
     selector: str, shapes: Mapping[str, tuple[int, ...]], head: str | None = None
 ) -> list[str]:
-    """Return the names that a selector of ``exclude`` means: a pattern, ``@head`` or ``@head.weight``.
+    """Return the names that a selector means: a pattern, ``@head`` or ``@head.weight``.
 
     Parameters
     ----------

@@ -18,10 +18,11 @@ class Verification:
     perturbation : float
         Distance of the weights at the last point from those at the first; should be rho.
     cosine : float
-        Cosine between that displacement and the gradient at the first point; should be 1 (for ASAM: above 0).
+        Cosine between that displacement and the gradient at the first point; should be 1 (for ASAM:
+        above 0).
     gradient_error : float
-        Relative distance between the gradient under test and the gradient at the last point; should be
-        about rounding error.
+        Relative distance between the gradient under test and the gradient at the last point; should
+        be about rounding error.
     restored : bool
         Whether the weights were, bit for bit, those of the start when the optimizer acts on them.
     """

@@ -1,4 +1,4 @@
-"""JAX's part of the commands ``agc classify`` and ``agc demo``; see :mod:`agc.cli.frameworks`."""
+"""JAX's part of ``agc classify`` and ``agc demo``; see :mod:`agc.cli.frameworks`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NEVER: Final = 1e30
 
 
 def classifier(options: Options, arrays: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """Return a function from images to logits; see :meth:`agc.cli.frameworks.Framework.classifier`."""
+    """Return an NFNet as a function; see :meth:`agc.cli.frameworks.Framework.classifier`."""
     model = agc_jax.NFNet(options, rngs=nnx.Rngs(0))
     agc_jax.from_neutral(model, arrays)
     model.eval()
@@ -34,7 +34,7 @@ def classifier(options: Options, arrays: Mapping[str, Any]) -> Callable[[Any], A
 
 @cache
 def _programs() -> tuple[nnx.Module, Callable[..., Any], Callable[..., Any]]:
-    """Return a model, a training step and the classifier; compiled once for all thresholds and rates."""
+    """Return model, training step and logits; compiled once for all thresholds and rates."""
     model = agc_jax.nfnet("tiny", dropout=0.0, stochastic_depth=0.0, rngs=nnx.Rngs(0))
     graph, _, rest = nnx.split(model, nnx.Param, ...)
     units = agc_jax.units(model)

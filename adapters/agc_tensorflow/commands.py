@@ -1,4 +1,4 @@
-"""TensorFlow's part of the commands ``agc classify`` and ``agc demo``; see :mod:`agc.cli.frameworks`."""
+"""TensorFlow's part of ``agc classify`` and ``agc demo``; see :mod:`agc.cli.frameworks`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NEVER: Final = 1e30
 
 
 def classifier(options: Options, arrays: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """Return a function from images to logits; see :meth:`agc.cli.frameworks.Framework.classifier`."""
+    """Return an NFNet as a function; see :meth:`agc.cli.frameworks.Framework.classifier`."""
     model = agc_tensorflow.NFNet(options)
     agc_tensorflow.from_neutral(model, arrays)
     run = tf.function(lambda images: model(images, training=False))
@@ -30,7 +30,7 @@ def classifier(options: Options, arrays: Mapping[str, Any]) -> Callable[[Any], A
 
 @cache
 def _programs() -> tuple[keras.Model, Any, tf.Variable, Callable[..., Any]]:
-    """Return a model, its optimizer, the threshold and a step; traced once for all thresholds and rates."""
+    """Return model, optimizer, threshold and step; traced once for all thresholds and rates."""
     model = agc_tensorflow.nfnet("tiny", dropout=0.0, stochastic_depth=0.0)
     threshold = tf.Variable(_NEVER, dtype=tf.float64)
     rule = AGC.profile("deepmind", clipping=lambda _: threshold.read_value())

@@ -1,4 +1,4 @@
-"""PyTorch's part of the commands ``agc classify`` and ``agc demo``; see :mod:`agc.cli.frameworks`."""
+"""PyTorch's part of ``agc classify`` and ``agc demo``; see :mod:`agc.cli.frameworks`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["classifier", "train"]
 
 
 def classifier(options: Options, arrays: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """Return a function from images to logits; see :meth:`agc.cli.frameworks.Framework.classifier`."""
+    """Return an NFNet as a function; see :meth:`agc.cli.frameworks.Framework.classifier`."""
     model = NFNet(options).eval()
     from_neutral(model, arrays)
 

@@ -1,8 +1,8 @@
 """The ``agc`` command: every subcommand is an entry point of the group ``agc.commands``.
 
-An entry point is a function that takes argparse's subparsers, adds one command, and sets ``run`` to a function of
-the parsed arguments that returns the exit status. Each module of this package that is named after a command is
-one; other packages add theirs in the same way.
+An entry point is a function that takes argparse's subparsers, adds one command, and sets ``run`` to
+a function of the parsed arguments that returns the exit status. Each module of this package that is
+named after a command is one; other packages add theirs in the same way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0, or 1 if something failed, or 2 for misuse."""
+    """Run the command line; return the exit status: 0, 1 if something failed, 2 for misuse."""
     parser = argparse.ArgumentParser(
         prog="agc", description="Adaptive gradient clipping, proven equal."
     )

@@ -163,8 +163,8 @@ class Guess:
 def read_image(path: str | Path, pixels: int) -> npt.NDArray[np.float32]:
     """Read a photograph and prepare it (:func:`agc.nfnet.images.evaluation_image`).
 
-    As in DeepMind's code, a camera's note on which side is up (EXIF) is not followed. Grey of 16 bits is
-    scaled to 8.
+    As in DeepMind's code, a camera's note on which side is up (EXIF) is not followed. Grey of 16
+    bits is scaled to 8.
 
     Raises
     ------
@@ -199,7 +199,7 @@ def _colours(path: str | Path, image: Any) -> npt.NDArray[np.uint8]:
 def classifier(
     framework: str, model: Options, arrays: Mapping[str, Array]
 ) -> Callable[[Array], Array]:
-    """Return a function from images of shape (n, h, w, 3) to logits, in evaluation mode and float32.
+    """Return a function from images, shape (n, h, w, 3), to logits in evaluation mode and float32.
 
     Parameters
     ----------

@@ -1,11 +1,11 @@
 """``agc demo``: why one clips adaptively, seen in five minutes on a laptop.
 
-The smallest NFNet learns to tell ten orientations of noisy gratings, once for each learning rate and each
-clipping threshold, from several seeds. Without clipping a large learning rate diverges; the tighter the
-clipping, the larger the learning rate that still works, and the slower a small one becomes. That is what
-Fig. 2 of the paper shows for ImageNet and large batches (arXiv:2102.06171).
+The smallest NFNet learns to tell ten orientations of noisy gratings, once for each learning rate
+and each clipping threshold, from several seeds. Without clipping a large learning rate diverges;
+the tighter the clipping, the larger the learning rate that still works, and the slower a small one
+becomes. That is what Fig. 2 of the paper shows for ImageNet and large batches (arXiv:2102.06171).
 
-Everything but the training itself is here; that is the framework's own (:mod:`agc.cli.frameworks`).
+Everything but the training itself is here; that is the framework's own (``agc.cli.frameworks``).
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def gratings(random: np.random.Generator, count: int) -> tuple[Array, Array]:
     Returns
     -------
     images : float32 array, shape (count, 32, 32, 3)
-        A sine of six cycles in the orientation ``pi * label / 10`` with a random phase, its amplitude
-        normal with standard deviation 0.5 in each channel, in unit normal noise.
+        A sine of six cycles in the orientation ``pi * label / 10`` with a random phase, its
+        amplitude normal with standard deviation 0.5 in each channel, in unit normal noise.
     labels : int64 array, shape (count,)
     """
     labels = random.integers(0, CLASSES, count)
@@ -249,7 +249,7 @@ def table(experiment: Experiment, runs: Sequence[Run]) -> Table:
 
 
 def draw(experiment: Experiment, runs: Sequence[Run], path: Path) -> None:
-    """Draw the accuracies as a map, and the losses of the first seed; SVG, PNG or PDF by the file's name."""
+    """Draw the accuracies as a map, and the losses of the first seed; the file's name says how."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -289,7 +289,7 @@ def _picture(path: Path) -> str:
 
 
 def _check_out(path: Path) -> Path:
-    """Return where the numbers go, beside the picture; raise ConfigError unless both can be written."""
+    """Return the file of numbers beside the picture; refuse what cannot be written."""
     try:
         check_target(path)
         numbers = path.with_suffix(".json")

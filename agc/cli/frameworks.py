@@ -1,6 +1,7 @@
 """The frameworks that commands run in: the modules of the entry-point group ``agc.frameworks``.
 
-The commands know no framework. Each adapter registers one module, which has the functions of :class:`Framework`.
+The commands know no framework. Each adapter registers one module, which has the functions of
+:class:`Framework`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Framework(Protocol):
     """What a framework's module provides."""
 
     def classifier(self, options: Options, arrays: Mapping[str, Array]) -> Callable[[Array], Array]:
-        """Return a function from images of shape (n, h, w, 3) to logits, in evaluation mode and float32.
+        """Return a function from images, shape (n, h, w, 3), to logits in evaluation mode.
 
         Parameters
         ----------
@@ -68,8 +69,8 @@ class Framework(Protocol):
         Yields
         ------
         (loss, clipped)
-            After every step the loss before it (label smoothing 0.1) and the share of clipped units; stops
-            after a loss that is not finite. At last, once, the accuracy and 0.
+            After every step the loss before it (label smoothing 0.1) and the share of clipped
+            units; stops after a loss that is not finite. At last, once, the accuracy and 0.
         """
         ...
 

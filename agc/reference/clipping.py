@@ -134,7 +134,7 @@ class Clipped:
 
 @dataclass(frozen=True)
 class Result:
-    """All clipped gradients (float64 or complex128), and what was done, per parameter and in total."""
+    """Clipped gradients (float64 or complex128) and statistics, per parameter and in total."""
 
     gradients: dict[str, Array | RowSparse | None]
     clipped: dict[str, Clipped]
@@ -165,8 +165,8 @@ def unit_norms(array: Array, units: Units) -> Array:
 
     Notes
     -----
-    Each unit is divided by its largest magnitude before squaring, so that a finite unit has a finite
-    norm wherever float64 can hold it.
+    Each unit is divided by its largest magnitude before squaring, so that a finite unit has a
+    finite norm wherever float64 can hold it.
 
     Examples
     --------
@@ -289,7 +289,7 @@ def adaptive_clip(
     Raises
     ------
     ConfigError
-        If the step is not an integer from 0 on, or a schedule's value is not a finite number above 0.
+        If the step is not an integer from 0 on, or a schedule's value is not finite and above 0.
     ParameterError
         If the names differ from the plan's.
     MissingGradientError
@@ -321,19 +321,19 @@ def adaptive_clip(
         try:
             sparse = isinstance(gradient, RowSparse)
             done = _clip_sparse if isinstance(gradient, RowSparse) else _clip_dense
-            found = done(gradient, weight, entry, rule, step)  # type: ignore[arg-type]
+            outcome = done(gradient, weight, entry, rule, step)  # type: ignore[arg-type]
         except (DTypeError, NonFiniteError, UnitsError) as error:
             raise type(error)(f"parameter {entry.name!r}: {error}") from None
-        if found is None:
+        if outcome is None:
             out[name] = gradient
         elif sparse:
             assert isinstance(gradient, RowSparse)
-            out[name] = RowSparse(gradient.coalesce().indices, found.gradient, entry.shape)
+            out[name] = RowSparse(gradient.coalesce().indices, outcome.gradient, entry.shape)
         else:
-            out[name] = found.gradient
-        if found is not None:
-            details[name] = found
-    stats = {name: _stats(found, rule.eps) for name, found in details.items()}
+            out[name] = outcome.gradient
+        if outcome is not None:
+            details[name] = outcome
+    stats = {name: _stats(outcome, rule.eps) for name, outcome in details.items()}
     return Result(out, details, stats, _total(list(stats.values())))
 
 
@@ -377,17 +377,17 @@ def _clip_sparse(
     return _clip(g, axes, g_norm, w_norm, threshold, rule)
 
 
-def _stats(found: Clipped, eps: float) -> Stats:
-    good = ~found.nonfinite
-    floor = np.maximum(found.weight_norm[good], eps)
+def _stats(outcome: Clipped, eps: float) -> Stats:
+    good = ~outcome.nonfinite
+    floor = np.maximum(outcome.weight_norm[good], eps)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(found.gradient_norm[good] == 0, 0.0, found.gradient_norm[good] / floor)
+        ratio = np.where(outcome.gradient_norm[good] == 0, 0.0, outcome.gradient_norm[good] / floor)
     return Stats(
-        units=int(found.scale.size),
-        clipped=int(found.clipped.sum()),
-        nonfinite=int(found.nonfinite.sum()),
+        units=int(outcome.scale.size),
+        clipped=int(outcome.clipped.sum()),
+        nonfinite=int(outcome.nonfinite.sum()),
         max_ratio=float(np.max(ratio, initial=0.0)),
-        min_scale=float(np.min(found.scale[good], initial=1.0)),
+        min_scale=float(np.min(outcome.scale[good], initial=1.0)),
     )
 
 

@@ -109,11 +109,11 @@ FORMS: Final[Mapping[str, Form]] = {
         Form("haiku", lambda spec: spec.haiku, suffix=".npz"),
     )
 }
-"""Every form by name. ``neutral`` and ``flax`` have the same names and layout, and differ in metadata only."""
+"""Every form by name; ``neutral`` and ``flax`` differ in metadata only."""
 
 
 def guess(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Form, Variant]:
-    """Return the form and the variant that fit names and shapes best; a check of them all comes later.
+    """Return the form and variant that fit names and shapes best; a full check comes later.
 
     Raises
     ------
@@ -133,7 +133,7 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Form, Variant]:
         specs = parameters(variant)
         for form in forms:
             agree = sum(shapes.get(form.rename(spec)) == form.shape(spec) for spec in specs)
-            # Of a variant and a deeper one, which has all of its names, that with fewer missing.
+            # A deeper variant matches all names too: prefer the one with fewer missing.
             score = (agree, -len(specs))
             if best is None or score > best[0]:
                 best = score, form, variant
@@ -142,7 +142,7 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Form, Variant]:
 
 
 def sizes(form: Form, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int]:
-    """Return the classes, or None, and the image channels that shapes tell of; to be checked later."""
+    """Return the number of classes, or None, and of channels by shape; a check comes later."""
     specs = {spec.name: spec for spec in parameters("tiny")}
     bias = shapes.get(form.rename(specs["head.bias"]), ())
     kernel = shapes.get(form.rename(specs["stem.conv0.weight"]), ())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, Final
 
@@ -36,33 +36,45 @@ __all__ = [
 # --- hyper-parameters -----------------------------------------------------------------------------
 
 
-def check_number(name: str, value: Any, requirement: str) -> float:
-    """Return a finite real number as a float; raise ConfigError with the requirement otherwise."""
+def check_number(
+    name: str, value: Any, requirement: str, valid: Callable[[float], bool] = math.isfinite
+) -> float:
+    """Return a number as a float.
+
+    Parameters
+    ----------
+    name : str
+        The hyper-parameter, for the message.
+    value : object
+        What was given: any real number but a bool passes, also NumPy's.
+    requirement : str
+        What it must be, for the message: ``"a finite number > 0"``.
+    valid : callable, optional
+        Whether a finite number meets the requirement.
+
+    Raises
+    ------
+    ConfigError
+        If it is no finite real number, or is not valid.
+    """
     try:
         real = isinstance(value, Real) and not isinstance(value, bool)
         number = float(value) if real else math.nan
     except OverflowError:
         raise ConfigError(f"{name} must be {requirement}, got one beyond float64") from None
-    if not math.isfinite(number):
+    if not (math.isfinite(number) and valid(number)):
         raise ConfigError(f"{name} must be {requirement}, got {value!r}")
     return number
 
 
 def check_positive(name: str, value: Any, hint: str = "") -> float:
     """Return a finite number above 0 as a float; raise ConfigError otherwise."""
-    requirement = f"a finite number > 0{hint}"
-    number = check_number(name, value, requirement)
-    if number <= 0:
-        raise ConfigError(f"{name} must be {requirement}, got {value!r}")
-    return number
+    return check_number(name, value, f"a finite number > 0{hint}", lambda number: number > 0)
 
 
 def check_not_negative(name: str, value: Any) -> float:
     """Return a finite number from 0 on as a float; raise ConfigError otherwise."""
-    number = check_number(name, value, "a finite number >= 0")
-    if number < 0:
-        raise ConfigError(f"{name} must be a finite number >= 0, got {value!r}")
-    return number
+    return check_number(name, value, "a finite number >= 0", lambda number: number >= 0)
 
 
 def check_step(step: Any) -> int:

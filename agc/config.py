@@ -325,9 +325,8 @@ class SAM:
             raise ConfigError(f"adaptive must be True or False, got {self.adaptive!r}")
         object.__setattr__(self, "eta", check_not_negative("eta", self.eta))
         object.__setattr__(self, "eps", check_not_negative("eps", self.eps))
-        fraction = check_number("fraction", self.fraction, "a number above 0 and at most 1")
-        if not 0 < fraction <= 1:
-            raise ConfigError(f"fraction must be a number above 0 and at most 1, got {fraction!r}")
+        requirement = "a number above 0 and at most 1"
+        fraction = check_number("fraction", self.fraction, requirement, lambda part: 0 < part <= 1)
         object.__setattr__(self, "fraction", fraction)
         for name in ("microbatches", "every"):
             object.__setattr__(self, name, check_count(name, getattr(self, name)))

@@ -22,7 +22,8 @@ STD: Final = (0.229, 0.224, 0.225)
 MORE: Final = 32
 """Images are resized to this many pixels more than the model takes, then cropped."""
 
-_TABLE: Final = 1024  # TensorFlow rounds positions between two pixels to this fraction
+_TABLE: Final = 1024
+"""TensorFlow rounds positions between two pixels to this fraction."""
 
 
 def evaluation_image(image: npt.NDArray[Any], pixels: int) -> Array:

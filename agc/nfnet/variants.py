@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
-from agc.checks import check_count
+from agc.checks import check_count, check_number
 from agc.errors import ConfigError
 
 __all__ = [
@@ -204,12 +204,13 @@ class Options:
     def __post_init__(self) -> None:
         for field in ("num_classes", "in_channels"):
             object.__setattr__(self, field, check_count(field, getattr(self, field)))
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ConfigError(f"dropout must be a rate in [0, 1), got {self.dropout!r}")
-        if not (_is_number(self.stochastic_depth) and 0 <= self.stochastic_depth <= 1):
-            raise ConfigError(
-                f"stochastic_depth must be a rate in [0, 1], got {self.stochastic_depth!r}"
-            )
+        check_number("dropout", self.dropout, "a rate in [0, 1)", lambda rate: 0 <= rate < 1)
+        check_number(
+            "stochastic_depth",
+            self.stochastic_depth,
+            "a rate in [0, 1]",
+            lambda rate: 0 <= rate <= 1,
+        )
         if self.activation not in GAMMAS:
             raise ConfigError(
                 f"unknown activation {self.activation!r}; the activations are {', '.join(GAMMAS)}"
@@ -245,7 +246,3 @@ def options(
         activation=activation,
         ws_eps=ws_eps,
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -94,7 +94,8 @@ def open_source(path: Path) -> Iterator[Source]:
         )
 
 
-_LEGACY_TORCH: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # its magic number, pickled
+_LEGACY_TORCH: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""Start of PyTorch's older files: their magic number, pickled."""
 
 
 def in_memory(array: Array) -> Tensor:

@@ -18,9 +18,11 @@ from typing import Any, Final, NamedTuple
 import keras
 import tensorflow as tf
 
-from agc.config import SAM, Schedule, check_rule
+from agc.checks import check_rule
+from agc.config import SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, ParameterError
-from agc.plan import perturbed_names
+from agc.schedule import Schedule
+from agc.selectors import perturbed_names
 from agc_tensorflow.units import named_variables, refuse_keras_2, variable_key
 
 __all__ = [

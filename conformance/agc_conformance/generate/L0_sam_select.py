@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from agc.config import SAM
-from agc.plan import perturbed_names
+from agc.selectors import perturbed_names
 from agc_conformance.generate.build import vector
 from agc_conformance.generate.parameters import Data
 

@@ -15,8 +15,8 @@ from typing import Any, Final
 import numpy as np
 
 from agc.config import SAM
-from agc.plan import perturbed_names
 from agc.reference import SharpnessAware, sharpness_aware_gradients
+from agc.selectors import perturbed_names
 from agc_conformance.data import encode_numbers
 from agc_conformance.generate.build import vector
 from agc_conformance.generate.parameters import Data

@@ -25,6 +25,7 @@ import os
 import platform
 import subprocess
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ __all__ = [
     "UnavailableRecord",
     "Writer",
     "bad_statuses",
+    "describe",
     "make_header",
     "make_result",
     "read_results",
@@ -516,3 +518,12 @@ def _parse(place: str, line: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise FormatError(f"{place}: not a JSON object")
     return record
+
+
+def describe(error: BaseException) -> str:
+    """Return one line about an exception: its type, its first line, and where it comes from."""
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")
+    ]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{place}"

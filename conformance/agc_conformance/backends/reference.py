@@ -34,6 +34,7 @@ from agc_conformance.backend import (
 from agc_conformance.core.library import Core
 from agc_conformance.nfnets.reference import ReferenceModels
 from agc_conformance.sharpness.problems import as_batch, gradient_function
+from agc_conformance.training.ask import reference_run
 from agc_conformance.verdict import round_to
 
 __all__ = ["ReferenceBackend", "Step", "layer_parameters", "to_dtype"]
@@ -344,8 +345,6 @@ class ReferenceBackend(Backend):
 
     def train(self, task: Task) -> Iterator[TrainStep]:
         """Train by the suite's own float64 trajectory."""
-        from agc_conformance.training.ask import reference_run  # scikit-learn is heavy
-
         for step, _ in reference_run(task):
             yield step
 

@@ -14,11 +14,11 @@ from agc.reference import clip_units
 from agc.units import Units
 from agc_conformance.backend import Backend, Task, TrainStep, Unsupported
 from agc_conformance.backends.reference import ReferenceBackend
+from agc_conformance.report.figures import training_figures
 from agc_conformance.training import ask as real_images
 from agc_conformance.training.ask import (
     TASKS,
     drift_bound,
-    figures,
     reference_run,
     result_ids,
     run_task,
@@ -550,11 +550,11 @@ def test_the_figure_is_small_deterministic_svg_with_every_clipped_layer(
     right: list[Mapping[str, Any]],
 ) -> None:
     (name,) = {record["task"] for record in right if record["type"] == "train"}
-    drawn = figures(right)
+    drawn = training_figures(right)
     assert list(drawn) == [name]
     svg = drawn[name]
     assert svg.startswith("<svg")
-    assert svg == figures(right)[name]
+    assert svg == training_figures(right)[name]
     assert len(svg) < 40_000
     assert "conv2.weight" in svg
     assert ("head.weight" in svg) == (name == "photographs")
@@ -567,4 +567,4 @@ def test_the_figure_of_a_run_with_a_broken_step_shows_a_gap() -> None:
         False,
         True,
     ]
-    assert "conv2.weight" in figures(records)["digits"]
+    assert "conv2.weight" in training_figures(records)["digits"]

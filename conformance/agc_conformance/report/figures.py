@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
 from agc_conformance.records import ULP_BINS, ModelRecord
+from agc_conformance.training.network import PARAMETERS
 from agc_conformance.verdict import LIMITS
 
-__all__ = ["histograms", "model_errors", "svg"]
+__all__ = ["histograms", "model_errors", "svg", "training_figures"]
 
 
 _FLOOR: Final = 1e-17
@@ -143,3 +144,51 @@ def model_errors(found: Mapping[str, Sequence[ModelRecord]]) -> str:
             if kind == kinds[0]:
                 plot.legend(frameon=False, ncols=len(found), loc="lower right")
         return svg(figure)
+
+
+def training_figures(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Draw, for every task, the loss and the clipped fraction of every layer over the steps.
+
+    Parameters
+    ----------
+    records : iterable of mapping
+        ``train`` records of one backend, as a run writes them; others are passed over.
+
+    Returns
+    -------
+    dict of task name to str
+        Inline SVG, the same bytes for the same records.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    tasks: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if record.get("type") == "train":
+            tasks.setdefault(record["task"], []).append(record)
+    drawn = {}
+    for task, steps in tasks.items():
+        names = [
+            name for name in PARAMETERS if any("units" in s["layers"].get(name, {}) for s in steps)
+        ]
+        fractions = [
+            [
+                layer.get("clipped", 0) / layer["units"] if "units" in layer else np.nan
+                for layer in (step["layers"].get(name, {}) for step in steps)
+            ]
+            for name in names
+        ]
+        with mpl.rc_context({"font.size": 8, "svg.fonttype": "none"}):
+            figure = Figure(figsize=(6.4, 1.2 + 0.22 * len(names)), layout="constrained")
+            above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, len(names) or 1])
+            above.plot([step["reference_loss"] for step in steps], "0.7", lw=4, label="reference")
+            above.plot([step["loss"] for step in steps], "C0", lw=1, label="backend")
+            above.set_ylabel("loss")
+            above.legend(frameon=False)
+            if names:
+                image = below.imshow(fractions, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+                below.set_yticks(range(len(names)), names)
+                figure.colorbar(image, ax=below, label="clipped", ticks=[0, 0.5, 1])
+            below.set_xlabel("step")
+            drawn[task] = svg(figure)
+    return drawn

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from agc_conformance.clauses import CLAUSES
 from agc_conformance.flags import FLAGS
 from agc_conformance.records import bad_statuses
-from agc_conformance.report.figures import histograms, model_errors
+from agc_conformance.report.figures import histograms, model_errors, training_figures
 from agc_conformance.report.summary import ULP_LIMITS, Cell, Summary
 from agc_conformance.vectors import load_vectors
 
@@ -65,23 +65,20 @@ def _dtypes(summary: Summary) -> list[str]:
 
 def _training(summary: Summary) -> list[tuple[str, str, Markup]]:
     """Backend, task and figure of every training on real images."""
-    from agc_conformance.training.ask import figures
-
     return [
         (column.title, task, Markup(drawn))
         for column in summary.backends
         if column.file.train
-        for task, drawn in figures(column.file.train).items()
+        for task, drawn in training_figures(column.file.train).items()
     ]
 
 
 def _trained(summary: Summary) -> list[str]:
     """Ids of the results of training on real images."""
-    found: dict[str, None] = {}
+    ids: dict[str, None] = {}
     for column in summary.backends:
-        ids = [r["id"] for r in column.file.results if "RealImages" in r["flags"]]
-        found.update(dict.fromkeys(ids))
-    return list(found)
+        ids |= {r["id"]: None for r in column.file.results if "RealImages" in r["flags"]}
+    return list(ids)
 
 
 def _models(summary: Summary) -> list[tuple[str, list[tuple[str, str]], Markup]]:

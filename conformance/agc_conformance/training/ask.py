@@ -27,7 +27,7 @@ These results come out of each task (with SAM, some stand for another clause):
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, Final
@@ -52,7 +52,6 @@ __all__ = [
     "TASKS",
     "digits",
     "drift_bound",
-    "figures",
     "photographs",
     "reference_plan",
     "reference_run",
@@ -573,53 +572,3 @@ def _digest(task: Task) -> str:
     for array in (*task.weights.values(), *(part for batch in task.batches for part in batch)):
         sha.update(np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()[:12]
-
-
-def figures(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Draw, for every task, the loss and the clipped fraction of every layer over the steps.
-
-    Parameters
-    ----------
-    records : iterable of mapping
-        ``train`` records of one backend, as :func:`run_task` yields them; others are passed over.
-
-    Returns
-    -------
-    dict of task name to str
-        Inline SVG, the same bytes for the same records.
-    """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    from agc_conformance.report.figures import svg
-
-    tasks: dict[str, list[Mapping[str, Any]]] = {}
-    for record in records:
-        if record.get("type") == "train":
-            tasks.setdefault(record["task"], []).append(record)
-    drawn = {}
-    for task, steps in tasks.items():
-        names = [
-            name for name in PARAMETERS if any("units" in s["layers"].get(name, {}) for s in steps)
-        ]
-        fractions = [
-            [
-                layer.get("clipped", 0) / layer["units"] if "units" in layer else np.nan
-                for layer in (step["layers"].get(name, {}) for step in steps)
-            ]
-            for name in names
-        ]
-        with mpl.rc_context({"font.size": 8, "svg.fonttype": "none"}):
-            figure = Figure(figsize=(6.4, 1.2 + 0.22 * len(names)), layout="constrained")
-            above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, len(names) or 1])
-            above.plot([step["reference_loss"] for step in steps], "0.7", lw=4, label="reference")
-            above.plot([step["loss"] for step in steps], "C0", lw=1, label="backend")
-            above.set_ylabel("loss")
-            above.legend(frameon=False)
-            if names:
-                image = below.imshow(fractions, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-                below.set_yticks(range(len(names)), names)
-                figure.colorbar(image, ax=below, label="clipped", ticks=[0, 0.5, 1])
-            below.set_xlabel("step")
-            drawn[task] = svg(figure)
-    return drawn

@@ -32,7 +32,7 @@ def svg(figure: Any) -> str:
 
 
 def histograms(
-    title: str, found: Mapping[str, Sequence[int]], limits: Mapping[str, float] = LIMITS
+    title: str, counts_by_dtype: Mapping[str, Sequence[int]], limits: Mapping[str, float] = LIMITS
 ) -> str:
     """Draw how the elements that one run computed are distributed over errors.
 
@@ -40,7 +40,7 @@ def histograms(
     ----------
     title : str
         The run.
-    found : mapping of dtype to counts
+    counts_by_dtype : mapping of dtype to counts
         Elements by error; bins as :data:`agc_conformance.records.ULP_BINS` and one above.
     limits : mapping of dtype to float
         Largest error allowed.
@@ -54,13 +54,13 @@ def histograms(
     from matplotlib.figure import Figure
 
     labels = ["0", *(f"≤ {edge:g}" for edge in ULP_BINS[1:]), f"> {ULP_BINS[-1]:g}"]
-    counts = np.array([list(row) for row in found.values()], float)
+    counts = np.array([list(row) for row in counts_by_dtype.values()], float)
     shares = counts / counts.sum(axis=1, keepdims=True)
     style = {"font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none"}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(5.2, 0.62 + 0.27 * len(found)), layout="constrained")
+        figure = Figure(figsize=(5.2, 0.62 + 0.27 * len(counts_by_dtype)), layout="constrained")
         plot = figure.subplots()
-        x, y = np.arange(len(labels) + 1) - 0.5, np.arange(len(found) + 1) - 0.5
+        x, y = np.arange(len(labels) + 1) - 0.5, np.arange(len(counts_by_dtype) + 1) - 0.5
         plot.pcolormesh(x, y, np.sqrt(shares), cmap="Blues", vmin=0, vmax=1.25)
         plot.invert_yaxis()
         for row, column in zip(*np.nonzero(counts), strict=True):
@@ -68,11 +68,11 @@ def histograms(
             shown = f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1g} %"
             colour = "white" if share > 0.5 else "#16202c"
             plot.text(column, row, shown, ha="center", va="center", fontsize=7, color=colour)
-        for row, dtype in enumerate(found):
+        for row, dtype in enumerate(counts_by_dtype):
             edge = ULP_BINS.index(limits[dtype]) + 0.5
             plot.plot([edge, edge], [row - 0.5, row + 0.5], color="#b3161b", lw=1.5)
         plot.set_xticks(range(len(labels)), labels)
-        plot.set_yticks(range(len(found)), list(found))
+        plot.set_yticks(range(len(counts_by_dtype)), list(counts_by_dtype))
         plot.set_xlabel(f"error in ULP, {int(counts.sum()):,} elements")
         plot.set_title(title, fontsize=9, loc="left", fontweight="bold")
         plot.tick_params(length=0)
@@ -89,12 +89,12 @@ _PANELS: Final = {
 _SHADES: Final = {"float64": 1.0, "float32": 0.45}
 
 
-def model_errors(found: Mapping[str, Sequence[ModelRecord]]) -> str:
+def model_errors(records_by_run: Mapping[str, Sequence[ModelRecord]]) -> str:
     """Draw the errors of one model, layer by layer and step by step.
 
     Parameters
     ----------
-    found : mapping of run to records
+    records_by_run : mapping of run to records
         ``model`` records of one model.
 
     Returns
@@ -107,7 +107,9 @@ def model_errors(found: Mapping[str, Sequence[ModelRecord]]) -> str:
     from matplotlib.figure import Figure
 
     kinds = [
-        kind for kind in _PANELS if any(r["kind"] == kind for rs in found.values() for r in rs)
+        kind
+        for kind in _PANELS
+        if any(r["kind"] == kind for rs in records_by_run.values() for r in rs)
     ]
     style = {"font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none"}
     with mpl.rc_context(style):
@@ -115,7 +117,7 @@ def model_errors(found: Mapping[str, Sequence[ModelRecord]]) -> str:
         for plot, kind in zip(figure.subplots(len(kinds), squeeze=False)[:, 0], kinds, strict=True):
             names: list[str] = []
             labelled: set[str] = set()
-            for number, (title, records) in enumerate(found.items()):
+            for number, (title, records) in enumerate(records_by_run.items()):
                 for record in records:
                     if record["kind"] != kind:
                         continue
@@ -142,7 +144,7 @@ def model_errors(found: Mapping[str, Sequence[ModelRecord]]) -> str:
                 plot.set_xticks(places, [names[i] for i in places], rotation=30, ha="right")
             plot.spines[["top", "right"]].set_visible(False)
             if kind == kinds[0]:
-                plot.legend(frameon=False, ncols=len(found), loc="lower right")
+                plot.legend(frameon=False, ncols=len(records_by_run), loc="lower right")
         return svg(figure)
 
 

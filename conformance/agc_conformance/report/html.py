@@ -33,10 +33,10 @@ def html(summary: Summary) -> str:
         bad=bad_statuses,
         # Drawn here, from numbers, so that nothing needs escaping.
         drawn=[
-            Markup(histograms(f"{method}, {column.title}", found, limits))
+            Markup(histograms(f"{method}, {column.title}", counts, limits))
             for method, limits in ULP_LIMITS.items()
             for column in summary.backends
-            if (found := column.histograms(method))
+            if (counts := column.histograms(method))
         ],
         methods=list(ULP_LIMITS),
         training=_training(summary),
@@ -57,10 +57,10 @@ def _short(dtype: str) -> str:
 
 
 def _dtypes(summary: Summary) -> list[str]:
-    found: dict[str, None] = {}
+    dtypes: dict[str, None] = {}
     for column in summary.columns:
-        found.update(dict.fromkeys(column.total.dtypes))
-    return list(found)
+        dtypes.update(dict.fromkeys(column.total.dtypes))
+    return list(dtypes)
 
 
 def _training(summary: Summary) -> list[tuple[str, str, Markup]]:
@@ -89,15 +89,15 @@ def _models(summary: Summary) -> list[tuple[str, list[tuple[str, str]], Markup]]
             if result["level"] == "L4":
                 name = result["id"].split("-")[1]
                 ids.setdefault(name, {})[result["id"], result["dtype"]] = None
-    found = []
+    models = []
     for name, results in ids.items():
         records = {
             column.title: [record for record in column.file.models if record["model"] == name]
             for column in summary.backends
         }
         records = {title: those for title, those in records.items() if those}
-        found.append((name, list(results), Markup(model_errors(records) if records else "")))
-    return found
+        models.append((name, list(results), Markup(model_errors(records) if records else "")))
+    return models
 
 
 def _size(value: float | None) -> str:

@@ -246,9 +246,9 @@ def _gradients(
         visited.append(point)
         return _evaluate(point, part)
 
-    found = sharpness_aware_gradients(evaluate, weights, batch, task.sharpness, step=step)
-    gradients = {name: np.asarray(array) for name, array in found.gradients.items()}
-    return found.loss, gradients, visited[-1]
+    result = sharpness_aware_gradients(evaluate, weights, batch, task.sharpness, step=step)
+    gradients = {name: np.asarray(array) for name, array in result.gradients.items()}
+    return result.loss, gradients, visited[-1]
 
 
 def _evaluate(weights: Arrays, batch: Sequence[Array]) -> tuple[float, Arrays]:

@@ -96,11 +96,11 @@ def _train(task: Task) -> Iterator[TrainStep]:
             return value, gradients, optax.apply_updates(params, updates), state
 
         def named(tree: Any) -> dict[str, Array]:
-            found = {}
+            arrays = {}
             for name in task.weights:
                 layer, kind = name.split(".")
-                found[name] = _out_first(np.asarray(tree[layer][_FLAX[kind]][...]))
-            return found
+                arrays[name] = _out_first(np.asarray(tree[layer][_FLAX[kind]][...]))
+            return arrays
 
         for count, (images, labels) in enumerate(task.batches):
             before = named(params)

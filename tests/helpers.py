@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
 
 
 def norm(arrays: Iterable[Any]) -> float:
@@ -25,3 +28,23 @@ def close(found: Any, expected: Any, limit: float) -> None:
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() / np.abs(expected).max() <= limit
+
+
+def draw(
+    shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float64, *, small: bool = False
+) -> tuple[Array, Array]:
+    """Return weights and gradients with another scale at every index of every axis.
+
+    Small gradients are such that only some units are clipped.
+    """
+    random = np.random.RandomState(seed)
+
+    def scaled() -> Array:
+        array = random.standard_normal(shape)
+        for axis, size in enumerate(shape):
+            scales = np.exp((1.0 if small else 1.5) * random.standard_normal(size))
+            array = array * scales.reshape([-1 if k == axis else 1 for k in range(len(shape))])
+        return np.asarray(array)
+
+    w, g = scaled(), scaled()
+    return w.astype(dtype), ((0.03 if small else 1.0) * g).astype(dtype)

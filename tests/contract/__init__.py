@@ -1,6 +1,6 @@
 """What holds for every framework, said once.
 
-Each module has one class of tests. A framework's test file subclasses it and names its driver, which alone
+Each module has a class of tests. A framework's test file subclasses it and names its driver, which alone
 knows the framework::
 
     class TestNFNet(NFNetContract):
@@ -9,24 +9,32 @@ knows the framework::
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import pytest
 
 from tests.contract.driver import Driver
 
 
-class Contract:
-    """Tests of one subject, in the language of a driver.
+class Parametrized:
+    """Tests that run for each of what a subclass chooses."""
 
-    A test that takes ``mode``, ``stored_as`` or ``way`` runs for each of the driver's.
-    """
+    def choices(self) -> Mapping[str, Iterable[Any]]:
+        """Return values by argument: a test that has the argument runs for each."""
+        raise NotImplementedError
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        for argument, values in self.choices().items():
+            if argument in metafunc.fixturenames:
+                metafunc.parametrize(argument, values)
+
+
+class Contract(Parametrized):
+    """Tests of one subject, in the language of a driver."""
 
     driver: Driver
 
-    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        for argument, choices in (
-            ("mode", self.driver.modes),
-            ("stored_as", self.driver.dtypes),
-            ("way", self.driver.ways),
-        ):
-            if argument in metafunc.fixturenames:
-                metafunc.parametrize(argument, choices)
+    def choices(self) -> Mapping[str, Iterable[Any]]:
+        driver = self.driver
+        return {"mode": driver.modes, "stored_as": driver.dtypes, "way": driver.ways}

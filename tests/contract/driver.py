@@ -14,11 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy.typing as npt
-
 from agc import nfnet as core
-
-Array = npt.NDArray[Any]
+from tests.helpers import Array
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ def test_paths_exist():
 
 def test_sessions_exist():
     noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
-    sessions = {name for command in re.findall(r"nox -s ([\w ]+)", TEXT) for name in command.split()}
+    sessions = {
+        name for command in re.findall(r"nox -s ([\w ]+)", TEXT) for name in command.split()
+    }
     assert sessions >= {"lint", "typing", "tests", "conformance"}
     assert not {name for name in sessions if f"def {name}(" not in noxfile}

@@ -28,7 +28,7 @@ from agc_conformance.backend import (
     Problem,
     SharpnessOutcome,
     SharpnessProblem,
-    Task,
+    TrainingTask,
     TrainStep,
 )
 from agc_conformance.core.library import Core
@@ -343,7 +343,7 @@ class ReferenceBackend(Backend):
         doubled = {name: 2 * value for name, value in examples.curvatures.items()}
         return self.sharpen(replace(problem, examples=replace(examples, curvatures=doubled)))
 
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         """Train by the suite's own float64 trajectory."""
         for step, _ in reference_run(task):
             yield step

@@ -1,6 +1,6 @@
 """Training on real images, compared with the float64 reference at every step.
 
-A small convolutional classifier (:class:`agc_conformance.backend.Task`) is trained on scikit-learn's bundled
+A small convolutional classifier (:class:`agc_conformance.backend.TrainingTask`) is trained on scikit-learn's bundled
 images, with AGC in front of SGD, by the backend and by the reference; in one task SAM stands in front of
 both. Two comparisons are made:
 
@@ -43,7 +43,7 @@ from agc.reference import (
     sharpness_aware_gradients,
     unit_norms,
 )
-from agc_conformance.backend import Backend, Optimizer, Task, TrainStep, Unsupported
+from agc_conformance.backend import Backend, Optimizer, TrainingTask, TrainStep, Unsupported
 from agc_conformance.records import Status, make_result
 from agc_conformance.training.network import PARAMETERS, loss_and_gradients
 from agc_conformance.verdict import LIMITS, Verdict, ulp_error
@@ -92,20 +92,20 @@ def drift_bound(step: int) -> float:
     return 2.0**-15 * (1 + step)
 
 
-def digits(steps: int = 50) -> Task:
+def digits(steps: int = 50) -> TrainingTask:
     """Build the first task: handwritten digits (8x8, grey, 10 classes), the head left out, Nesterov and decay."""
     return _digits(steps, seed=0)
 
 
-def sam_digits(steps: int = 50) -> Task:
+def sam_digits(steps: int = 50) -> TrainingTask:
     """Build the third task: digits again, with SAM as NFNets have it, the ascent on a fifth of each batch."""
     return replace(_digits(steps, seed=2), sharpness=SAM(rho=0.05, fraction=0.2))
 
 
-def _digits(steps: int, *, seed: int) -> Task:
+def _digits(steps: int, *, seed: int) -> TrainingTask:
     random = np.random.RandomState(seed)
     images, labels = _load_digits()
-    return Task(
+    return TrainingTask(
         rule=AGC(clipping=0.05, exclude=["head.*"]),
         optimizer=Optimizer(lr=0.2, momentum=0.9, nesterov=True, weight_decay=1e-3),
         weights=_weights(random, channels=1, classes=10),
@@ -124,7 +124,7 @@ def _load_digits() -> tuple[Array, Array]:
     return (data.images[:, None] - 8) / 6, data.target  # grey levels go from 0 to 16
 
 
-def photographs(steps: int = 50) -> Task:
+def photographs(steps: int = 50) -> TrainingTask:
     """Build the second task: which of two photographs is this 24x24 RGB patch from? A schedule; nothing left out."""
     from sklearn.datasets import load_sample_image
 
@@ -142,7 +142,7 @@ def photographs(steps: int = 50) -> Task:
         return cut
 
     labels = [random.randint(2, size=32) for _ in range(steps)]
-    return Task(
+    return TrainingTask(
         rule=AGC(clipping={"head.*": 0.1, "*": Schedule([(0, 0.06), (40, 0.02)])}),
         optimizer=Optimizer(lr=0.05, momentum=0.9),
         weights=_weights(random, channels=3, classes=2),
@@ -150,7 +150,7 @@ def photographs(steps: int = 50) -> Task:
     )
 
 
-TASKS: Final[Mapping[str, Callable[[int], Task]]] = {
+TASKS: Final[Mapping[str, Callable[[int], TrainingTask]]] = {
     "digits": digits,
     "photographs": photographs,
     "sam-digits": sam_digits,
@@ -181,7 +181,7 @@ def _batch(images: Array, labels: Array) -> tuple[Array, Array]:
     return images.astype(np.float32), labels.astype(np.int64)
 
 
-def reference_plan(task: Task) -> Plan:
+def reference_plan(task: TrainingTask) -> Plan:
     """Return the plan of a task in its own layout (out-first)."""
     parameters = [
         Parameter(name, array.shape, Units(_UNITS[name]) if name in _UNITS else WHOLE)
@@ -220,7 +220,7 @@ class _Sgd:
         return bound
 
 
-def reference_run(task: Task) -> Iterator[tuple[TrainStep, Result]]:
+def reference_run(task: TrainingTask) -> Iterator[tuple[TrainStep, Result]]:
     """Train in float64, yielding every step and what the clipping did in it."""
     plan = reference_plan(task)
     sgd = _Sgd(task.optimizer)
@@ -235,7 +235,7 @@ def reference_run(task: Task) -> Iterator[tuple[TrainStep, Result]]:
 
 
 def _gradients(
-    task: Task, weights: Arrays, batch: tuple[Array, Array], step: int
+    task: TrainingTask, weights: Arrays, batch: tuple[Array, Array], step: int
 ) -> tuple[float, Arrays, Arrays]:
     """Clean loss, the gradients to clip, and the weights at which they were taken, in float64."""
     if task.sharpness is None:
@@ -260,7 +260,7 @@ def _evaluate(weights: Arrays, batch: Sequence[Array]) -> tuple[float, Arrays]:
 class _Comparison:
     """Compares a backend's steps with the reference, one by one."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: TrainingTask) -> None:
         self.task = task
         self.plan = reference_plan(task)
         self.clauses = _clauses(task)
@@ -540,7 +540,7 @@ def result_ids(name: str) -> list[str]:
     return [f"real-{name}-{kind}" for kind in _clauses(TASKS[name](0))]
 
 
-def _clauses(task: Task) -> Mapping[str, str]:
+def _clauses(task: TrainingTask) -> Mapping[str, str]:
     return _CLAUSES if task.sharpness is None else _SHARP_CLAUSES
 
 
@@ -566,7 +566,7 @@ def _result(
     )
 
 
-def _digest(task: Task) -> str:
+def _digest(task: TrainingTask) -> str:
     """Fingerprint of weights and batches, so that a reader sees that all backends had the same."""
     sha = hashlib.sha256()
     for array in (*task.weights.values(), *(part for batch in task.batches for part in batch)):

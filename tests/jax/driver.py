@@ -17,7 +17,8 @@ from jax.test_util import check_grads
 import agc_jax
 from agc_conformance.nfnets.golden import SMOOTHING
 from agc_jax.nfnet import Activation, WSConv2d
-from tests.contract.driver import Array, Driver, Optimizer, Outputs
+from tests.contract.driver import Driver, Optimizer, Outputs
+from tests.helpers import Array
 
 
 def loss_and_logits(model: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any]:

@@ -13,7 +13,8 @@ from flax import nnx
 import agc_jax
 from agc import AGC
 from agc import nfnet as core
-from tests.contract.nfnet import EXACT, SHALLOW, SIZE, NFNetContract, images_of
+from tests.contract.golden import EXACT
+from tests.contract.nfnet import SHALLOW, SIZE, NFNetContract, images_of
 from tests.helpers import close, relative
 from tests.jax.driver import JaxDriver, blank, run, values_of
 

@@ -16,7 +16,8 @@ import agc_tensorflow
 from agc_conformance.nfnets.golden import SMOOTHING
 from agc_tensorflow.nfnet import Activation, WSConv2D
 from agc_tensorflow.units import named_variables
-from tests.contract.driver import Array, Driver, Optimizer, Outputs
+from tests.contract.driver import Driver, Optimizer, Outputs
+from tests.helpers import Array
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "eager": lambda function: function,

@@ -66,6 +66,11 @@ def test_parameters_are_drawn_anew():
     assert {n for n, v in before.items() if not np.array_equal(again[n], v)} == weights
 
 
+def test_shapes_are_enough_for_a_plan():
+    rule = AGC.profile("deepmind")
+    assert agc_jax.plan(driver.abstract("tiny"), rule) == agc_jax.plan(driver.blank("tiny"), rule)
+
+
 # Uses
 
 

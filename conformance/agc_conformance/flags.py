@@ -1,4 +1,7 @@
-"""Flags: the bug classes that vectors catch, each seen in published code or one edit away from it."""
+"""Flags: the bug classes that vectors catch.
+
+Each was seen in published code, or is one edit away from it.
+"""
 
 from __future__ import annotations
 
@@ -128,4 +131,4 @@ FLAGS: Final[dict[str, str]] = {
     "SamRoundTrip": "a configuration of SAM changes when written to a dict and read back",
     "SamDefault": "a default or profile of SAM differs from the specification",
 }
-"""Flag to what goes wrong."""
+"""Flag to a description of the bug."""

@@ -26,7 +26,8 @@ def optimizer_step(
 ) -> None:
     """Replace weights and momenta by those after one step.
 
-    The formula is :class:`~agc_conformance.backend.Optimizer`'s, written again: a slip in one of the two shows.
+    The formula is :class:`~agc_conformance.backend.Optimizer`'s, written again: a slip in one of
+    the two shows.
     """
     for name, w in list(weights.items()):
         decay = optimizer.weight_decay * w

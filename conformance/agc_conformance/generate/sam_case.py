@@ -1,7 +1,7 @@
 """Problems of SAM: weights, and a batch of examples that differ in every element.
 
-The loss is :class:`agc_conformance.backend.Examples`', quadratic in every weight; an example is a curvature and
-a center for each of them.
+The loss is :class:`agc_conformance.backend.Examples`', quadratic in every weight; an example is a
+curvature and a center for each of them.
 """
 
 from __future__ import annotations

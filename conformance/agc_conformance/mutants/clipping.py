@@ -1,6 +1,7 @@
 """Mutants of AGC.
 
-:class:`Engine` is adaptive gradient clipping once more, cut into replaceable parts, and passes every vector.
+:class:`Engine` is adaptive gradient clipping once more, cut into replaceable parts, and passes
+every vector.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Mutants of SAM.
 
-:class:`SharpnessEngine` is SAM once more, written as a framework would do it: weights in their own dtype, moved in
-place and copied back. It is cut into replaceable parts, and passes every vector.
+:class:`SharpnessEngine` is SAM once more, written as a framework would do it: weights in their own
+dtype, moved in place and copied back. It is cut into replaceable parts, and passes every vector.
 """
 
 from __future__ import annotations

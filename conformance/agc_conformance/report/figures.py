@@ -100,8 +100,9 @@ def model_errors(records_by_run: Mapping[str, Sequence[ModelRecord]]) -> str:
     Returns
     -------
     str
-        A panel a kind of result, logarithmic: a colour a run, strong in float64 and pale in float32; the red
-        lines are what is allowed. An error of 0 lies at the bottom; a cross at the top is NaN, or infinite.
+        A panel a kind of result, logarithmic: a colour a run, strong in float64 and pale in
+        float32; the red lines are what is allowed. An error of 0 lies at the bottom; a cross at the
+        top is NaN, or infinite.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure

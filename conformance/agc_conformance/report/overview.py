@@ -34,8 +34,8 @@ def overview(report: Mapping[str, Any]) -> str:
     Returns
     -------
     str
-        A row a clause, SAM's and the models' folded away; a column a backend, then a subject; errors and
-        provenance below.
+        A row a clause, SAM's and the models' folded away; a column a backend, then a subject;
+        errors and provenance below.
     """
     runs = [*_runs(report, "backend"), *_runs(report, "subject")]
     head = ["", *(_title(run) for run in runs)]

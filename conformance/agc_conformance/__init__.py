@@ -11,7 +11,7 @@ A vector is a question with its answer, one line of a file in ``vectors/v1``. It
    All of them are in :mod:`backends`; :mod:`backend` is the protocol and :mod:`load` finds one by
    name.
 4. The :mod:`verdict` becomes one of the :mod:`records` of a result file; :mod:`report` presents the
-files.
+   files.
 
 Two wings compute their questions instead of reading them: :mod:`nfnets` and :mod:`training`.
 :mod:`suite` runs everything on one backend. :mod:`mutants` are wrong backends, one module for each

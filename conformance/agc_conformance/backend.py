@@ -49,7 +49,7 @@ Gradient = Array | RowSparse | None
 
 
 class Unsupported(Exception):
-    """The backend does not offer what was asked; the report says why and does not count it passed."""
+    """The backend does not support the question; the report says why and does not pass it."""
 
 
 class Unavailable(Exception):
@@ -509,7 +509,9 @@ class Backend:
         *,
         restart: int | None = None,
     ) -> list[Mapping[str, Array]]:
-        """Return the weights after each step of SAM, AGC (if asked for) and the framework's optimizer.
+        """Return the weights after each step of SAM, AGC (if asked for) and an optimizer.
+
+        The optimizer is the framework's own.
 
         ``problem.parameters`` are the initial weights; there is one batch for each step, and
         ``problem.examples`` is the first. Steps are counted from 0. After ``restart`` steps
@@ -538,7 +540,7 @@ class Backend:
         raise Unsupported(f"{self.name} has no replicas with SAM")
 
     def sharpen_stale(self, problem: SharpnessProblem) -> SharpnessOutcome:
-        """Compute with an old gradient on every parameter, which no training loop clears (SAM-4)."""
+        """Compute with an old gradient on every parameter, which the loop never clears (SAM-4)."""
         raise Unsupported(f"{self.name} keeps no gradients with SAM")
 
     def sharpen_fixed(

@@ -73,7 +73,7 @@ class Layout:
         return array if "shape" in data else to_layout(array, p.axes_stored, p.axes)
 
     def canonical(self, name: str, array: Array) -> Array:
-        """Return a stored array in canonical axes; an array of a wrong shape is returned as it is."""
+        """Return a stored array in canonical axes; one of a wrong shape is not changed."""
         p = self.parameters[name]
         if tuple(array.shape) != layout_shape(p.axes_stored, p.axes):
             return array
@@ -84,7 +84,7 @@ class Layout:
         return {name: p.units for name, p in self.parameters.items()}
 
     def examples(self, name: str, data: Mapping[str, Any], count: int, dtype: str) -> Array:
-        """Return ``count`` arrays of a parameter's shape, one for each example, along a new axis 0."""
+        """Return an array of a parameter's shape for each of ``count`` examples, along axis 0."""
         p = self.parameters[name]
         axes = {"example": count, **p.axes}
         array = decode_values(data, tuple(axes.values())).astype(dtype_of(dtype))

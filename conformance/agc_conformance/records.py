@@ -82,8 +82,8 @@ VERSION: Final = 1
 
 Kind = Literal["run", "teeth", "tpu"]
 Role = Literal["backend", "subject"]
-"""A *backend* must conform. A *subject* is third-party code, which is reported but need not conform;
-its class says ``role = "subject"``."""
+"""A *backend* must conform. A *subject* is third-party code, which is reported but need not
+conform; its class says ``role = "subject"``."""
 Status = Literal["passed", "failed", "error", "unsupported", "xfail", "xpass", "compiled"]
 
 bad_statuses: Final[frozenset[str]] = frozenset({"failed", "error", "xpass"})

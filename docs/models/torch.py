@@ -222,7 +222,7 @@ def _box(fed: Tensor) -> list[int]:
 
 
 def timm_models() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
-    """Return a function for each architecture of timm that builds a model and a batch of pictures."""
+    """Return a function for each architecture of timm that builds a model and a batch."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.without_torchvision import timm_model
 

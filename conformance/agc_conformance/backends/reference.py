@@ -1,4 +1,7 @@
-"""The float64 reference as a backend, rounded to the gradient's dtype; it tests the suite itself."""
+"""The float64 reference as a backend, rounded to the gradient's dtype.
+
+It tests the suite itself.
+"""
 
 from __future__ import annotations
 

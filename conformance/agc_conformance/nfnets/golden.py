@@ -187,5 +187,5 @@ LIMITS: Final[dict[str, Limits]] = {
     "float32": Limits(1e-5, 1e-5, 1e-5, 1e-4, 1e-3, 1e-5, 1e-6, 1e-5),
     "bfloat16": Limits(1e-1, 1e-2, 1e-1, _INF, _INF, _INF, _INF, _INF),
 }
-"""Limits by dtype. In float32 the error of every known mistake of a port is larger; in bfloat16 that
-of almost none is. Infinity stands for numbers that are not compared."""
+"""Limits by dtype. In float32 every known mistake of a port has a larger error; in bfloat16 almost
+none has. Infinity stands for numbers that are not compared."""

@@ -105,7 +105,10 @@ def digits(steps: int = 50) -> Task:
 
 
 def sam_digits(steps: int = 50) -> Task:
-    """Build the third task: digits again, with SAM as for NFNets, ascending on a fifth of a batch."""
+    """Build the third task: digits again, with SAM as for NFNets.
+
+    The ascent pass sees a fifth of each batch.
+    """
     return replace(_digits(steps, seed=2), sharpness=SAM(rho=0.05, fraction=0.2))
 
 
@@ -169,7 +172,7 @@ TASKS: Final[Mapping[str, Callable[[int], Task]]] = {
 
 
 def _weights(random: np.random.RandomState, *, channels: int, classes: int) -> dict[str, Array]:
-    """Return weights of He initialisation; biases are zero, so that the floor of the norm matters."""
+    """Return He-initialised weights; biases are zero, so that the floor of the norm matters."""
 
     def normal(*shape: int) -> Array:
         drawn: Array = random.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
@@ -201,7 +204,7 @@ def reference_plan(task: Task) -> Plan:
 
 
 class _Sgd:
-    """:class:`agc_conformance.backend.Optimizer` in float64, with bounds of the error in float32."""
+    """:class:`agc_conformance.backend.Optimizer` in float64, with bounds of float32's error."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer

@@ -27,8 +27,8 @@ class Device(Backend):
     )
 
     def __init__(self, device: str = "cpu") -> None:
-        # Eight devices for shards and replicas. A process that has already used JAX keeps its number
-        # of devices; if it is too small, the scenario reports that.
+        # Eight devices for shards and replicas. A process that has already used JAX keeps its
+        # number of devices; if there are too few, the scenario reports that.
         try:
             jax.config.update("jax_num_cpu_devices", 8)
         except RuntimeError as error:

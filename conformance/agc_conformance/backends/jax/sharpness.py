@@ -81,7 +81,7 @@ class Sharpness(Device):
         *,
         restart: int | None = None,
     ) -> list[Mapping[str, Array]]:
-        """Take jitted steps with ``optax.sgd`` behind AGC; optax skips those that are not finite."""
+        """Take jitted steps with ``optax.sgd`` behind AGC; optax skips non-finite ones."""
         with self.place(problem.parameters.values()):
             return _trajectory(problem, optimizer, batches, restart)
 

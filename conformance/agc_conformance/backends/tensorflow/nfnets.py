@@ -71,7 +71,7 @@ class NFNets(Device):
             )
 
     def model_training(self, problem: ModelProblem, recipe: ModelRecipe) -> Iterator[ModelStep]:
-        """Apply :func:`agc_tensorflow.sgd_nfnet`, or Keras' SGD in ``AdaptiveGradClip``, in a graph."""
+        """Apply :func:`agc_tensorflow.sgd_nfnet`, or ``AdaptiveGradClip(SGD)``, in a graph."""
         with tf.device(self._place):
             program = _program_of(problem)
             with _floatx(problem.dtype):

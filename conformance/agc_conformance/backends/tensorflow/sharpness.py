@@ -46,12 +46,12 @@ class Sharpness(Device):
             return _sharpen(problem, lambda compute: tf.function(compute, autograph=False)())
 
     def sharpen_scaled(self, problem: SharpnessProblem, scale: float) -> SharpnessOutcome:
-        """Train one step with a loss scaler; return the gradients that the inner optimizer receives."""
+        """Train one step with a loss scaler; return the gradients of the inner optimizer."""
         with tf.device(self._place):
             return _scaled(problem, float(scale))
 
     def sharpen_replicas(self, problem: SharpnessProblem, replicas: int) -> SharpnessOutcome:
-        """Run under MirroredStrategy, each replica's loss divided by their number, as Keras does."""
+        """Run under MirroredStrategy; as in Keras, replicas divide the loss by their number."""
         return _replicas(problem, replicas)  # the strategy chooses the devices
 
     def sharpen_stale(self, problem: SharpnessProblem) -> SharpnessOutcome:

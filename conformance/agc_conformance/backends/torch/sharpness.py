@@ -83,7 +83,7 @@ class Sharpness(Device):
     def sharpen_fixed(
         self, problem: SharpnessProblem, frozen: Sequence[str], absent: Sequence[str]
     ) -> SharpnessOutcome:
-        """Freeze some parameters, and leave others out of the optimizer; all have gradients of 1."""
+        """Freeze parameters, and leave some out of the optimizer; all have gradients of 1."""
         model = _Quadratic(problem.parameters, self.device)
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)

@@ -24,12 +24,12 @@ class Training(Device):
     """A training loop as users write it."""
 
     def train(self, task: Task) -> Iterator[TrainStep]:
-        """Train the suite's network with SAM, if asked for, and AGC attached to ``torch.optim.SGD``."""
+        """Train the suite's network with SAM, if asked for, and ``torch.optim.SGD`` with AGC."""
         model = _Network(task.weights).to(self.device)
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
             parameter.data.copy_(torch.from_numpy(task.weights[name]))
-        # Gradients and weights that the step is given, before AGC; weights of the last forward pass.
+        # Gradients and weights given to the step, before AGC; weights of the last forward pass.
         raw: dict[str, Array] = {}
         given: dict[str, Array] = {}
         seen: dict[str, Array] = {}

@@ -56,14 +56,14 @@ TARGETS = (
 NOISE = 0.03
 """Two identical programs differ by this much from run to run, so a ratio this close to 1 is 1."""
 MEMORY = 0.05
-"""Largest peak of extra memory in PyTorch, as a share of the parameters."""
+"""Largest peak of extra memory allowed in PyTorch, as a share of the parameters."""
 
 PEERS = {"torch": "timm", "jax": "plain functions"}
 """Framework to the peer that our NFNet-F0 is compared with."""
 SAM_COSTS = {"sam": 2.1, "fraction": 1.3}
 """Longest time allowed for a training step, as a multiple of one without SAM."""
 SAM_MEMORY = 1.0
-"""Largest peak of extra memory of SAM, in copies of the perturbed weights."""
+"""Largest peak of extra memory allowed for SAM, in copies of the perturbed weights."""
 
 Case = tuple[str, str, str]
 
@@ -210,7 +210,7 @@ def _label(case: Case) -> str:
 
 
 def table(results: Results, framework: str) -> str:
-    """Return a Markdown table: milliseconds, and in brackets how many times our time that is."""
+    """Return a Markdown table: milliseconds, and in brackets the multiple of our time."""
     cases = results.cases(framework)
     rows = [
         [TITLES[framework], *(f"{TITLES[model]}, {TITLES[c]}" for _, model, c in cases)],

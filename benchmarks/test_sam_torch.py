@@ -64,7 +64,7 @@ def test_cost(measure: Measure, training: Training, turn: int, contestant: str) 
 
 def test_peak_memory(benchmark: Any) -> None:
     """Extra memory of SAM between its passes, in copies of the parameters; one is expected."""
-    size = 1 << 22  # one parameter, so that the network's activations do not hide its copies
+    size = 1 << 22  # one large parameter; activations would hide its copies
     weight = nn.Parameter(torch.randn(size))
     model = nn.Module()
     model.weight = weight

@@ -12,7 +12,7 @@ Data of a parameter is one of
     a row-sparse gradient: rows and, row after row, their values.
 
 ``"set": [[index, value], ...]`` beside them overwrites single elements (flat index), and
-``"shape": [...]`` replaces the shape (used where shapes are to be wrong).
+``"shape": [...]`` replaces the shape, in vectors that need a wrong one.
 
 The canonical axes of a parameter are elementary (nothing fused) and in a fixed order, unit axes
 first. A layout says how a framework stores them: ``"h w (g i) o"`` transposes and fuses; an axis of

@@ -49,7 +49,7 @@ FLAGS: Final[dict[str, str]] = {
     "PoisonSpreads": "a poisoned unit damages units or parameters beside it",
     "PolicyIgnored": "the non-finite policy is not the one asked for",
     "OverflowToZero": "finite gradients whose squares overflow become exact zeros",
-    # What takes part
+    # Selection
     "EmptyOrScalar": "empty or 0-dimensional parameters break",
     "NoneGradient": "a parameter without a gradient breaks, or is made up",
     "IdleStep": "a step in which no parameter has a gradient breaks",

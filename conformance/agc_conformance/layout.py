@@ -36,7 +36,7 @@ class StoredParameter:
     axes_stored : str
         The axes as they are stored, fused ones in parentheses.
     units : Units
-        Units of what is stored.
+        Units of the stored array.
     """
 
     axes: Mapping[str, int]

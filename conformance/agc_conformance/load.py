@@ -45,7 +45,7 @@ def load_backend(spec: str, device: str) -> Backend:
         anything else.
     """
     target = ReferenceBackend if spec == "reference" else _find(spec)
-    if not isinstance(target, type) and hasattr(target, "clip"):  # an instance
+    if not isinstance(target, type) and hasattr(target, "clip"):  # an instance of a backend
         backend, made_for = target, getattr(target, "device", device)
         if isinstance(made_for, str) and made_for != device:
             raise Unavailable(f"{spec} is made for {made_for}, not for {device}")

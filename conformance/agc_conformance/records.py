@@ -250,7 +250,7 @@ def make_header(kind: Kind, **more: Any) -> Header:
     Parameters
     ----------
     kind : {"run", "teeth", "tpu"}
-        What the file holds.
+        Kind of file.
     **more
         Further fields of :class:`Header`, for example ``backend="torch"``.
     """

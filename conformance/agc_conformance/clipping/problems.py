@@ -72,7 +72,7 @@ class ClipQuestion:
     dtype : str
         Dtype of the gradients.
     seen : mapping of name to array, RowSparse or None
-        The gradients that AGC sees: unscaled where the scenario scales them.
+        The gradients that AGC sees: unscaled, if the scenario scales them.
     gradients : mapping of name to expectation
         ``"absent"``: the parameter has no gradient. ``"untouched"``: the bits of the gradient stay.
     stats : mapping of name to Stats

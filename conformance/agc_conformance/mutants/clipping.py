@@ -1,7 +1,7 @@
 """Mutants of AGC.
 
-:class:`Engine` is adaptive gradient clipping once more, cut into replaceable parts, and passes
-every vector.
+:class:`Engine` is a second implementation of adaptive gradient clipping, cut into replaceable
+parts. It passes every vector.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Engine(ReferenceBackend):
 
     name = "engine"
 
-    # -- what takes part ------------------------------------------------------------------------
+    # -- selection ------------------------------------------------------------------------------
 
     def rule(self, problem: Problem) -> AGC:
         """Return the configuration with the problem's units."""
@@ -583,7 +583,7 @@ class _OverflowToZero(Engine):
         return np.asarray(np.isnan(g_norm) | np.isnan(w_norm))
 
 
-# -- what takes part -----------------------------------------------------------------------------
+# -- selection -----------------------------------------------------------------------------------
 
 
 @_mutant("EmptyOrScalar", "the largest element of nothing is asked for")

@@ -59,7 +59,7 @@ _KINDS: Final[Mapping[str, Mapping[str, Kind[Any, Any]]]] = {
     "clipping": {**CLIPPING, "layer": KINDS["layer"]},
     "sharpness": SHARPNESS,
 }
-"""Wing to the kinds of vectors that its mutants are asked."""
+"""Wing to the kinds of vectors that its mutants run."""
 
 
 def registered(

@@ -137,7 +137,7 @@ class _SingleGates(NFNet):
 @_network("variance reset to 1", "the first block of a stage adds nothing (breadbread1984)")
 class _VarianceReset(NFNet):
     def beta(self, block: Block) -> float:
-        # All blocks after a stage's first expect one branch less.
+        # All blocks after a stage's first expect the variance of one branch less.
         return block.beta if block.place == 0 else 1 / math.sqrt(block.variance - ALPHA**2)
 
 

@@ -1,7 +1,8 @@
 """Mutants of SAM.
 
-:class:`SharpnessEngine` is a second SAM, written as for a framework: weights in their own dtype,
-moved in place and copied back. It is cut into replaceable parts, and passes every vector.
+:class:`SharpnessEngine` is a second implementation of SAM, written as a framework would do it:
+weights in their own dtype, moved in place and copied back. It is cut into replaceable parts, and
+passes every vector.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class SharpnessEngine(Engine):
     #: Gradients from before the first pass (scenario ``stale``).
     left: Mapping[str, Array | None] = MappingProxyType({})
 
-    # -- what takes part ------------------------------------------------------------------------
+    # -- selection ------------------------------------------------------------------------------
 
     def chosen(self, problem: SharpnessProblem) -> set[str]:
         """Names of the perturbed parameters (SAM-11)."""
@@ -121,7 +122,7 @@ class SharpnessEngine(Engine):
         return before
 
     def state_of_step(self, before: float, after: float) -> float:  # noqa: ARG002
-        """State after a step: that before or after the first pass, or ``self.state``, after both."""
+        """State after a step: that before or after its first pass, or ``self.state`` after both."""
         return after
 
     # -- the perturbation -----------------------------------------------------------------------
@@ -213,7 +214,7 @@ class SharpnessEngine(Engine):
         return out
 
     def reported(self, clean: list[tuple[int, float]], perturbed: list[tuple[int, float]]) -> float:  # noqa: ARG002
-        """Loss that is reported (SAM-12)."""
+        """Return the loss to report (SAM-12)."""
         return sum(n * loss for n, loss in clean) / sum(n for n, _ in clean)
 
     def estimate(self, problem: SharpnessProblem, replicas: int = 1) -> SharpnessOutcome:
@@ -323,7 +324,7 @@ class SharpnessEngine(Engine):
         return self.estimate(problem, replicas)
 
     def sharpen_stale(self, problem: SharpnessProblem) -> SharpnessOutcome:
-        """Estimate where gradients of 1 are left from before."""
+        """Estimate with gradients of 1 left from before."""
         scene = copy.copy(self)  # the old gradients must not reach other questions
         scene.left = {key: np.ones_like(value) for key, value in problem.parameters.items()}
         return scene.estimate(problem)
@@ -500,7 +501,7 @@ class _Subtraction(SharpnessEngine):
 @_mutant("NotRestored", "the update is applied at w + e (davda54 under FSDP2)")
 class _NotRestored(SharpnessEngine):
     def restore(self, weights: Arrays, copies: Arrays, e: Arrays) -> None:
-        """Leave the perturbation in."""
+        """Do not remove the perturbation."""
 
 
 @_mutant("NotRestored", "only matrices are restored")

@@ -30,8 +30,8 @@ __all__ = ["PytorchOptimizerPeer", "backend"]
 class PytorchOptimizerPeer(Peer):
     """Clips one tensor after another, out of place; SAM wraps an optimizer's class.
 
-    SAM has an epsilon of its own, 1e-12, which stays where a rule asks for none. Its ``adaptive``
-    has no eta and scales vectors too.
+    SAM has a fixed epsilon, 1e-12, even if a rule asks for none. Its ``adaptive`` has no eta and
+    scales vectors too.
     """
 
     name: ClassVar[str] = "pytorch_optimizer"

@@ -110,7 +110,7 @@ class Clipping(Device):
         scale: float | None = None,
         **options: Any,
     ) -> Outcome:
-        """Apply gradients by a wrapped optimizer and return what the inner one received."""
+        """Apply gradients by a wrapped optimizer and return those that the inner one received."""
         with tf.device(self._place):
             variables = keras_variables(problem.parameters)
             recorder = RecordingSGD(0.0, **options)

@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Ignore the warning that nothing is saved, which hides why a run failed before measuring."""
+    """Keep the warning that nothing is saved from becoming an error that hides the real failure."""
     config.addinivalue_line("filterwarnings", "default:Not saving anything")
 
 

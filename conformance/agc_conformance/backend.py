@@ -49,7 +49,7 @@ Gradient = Array | RowSparse | None
 
 
 class Unsupported(Exception):
-    """The backend does not support the question; the report says why and does not pass it."""
+    """The backend does not support the question; this is reported and never counts as passed."""
 
 
 class Unavailable(Exception):
@@ -93,7 +93,7 @@ class Outcome:
     Attributes
     ----------
     gradients : mapping of name to array, RowSparse or None
-        Clipped gradients in the dtype of the problem's.
+        Clipped gradients, each in the dtype of the raw one.
     stats : mapping of name to Stats, optional
         Telemetry of each parameter, if the backend has it.
     """
@@ -126,7 +126,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class SharpnessProblem:
-    """Weights and a batch to compute a sharpness-aware gradient of.
+    """Weights and a batch, for one sharpness-aware gradient.
 
     Attributes
     ----------
@@ -206,7 +206,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """SGD, which every framework has, with one meaning in all of them.
+    """SGD, defined so that it means the same in every framework.
 
     ``sgd``: ``u = g + weight_decay * w`` (if coupled), ``m = momentum * m + u``,
     ``w -= lr * (u + momentum * m if nesterov else m)``; decoupled decay subtracts

@@ -35,7 +35,7 @@ class Trajectory(Generic[Problem, Batch]):
     dtype : str
         Dtype of the weights.
     optimizer : Optimizer
-        The optimizer behind AGC.
+        The optimizer that takes the steps.
     batches : sequence
         Gradients, or examples, of each step.
     expected : mapping of name to list of array

@@ -299,7 +299,7 @@ def _expected_gradients(variant: str, height: int, width: int) -> Any:
 
 @cache
 def _kept(size: tuple[Any, ...], recipe: ModelRecipe) -> list[ModelStep]:
-    """Return all steps of the reference, before the backend's: threads of both slow each other."""
+    """Return all steps of the reference, before the backend's: their threads slow each other."""
     return list(_REFERENCE.training(_problem(*size), recipe))
 
 

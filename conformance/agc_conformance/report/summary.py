@@ -36,7 +36,7 @@ class Cell:
 
     @property
     def verdict(self) -> CellVerdict:
-        """The worst status among the results, in short form."""
+        """The status to show: failures first, then expected failures, passes, unsupported."""
         counts = self.counts
         if any(counts[status] for status in bad_statuses):
             return "failed"

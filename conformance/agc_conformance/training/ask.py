@@ -496,7 +496,7 @@ class _Comparison:
 
 
 def _finite(value: float) -> float | None:
-    """Return None for NaN and infinity, which JSON does not have."""
+    """Return a number, or None for NaN and infinity, which JSON does not have."""
     return value if np.isfinite(value) else None
 
 

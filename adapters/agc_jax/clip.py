@@ -38,7 +38,7 @@ from agc.errors import (
     ShapeError,
 )
 from agc.units import UnitAxes
-from agc_jax.telemetry import Columns, Stats, no_stats
+from agc_jax.stats import Columns, Stats, no_stats
 from agc_jax.units import ModelUnits, PyTree, check_options, flatten, is_absent, plan_tree
 
 __all__ = ["Clipper", "adaptive_clip_gradients", "call_schedule", "clipper"]

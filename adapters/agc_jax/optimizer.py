@@ -14,7 +14,7 @@ from agc import AGC
 from agc.config import Clipping
 from agc.errors import ParameterError
 from agc_jax.clip import clipper
-from agc_jax.telemetry import Stats, no_stats
+from agc_jax.stats import Stats, no_stats
 from agc_jax.units import ModelUnits, PyTree, check_options
 
 __all__ = ["AdaptiveGradClipState", "adaptive_grad_clip", "stats"]

@@ -31,7 +31,7 @@ from agc.errors import (
     UnitsError,
 )
 from agc.plan import PlanEntry
-from agc_tensorflow.kernels import fold, in_xla, scale_units, sum_of_squares
+from agc_tensorflow.norms import fold, in_xla, scale_units, sum_of_squares
 from agc_tensorflow.units import Model, Variable, resolve, variable_key
 
 __all__ = ["IDLE", "Gradient", "Stats", "adaptive_clip_gradients", "clip"]

@@ -39,14 +39,18 @@ from agc_torch.passes import (
     Closure,
     call,
     forget_weights,
-    is_sharded,
     random_state,
+    refuse_static_graph,
     remember,
     remember_buffers,
+    replicas_of,
     set_random_state,
+    unsynchronized,
     watch,
+    worst,
 )
-from agc_torch.replicas import refuse_static_graph, replicas_of, unsynchronized, worst
+from agc_torch.schedules import value_at
+from agc_torch.shards import is_dtensor, local, norm_over, shard_axes
 from agc_torch.units import named_parameters, unwrap
 
 __all__ = ["SamStats", "SharpnessAware"]
@@ -133,7 +137,7 @@ class SharpnessAware:
         self.__setstate__({"model": model, "rule": rule, "count": 0})
         self._select()
         if rule.scope == "local":
-            if any(map(is_sharded, self._chosen)):
+            if any(map(is_dtensor, self._chosen)):
                 raise ConfigError(
                     "scope='local' needs gradients that are not reduced, and the gradients of a fully "
                     "sharded model always are; use SAM(scope='global')"
@@ -461,7 +465,7 @@ class SharpnessAware:
             if not self._local_replicas():
                 raise MissingGradientError(_MISSING)
             # Replicas raise together, after the descent pass that all of them take part in.
-            home = _local(self._parameters[0]).device
+            home = local(self._parameters[0]).device
             norm = torch.tensor(torch.nan, dtype=torch.float64, device=home)
         return _Ascent(direction, norm, missing)
 
@@ -480,8 +484,8 @@ class SharpnessAware:
             for parameter, gradient in direction:
                 shards = _shards(parameter)
                 norms = groups[shards] if shards else whole
-                norms.append(_norm_of(self._pieces(parameter, gradient)))
-            norms = whole + [_sum_over(*shards, parts) for shards, parts in groups.items()]
+                norms.append(_norm_of(self._scaled_blocks(parameter, gradient)))
+            norms = whole + [_norm_over(*shards, held) for shards, held in groups.items()]
         if not norms:
             return None
         home = norms[0].device
@@ -494,23 +498,23 @@ class SharpnessAware:
     def _perturb(self, ascent: _Ascent) -> None:
         """Copy the weights aside and move them to ``w + e``; not at all if the norm is 0 or not finite."""
         norm = ascent.norm
-        factor = self.rule.radius(self._count) / (norm + self.rule.eps)
+        factor = value_at("rho", self.rule.rho, self._count) / (norm + self.rule.eps)
         factor = factor.clamp(max=torch.finfo(torch.float32).max)  # the norm may be subnormal
         usable = (norm > 0) & norm.isfinite()
         factor = torch.where(usable, factor, 0.0)
         # Detached tensors throughout, so autograd does not record this.
-        self._backup = [(_local(p), _local(p).clone()) for p, _ in ascent.direction]
-        self._refusal = unwrap(self.model).register_state_dict_pre_hook(_Refusal())
+        self._backup = [(local(p), local(p).clone()) for p, _ in ascent.direction]
+        self._refusal = unwrap(self.model).register_state_dict_pre_hook(_RefuseToSave())
         for parameter, gradient in ascent.direction:
-            weight, local = _local(parameter), _local(gradient)
+            weight, direction = local(parameter), local(gradient)
             # 0 * inf is NaN: a poisoned gradient must not reach the weights even for one pass.
-            local.masked_fill_(~usable.to(local.device), 0)
+            direction.masked_fill_(~usable.to(direction.device), 0)
             scale = factor.to(weight.device)
             if not self._is_scaled(parameter) and weight.dtype in (torch.float32, torch.float64):
-                weight.addcmul_(local.to(weight.dtype), scale.to(weight.dtype))
+                weight.addcmul_(direction.to(weight.dtype), scale.to(weight.dtype))
                 continue
             wide = _wide(weight.dtype)
-            for w, g in _pieces(weight, local):
+            for w, g in _blocks(weight, direction):
                 e = g.to(wide) * scale.to(wide)
                 if self._is_scaled(parameter):
                     e = e * (w.abs().to(e.real.dtype) + self.rule.eta) ** 2
@@ -518,10 +522,9 @@ class SharpnessAware:
         ascent.direction.clear()  # the second pass needs the memory
         forget_weights(self.model)
 
-    def _pieces(self, parameter: Tensor, gradient: Tensor) -> Iterator[Tensor]:
-        """Yield numbers that have the norm of this process's part of ``T g``, in pieces."""
-        weight, local = _local(parameter), _local(gradient)
-        for w, g in _pieces(weight, local):
+    def _scaled_blocks(self, parameter: Tensor, gradient: Tensor) -> Iterator[Tensor]:
+        """Yield blocks of numbers that have the norm of this process's shard of ``T g``."""
+        for w, g in _blocks(local(parameter), local(gradient)):
             if self._is_scaled(parameter):
                 # As wide as the norm: in half precision the product would leave the range.
                 size = g.abs() if g.is_complex() else g
@@ -680,7 +683,7 @@ class _Reach:
         bad = ~norm.isfinite()
         for parameter in self.everything:
             if parameter.grad is not None:
-                gradient = _local(parameter.grad)
+                gradient = local(parameter.grad)
                 values = gradient._values() if gradient.is_sparse else gradient
                 values.masked_fill_(bad.to(values.device), torch.nan)
 
@@ -697,8 +700,8 @@ class _Ascent:
     missing: bool = False
 
 
-class _Refusal:
-    """What a model holds while its weights are perturbed: it can be neither saved nor copied."""
+class _RefuseToSave:
+    """State-dict hook that refuses to save perturbed weights, and to copy or pickle the model with them."""
 
     def __call__(self, *_: Any) -> NoReturn:
         raise OrderError(_PERTURBED)
@@ -781,63 +784,51 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-_PIECE = 1 << 20
+_COPY_BLOCK: Final = 1 << 20
 """Elements that may be copied at a time."""
 
 
-def _pieces(weight: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut two tensors of one shape into pieces along their first axis, so that temporaries stay small."""
-    if weight.dim() == 0 or weight.numel() <= _PIECE:
+def _blocks(weight: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut two tensors of one shape into blocks along their first axis, so that temporaries stay small."""
+    if weight.dim() == 0 or weight.numel() <= _COPY_BLOCK:
         yield weight, gradient
         return
-    rows = max(1, _PIECE * len(weight) // weight.numel())
+    rows = max(1, _COPY_BLOCK * len(weight) // weight.numel())
     yield from zip(weight.split(rows), gradient.split(rows), strict=True)
 
 
-def _norm_of(pieces: Iterator[Tensor]) -> Tensor:
-    """Norm of a tensor that comes in pieces, in float64."""
+def _norm_of(blocks: Iterator[Tensor]) -> Tensor:
+    """Norm of a tensor that comes in blocks, in float64."""
     norms = []
-    for piece in pieces:
-        real = torch.view_as_real(piece) if piece.is_complex() else piece
+    for block in blocks:
+        real = torch.view_as_real(block) if block.is_complex() else block
         norms.append(torch.linalg.vector_norm(real, dtype=torch.float64))
     return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
 
 
 def _shards(parameter: Any) -> Shards | None:
     """Return the mesh, and its axes, that a parameter is cut along; None if all of it is here."""
-    if not is_sharded(parameter):
-        return None
-    axes = tuple(i for i, placement in enumerate(parameter.placements) if placement.is_shard())
+    axes = shard_axes(parameter) if is_dtensor(parameter) else ()
     return (parameter.device_mesh, axes) if axes else None
 
 
-def _sum_over(mesh: Any, axes: Sequence[int], norms: Sequence[Tensor]) -> Tensor:
-    """Norm of DTensors from those of this process's parts; replicas hold the same numbers."""
-    import torch.distributed as dist  # here, because most programs are not distributed
-
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
+def _norm_over(mesh: Any, axes: Sequence[int], norms: Sequence[Tensor]) -> Tensor:
+    """Norm of DTensors from those of this process's shards; replicas hold the same numbers."""
+    squares = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
     if norms:
-        total = torch.linalg.vector_norm(torch.stack(list(norms))).square().to(mesh.device_type)
-    for axis in axes:
-        dist.all_reduce(total, group=mesh.get_group(axis))
-    return total.sqrt()
+        squares = torch.linalg.vector_norm(torch.stack(list(norms))).square()
+    return norm_over(mesh, squares.to(mesh.device_type), axes)
 
 
 def _placed(gradient: Any, parameter: Any) -> Tensor:
     """Return a gradient as dense as its parameter, and cut along the same axes: summed, if it is a share."""
-    if is_sharded(gradient) != is_sharded(parameter):
+    if is_dtensor(gradient) != is_dtensor(parameter):
         raise ParameterError(
             f"of a parameter of shape {tuple(parameter.shape)} and its gradient one is a DTensor and the other "
             "is not; make both DTensors on the same mesh"
         )
     if gradient.is_sparse:
         return gradient.to_dense()
-    if is_sharded(gradient) and gradient.placements != parameter.placements:
+    if is_dtensor(gradient) and gradient.placements != parameter.placements:
         return gradient.redistribute(parameter.device_mesh, parameter.placements)
     return gradient
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a DTensor; any other tensor, detached, as it is."""
-    detached = tensor.detach()
-    return detached.to_local() if is_sharded(detached) else detached

@@ -17,19 +17,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from agc.config import SAM, Schedule, check_rule
+from agc.config import SAM, check_rule
 from agc.errors import ConfigError, DTypeError, NonFiniteError, ParameterError
 from agc.plan import perturbed_names
-from agc_jax.clip import call_schedule
 from agc_jax.layers import Layers
+from agc_jax.schedules import value_at
 from agc_jax.units import flatten, is_absent
 
-__all__ = ["SamStats", "Verification", "sam_value_and_grad", "verify_sam"]
+__all__ = ["SamStats", "sam_value_and_grad"]
 
 Tree = Any
 
@@ -347,14 +346,7 @@ def _scale(w: jax.Array, rule: SAM) -> Any:
 
 def _radius(rule: SAM, step: Any) -> float | jax.Array:
     """Rho at a step; NaN if it is traced and not a finite number above 0."""
-    if isinstance(rule.rho, Schedule):
-        steps, values = zip(*rule.rho.points, strict=True)
-        return jnp.interp(
-            jnp.asarray(step, float), jnp.asarray(steps, float), jnp.asarray(values, float)
-        )
-    if not callable(rule.rho):
-        return rule.rho
-    rho = call_schedule("rho", rule.rho, step)
+    rho = value_at("rho", rule.rho, step)
     return rho if isinstance(rho, float) else jnp.where((rho > 0) & (rho < jnp.inf), rho, jnp.nan)
 
 
@@ -368,94 +360,6 @@ def _raise_unless(finite: jax.Array, norm: jax.Array) -> None:
         raise NonFiniteError(
             f"the norm of the ascent gradient is {norm}; SAM(nonfinite='skip_step') skips such steps"
         )
-
-
-# --- probe ------------------------------------------------------------------------------------------
-
-
-class Verification(NamedTuple):
-    """What :func:`verify_sam` saw.
-
-    Attributes
-    ----------
-    passes : int
-        Different points at which the loss was evaluated.
-    perturbation : float
-        Distance of the last point from the weights; should be rho.
-    cosine : float
-        Cosine between that displacement and the gradient at the weights; should be 1 (for ASAM: above
-        0).
-    gradient_error : float
-        Relative distance between the gradient returned and the gradient at the last point.
-    """
-
-    passes: int
-    perturbation: float
-    cosine: float
-    gradient_error: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether this was SAM: two points, moved uphill, right gradient."""
-        moved = self.passes >= 2 and self.perturbation > 0 and self.cosine > 0
-        return moved and self.gradient_error < 1e-3
-
-
-def verify_sam(
-    make: Callable[[Callable[..., jax.Array]], Callable[..., Any]],
-    loss_fn: Callable[..., jax.Array],
-    weights: Tree,
-    *args: Any,
-) -> Verification:
-    """Tell whether a gradient function really is taken at the perturbed weights (SAM-14).
-
-    Parameters
-    ----------
-    make : callable
-        Builds the gradient function under test from a loss function, for example
-        ``lambda f: sam_value_and_grad(f, SAM())``. It must take the weights first and return
-        ``(value, gradients)``.
-    loss_fn : callable
-        ``loss_fn(weights, *args)``, a scalar.
-    weights : pytree
-        The weights.
-    *args
-        The batch and whatever else the loss needs.
-
-    Returns
-    -------
-    Verification
-        ``.ok``, and the numbers behind it.
-    """
-    visited: list[jax.Array] = []
-
-    def watched(point: Tree, *rest: Any) -> jax.Array:
-        jax.debug.callback(
-            lambda flat: visited.append(flat), jax.lax.stop_gradient(_flatten(point))
-        )
-        return loss_fn(point, *rest)
-
-    start = _flatten(weights)
-    _, gradients = make(watched)(weights, *args)
-    jax.effects_barrier()
-    points = {np.asarray(point).tobytes(): point for point in visited}
-    last = max(
-        points.values(), key=lambda point: float(jnp.linalg.norm(point - start)), default=start
-    )
-    unflatten = jax.flatten_util.ravel_pytree(weights)[1]
-    uphill = _flatten(jax.grad(loss_fn)(weights, *args))
-    wanted = _flatten(jax.grad(loss_fn)(unflatten(last), *args))
-    moved = last - start
-    length = float(jnp.linalg.norm(moved) * jnp.linalg.norm(uphill))
-    return Verification(
-        passes=len(points),
-        perturbation=float(jnp.linalg.norm(moved)),
-        # JAX's gradient of complex weights is the conjugate of the direction uphill.
-        cosine=float((moved @ uphill).real) / length if length else 0.0,
-        gradient_error=float(
-            jnp.linalg.norm(_flatten(gradients) - wanted) / jnp.linalg.norm(wanted)
-        ),
-    )
 
 
 # --- helpers ----------------------------------------------------------------------------------------
@@ -604,10 +508,6 @@ def _norm_dtype(weights: tuple[Tree, ...]) -> Any:
     return jnp.finfo(jnp.result_type(jnp.float32, *jax.tree.leaves(weights))).dtype
 
 
-def _flatten(tree: Tree) -> jax.Array:
-    return jax.flatten_util.ravel_pytree(tree)[0]
-
-
 def _with_aux(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         value, gradients = function(*args, **kwargs)
@@ -621,9 +521,8 @@ def _varying(tree: Tree, axes: Any) -> Tree:
     names = (axes,) if isinstance(axes, str) else tuple(axes)
 
     def cast(leaf: jax.Array) -> jax.Array:
-        kind = jax.typeof(
-            leaf
-        )  # where it says which axes a value varies over depends on the version
+        kind = jax.typeof(leaf)
+        # The attribute moved between JAX versions.
         known = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
         missing = tuple(name for name in names if name not in known)
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf

@@ -20,7 +20,8 @@ from agc import AGC
 from agc.config import SAM, Schedule
 from agc.errors import ConfigError, DTypeError, NonFiniteError, ParameterError, SelectorError
 from agc.reference import sharpness_aware_gradients
-from agc_jax.sam import sam_value_and_grad, verify_sam
+from agc_jax.sam import sam_value_and_grad
+from agc_jax.verify import verify_sam
 
 pytestmark = pytest.mark.usefixtures("quick")
 

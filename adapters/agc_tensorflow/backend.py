@@ -33,9 +33,10 @@ from agc.backend import (
 )
 from agc.errors import NonFiniteError
 from agc.reference import RowSparse
-from agc_tensorflow.clip import Stats, adaptive_clip_gradients
+from agc_tensorflow.clip import adaptive_clip_gradients
 from agc_tensorflow.optimizer import AdaptiveGradClip
 from agc_tensorflow.sam import sam_value_and_gradients
+from agc_tensorflow.stats import Stats
 from agc_tensorflow.units import plan, variable_key
 
 __all__ = ["TensorFlowBackend"]

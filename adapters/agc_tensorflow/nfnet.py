@@ -36,7 +36,7 @@ from agc.nfnet import (
     options,
     stem,
 )
-from agc_tensorflow.norms import splits_groups
+from agc_tensorflow.devices import splits_groups
 from agc_tensorflow.units import named_variables, register_units
 
 __all__ = ["NFNet", "nfnet"]

@@ -20,7 +20,8 @@ import tensorflow as tf
 from agc import AGC, Plan, PlanEntry
 from agc.config import check_rule
 from agc.errors import ConfigError, FormatError, ParameterError
-from agc_tensorflow.clip import IDLE, Gradient, Stats, clip
+from agc_tensorflow.clip import clip
+from agc_tensorflow.stats import IDLE, Stats
 from agc_tensorflow.units import (
     Model,
     Variable,
@@ -30,6 +31,7 @@ from agc_tensorflow.units import (
     variable_key,
     variable_path,
 )
+from agc_tensorflow.views import Gradient
 
 __all__ = ["AdaptiveGradClip"]
 

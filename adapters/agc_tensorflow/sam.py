@@ -18,18 +18,13 @@ from typing import Any, Final, NamedTuple
 import keras
 import tensorflow as tf
 
-from agc.config import SAM, Schedule, check_rule
+from agc.config import SAM, check_rule
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, ParameterError
 from agc.plan import perturbed_names
+from agc_tensorflow.schedules import value_at
 from agc_tensorflow.units import named_variables, refuse_keras_2, variable_key
 
-__all__ = [
-    "SamStats",
-    "SharpnessAwareModel",
-    "Verification",
-    "sam_value_and_gradients",
-    "verify_sam",
-]
+__all__ = ["SamStats", "SharpnessAwareModel", "sam_value_and_gradients"]
 
 Loss = Callable[..., Any]
 
@@ -721,7 +716,7 @@ def _perturbed_values(
     usable = (norm > 0) & tf.math.is_finite(norm)
     if rule.every != 1:
         usable &= tf.equal(tf.cast(step, tf.int64) % rule.every, 0)
-    factor = _radius(rule, step, top) / (norm + rule.eps)
+    factor = value_at("rho", rule.rho, step, top) / (norm + rule.eps)
     out = []
     for i, value in enumerate(values):
         if i not in directions:
@@ -749,28 +744,6 @@ def _scale(value: Any, rule: SAM, dtype: Any) -> Any:
     if rule.adaptive and len(value.shape) >= 2:
         return tf.cast(tf.abs(tf.cast(value, dtype)), dtype) + tf.constant(rule.eta, dtype)
     return tf.ones((), dtype)
-
-
-def _radius(rule: SAM, step: Any, dtype: Any) -> Any:
-    """Rho in the given dtype; tf.cast would round a Python number to float32 first."""
-    now = None if step is None else tf.get_static_value(tf.convert_to_tensor(step))
-    if not callable(rule.rho) or now is not None:
-        return tf.constant(rule.radius(0 if now is None else int(now)), dtype)
-    if isinstance(rule.rho, Schedule):
-        return _interpolate(rule.rho, tf.cast(step, dtype))
-    rho = rule.rho(step)
-    rho = tf.cast(rho, dtype) if tf.is_tensor(rho) else tf.constant(rho, dtype)
-    return tf.where((rho > 0) & tf.math.is_finite(rho), rho, float("nan"))  # a graph cannot raise
-
-
-def _interpolate(schedule: Schedule, now: Any) -> Any:
-    (start, low), *rest = schedule.points
-    value = tf.constant(low, now.dtype)
-    for end, high in rest:
-        part = tf.clip_by_value((now - start) / (end - start), 0, 1)
-        value = value + (high - low) * part
-        start, low = end, high
-    return value
 
 
 def _apply(
@@ -825,120 +798,7 @@ def _raise_unless_finite(norm: Any) -> None:
         )
 
 
-# --- probe ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What :func:`verify_sam` saw.
-
-    Attributes
-    ----------
-    passes : int
-        Different points at which the loss was evaluated.
-    perturbation : float
-        Distance of the last point from the weights; should be rho.
-    cosine : float
-        Cosine between that displacement and the gradient at the weights; should be 1 (for ASAM: above
-        0).
-    gradient_error : float
-        Relative distance between the gradients returned and those at the last point.
-    restored : bool
-        Whether the variables hold, bit for bit, what they held before.
-    """
-
-    passes: int
-    perturbation: float
-    cosine: float
-    gradient_error: float
-    restored: bool
-
-    @property
-    def ok(self) -> bool:
-        """Whether this was SAM: two points, moved uphill, right gradient, weights restored."""
-        moved = self.passes >= 2 and self.perturbation > 0 and self.cosine > 0
-        return moved and self.gradient_error < 1e-3 and self.restored
-
-
-def verify_sam(
-    gradients_of: Callable[[Loss], Sequence[Any]], loss_fn: Loss, variables: Sequence[Any]
-) -> Verification:
-    """Tell whether gradients really are taken at the perturbed weights (SAM-14).
-
-    Parameters
-    ----------
-    gradients_of : callable
-        Computes the gradients under test from a loss function, for example
-        ``lambda f: sam_value_and_gradients(f, variables, SAM())[1]``. Runs eagerly.
-    loss_fn : callable
-        ``loss_fn()``, a scalar; deterministic.
-    variables : sequence of keras.Variable
-        The weights.
-
-    Returns
-    -------
-    Verification
-        ``.ok``, and the numbers behind it.
-    """
-    visited: list[Any] = []
-
-    def watched() -> Any:
-        visited.append(_flatten([tf.convert_to_tensor(v) for v in variables]))
-        return loss_fn()
-
-    before = [tf.identity(tf.convert_to_tensor(v)) for v in variables]
-    start = _flatten(before)
-    found = _flatten_gradients(gradients_of(watched), before)
-    after = _flatten([tf.convert_to_tensor(v) for v in variables])
-
-    def gradient_at(values: list[Any]) -> Any:
-        # By TensorFlow alone: the weights are really there.
-        _carry_out(zip(variables, values, strict=True))
-        try:
-            with tf.GradientTape() as tape:
-                loss = loss_fn()
-            gradients = tape.gradient(loss, [variable.value for variable in variables])
-        finally:
-            _carry_out(zip(variables, before, strict=True))
-        return _flatten_gradients(gradients, before)
-
-    last = max(visited, key=lambda point: float(tf.norm(point - start)), default=start)
-    pieces, offset = [], 0
-    for value in before:
-        size = int(tf.size(value))
-        parts = []
-        for _ in range(1 + value.dtype.is_complex):
-            parts.append(tf.reshape(last[offset : offset + size], value.shape))
-            offset += size
-        whole = tf.complex(*parts) if value.dtype.is_complex else parts[0]
-        pieces.append(tf.cast(whole, value.dtype))
-    uphill, wanted = gradient_at(before), gradient_at(pieces)
-    moved = last - start
-    length = float(tf.norm(moved) * tf.norm(uphill))
-    return Verification(
-        passes=len({point.numpy().tobytes() for point in visited}),
-        perturbation=float(tf.norm(moved)),
-        cosine=float(tf.tensordot(moved, uphill, 1)) / length if length else 0.0,
-        gradient_error=float(tf.norm(found - wanted) / tf.norm(wanted)),
-        restored=bool(tf.reduce_all(after == start)),
-    )
-
-
 # --- helpers ----------------------------------------------------------------------------------------
-
-
-def _flatten(tensors: Sequence[Any]) -> Any:
-    parts = [
-        part
-        for t in tensors
-        for part in ([tf.math.real(t), tf.math.imag(t)] if t.dtype.is_complex else [t])
-    ]
-    return tf.concat([tf.reshape(tf.cast(part, tf.float64), [-1]) for part in parts], 0)
-
-
-def _flatten_gradients(gradients: Sequence[Any], like: Sequence[Any]) -> Any:
-    pairs = zip(gradients, like, strict=True)
-    return _flatten([tf.zeros_like(value) if g is None else _dense(g) for g, value in pairs])
 
 
 def _check_model(model: Any) -> Any:

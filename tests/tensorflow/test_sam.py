@@ -11,7 +11,8 @@ import agc_tensorflow
 from agc.config import AGC, SAM, Schedule
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, SelectorError
 from agc.reference import sharpness_aware_gradients
-from agc_tensorflow.sam import SharpnessAwareModel, sam_value_and_gradients, verify_sam
+from agc_tensorflow.sam import SharpnessAwareModel, sam_value_and_gradients
+from agc_tensorflow.verify import verify_sam
 
 
 def net(seed=0, dtype="float64", extra=(), regularizer=None):

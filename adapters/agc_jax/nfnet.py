@@ -58,9 +58,8 @@ _FUNCTIONS: Final[Mapping[str, Callable[[jax.Array], jax.Array]]] = {
     "log_sigmoid": nn.log_sigmoid,
     "identity": lambda x: x,
 }
-_List: Final = getattr(
-    nnx, "List", list
-)  # before Flax 0.12 a module may have plain lists of modules
+_List: Final = getattr(nnx, "List", list)
+"""A list of modules; before Flax 0.12 a module may have plain ones."""
 
 
 def nfnet(
@@ -124,16 +123,20 @@ def nfnet(
     >>> sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     499504088
     """
-    chosen = options(
-        variant,
-        num_classes,
-        dropout=dropout,
-        stochastic_depth=stochastic_depth,
-        in_channels=in_channels,
-        activation=activation,
-        ws_eps=ws_eps,
+    return NFNet(
+        options(
+            variant,
+            num_classes,
+            dropout=dropout,
+            stochastic_depth=stochastic_depth,
+            in_channels=in_channels,
+            activation=activation,
+            ws_eps=ws_eps,
+        ),
+        rngs=rngs,
+        dtype=dtype,
+        param_dtype=param_dtype,
     )
-    return NFNet(chosen, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
 
 class SameConv2d(nnx.Module):  # type: ignore[misc]
@@ -265,13 +268,13 @@ class SqueezeExcite(nnx.Module):  # type: ignore[misc]
 class Stem(nnx.Module):  # type: ignore[misc]
     """Four convolutions, a quarter of the size; no activation after the last."""
 
-    def __init__(self, chosen: Options, param_dtype: Any) -> None:
-        conv0, conv1, conv2, conv3 = stem(chosen.variant, chosen.in_channels)
-        self.conv0 = WSConv2d(conv0, chosen.ws_eps, param_dtype)
-        self.conv1 = WSConv2d(conv1, chosen.ws_eps, param_dtype)
-        self.conv2 = WSConv2d(conv2, chosen.ws_eps, param_dtype)
-        self.conv3 = WSConv2d(conv3, chosen.ws_eps, param_dtype)
-        self.activation = Activation(chosen.activation)
+    def __init__(self, options: Options, param_dtype: Any) -> None:
+        conv0, conv1, conv2, conv3 = stem(options.variant, options.in_channels)
+        self.conv0 = WSConv2d(conv0, options.ws_eps, param_dtype)
+        self.conv1 = WSConv2d(conv1, options.ws_eps, param_dtype)
+        self.conv2 = WSConv2d(conv2, options.ws_eps, param_dtype)
+        self.conv3 = WSConv2d(conv3, options.ws_eps, param_dtype)
+        self.activation = Activation(options.activation)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Take images of shape (n, h, w, c) to (n, h / 4, w / 4, widths[0] / 2)."""
@@ -284,12 +287,12 @@ class Stem(nnx.Module):  # type: ignore[misc]
 class NFBlock(nnx.Module):  # type: ignore[misc]
     """A residual block without normalisation."""
 
-    def __init__(self, block: Block, chosen: Options, param_dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, block: Block, options: Options, param_dtype: Any, rngs: nnx.Rngs) -> None:
         self.block = block
-        self.drop_rate = chosen.stochastic_depth * block.stochastic_depth
+        self.drop_rate = options.stochastic_depth * block.stochastic_depth
         self.deterministic = False  # True in evaluation mode
         self.rngs = rngs["dropout"].fork()
-        convs = {conv.name: WSConv2d(conv, chosen.ws_eps, param_dtype) for conv in block.convs}
+        convs = {conv.name: WSConv2d(conv, options.ws_eps, param_dtype) for conv in block.convs}
         self.conv0 = convs["conv0"]
         self.conv1 = convs["conv1"]
         self.conv1b = convs["conv1b"]
@@ -297,7 +300,7 @@ class NFBlock(nnx.Module):  # type: ignore[misc]
         self.shortcut = convs.get("shortcut")
         self.se = SqueezeExcite(block, param_dtype)
         self.skip_gain = nnx.Param(jnp.zeros((), param_dtype))
-        self.activation = Activation(chosen.activation)
+        self.activation = Activation(options.activation)
 
     def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """Take images of shape (n, h, w, inputs) to (n, h / stride, w / stride, outputs)."""
@@ -342,7 +345,7 @@ class NFNet(nnx.Module):  # type: ignore[misc]
 
     Parameters
     ----------
-    chosen : Options
+    options : Options
         What to build.
     rngs : nnx.Rngs
         Random numbers.
@@ -359,33 +362,33 @@ class NFNet(nnx.Module):  # type: ignore[misc]
 
     def __init__(
         self,
-        chosen: Options,
+        options: Options,
         *,
         rngs: nnx.Rngs,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
     ) -> None:
-        self.options = chosen
+        self.options = options
         self.dtype = dtype
         self.agc_head = HEAD
-        self.stem = Stem(chosen, param_dtype)
-        stages: list[list[NFBlock]] = [[] for _ in chosen.variant.depths]
-        for block in blocks(chosen.variant):
-            stages[block.stage].append(NFBlock(block, chosen, param_dtype, rngs))
+        self.stem = Stem(options, param_dtype)
+        stages: list[list[NFBlock]] = [[] for _ in options.variant.depths]
+        for block in blocks(options.variant):
+            stages[block.stage].append(NFBlock(block, options, param_dtype, rngs))
         self.stages = _List([_List(stage) for stage in stages])
-        last = final_conv(chosen.variant)
-        self.final_conv = WSConv2d(last, chosen.ws_eps, param_dtype)
-        self.activation = Activation(chosen.activation)
-        self.dropout = nnx.Dropout(chosen.dropout, rngs=rngs)
-        self.head = Dense(last.outputs, chosen.num_classes, param_dtype)
+        last = final_conv(options.variant)
+        self.final_conv = WSConv2d(last, options.ws_eps, param_dtype)
+        self.activation = Activation(options.activation)
+        self.dropout = nnx.Dropout(options.dropout, rngs=rngs)
+        self.head = Dense(last.outputs, options.num_classes, param_dtype)
         self.reset_parameters(rngs)
 
     def reset_parameters(self, rngs: nnx.Rngs) -> None:
         """Draw all parameters anew, as DeepMind's code does."""
         names, leaves, structure = flatten(nnx.state(self, nnx.Param))
         places = {name: place for place, name in enumerate(names)}
-        chosen, key = self.options, rngs["params"]()
-        specs = parameters(chosen.variant, chosen.num_classes, chosen.in_channels)
+        options, key = self.options, rngs["params"]()
+        specs = parameters(options.variant, options.num_classes, options.in_channels)
         for number, spec in enumerate(specs):
             place = places[spec.name]
             given = jax.random.fold_in(key, number)
@@ -428,15 +431,15 @@ class NFNet(nnx.Module):  # type: ignore[misc]
             ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features), which is what
             the classifier is given.
         """
-        found = {}
-        x = found["stem"] = self.stem(self._check(x))
+        outputs = {}
+        x = outputs["stem"] = self.stem(self._check(x))
         for number, stage in enumerate(self.stages):
             for block in stage:
                 x = block(x, deterministic)
-            found[f"stages.{number}"] = x
-        x = found["final_conv"] = self._finish(x)
-        found["pooled"] = self._pool(x)
-        return found
+            outputs[f"stages.{number}"] = x
+        x = outputs["final_conv"] = self._finish(x)
+        outputs["pooled"] = self._pool(x)
+        return outputs
 
     def signals(self, x: jax.Array) -> dict[str, jax.Array]:
         """Return how signals propagate, for the images that :meth:`__call__` takes.
@@ -513,9 +516,8 @@ def _draw(initial: Initial, shape: tuple[int, ...], dtype: Any, key: jax.Array) 
     if initial.distribution == "constant":
         return jnp.full(shape, initial.value, dtype)
     size = math.prod(shape)
-    enough = (
-        1 << (size - 1).bit_length()
-    )  # there are few powers of two to compile for, and many shapes
+    # Rounded up, because there are few powers of two to compile for, and many shapes.
+    enough = 1 << (size - 1).bit_length()
     drawn = _standard(initial.distribution, enough, jnp.promote_types(dtype, jnp.float32), key)
     return (initial.value * drawn[:size].reshape(shape)).astype(dtype)
 

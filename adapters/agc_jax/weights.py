@@ -81,8 +81,8 @@ def _pairs(model: nnx.Module) -> list[tuple[ParameterSpec, jax.Array]]:
         raise ParameterError(f"this needs a model made by nfnet(...), got {type(model).__name__}")
     names, leaves, _ = flatten(nnx.state(model, nnx.Param))
     named = dict(zip(names, leaves, strict=True))
-    chosen = model.options
-    specs = parameters(chosen.variant, chosen.num_classes, chosen.in_channels)
+    options = model.options
+    specs = parameters(options.variant, options.num_classes, options.in_channels)
     for spec in specs:
         if spec.name not in named:
             raise ParameterError(

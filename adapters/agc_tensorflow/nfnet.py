@@ -117,16 +117,19 @@ def nfnet(
     >>> model(tf.zeros((2, 32, 32, 3))).shape
     TensorShape([2, 10])
     """
-    chosen = options(
-        variant,
-        num_classes,
-        dropout=dropout,
-        stochastic_depth=stochastic_depth,
-        in_channels=in_channels,
-        activation=activation,
-        ws_eps=ws_eps,
+    return NFNet(
+        options(
+            variant,
+            num_classes,
+            dropout=dropout,
+            stochastic_depth=stochastic_depth,
+            in_channels=in_channels,
+            activation=activation,
+            ws_eps=ws_eps,
+        ),
+        dtype=dtype,
+        name=name,
     )
-    return NFNet(chosen, dtype=dtype, name=name)
 
 
 class _Layer(keras.layers.Layer):  # type: ignore[misc]
@@ -168,7 +171,7 @@ class SameConv2D(_Layer):
             x = tf.nn.conv2d(x, weight, stride, "SAME")
         else:
             pairs = zip(tf.split(x, groups, 3), tf.split(weight, groups, 3), strict=True)
-            x = tf.concat([tf.nn.conv2d(part, w, stride, "SAME") for part, w in pairs], 3)
+            x = tf.concat([tf.nn.conv2d(group, w, stride, "SAME") for group, w in pairs], 3)
         return x + tf.cast(self.bias, x.dtype)
 
 
@@ -280,14 +283,14 @@ class SqueezeExcite(_Layer):
 class Stem(_Layer):
     """Four convolutions, a quarter of the size; no activation after the last."""
 
-    def __init__(self, chosen: Options, convolution: Callable[[Conv], SameConv2D], **layer: Any):
+    def __init__(self, options: Options, convolution: Callable[[Conv], SameConv2D], **layer: Any):
         super().__init__(name="stem", **layer)
-        conv0, conv1, conv2, conv3 = stem(chosen.variant, chosen.in_channels)
+        conv0, conv1, conv2, conv3 = stem(options.variant, options.in_channels)
         self.conv0 = convolution(conv0)
         self.conv1 = convolution(conv1)
         self.conv2 = convolution(conv2)
         self.conv3 = convolution(conv3)
-        self.activation = Activation(chosen.activation)
+        self.activation = Activation(options.activation)
 
     def build(self, _input_shape: Any) -> None:
         """Create the variables."""
@@ -307,13 +310,13 @@ class NFBlock(_Layer):
     def __init__(
         self,
         block: Block,
-        chosen: Options,
+        options: Options,
         convolution: Callable[[Conv], SameConv2D],
         **layer: Any,
     ) -> None:
         super().__init__(name=str(block.place), **layer)
         self.block = block
-        self.drop_rate = chosen.stochastic_depth * block.stochastic_depth
+        self.drop_rate = options.stochastic_depth * block.stochastic_depth
         convs = {conv.name: convolution(conv) for conv in block.convs}
         self.conv0 = convs["conv0"]
         self.conv1 = convs["conv1"]
@@ -321,7 +324,7 @@ class NFBlock(_Layer):
         self.conv2 = convs["conv2"]
         self.shortcut = convs.get("shortcut")
         self.se = SqueezeExcite(block, **layer)
-        self.activation = Activation(chosen.activation)
+        self.activation = Activation(options.activation)
         self.seed = keras.random.SeedGenerator() if self.drop_rate > 0 else None
 
     def build(self, _input_shape: Any) -> None:
@@ -386,7 +389,7 @@ class NFNet(keras.Model):  # type: ignore[misc]
 
     Parameters
     ----------
-    chosen : Options
+    options : Options
         What to build.
     folded : bool
         Whether convolutions are plain ones; see :meth:`fold`.
@@ -404,28 +407,28 @@ class NFNet(keras.Model):  # type: ignore[misc]
     """
 
     def __init__(
-        self, chosen: Options, *, folded: bool = False, trainable: bool = True, **layer: Any
+        self, options: Options, *, folded: bool = False, trainable: bool = True, **layer: Any
     ) -> None:
         super().__init__(**layer)
         inner = {"dtype": self.dtype_policy}
 
         def convolution(conv: Conv) -> SameConv2D:
-            return SameConv2D(conv, **inner) if folded else WSConv2D(conv, chosen.ws_eps, **inner)
+            return SameConv2D(conv, **inner) if folded else WSConv2D(conv, options.ws_eps, **inner)
 
-        self.options = chosen
+        self.options = options
         self.folded = folded
         self.agc_head = HEAD
-        self.stem = Stem(chosen, convolution, **inner)
-        stages: list[list[NFBlock]] = [[] for _ in chosen.variant.depths]
-        for block in blocks(chosen.variant):
-            stages[block.stage].append(NFBlock(block, chosen, convolution, **inner))
+        self.stem = Stem(options, convolution, **inner)
+        stages: list[list[NFBlock]] = [[] for _ in options.variant.depths]
+        for block in blocks(options.variant):
+            stages[block.stage].append(NFBlock(block, options, convolution, **inner))
         self.stages = [Stage(f"stages.{s}", stage, **inner) for s, stage in enumerate(stages)]
-        last = final_conv(chosen.variant)
+        last = final_conv(options.variant)
         self.final_conv = convolution(last)
-        self.activation = Activation(chosen.activation)
-        self.dropout = keras.layers.Dropout(chosen.dropout, **inner)
-        self.head = Dense(HEAD, last.outputs, chosen.num_classes, "head", **inner)
-        self.build((None, None, None, chosen.in_channels))
+        self.activation = Activation(options.activation)
+        self.dropout = keras.layers.Dropout(options.dropout, **inner)
+        self.head = Dense(HEAD, last.outputs, options.num_classes, "head", **inner)
+        self.build((None, None, None, options.in_channels))
         self.trainable = trainable
 
     def build(self, _input_shape: Any) -> None:
@@ -470,13 +473,13 @@ class NFNet(keras.Model):  # type: ignore[misc]
             the classifier is given. Dropout and stochastic depth are off.
         """
         x = self._check(x)
-        found = {}
-        x = found["stem"] = self.stem(x)
+        outputs = {}
+        x = outputs["stem"] = self.stem(x)
         for stage in self.stages:
-            x = found[stage.name] = stage(x, training=False)
-        x = found["final_conv"] = self._finish(x)
-        found["pooled"] = self._pool(x)
-        return found
+            x = outputs[stage.name] = stage(x, training=False)
+        x = outputs["final_conv"] = self._finish(x)
+        outputs["pooled"] = self._pool(x)
+        return outputs
 
     def signals(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
         """Return how signals propagate, for the images that :meth:`call` takes.
@@ -535,12 +538,12 @@ class NFNet(keras.Model):  # type: ignore[misc]
     def from_config(cls, config: Mapping[str, Any]) -> NFNet:
         """Build a model from :meth:`get_config`'s data."""
         config = dict(config)
-        chosen = keras.saving.deserialize_keras_object(config.pop("options"))
-        variant = chosen.pop("variant")
+        data = keras.saving.deserialize_keras_object(config.pop("options"))
+        variant = data.pop("variant")
         for field in ("depths", "widths"):
             variant[field] = tuple(variant[field])
         dtype = keras.dtype_policies.deserialize(config.pop("dtype"))
-        return cls(Options(variant=Variant(**variant), **chosen), dtype=dtype, **config)
+        return cls(Options(variant=Variant(**variant), **data), dtype=dtype, **config)
 
     def _finish(self, x: tf.Tensor) -> tf.Tensor:
         return self.activation(self.final_conv(x))

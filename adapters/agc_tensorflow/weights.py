@@ -82,8 +82,8 @@ def _pairs(model: Model) -> list[tuple[ParameterSpec, Variable]]:
             "the model is folded and has no gains; use the model it was folded from"
         )
     named = named_variables(bare)
-    chosen = bare.options
-    specs = parameters(chosen.variant, chosen.num_classes, chosen.in_channels)
+    options = bare.options
+    specs = parameters(options.variant, options.num_classes, options.in_channels)
     return [(spec, named[spec.name]) for spec in specs]
 
 

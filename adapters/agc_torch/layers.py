@@ -94,8 +94,8 @@ def table_of(layer: nn.Module) -> Table:
     ]
     for key in [own, *packages] if own else packages:
         rule = _REGISTRY[key]
-        found = rule if isinstance(rule, Mapping) else rule(layer)
-        for name, pattern in found.items():
+        declared = rule if isinstance(rule, Mapping) else rule(layer)
+        for name, pattern in declared.items():
             table.setdefault(name, Units(str(pattern)))
     return table
 
@@ -124,12 +124,12 @@ def _by_rank(*rows: _Row) -> Callable[[nn.Module], LayerUnits]:
     """Return a rule that decides by a parameter's name and number of axes; vectors are left alone."""
 
     def rule(layer: nn.Module) -> LayerUnits:
-        found: dict[str, str | Units] = {}
+        declared: dict[str, str | Units] = {}
         for name, tensor in own_parameters(layer):
             for glob, rank, units in rows:
                 if fnmatchcase(name, glob) and tensor.dim() == rank and not _is_vector(tensor):
-                    found.setdefault(name, units)
-        return found
+                    declared.setdefault(name, units)
+        return declared
 
     return rule
 
@@ -159,7 +159,7 @@ def _union(*rules: Callable[[nn.Module], LayerUnits]) -> Callable[[nn.Module], L
     """Return a rule that asks several; the first that knows a name decides."""
 
     def rule(layer: nn.Module) -> LayerUnits:
-        return {name: units for one in reversed(rules) for name, units in one(layer).items()}
+        return {name: units for ask in reversed(rules) for name, units in ask(layer).items()}
 
     return rule
 

@@ -54,11 +54,8 @@ _FUNCTIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
     "log_sigmoid": F.logsigmoid,
     "identity": lambda x: x,
 }
-_REUSABLE: Final = (
-    "gelu",
-    "gelu_erf",
-    "silu",
-)  # the result is new, and the gradient does not need it
+_REUSABLE: Final = ("gelu", "gelu_erf", "silu")
+"""Functions whose result is new, and not needed for the gradient: it can be written to."""
 
 
 def nfnet(
@@ -110,16 +107,19 @@ def nfnet(
     >>> model(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    chosen = options(
-        variant,
-        num_classes,
-        dropout=dropout,
-        stochastic_depth=stochastic_depth,
-        in_channels=in_channels,
-        activation=activation,
-        ws_eps=ws_eps,
+    return NFNet(
+        options(
+            variant,
+            num_classes,
+            dropout=dropout,
+            stochastic_depth=stochastic_depth,
+            in_channels=in_channels,
+            activation=activation,
+            ws_eps=ws_eps,
+        ),
+        device=device,
+        dtype=dtype,
     )
-    return NFNet(chosen, device=device, dtype=dtype)
 
 
 class SameConv2d(nn.Conv2d):  # type: ignore[misc]
@@ -149,7 +149,8 @@ class SameConv2d(nn.Conv2d):  # type: ignore[misc]
         return F.conv2d(x, weight, self.bias, stride, groups=self.groups)
 
 
-_FILTER: Final = (1, 2, 3)  # the axes of a filter, of which a weight has one for each output
+_FILTER: Final = (1, 2, 3)
+"""Axes of a filter; a weight has one filter for each output."""
 
 
 def _standardise(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
@@ -176,7 +177,7 @@ class _Standardise(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> tuple[Tensor, Tensor, Tensor]:
         rows = _rows(weight)
-        # DeepMind's epsilon is a floor; here there only is enough of one for filters without any variance.
+        # The floor only guards filters of zero variance; `factor` applies DeepMind's.
         eps = _LEAST if ws_eps == "deepmind" else WS_EPS[ws_eps]
         out, mean, r = torch.native_layer_norm(rows, rows.shape[1:], None, None, eps)
         factor, _ = _Standardise.factor(r, rows.shape[1], ws_eps)
@@ -206,8 +207,10 @@ class _Standardise(torch.autograd.Function):  # type: ignore[misc]
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted
             with_respect_to = [x for x in (weight, gain) if x.requires_grad]
             result = _standardise(weight, gain, ctx.ws_eps)
-            found = iter(torch.autograd.grad(result, with_respect_to, gradient, create_graph=True))
-            ours, gains = (next(found) if x.requires_grad else None for x in (weight, gain))
+            gradients = iter(
+                torch.autograd.grad(result, with_respect_to, gradient, create_graph=True)
+            )
+            ours, gains = (next(gradients) if x.requires_grad else None for x in (weight, gain))
             return ours, gains, None
         rows, g = _rows(weight), _rows(gradient, weight)
         factor, low = _Standardise.factor(r, rows.shape[1], ctx.ws_eps)
@@ -224,7 +227,9 @@ class _Standardise(torch.autograd.Function):  # type: ignore[misc]
 
 
 _WANTED: Final = [True, True, False]
-_LEAST: Final = 1e-30  # variance that float32 can hold, far below any that matters
+"""Gradients that are asked for: of rows and of their scale, not of a bias."""
+_LEAST: Final = 1e-30
+"""A variance that float32 can hold, far below any that matters."""
 
 
 def _rows(tensor: Tensor, like: Tensor | None = None) -> Tensor:
@@ -336,14 +341,14 @@ class SqueezeExcite(nn.Module):  # type: ignore[misc]
 class Stem(nn.Module):  # type: ignore[misc]
     """Four convolutions, a quarter of the size; no activation after the last."""
 
-    def __init__(self, chosen: Options, **factory: Any) -> None:
+    def __init__(self, options: Options, **factory: Any) -> None:
         super().__init__()
-        conv0, conv1, conv2, conv3 = stem(chosen.variant, chosen.in_channels)
-        self.conv0 = WSConv2d(conv0, chosen.ws_eps, **factory)
-        self.conv1 = WSConv2d(conv1, chosen.ws_eps, **factory)
-        self.conv2 = WSConv2d(conv2, chosen.ws_eps, **factory)
-        self.conv3 = WSConv2d(conv3, chosen.ws_eps, **factory)
-        self.activation = Activation(chosen.activation)
+        conv0, conv1, conv2, conv3 = stem(options.variant, options.in_channels)
+        self.conv0 = WSConv2d(conv0, options.ws_eps, **factory)
+        self.conv1 = WSConv2d(conv1, options.ws_eps, **factory)
+        self.conv2 = WSConv2d(conv2, options.ws_eps, **factory)
+        self.conv3 = WSConv2d(conv3, options.ws_eps, **factory)
+        self.activation = Activation(options.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Take images of shape (n, c, h, w) to (n, widths[0] / 2, h / 4, w / 4)."""
@@ -356,11 +361,11 @@ class Stem(nn.Module):  # type: ignore[misc]
 class NFBlock(nn.Module):  # type: ignore[misc]
     """A residual block without normalisation."""
 
-    def __init__(self, block: Block, chosen: Options, **factory: Any) -> None:
+    def __init__(self, block: Block, options: Options, **factory: Any) -> None:
         super().__init__()
         self.block = block
-        self.drop_rate = chosen.stochastic_depth * block.stochastic_depth
-        convs = {conv.name: WSConv2d(conv, chosen.ws_eps, **factory) for conv in block.convs}
+        self.drop_rate = options.stochastic_depth * block.stochastic_depth
+        convs = {conv.name: WSConv2d(conv, options.ws_eps, **factory) for conv in block.convs}
         self.conv0 = convs["conv0"]
         self.conv1 = convs["conv1"]
         self.conv1b = convs["conv1b"]
@@ -368,7 +373,7 @@ class NFBlock(nn.Module):  # type: ignore[misc]
         self.shortcut = convs.get("shortcut")
         self.se = SqueezeExcite(block, **factory)
         self.skip_gain = nn.Parameter(torch.empty((), **factory))
-        self.activation = Activation(chosen.activation)
+        self.activation = Activation(options.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Take images of shape (n, inputs, h, w) to (n, outputs, h / stride, w / stride)."""
@@ -408,7 +413,7 @@ class NFNet(nn.Module):  # type: ignore[misc]
 
     Parameters
     ----------
-    chosen : Options
+    options : Options
         What to build.
     device, dtype
         Where and how parameters are stored.
@@ -423,31 +428,31 @@ class NFNet(nn.Module):  # type: ignore[misc]
 
     def __init__(
         self,
-        chosen: Options,
+        options: Options,
         *,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.options = chosen
+        self.options = options
         self.agc_head = HEAD
-        self.stem = Stem(chosen, **factory)
-        stages: list[list[NFBlock]] = [[] for _ in chosen.variant.depths]
-        for block in blocks(chosen.variant):
-            stages[block.stage].append(NFBlock(block, chosen, **factory))
+        self.stem = Stem(options, **factory)
+        stages: list[list[NFBlock]] = [[] for _ in options.variant.depths]
+        for block in blocks(options.variant):
+            stages[block.stage].append(NFBlock(block, options, **factory))
         self.stages = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
-        last = final_conv(chosen.variant)
-        self.final_conv = WSConv2d(last, chosen.ws_eps, **factory)
-        self.activation = Activation(chosen.activation)
-        self.head = Dense(last.outputs, chosen.num_classes, **factory)
+        last = final_conv(options.variant)
+        self.final_conv = WSConv2d(last, options.ws_eps, **factory)
+        self.activation = Activation(options.activation)
+        self.head = Dense(last.outputs, options.num_classes, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as DeepMind's code does; also what fills a model after ``to_empty``."""
         named = dict(self.named_parameters())
-        chosen = self.options
-        for spec in parameters(chosen.variant, chosen.num_classes, chosen.in_channels):
+        options = self.options
+        for spec in parameters(options.variant, options.num_classes, options.in_channels):
             tensor, initial = named[spec.name], spec.initial
             match initial.distribution:
                 case "constant":
@@ -490,13 +495,13 @@ class NFNet(nn.Module):  # type: ignore[misc]
             the classifier is given.
         """
         self._check(x)
-        found = {}
-        x = found["stem"] = self.stem(x)
+        outputs = {}
+        x = outputs["stem"] = self.stem(x)
         for number, stage in enumerate(self.stages):
-            x = found[f"stages.{number}"] = stage(x)
-        x = found["final_conv"] = self._finish(x)
-        found["pooled"] = self._pool(x)
-        return found
+            x = outputs[f"stages.{number}"] = stage(x)
+        x = outputs["final_conv"] = self._finish(x)
+        outputs["pooled"] = self._pool(x)
+        return outputs
 
     def signals(self, x: Tensor) -> dict[str, Tensor]:
         """Return how signals propagate, for the images that :meth:`forward` takes.

@@ -90,8 +90,8 @@ def attached(optimizer: Optimizer) -> Handle | None:
 
     A copy of an optimizer has no hooks, so this is None for it.
     """
-    for one in _chain(optimizer):
-        for hook in getattr(one, "_optimizer_step_pre_hooks", {}).values():
+    for inner in _chain(optimizer):
+        for hook in getattr(inner, "_optimizer_step_pre_hooks", {}).values():
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, Handle):
                 return owner
@@ -308,7 +308,7 @@ class Handle:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None:
             self._steps += 1
-        else:  # where the flag is, so that nobody waits for it
+        else:  # on the flag's device: no host sync
             self._steps = self._steps.to(found_inf.device) + (found_inf == 0).long().view(())
 
 
@@ -317,7 +317,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in groups for parameter in group["params"]]
 
 
-# Which optimizer steps
+# --- which optimizer steps --------------------------------------------------------------------------
 
 _INNER: Final = ("optimizer", "base_optimizer", "_base_optimizer", "optim", "_optimizer")
 
@@ -327,11 +327,11 @@ def _chain(optimizer: Any) -> list[Any]:
     chain: list[Any] = []
     wanted = {id(p) for p in _parameters(optimizer)}
     inner = optimizer
-    while inner is not None and all(inner is not one for one in chain):
+    while inner is not None and all(inner is not outer for outer in chain):
         if wanted <= {id(p) for p in _parameters(inner)}:
             chain.append(inner)
-        found = (getattr(inner, name, None) for name in _INNER)
-        inner = next((one for one in found if isinstance(one, Optimizer)), None)
+        candidates = (getattr(inner, name, None) for name in _INNER)
+        inner = next((value for value in candidates if isinstance(value, Optimizer)), None)
     return chain
 
 
@@ -340,19 +340,19 @@ def _stepping(optimizer: Any) -> Optimizer:
 
     What a wrapper does before that one's step, such as the ascent of SAM, is no business of AGC.
     """
-    kind = type(optimizer).__name__
+    name = type(optimizer).__name__
     if not (hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")):
         raise ParameterError(
-            f"attach needs a torch.optim.Optimizer, got {kind}; "
+            f"attach needs a torch.optim.Optimizer, got {name}; "
             "give the optimizer inside a wrapper, or clip with adaptive_clip_grad_"
         )
     if not getattr(optimizer, "_overlap_with_ddp", False):  # then it steps inside backward()
-        for one in reversed(_chain(optimizer)):
-            if _runs_hooks(one):
-                return one
+        for inner in reversed(_chain(optimizer)):
+            if _runs_hooks(inner):
+                return inner
     raise ParameterError(
-        f"{kind}.step() does not run the step hooks of torch.optim.Optimizer, so AGC would never act; give "
-        f"the optimizer inside {kind}, attach before its step is replaced, or clip by hand with "
+        f"{name}.step() does not run the step hooks of torch.optim.Optimizer, so AGC would never act; give "
+        f"the optimizer inside {name}, attach before its step is replaced, or clip by hand with "
         "adaptive_clip_grad_(model, rule) before each step"
     )
 
@@ -376,7 +376,7 @@ def _reaches_hooks(step: Any, depth: int = 4) -> bool:
             inner.append(cell.cell_contents)
         except ValueError:  # a variable that has no value as yet
             continue
-    return depth > 0 and any(_reaches_hooks(one, depth - 1) for one in inner if callable(one))
+    return depth > 0 and any(_reaches_hooks(step, depth - 1) for step in inner if callable(step))
 
 
 def _inside_step(optimizer: Optimizer) -> bool:
@@ -394,7 +394,7 @@ def _check_in_backward(optimizer: Optimizer) -> None:
     """Refuse parameters that other optimizers update inside backward(), before any step of this one."""
     for parameter in _parameters(optimizer):
         others = getattr(parameter, "_in_backward_optimizers", [])
-        if others and all(one is not optimizer for one in others):
+        if others and all(other is not optimizer for other in others):
             raise ParameterError(
                 f"a parameter of shape {tuple(parameter.shape)} is updated inside backward() by a "
                 f"{type(others[0]).__name__} of its own, so {type(optimizer).__name__}.step() never sees its "

@@ -137,7 +137,7 @@ class SharpnessAware:
         self.__setstate__({"model": model, "rule": rule, "count": 0})
         self._select()
         if rule.scope == "local":
-            if any(map(is_dtensor, self._chosen)):
+            if any(map(is_dtensor, self._selected)):
                 raise ConfigError(
                     "scope='local' needs gradients that are not reduced, and the gradients of a fully "
                     "sharded model always are; use SAM(scope='global')"
@@ -153,7 +153,7 @@ class SharpnessAware:
         self.rule: SAM = state["rule"]
         self._count: int = state["count"]
         self._parameters: list[Tensor] = []
-        self._chosen: list[Tensor] = []
+        self._selected: list[Tensor] = []
         self._replicas: tuple[Any, ...] | None = None
         self._backup: list[tuple[Tensor, Tensor]] | None = None
         self._refusal: Any = None
@@ -250,11 +250,11 @@ class SharpnessAware:
             _refuse_accumulating(optimizers)
             poison = scaler is not None or any(map(_scales, optimizers))
             if ascent is None or self._may_step(ascent, reach, poison=poison):
-                for one in optimizers:
+                for acting in optimizers:
                     if scaler is None:
-                        one.step()
+                        acting.step()
                     else:
-                        scaler.step(one)
+                        scaler.step(acting)
             if scaler is not None:
                 scaler.update()
             self._count += 1
@@ -310,7 +310,7 @@ class SharpnessAware:
         _refuse_accumulating(optimizers)
         reach = self._reach(optimizers)
         # DistributedDataParallel keeps this flag of its last forward pass.
-        if any(getattr(one, "require_forward_param_sync", False) for one in self._local_replicas()):
+        if any(getattr(ddp, "require_forward_param_sync", False) for ddp in self._local_replicas()):
             raise ConfigError(
                 "scope='local', and the gradients that are there were reduced by DistributedDataParallel; "
                 "run the first forward and backward inside 'with model.no_sync():', or use "
@@ -352,7 +352,7 @@ class SharpnessAware:
             raise FormatError(f"this is not a state of SharpnessAware: {state!r}")
         self._count = count
 
-    # --- one step, part by part -----------------------------------------------------------------
+    # --- the stages of one step -----------------------------------------------------------------
 
     def _select(self) -> None:
         """Find the model's parameters as they are now, whatever was replaced or converted since."""
@@ -363,30 +363,30 @@ class SharpnessAware:
         ):
             return
         named = named_parameters(self.model)
-        self._chosen = [named[name] for name in perturbed_names(named, self.rule)]
+        self._selected = [named[name] for name in perturbed_names(named, self.rule)]
         self._parameters = parameters
 
     def _reach(self, optimizers: tuple[Any, ...]) -> _Reach:
         """Tell which parameters a step may perturb, and whose gradients are its own (SAM-4)."""
         self._select()
         held = _held(optimizers)
-        chosen, everything = self._chosen, {id(p): p for p in self._parameters}
+        selected, everything = self._selected, {id(p): p for p in self._parameters}
         if held is not None:
-            kinds = ", ".join(type(one).__name__ for one in optimizers)
+            names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             if everything.keys().isdisjoint(held):
                 raise ParameterError(
-                    f"{kinds} holds none of the model's parameters; make it from those of "
+                    f"{names} holds none of the model's parameters; make it from those of "
                     "the model that SharpnessAware was given"
                 )
-            chosen = [p for p in chosen if id(p) in held]
-            if not chosen:
+            selected = [p for p in selected if id(p) in held]
+            if not selected:
                 raise ParameterError(
-                    f"{kinds} holds none of the parameters that the rule perturbs: "
+                    f"{names} holds none of the parameters that the rule perturbs: "
                     f"only={list(self.rule.only)}, exclude={list(self.rule.exclude)}; "
                     "select some that this optimizer moves"
                 )
             everything |= held
-        return _Reach([p for p in chosen if p.requires_grad], list(everything.values()))
+        return _Reach([p for p in selected if p.requires_grad], list(everything.values()))
 
     def _gradients(
         self, closure: Closure, batch: Sequence[Tensor] | None, reach: _Reach
@@ -396,13 +396,13 @@ class SharpnessAware:
         if not self.rule.perturbs(self._count):
             reach.clear()
             return call(closure, batch), None
-        parts = _split(batch, self.rule.microbatches)
-        sizes = [1 if part is None else len(part[0]) for part in parts]
-        passes = [self._two_passes(closure, parts[0], reach)]
-        if len(parts) > 1:
+        microbatches = _split(batch, self.rule.microbatches)
+        sizes = [1 if micro is None else len(micro[0]) for micro in microbatches]
+        passes = [self._two_passes(closure, microbatches[0], reach)]
+        if len(microbatches) > 1:
             sums = reach.weighted(sizes[0] / sum(sizes))
-            for part, size in zip(parts[1:], sizes[1:], strict=True):
-                passes.append(self._two_passes(closure, part, reach))
+            for micro, size in zip(microbatches[1:], sizes[1:], strict=True):
+                passes.append(self._two_passes(closure, micro, reach))
                 for index, gradient in reach.weighted(size / sum(sizes)).items():
                     sums[index] = sums[index] + gradient if index in sums else gradient
             for index, parameter in enumerate(reach.everything):
@@ -459,7 +459,7 @@ class SharpnessAware:
         """Take the gradients that are there for the direction uphill."""
         direction = [(p, _placed(p.grad, p)) for p in reach.candidates if p.grad is not None]
         norm = self._norm(direction, reach.candidates)
-        # Nobody waits for the device unless nothing is here; other processes may hold what has a gradient.
+        # No host sync unless there is no gradient here; other processes may have one.
         missing = not direction and (norm is None or norm.item() == 0)
         if missing:
             if not self._local_replicas():
@@ -507,7 +507,7 @@ class SharpnessAware:
         self._refusal = unwrap(self.model).register_state_dict_pre_hook(_RefuseToSave())
         for parameter, gradient in ascent.direction:
             weight, direction = local(parameter), local(gradient)
-            # 0 * inf is NaN: a poisoned gradient must not reach the weights even for one pass.
+            # 0 * inf is NaN: a gradient that is not finite must not reach the weights for one pass.
             direction.masked_fill_(~usable.to(direction.device), 0)
             scale = factor.to(weight.device)
             if not self._is_scaled(parameter) and weight.dtype in (torch.float32, torch.float64):
@@ -599,12 +599,12 @@ class SharpnessAware:
         self, optimizers: tuple[Any, ...], closure: Closure, batch: Any, scaler: Any, reach: _Reach
     ) -> Tensor:
         """Drive an optimizer such as LBFGS, which evaluates the closure itself."""
-        kinds = ", ".join(type(one).__name__ for one in optimizers)
+        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
         if scaler is not None or any(map(_scales, optimizers)):
-            raise ConfigError(f"{kinds} evaluates the closure itself, which no GradScaler supports")
+            raise ConfigError(f"{names} evaluates the closure itself, which no GradScaler supports")
         if len(optimizers) > 1:
             raise ConfigError(
-                f"{kinds}: an optimizer that evaluates the closure itself has to be the only one"
+                f"{names}: an optimizer that evaluates the closure itself has to be the only one"
             )
         losses: list[Tensor] = []
 
@@ -613,7 +613,7 @@ class SharpnessAware:
             losses.append(loss)
             if ascent is not None and not self._may_step(ascent, reach):
                 raise NonFiniteError(
-                    f"{kinds} cannot skip a step from inside its closure, and the "
+                    f"{names} cannot skip a step from inside its closure, and the "
                     "norm of the ascent gradient is not finite; the weights are unchanged"
                 )
             return loss
@@ -679,7 +679,7 @@ class _Reach:
         }
 
     def poison(self, norm: Tensor) -> None:
-        """Make all gradients NaN if the norm is not finite, without waiting for the device."""
+        """Make all gradients NaN if the norm is not finite, without a host sync."""
         bad = ~norm.isfinite()
         for parameter in self.everything:
             if parameter.grad is not None:
@@ -734,7 +734,8 @@ def _held(optimizers: Iterable[Any]) -> dict[int, Tensor] | None:
     held: dict[int, Tensor] = {}
     for optimizer in optimizers:
         groups = next(
-            (one.param_groups for one in _chain(optimizer) if hasattr(one, "param_groups")), None
+            (inner.param_groups for inner in _chain(optimizer) if hasattr(inner, "param_groups")),
+            None,
         )
         if groups is None:
             return None
@@ -744,10 +745,10 @@ def _held(optimizers: Iterable[Any]) -> dict[int, Tensor] | None:
 
 def _refuse_accumulating(optimizers: Iterable[Any]) -> None:
     """Raise OrderError while a wrapper makes ``zero_grad`` and ``step`` do nothing, as Accelerate's does."""
-    for one in (inner for optimizer in optimizers for inner in _chain(optimizer)):
-        if getattr(getattr(one, "gradient_state", None), "sync_gradients", True) is False:
+    for inner in (inner for optimizer in optimizers for inner in _chain(optimizer)):
+        if getattr(getattr(inner, "gradient_state", None), "sync_gradients", True) is False:
             raise OrderError(
-                f"{type(one).__name__} accumulates gradients at present, so its zero_grad() and step() do "
+                f"{type(inner).__name__} accumulates gradients at present, so its zero_grad() and step() do "
                 "nothing, and both passes of SAM have to see all micro-batches: call step() outside "
                 "accumulate(), once for all of them, with a closure that goes over them"
             )
@@ -755,25 +756,25 @@ def _refuse_accumulating(optimizers: Iterable[Any]) -> None:
 
 def _scales(optimizer: Any) -> bool:
     """Tell whether a wrapper steps through a GradScaler of its own, as Accelerate's does."""
-    scalers: list[Any] = [getattr(one, "scaler", None) for one in _chain(optimizer)]
+    scalers: list[Any] = [getattr(inner, "scaler", None) for inner in _chain(optimizer)]
     return any(hasattr(scaler, "unscale_") and scaler.is_enabled() for scaler in scalers)
 
 
-def _split(batch: Sequence[Tensor] | None, parts: int) -> list[Sequence[Tensor] | None]:
-    """Split along the first axis into contiguous parts whose sizes differ by at most one (SAM-8)."""
-    if batch is None or parts == 1:
+def _split(batch: Sequence[Tensor] | None, count: int) -> list[Sequence[Tensor] | None]:
+    """Split into micro-batches of neighbours whose sizes differ by at most one (SAM-8)."""
+    if batch is None or count == 1:
         return [batch]
-    pieces = [torch.tensor_split(tensor, parts) for tensor in batch]
-    return [list(piece) for piece in zip(*pieces, strict=True)]
+    columns = [torch.tensor_split(tensor, count) for tensor in batch]
+    return [list(micro) for micro in zip(*columns, strict=True)]
 
 
 def _needs_closure(optimizer: Any) -> bool:
     """Tell whether ``optimizer.step`` cannot be called without a closure, as LBFGS's cannot."""
-    for one in _chain(optimizer):
-        if isinstance(one, torch.optim.LBFGS):
+    for inner in _chain(optimizer):
+        if isinstance(inner, torch.optim.LBFGS):
             return True
         try:
-            inspect.signature(one.step).bind()
+            inspect.signature(inner.step).bind()
         except TypeError:
             return True
     return False

@@ -97,15 +97,15 @@ def plan(model: Model, rule: AGC) -> Plan:
                 f"parameter {name!r} is not initialised yet, so it has no shape; "
                 "run the model once on an example batch first"
             )
-        found, owner = survey.get(name, (None, None))
+        declared, owner = survey.get(name, (None, None))
         inactive = "frozen" if _frozen(tensor) else None
         shape = tuple(tensor.shape)
-        parameters.append(Parameter(name, shape, found, "out-first", owner, inactive=inactive))
+        parameters.append(Parameter(name, shape, declared, "out-first", owner, inactive=inactive))
     head = _head(unwrap(model)) if isinstance(model, nn.Module) else None
     cure = "" if module else "give the module instead of its tensors"
     made = make_plan(parameters, rule, head=head, cure=cure)
     for entry in made:
-        _ = entry.axes  # remembered, because torch.compile cannot work them out
+        _ = entry.axes  # computed and kept now: torch.compile cannot trace it
     return made
 
 
@@ -142,7 +142,7 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
         )
     else:
         named = _named_tensors(model)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in named:
         if id(tensor) in seen:
@@ -154,10 +154,10 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
                 f"parameter {name!r} is flattened by FullyShardedDataParallel (FSDP1), which cuts units "
                 "apart; shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
             )
-        if name in found:
+        if name in tensors:
             raise ParameterError(f"two parameters are called {name!r}")
-        found[name] = tensor
-    return found
+        tensors[name] = tensor
+    return tensors
 
 
 def places(model: Model) -> dict[int, tuple[Mapping[str, Tensor | None], str]]:
@@ -233,9 +233,9 @@ def _named_tensors(model: object) -> list[tuple[str, Tensor]]:
     for pair in named:
         shown = list(pair) if isinstance(pair, (tuple, list)) else [pair]
         if not (len(shown) == 2 and isinstance(shown[0], str) and isinstance(shown[1], Tensor)):
-            kinds = ", ".join(type(part).__name__ for part in shown)
+            types = ", ".join(type(item).__name__ for item in shown)
             raise ParameterError(
-                f"model must be a module or pairs (name, tensor), got ({kinds}); "
+                f"model must be a module or pairs (name, tensor), got ({types}); "
                 "give the module, or model.named_parameters()"
             )
     return named
@@ -323,32 +323,32 @@ def _head(model: nn.Module) -> str | None:
 
 def _survey(model: nn.Module) -> dict[str, tuple[Units | None, str]]:
     """Return what the layer types say of every parameter, and which layer it belongs to."""
-    found: dict[str, tuple[Units | None, str]] = {}
+    survey: dict[str, tuple[Units | None, str]] = {}
     seen: set[int] = set()
 
     def add(name: str, tensor: Tensor, units: Units | None, layer: nn.Module) -> None:
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = (units, type(layer).__name__)
+            survey[name] = (units, type(layer).__name__)
 
     # A layer comes before what it contains, so it speaks for the tensors behind its parametrised weights.
     for prefix, layer in _walk(model):
         table = table_of(layer)
         for name, tensor in own_parameters(layer):
-            add(f"{prefix}{name}", tensor, _of(layer, table, name), layer)
+            add(f"{prefix}{name}", tensor, _units_of_weight(layer, table, name), layer)
         if parametrize.is_parametrized(layer):
             for name, chain in layer.parametrizations.items():
-                for part, tensor in chain.named_parameters(recurse=False):
-                    behind = _behind(tensor, chain, _match(table, name))
-                    add(f"{prefix}parametrizations.{name}.{part}", tensor, behind, layer)
-    return found
+                for inner, tensor in chain.named_parameters(recurse=False):
+                    behind = _units_behind_parametrization(tensor, chain, _match(table, name))
+                    add(f"{prefix}parametrizations.{name}.{inner}", tensor, behind, layer)
+    return survey
 
 
 def _match(table: Table, name: str) -> Units | None:
     return next((found for glob, found in table.items() if fnmatchcase(name, glob)), None)
 
 
-def _of(layer: nn.Module, table: Table, name: str) -> Units | None:
+def _units_of_weight(layer: nn.Module, table: Table, name: str) -> Units | None:
     """Units of a layer's parameter, also where pruning or an old-style hook moved the weight aside."""
     base, _, suffix = name.rpartition("_")
     if suffix == "g" and hasattr(layer, f"{base}_v") and _match(table, base):
@@ -360,14 +360,14 @@ def _of(layer: nn.Module, table: Table, name: str) -> Units | None:
     return _match(table, name)
 
 
-def _behind(
+def _units_behind_parametrization(
     tensor: Tensor, chain: parametrize.ParametrizationList, weight: Units | None
 ) -> Units | None:
     """Units of a tensor that a parametrisation computes a weight from."""
     if weight is None or tensor.dim() <= 1:
         return None
     modes = {module: module.training for module in chain.modules()}
-    chain.eval()  # so that looking does not change what is looked at: no power iteration, no dropout
+    chain.eval()  # computing the weight must not advance power iteration or dropout
     try:
         with torch.no_grad():
             shape = chain().shape

@@ -81,8 +81,8 @@ def _pairs(model: nn.Module) -> list[tuple[ParameterSpec, Tensor]]:
     if not isinstance(bare, NFNet):
         raise ParameterError(f"this needs a model made by nfnet(...), got {type(bare).__name__}")
     named = named_parameters(bare)
-    chosen = bare.options
-    specs = parameters(chosen.variant, chosen.num_classes, chosen.in_channels)
+    options = bare.options
+    specs = parameters(options.variant, options.num_classes, options.in_channels)
     for spec in specs:
         if spec.name not in named:
             raise ParameterError(

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import agc_torch
 from agc import nfnet as core
 from agc.weights.forms import FORMS
-from agc_conformance.peers import timm as timm_peer
+from agc_conformance.backends.peers import timm as timm_peer
 from agc_torch.nfnet import WSConv2d
 from benchmarks.common import Measure, nfnet_batch
 from benchmarks.without_torchvision import timm_model

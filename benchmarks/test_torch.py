@@ -11,7 +11,7 @@ from pytorch_optimizer.optimizer.agc import agc as pytorch_optimizer_agc
 
 import agc_torch
 from agc import AGC
-from agc_conformance.peers import timm as timm_peer
+from agc_conformance.backends.peers import timm as timm_peer
 from benchmarks.common import Measure, bound, draw
 from benchmarks.shapes import MODELS, declared
 

@@ -25,7 +25,7 @@ from agc import nfnet as core
 from agc.demo import gratings, initial_values, learning_rates
 from agc.errors import ParameterError
 from agc.weights import save
-from agc_conformance.nfnet_golden import GOLDEN, LIMITS
+from agc_conformance.nfnets.golden import GOLDEN, LIMITS
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(

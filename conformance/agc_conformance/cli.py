@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from agc.errors import ConfigError
+from agc_conformance.clauses import CLAUSES
 from agc_conformance.records import Role
-from agc_conformance.vectors import CLAUSES, lint, load_vectors, vector_counts
+from agc_conformance.vectors import load_vectors, vector_counts
 
 __all__ = ["register"]
 
@@ -93,26 +94,27 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from agc_conformance.reporting import report
+    from agc_conformance.report import report
 
     return report(options.files, options.out)
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from agc_conformance.reporting.overview import publish
+    from agc_conformance.report.overview import publish
 
     publish(options.report, options.results, options.readme)
     return 0
 
 
 def _teeth(options: argparse.Namespace) -> int:
-    from agc_conformance.suite import teeth
+    from agc_conformance.teeth import teeth
 
     return teeth(options.out)
 
 
 def _vectors(options: argparse.Namespace) -> int:
     from agc_conformance.generator import check, write
+    from agc_conformance.lint import lint
 
     console = Console()
     if options.write:
@@ -133,10 +135,10 @@ def _vectors(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from agc_conformance.models.mutants import MODEL_MUTANTS
-    from agc_conformance.models.study import KINDS, STUDIES, result_ids
-    from agc_conformance.mutants import all_mutants
-    from agc_conformance.runner import backend_names, cases
+    from agc_conformance.load import backend_names
+    from agc_conformance.mutants import MUTANTS
+    from agc_conformance.nfnets.ask import KINDS, STUDIES, result_ids
+    from agc_conformance.runner import cases
 
     console = Console()
     table = Table("vector", "clause", "dtypes", "flags", "what", box=None)
@@ -159,6 +161,6 @@ def _list(options: argparse.Namespace) -> int:
         for name, what in CLAUSES.items():
             console.print(f"{name:7} {what}", highlight=False)
         console.print(f"backends: {', '.join(backend_names())}", highlight=False)
-        mutants = ", ".join([m.name for m in all_mutants()] + [m.name for m in MODEL_MUTANTS])
+        mutants = ", ".join(mutant.name for mutant in MUTANTS)
         console.print(f"mutants: {mutants}", highlight=False)
     return 0

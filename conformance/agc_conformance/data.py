@@ -34,6 +34,7 @@ from agc.errors import FormatError
 
 __all__ = [
     "decode_numbers",
+    "decode_rule",
     "decode_values",
     "dtype_of",
     "encode_numbers",
@@ -80,6 +81,13 @@ def decode_numbers(values: Sequence[Any]) -> Array:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"not a list of numbers: {error!r}") from None
+
+
+def decode_rule(data: Any) -> Any:
+    """Return a rule's data with NaN and infinities as numbers."""
+    if isinstance(data, Mapping):
+        return {key: decode_rule(value) for key, value in data.items()}
+    return _SPECIAL[data] if isinstance(data, str) and data in _SPECIAL else data
 
 
 def splitmix64(seed: int, count: int) -> npt.NDArray[np.uint64]:

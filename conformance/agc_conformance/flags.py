@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["FLAGS", "NO_MUTANT"]
+__all__ = ["FLAGS"]
 
 FLAGS: Final[dict[str, str]] = {
     # Which axis is a unit
@@ -129,6 +129,3 @@ FLAGS: Final[dict[str, str]] = {
     "SamDefault": "a default or profile of SAM differs from the specification",
 }
 """Flag to what goes wrong."""
-
-NO_MUTANT: Final[dict[str, str]] = {}
-"""Flags that no mutant stands for, and why."""

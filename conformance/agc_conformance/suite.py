@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
@@ -13,14 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from agc.backend import Backend, Unavailable
 from agc.files import written
-from agc_conformance.flags import FLAGS, NO_MUTANT
-from agc_conformance.models.mutants import MODEL_MUTANTS, run_model_mutant
-from agc_conformance.models.study import STUDIES, count_results, run_study
-from agc_conformance.mutants import all_mutants, run_mutant
+from agc_conformance.backend import Backend, Unavailable
+from agc_conformance.backends.reference import ReferenceBackend
+from agc_conformance.load import load_backend, role_of
+from agc_conformance.nfnets.ask import STUDIES, count_results, run_study
 from agc_conformance.records import (
-    MutantRecord,
     Record,
     ResultRecord,
     Role,
@@ -29,12 +27,11 @@ from agc_conformance.records import (
     bad_statuses,
     make_header,
 )
-from agc_conformance.reference_backend import ReferenceBackend
-from agc_conformance.runner import cases, load_backend, role_of, run_case
+from agc_conformance.runner import cases, run_case
 from agc_conformance.vectors import digest, load_vectors
 from agc_conformance.xfail import apply, default_file, read_xfail, unused
 
-__all__ = ["run", "teeth"]
+__all__ = ["progress_bar", "run"]
 
 
 def run(
@@ -56,7 +53,7 @@ def run(
     Parameters
     ----------
     spec : str
-        Backend, as :func:`agc_conformance.runner.load_backend` takes it.
+        Backend, as :func:`agc_conformance.load.load_backend` takes it.
     out : path
         The file.
     device : str
@@ -110,7 +107,7 @@ def run(
     role = role or role_of(backend)
     path = xfail or default_file(backend.name)
     expected = read_xfail(path) if path else []
-    # The core of this library is nobody else's: what it does right is to nobody else's credit.
+    # Level 0 tests this library's core, so only the reference backend is asked.
     core = isinstance(backend, ReferenceBackend) and role == "backend"
     chosen = cases(load_vectors(), select=select, full=full, core=core)
     header = make_header(
@@ -123,9 +120,9 @@ def run(
         **common,
     )
     counts: Counter[str] = Counter()
-    good: dict[str, bool] = {}  # by level, whether anything is right or known to be wrong
+    passed_by_level: dict[str, bool] = {}  # known failures count as passed
     problems: list[ResultRecord] = []
-    with Writer(out, header) as file, _progress(console) as bar:
+    with Writer(out, header) as file, progress_bar(console) as bar:
         label = f"{backend.name} on {device}"
         task = bar.add_task(label, total=len(chosen))
 
@@ -134,7 +131,10 @@ def run(
                 result = apply(cast(ResultRecord, record), expected)
                 status, level = result["status"], result["level"]
                 counts[status] += 1
-                good[level] = good.get(level, False) or status in ("passed", "xfail")
+                passed_by_level[level] = passed_by_level.get(level, False) or status in (
+                    "passed",
+                    "xfail",
+                )
                 if result["status"] in bad_statuses:
                     problems.append(result)
                 record = result
@@ -165,15 +165,16 @@ def run(
     if role == "subject":
         return int(bool(stale) or not counts)
     # Plans are only a beginning, unless nothing else was asked for.
-    idle = not any(good[level] for level in good if level != "L0" or len(good) == 1)
-    if counts and idle:
+    levels = set(passed_by_level) - {"L0"} or {"L0"}
+    nothing_passed = not any(passed_by_level.get(level) for level in levels)
+    if counts and nothing_passed:
         console.print("[red]nothing passed[/] beyond the plans of level 0", highlight=False)
-    return int(idle or bool(problems) or bool(stale))
+    return int(nothing_passed or bool(problems) or bool(stale))
 
 
 def _training(backend: Backend, select: str | None, bar: Progress) -> Iterator[Mapping[str, Any]]:
     """Train on real images and yield the records."""
-    from agc_conformance.real_images import TASKS, result_ids, run_task  # scikit-learn is heavy
+    from agc_conformance.training.ask import TASKS, result_ids, run_task  # scikit-learn is heavy
 
     for name in TASKS:
         if select is not None and not any(fnmatchcase(one, select) for one in result_ids(name)):
@@ -202,67 +203,9 @@ def _models(
         yield from run_study(backend, name, select=select, progress=advance)
 
 
-def teeth(out: Path | None = None, *, console: Console | None = None) -> int:
-    """Run every mutant against the vectors, or against a model, and, if ``out`` is given, write a file of records.
-
-    Returns
-    -------
-    int
-        Exit status: 1 if a mutant survives, or a flag has no mutant that its vectors kill.
-    """
-    console = console or Console(stderr=True)
-    vectors, mutants, model_mutants = load_vectors(), all_mutants(), MODEL_MUTANTS
-    count = len(mutants) + len(model_mutants)
-    survivors: list[str] = []
-    killed_flags: set[str] = set()
-    flags = {vector.id: set(vector.flags) for vector in vectors}
-    header = make_header("teeth", vectors=digest())
-    with ExitStack() as stack:
-        file = stack.enter_context(Writer(out, header)) if out else None
-        bar = stack.enter_context(_progress(console))
-        task = bar.add_task("mutants", total=count)
-
-        def keep(name: str, flag: str, comment: str, killed_by: list[str]) -> None:
-            record: MutantRecord = {
-                "type": "mutant",
-                "name": name,
-                "flag": flag,
-                "comment": comment,
-                "status": "killed" if killed_by else "survived",
-                "killed_by": killed_by,
-            }
-            if file is not None:
-                file.write(record)
-            if not killed_by:
-                survivors.append(name)
-            bar.advance(task)
-
-        for mutant in mutants:
-            killed_by = run_mutant(mutant, vectors)
-            keep(mutant.name, mutant.flag, mutant.comment, killed_by)
-            if any(mutant.flag in flags[key.rpartition(":")[0]] for key in killed_by):
-                killed_flags.add(mutant.flag)
-        for wrong in model_mutants:
-            keep(wrong.name, wrong.clause, wrong.comment, run_model_mutant(wrong))
-    for name in survivors:
-        console.print(f"[red]survived[/] {name}", highlight=False)
-    toothless = sorted(set(FLAGS) - killed_flags - set(NO_MUTANT))
-    for flag in toothless:
-        console.print(
-            f"[red]toothless[/] no vector with the flag {flag} kills a mutant of that flag",
-            highlight=False,
-        )
-    console.print(
-        f"{count - len(survivors)} of {count} mutants killed, "
-        f"{len(killed_flags)} of {len(FLAGS)} flags proven"
-        + (f" -> {written(out)}" if out else ""),
-        highlight=False,
-    )
-    return int(bool(survivors or toothless))
-
-
 @contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
+def progress_bar(console: Console) -> Iterator[Progress]:
+    """Show progress, and remove it in the end."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

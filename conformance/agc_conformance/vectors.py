@@ -12,22 +12,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import jsonschema
-import numpy as np
 
-from agc import errors
-from agc.errors import FormatError, UnitsError
-from agc.units import Units
-from agc_conformance.data import decode_values, dtype_of, layout_shape, to_layout
-from agc_conformance.flags import FLAGS, NO_MUTANT
+from agc.errors import FormatError
 
 __all__ = [
-    "CLAUSES",
     "FORMAT",
     "VECTORS",
     "VERSION",
     "Vector",
     "digest",
-    "lint",
     "load_vectors",
     "vector_counts",
 ]
@@ -35,45 +28,11 @@ __all__ = [
 FORMAT: Final = "agc-vectors"
 VERSION: Final = 1
 VECTORS: Final = Path(__file__).resolve().parent / "vectors" / "v1"
-CLAUSES: Final[dict[str, str]] = {
-    "AGC-1": "limit = clipping * max(norm(W), eps)",
-    "AGC-2": "strictly above the limit, scaled to it; else the bits stay",
-    "AGC-3": "norms and scales in at least float32; the gradient's dtype stays",
-    "AGC-4": "non-finite values fall under a policy",
-    "AGC-5": "vectors, scalars, empty and missing gradients",
-    "AGC-6": "explicit, verified exclusion",
-    "AGC-7": "order: unscale, average, clip, decay, optimize",
-    "AGC-8": "independent of sharding",
-    "AGC-9": "row-sparse gradients stay sparse",
-    "AGC-10": "thresholds by parameter and step",
-    "AGC-11": "telemetry",
-    "AGC-12": "whole tensors as a mode of its own",
-    "SAM-1": "e = rho * g / norm(g), one norm over everything that is perturbed",
-    "SAM-2": "a zero gradient does not move; no epsilon",
-    "SAM-3": "gradient at w + e; then the weights, bit for bit",
-    "SAM-4": "parameters without a gradient",
-    "SAM-5": "a norm that is not finite falls under a policy",
-    "SAM-6": "weight decay and AGC only on the final gradient, at w",
-    "SAM-7": "ascent on the first part of the same batch",
-    "SAM-8": "micro-batches, each with its own e, averaged",
-    "SAM-9": "ascent local to a replica or global",
-    "SAM-10": "ASAM",
-    "SAM-11": "every k-th step, schedules of rho, selection",
-    "SAM-12": "the clean loss is reported",
-    "SAM-13": "training goes on from a checkpoint as if never stopped",
-    "NFNET-1": "forward: logits and the output of every block",
-    "NFNET-2": "loss and gradient of every tensor",
-    "NFNET-3": "how signals propagate",
-    "NFNET-4": "plan, which units are clipped, clipped gradients",
-    "NFNET-5": "DeepMind's optimizer and AGC before SGD, step by step",
-}
-_MAX_BYTES: Final = 1_000_000
-_CORE_KINDS: Final = ("config", "units", "plan", "sam-config", "sam-select")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Vector:
-    """One vector, as it stands in its file.
+    """One vector, as it stands in its file; equal to itself alone.
 
     Attributes
     ----------
@@ -110,11 +69,6 @@ class Vector:
     def flags(self) -> list[str]:
         """Bug classes that it catches."""
         return list(self.data["flags"])
-
-    @property
-    def asks_core(self) -> bool:
-        """Whether it asks the core of this library, and no backend."""
-        return self.kind in _CORE_KINDS
 
     def dtypes(self, *, full: bool = False) -> list[str]:
         """Dtypes to run in, as ``gradient`` or ``gradient/weight``; ``-`` where there are no numbers."""
@@ -185,99 +139,3 @@ def vector_counts(vectors: Sequence[Vector]) -> dict[str, Counter[str]]:
         "clause": Counter(vector.clause for vector in vectors),
         "flag": Counter(flag for vector in vectors for flag in vector.flags),
     }
-
-
-def lint(folder: Path = VECTORS) -> list[str]:
-    """Return everything that is wrong with the vectors beyond their schema; empty if nothing is."""
-    vectors = load_vectors(folder)
-    problems: list[str] = []
-    for name, count in Counter(vector.id for vector in vectors).items():
-        if count > 1:
-            problems.append(f"{name}: the id is used {count} times")
-    for vector in vectors:
-        if vector.clause not in CLAUSES:
-            problems.append(f"{vector.id}: there is no clause {vector.clause!r}")
-        if not vector.id.startswith(vector.level + "-"):
-            problems.append(f"{vector.id}: the id does not start with its level {vector.level}")
-        problems += [
-            f"{vector.id}: flag {flag!r} is not described in flags.py"
-            for flag in vector.flags
-            if flag not in FLAGS
-        ]
-        error = vector.data["expect"].get("error")
-        if error is not None and not hasattr(errors, error):
-            problems.append(f"{vector.id}: there is no error class {error!r}")
-        if vector.kind in ("clip", "trajectory", "scenario") or vector.kind.startswith("sharp"):
-            problems += [f"{vector.id}: {problem}" for problem in _lint_numbers(vector)]
-        if vector.kind.startswith("sharp"):
-            problems += [f"{vector.id}: {problem}" for problem in _lint_examples(vector)]
-    counts = vector_counts(vectors)
-    # Models have no vectors: their parameters, images and expectations are computed (models/study.py).
-    problems += [
-        f"clause {name} has no vector"
-        for name in CLAUSES
-        if not name.startswith("NFNET") and not counts["clause"][name]
-    ]
-    problems += [f"flag {name} has no vector" for name in FLAGS if not counts["flag"][name]]
-    problems += [
-        f"NO_MUTANT names the unknown flag {name}" for name in NO_MUTANT if name not in FLAGS
-    ]
-    size = sum(path.stat().st_size for path in folder.glob("*.json"))
-    if size > _MAX_BYTES:
-        problems.append(f"the files hold {size} bytes, more than {_MAX_BYTES}")
-    return problems
-
-
-def _lint_numbers(vector: Vector) -> list[str]:
-    """Check layouts against canonical units, and that data are exact in every dtype of the vector."""
-    problems: list[str] = []
-    misfit = vector.data["expect"].get("error") == "UnitsError"
-    for p in vector.data["parameters"]:
-        axes: dict[str, int] = p["axes"]
-        shape = tuple(axes.values())
-        for framework, (stored, pattern) in p["layouts"].items():
-            try:
-                right = misfit or _same_units(axes, p["units"], stored, pattern)
-            except (FormatError, UnitsError) as error:
-                problems.append(f"{p['name']}, {framework}: {error}")
-                continue
-            if not right:
-                problems.append(f"{p['name']}, {framework}: {pattern!r} has other units")
-        named = {"weight": p["weight"], "gradient": p["gradient"]}
-        for what, data in named.items():
-            if data is None or "rows" in data:
-                continue
-            array = decode_values(data, shape)
-            for dtype in vector.dtypes(full=True):
-                name = dtype.split("/")[0 if what == "gradient" else -1]
-                back = array.astype(dtype_of(name)).astype(array.dtype)
-                if not np.array_equal(back, array, equal_nan=True):
-                    problems.append(f"the {what} of {p['name']} is not exact in {name}")
-    return problems
-
-
-def _lint_examples(vector: Vector) -> list[str]:
-    """Check that examples are exact in float32, which they are handed over in."""
-    problems: list[str] = []
-    shapes = {p["name"]: tuple(p["axes"].values()) for p in vector.data["parameters"]}
-    for batch in vector.data.get("batches", [vector.data.get("examples")]):
-        for kind in ("curvatures", "centers"):
-            for name, data in batch[kind].items():
-                array = decode_values(data, (batch["count"], *shapes[name]))
-                if not np.array_equal(array.astype(np.float32), array, equal_nan=True):
-                    problems.append(f"the {kind} of {name} are not exact in float32")
-    return problems
-
-
-def _same_units(axes: Mapping[str, int], units: int, stored: str, pattern: str) -> bool:
-    """Tell whether a layout's pattern groups the elements as the canonical axes do."""
-    shape = tuple(axes.values())
-    count = int(np.prod(shape[:units], dtype=np.int64))
-    size = int(np.prod(shape, dtype=np.int64))
-    if size == 0:
-        return Units(pattern).count(layout_shape(stored, axes)) == 0
-    label = np.repeat(np.arange(count), size // count).reshape(shape)
-    bound = Units(pattern).bind(layout_shape(stored, axes))
-    view = to_layout(label, stored, axes).reshape(bound.view)
-    low, high = view.min(axis=bound.reduce), view.max(axis=bound.reduce)
-    return bound.count == count and bool(np.array_equal(low, high))

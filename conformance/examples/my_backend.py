@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from agc.backend import Backend, Outcome, Problem, Unsupported
 from agc.plan import Parameter, make_plan
 from agc.reference import RowSparse
+from agc_conformance.backend import Backend, Outcome, Problem, Unsupported
 
 
 class MyBackend(Backend):

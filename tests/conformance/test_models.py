@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from agc.backend import (
+from agc.cli import main
+from agc.nfnet import blocks, seeded_batch, seeded_parameters
+from agc_conformance.backend import (
     Backend,
     ModelForward,
     ModelGradients,
@@ -19,16 +21,15 @@ from agc.backend import (
     ModelRecipe,
     ModelStep,
 )
-from agc.cli import main
-from agc.nfnet import blocks, seeded_batch, seeded_parameters
-from agc_conformance.models import mutants, study
-from agc_conformance.models.reference import ReferenceModels
-from agc_conformance.nfnet_golden import OPTIMIZER
+from agc_conformance.backends.reference import ReferenceBackend
+from agc_conformance.clauses import CLAUSES
+from agc_conformance.mutants import MUTANTS, Mutant, run_mutant
+from agc_conformance.nfnets import ask as study
+from agc_conformance.nfnets.golden import OPTIMIZER
+from agc_conformance.nfnets.reference import ReferenceModels
 from agc_conformance.records import read_results
-from agc_conformance.reference_backend import ReferenceBackend
-from agc_conformance.reporting import html, markdown, summarize
-from agc_conformance.reporting.figures import model_errors
-from agc_conformance.vectors import CLAUSES
+from agc_conformance.report import html, markdown, summarize
+from agc_conformance.report.figures import model_errors
 
 FAST = "model-tiny-[!t]*"  # all but the trajectory of 50 steps
 
@@ -59,19 +60,22 @@ def test_the_trajectory_is_well_conditioned() -> None:
     assert 1e-9 < error < 1e-7
 
 
-@pytest.mark.parametrize("mutant", mutants.MODEL_MUTANTS, ids=lambda mutant: mutant.name)
-def test_mutants_are_caught(mutant: mutants.ModelMutant) -> None:
-    killed_by = mutants.run_model_mutant(mutant)
+NFNETS = [mutant for mutant in MUTANTS if mutant.wing == "nfnets"]
+
+
+@pytest.mark.parametrize("mutant", NFNETS, ids=lambda mutant: mutant.name)
+def test_mutants_are_caught(mutant: Mutant) -> None:
+    killed_by = run_mutant(mutant, [])
     assert killed_by
     for key in killed_by:
         kind = key.partition(":")[0].removeprefix("model-tiny-")
-        assert study.KINDS[kind] == mutant.clause
+        assert study.KINDS[kind] == mutant.flag
 
 
 def test_every_clause_has_results_and_mutants() -> None:
     clauses = {clause for clause in CLAUSES if clause.startswith("NFNET")}
     assert set(study.KINDS.values()) == clauses
-    assert {mutant.clause for mutant in mutants.MODEL_MUTANTS} == clauses
+    assert {mutant.flag for mutant in NFNETS} == clauses
     assert {f"model-tiny-{kind}" for kind in study.KINDS} == set(study.result_ids("tiny"))
     assert set(study.result_ids("F0")) < {f"model-F0-{kind}" for kind in study.KINDS}
 

@@ -9,10 +9,10 @@ import pytest
 
 from agc.cli import main
 from agc.errors import FormatError
-from agc_conformance.models.study import result_ids
+from agc_conformance.clauses import CLAUSES
+from agc_conformance.nfnets.ask import result_ids
 from agc_conformance.records import read_results
-from agc_conformance.reporting.overview import errors_figure, overview, publish
-from agc_conformance.vectors import CLAUSES
+from agc_conformance.report.overview import errors_figure, overview, publish
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "conformance" / "results"

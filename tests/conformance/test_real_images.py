@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agc.backend import Backend, Task, TrainStep, Unsupported
 from agc.reference import clip_units
 from agc.units import Units
-from agc_conformance import real_images
-from agc_conformance.real_images import (
+from agc_conformance.backend import Backend, Task, TrainStep, Unsupported
+from agc_conformance.backends.reference import ReferenceBackend
+from agc_conformance.training import ask as real_images
+from agc_conformance.training.ask import (
     TASKS,
     drift_bound,
     figures,
@@ -22,8 +23,7 @@ from agc_conformance.real_images import (
     result_ids,
     run_task,
 )
-from agc_conformance.real_network import PARAMETERS, loss_and_gradients
-from agc_conformance.reference_backend import ReferenceBackend
+from agc_conformance.training.network import PARAMETERS, loss_and_gradients
 
 F = np.float32
 Arrays = Mapping[str, Any]

@@ -16,10 +16,10 @@ from rich.console import Console
 
 from agc.cli import main
 from agc.errors import FormatError
+from agc_conformance.clauses import CLAUSES
 from agc_conformance.records import Writer, make_header, make_result, read_results
-from agc_conformance.reporting import Summary, html, junit, markdown, report, summarize, terminal
-from agc_conformance.reporting.figures import histograms
-from agc_conformance.vectors import CLAUSES
+from agc_conformance.report import Summary, html, junit, markdown, report, summarize, terminal
+from agc_conformance.report.figures import histograms
 
 EVIL = "<script>alert('x')</script> | \x01"
 

@@ -6,9 +6,10 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from agc_conformance.models import study
-from agc_conformance.real_images import TASKS, result_ids
-from agc_conformance.vectors import CLAUSES, load_vectors
+from agc_conformance.clauses import CLAUSES
+from agc_conformance.nfnets import ask as study
+from agc_conformance.training.ask import TASKS, result_ids
+from agc_conformance.vectors import load_vectors
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "specification.md").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from agc.errors import FormatError
 from agc_conformance import generator
+from agc_conformance.clauses import CLAUSES
 from agc_conformance.data import (
     decode_numbers,
     decode_values,
@@ -24,7 +25,8 @@ from agc_conformance.data import (
     to_layout,
 )
 from agc_conformance.flags import FLAGS
-from agc_conformance.vectors import CLAUSES, VECTORS, digest, lint, load_vectors, vector_counts
+from agc_conformance.lint import lint
+from agc_conformance.vectors import VECTORS, digest, load_vectors, vector_counts
 
 
 @pytest.fixture
@@ -201,7 +203,7 @@ def test_bad_layouts_are_refused(stored: str) -> None:
         to_layout(np.zeros((2, 3, 5)), stored, {"g": 2, "o": 3, "i": 5})
 
 
-@pytest.mark.parametrize("module", ["data", "compare"])
+@pytest.mark.parametrize("module", ["data", "verdict"])
 def test_examples_in_docstrings(module: str) -> None:
     found = doctest.testmod(import_module(f"agc_conformance.{module}"))
     assert found.attempted > 0

@@ -18,7 +18,7 @@ def python(code):
 def test_core_loads_no_framework():
     """Not even where all of them are installed."""
     loaded = python(
-        "import sys, agc, agc.reference, agc.backend, agc.cli, agc.nfnet, agc.profiles, agc.weights;"
+        "import sys, agc, agc.reference, agc_conformance.backend, agc.cli, agc.nfnet, agc.profiles, agc.weights;"
         "print(*{name.split('.')[0] for name in sys.modules})"
     ).split()
     assert "numpy" in loaded

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from agc.errors import ParameterError, ShapeError
 from agc.nfnet import VARIANTS, Variant, blocks, parameters, seeded_batch, seeded_parameters
 from agc.reference.nfnet import NFNet, smoothed_cross_entropy
-from agc_conformance.nfnet_golden import GOLDEN
+from agc_conformance.nfnets.golden import GOLDEN
 
 SMALL = Variant("small", (1, 2), 0.0, 32, 32, (32, 64), 8, 10)
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from agc import AGC, Units
-from agc.backend import Layer, Problem, Task, Unavailable, Unsupported
-from agc.backend import Optimizer as Sgd
 from agc.errors import NonFiniteError, SelectorError
 from agc.reference import RowSparse
-from agc_conformance.real_images import result_ids, run_task
+from agc_conformance.backend import Layer, Problem, Task, Unavailable, Unsupported
+from agc_conformance.backend import Optimizer as Sgd
+from agc_conformance.backends.jax.backend import JaxBackend
 from agc_conformance.runner import run_case
+from agc_conformance.training.ask import result_ids, run_task
 from agc_conformance.vectors import load_vectors
-from agc_jax.backend import JaxBackend
 
 BACKEND = JaxBackend()
 CASES = {
@@ -54,9 +54,7 @@ def test_what_jax_does_not_have() -> None:
     with pytest.raises(Unsupported, match="Flax has no bilinear layer"):
         BACKEND.layer_plan(Layer("bilinear", {"i": 2, "j": 3, "o": 4}), AGC())
     with pytest.raises(Unsupported, match="16 shards need as many devices, there are 8"):
-        BACKEND.scenario("sharded", whole, {"shards": 16})
-    with pytest.raises(Unsupported, match="no scenario 'dreaming'"):
-        BACKEND.scenario("dreaming", whole, {})
+        BACKEND.scenario_sharded(whole, 16)
 
 
 def test_errors_reach_the_suite() -> None:
@@ -115,7 +113,7 @@ def run(script: str) -> list[str]:
 
 def test_the_package_imports_no_other_framework() -> None:
     script = """
-import sys, agc_jax, agc_jax.backend
+import sys, agc_jax, agc_conformance.backends.jax.backend
 print(*[name for name in ("torch", "tensorflow", "keras", "haiku", "equinox", "agc_conformance") if name in sys.modules], "end")
 """
     assert run(script) == ["end"]

@@ -21,7 +21,7 @@ from agc import AGC
 from agc import nfnet as core
 from agc.errors import ConfigError, DTypeError, ShapeError
 from agc.reference.nfnet import NFNet
-from agc_conformance.nfnet_golden import GOLDEN, LIMITS, SMOOTHING
+from agc_conformance.nfnets.golden import GOLDEN, LIMITS, SMOOTHING
 from agc_jax.nfnet import NFBlock, SameConv2d, WSConv2d
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from agc import AGC, SAM, Units
-from agc.backend import (
+from agc.reference import RowSparse, clip_units
+from agc_conformance.backend import (
     Examples,
     Optimizer,
     Problem,
@@ -17,8 +18,7 @@ from agc.backend import (
     Unavailable,
     Unsupported,
 )
-from agc.reference import RowSparse, clip_units
-from agc_conformance.peers.optax import OptaxPeer
+from agc_conformance.backends.peers.optax import OptaxPeer
 from agc_conformance.runner import run_case
 from agc_conformance.vectors import load_vectors
 

@@ -15,7 +15,7 @@ import agc_jax
 from agc import AGC
 from agc import nfnet as core
 from agc.errors import ConfigError, SelectorError
-from agc_conformance.nfnet_golden import LIMITS, OPTIMIZER, SMOOTHING
+from agc_conformance.nfnets.golden import LIMITS, OPTIMIZER, SMOOTHING
 
 SHALLOW = core.Variant("shallow", (1, 1), 0.0, 32, 32, (16, 32), 8, 10)  # quick to compile
 

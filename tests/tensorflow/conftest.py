@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def mirrored() -> Any:
     """One strategy for all tests: TensorFlow mixes up the collectives of two in one process."""
-    from agc_tensorflow.sam_backend import mirrored
+    from agc_conformance.backends.tensorflow.sharpness import mirrored
 
     return mirrored(VIRTUAL)
 

@@ -7,12 +7,12 @@ import pytest
 import tensorflow as tf
 
 from agc import AGC, Units
-from agc.backend import Layer, Optimizer, Problem, Task, Unavailable, Unsupported
 from agc.errors import NonFiniteError
 from agc.reference import RowSparse, adaptive_clip, clip_units
-from agc_conformance.real_images import result_ids, run_task
+from agc_conformance.backend import Layer, Optimizer, Problem, Task, Unavailable, Unsupported
+from agc_conformance.backends.tensorflow.backend import TensorFlowBackend
+from agc_conformance.training.ask import result_ids, run_task
 from agc_tensorflow import plan
-from agc_tensorflow.backend import TensorFlowBackend
 
 
 @pytest.fixture
@@ -28,33 +28,35 @@ def problem(rule: AGC, gradient: object = None) -> Problem:
     return Problem(rule, {"w": weight}, {"w": gradient}, {"w": Units("v d -> v")})
 
 
-@pytest.mark.parametrize("name", ["clip", "compiled", "optimizer", "accumulate", "unscale"])
+@pytest.mark.parametrize(
+    "name", ["clip", "scenario_compiled", "scenario_optimizer", "accumulate", "unscale"]
+)
 def test_every_way_to_the_same_gradient(backend, name):
     one = problem(AGC())
-    settings = {"micro": [{"w": 0.5 * one.gradients["w"]}, {"w": 1.5 * one.gradients["w"]}]}
     if name == "unscale":
-        settings["scale"] = 8.0
-        scaled = problem(AGC(), 8 * one.gradients["w"])
-        outcome = backend.scenario(name, scaled, settings)
+        outcome = backend.scenario_unscale(problem(AGC(), 8 * one.gradients["w"]), 8.0)
+    elif name == "accumulate":
+        micro = [{"w": share * one.gradients["w"]} for share in (0.5, 1.5)]
+        outcome = backend.scenario_accumulate(one, micro)
     else:
-        outcome = backend.clip(one) if name == "clip" else backend.scenario(name, one, settings)
+        outcome = getattr(backend, name)(one)
     want = clip_units(one.gradients["w"], one.parameters["w"], one.units["w"])
     np.testing.assert_allclose(outcome.gradients["w"], want.gradient, rtol=5e-7)
     assert outcome.stats["w"].clipped == want.clipped.sum()
 
 
-@pytest.mark.parametrize("name", ["clip", "compiled"])
+@pytest.mark.parametrize("name", ["clip", "scenario_compiled"])
 def test_errors_come_through(backend, name):
     poisoned = problem(AGC(nonfinite="raise"), np.full((4, 3), np.inf, np.float32))
     with pytest.raises(NonFiniteError, match=r"parameters(.|\n)*w"):
-        backend.clip(poisoned) if name == "clip" else backend.scenario(name, poisoned, {})
+        getattr(backend, name)(poisoned)
 
 
-@pytest.mark.parametrize("name", ["clip", "optimizer"])
+@pytest.mark.parametrize("name", ["clip", "scenario_optimizer"])
 def test_sparse_gradients_come_back_sparse(backend, name):
     rows = RowSparse(np.array([3, 1, 3]), np.ones((3, 3), np.float32), (4, 3))
     one = problem(AGC(), rows)
-    outcome = backend.clip(one) if name == "clip" else backend.scenario(name, one, {})
+    outcome = getattr(backend, name)(one)
     found = outcome.gradients["w"]
     assert isinstance(found, RowSparse)
     assert sorted(found.indices.tolist()) == [1, 3]
@@ -62,9 +64,9 @@ def test_sparse_gradients_come_back_sparse(backend, name):
 
 def test_what_it_cannot_do(backend):
     with pytest.raises(Unsupported, match="MirroredStrategy"):
-        backend.scenario("sharded", problem(AGC()), {"shards": 2})
-    with pytest.raises(Unsupported, match="no scenario 'dance'"):
-        backend.scenario("dance", problem(AGC()), {})
+        backend.scenario_sharded(problem(AGC()), 2)
+    with pytest.raises(Unsupported, match="refuses a step in which no variable has a gradient"):
+        backend.scenario_idle(problem(AGC()))
     for kind, reason in {"bilinear": "no bilinear", "rope": "no layer 'rope'"}.items():
         with pytest.raises(Unsupported, match=reason):
             backend.layer_plan(Layer(kind, {}), AGC())

@@ -21,7 +21,7 @@ from agc import AGC
 from agc import nfnet as core
 from agc.errors import ConfigError, DTypeError, ShapeError
 from agc.reference.nfnet import NFNet
-from agc_conformance.nfnet_golden import GOLDEN, LIMITS, SMOOTHING
+from agc_conformance.nfnets.golden import GOLDEN, LIMITS, SMOOTHING
 from agc_tensorflow.nfnet import Activation, SameConv2D, WSConv2D
 from agc_tensorflow.units import named_variables
 

@@ -15,7 +15,7 @@ import agc_tensorflow
 from agc import AGC
 from agc import nfnet as core
 from agc.errors import ConfigError, ParameterError, SelectorError
-from agc_conformance.nfnet_golden import LIMITS, OPTIMIZER, SMOOTHING
+from agc_conformance.nfnets.golden import LIMITS, OPTIMIZER, SMOOTHING
 from agc_tensorflow.units import named_variables
 
 

@@ -31,7 +31,7 @@ from test_sam import Net, by_reference, data, make_closure
 
 from agc.config import SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError
-from agc_torch.backend import leave
+from agc_conformance.backends.torch.processes import leave
 from agc_torch.sam import SharpnessAware
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from agc import AGC, Units
-from agc.backend import Layer, Optimizer, Problem, Task, Unavailable, Unsupported
 from agc.errors import DTypeError, MissingGradientError, NonFiniteError, ShapeError
 from agc.plan import Parameter, make_plan
 from agc.reference import RowSparse, adaptive_clip
-from agc_conformance.real_images import run_task
+from agc_conformance.backend import Layer, Optimizer, Problem, Task, Unavailable, Unsupported
+from agc_conformance.backends.torch.backend import TorchBackend
+from agc_conformance.training.ask import run_task
 from agc_torch import SharpnessAware, adaptive_clip_grad_
-from agc_torch.backend import TorchBackend
 
 BACKEND = TorchBackend()
 UNITS = {"w": Units("o i -> o"), "b": Units("... ->"), "e": Units("v d -> v")}
@@ -110,12 +110,8 @@ def test_scenarios(name):
         asked = Problem(
             given.rule, given.parameters, {"w": given.gradients["w"] * 1024}, given.units, 3
         )
-    compare(BACKEND.scenario(name, asked, settings.get(name, {})), given)
-
-
-def test_unknown_scenario():
-    with pytest.raises(Unsupported, match="no scenario 'teleported'"):
-        BACKEND.scenario("teleported", problem(), {})
+    ask = getattr(BACKEND, f"scenario_{name}")
+    compare(ask(asked, **settings.get(name, {})), given)
 
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["coupled", "decoupled"])

@@ -20,8 +20,8 @@ from torch.torch_version import TorchVersion
 
 import agc_torch
 from agc import AGC, AGCError
+from agc_conformance.backends.torch.processes import leave
 from agc_torch import attach
-from agc_torch.backend import leave
 from agc_torch.shards import held_rows, shard_axes
 from agc_torch.views import views
 

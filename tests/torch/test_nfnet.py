@@ -19,7 +19,7 @@ from agc import AGC
 from agc import nfnet as core
 from agc.errors import ConfigError, DTypeError, ShapeError
 from agc.reference.nfnet import NFNet
-from agc_conformance.nfnet_golden import GOLDEN, LIMITS, SMOOTHING
+from agc_conformance.nfnets.golden import GOLDEN, LIMITS, SMOOTHING
 from agc_torch.nfnet import NFBlock, SameConv2d, WSConv2d
 
 EXACT, SINGLE = LIMITS["float64"], LIMITS["float32"]

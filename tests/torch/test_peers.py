@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from agc import AGC, SAM, Schedule, Units
-from agc.backend import (
+from agc.reference import RowSparse, clip_units
+from agc_conformance.backend import (
     Backend,
     Examples,
     Optimizer,
@@ -18,9 +19,8 @@ from agc.backend import (
     Unavailable,
     Unsupported,
 )
-from agc.reference import RowSparse, clip_units
-from agc_conformance.peers.pytorch_optimizer import PytorchOptimizerPeer
-from agc_conformance.peers.timm import TimmPeer
+from agc_conformance.backends.peers.pytorch_optimizer import PytorchOptimizerPeer
+from agc_conformance.backends.peers.timm import TimmPeer
 from agc_conformance.runner import run_case
 from agc_conformance.vectors import load_vectors
 

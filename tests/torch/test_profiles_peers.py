@@ -16,7 +16,7 @@ from pytorch_optimizer.optimizer.agc import agc as kozistr_agc
 from agc import AGC, Units
 from agc.plan import Parameter, make_plan
 from agc.reference import adaptive_clip
-from agc_conformance.peers import timm as timm_peer
+from agc_conformance.backends.peers import timm as timm_peer
 
 SHAPES = {
     "scalar": (),

@@ -13,7 +13,7 @@ import agc_torch
 from agc import AGC
 from agc import nfnet as core
 from agc.errors import ConfigError, SelectorError
-from agc_conformance.nfnet_golden import LIMITS, OPTIMIZER, SMOOTHING
+from agc_conformance.nfnets.golden import LIMITS, OPTIMIZER, SMOOTHING
 
 
 def norm(tensors):

@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from agc.backend import Examples, Optimizer
 from agc.config import AGC, SAM
 from agc.plan import perturbed_names
 from agc.reference import SharpnessAware, adaptive_clip, sharpness_aware_gradients
+from agc_conformance.backend import Examples, Optimizer
 from agc_conformance.data import decode_values, encode_numbers, splitmix_values
 from agc_conformance.generator.build import Array, P, inline, plan_of, vector
 from agc_conformance.sharpness.problems import as_batch, exact_sum, gradient_function, sam_rule

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from agc.backend import Optimizer
 from agc.config import AGC
+from agc_conformance.backend import Optimizer
 from agc_conformance.data import decode_numbers, decode_values, encode_numbers
 from agc_conformance.generator.build import (
     P,

@@ -1,1 +1,1 @@
-"""SAM in the suite: problems, comparison, wrong implementations."""
+"""SAM: problems of weights and examples, what is asked of a backend, and how its answer is compared."""

@@ -12,16 +12,15 @@ The weights themselves must come back bit for bit (SAM-3).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from agc.backend import SharpnessOutcome, Unsupported
-from agc_conformance.compare import Verdict, accumulation_dtype, same_bits, ulp
-from agc_conformance.data import decode_numbers, decode_values, dtype_of
-from agc_conformance.sharpness.problems import BoundSharpness
+from agc_conformance.backend import SharpnessOutcome, Unsupported
+from agc_conformance.data import dtype_of
+from agc_conformance.sharpness.problems import ExpectedGradient, ExpectedNumber, SharpenQuestion
+from agc_conformance.verdict import Verdict, accumulation_dtype, same_bits, ulp
 
 __all__ = ["SHARPNESS_LIMITS", "compare_sharpness"]
 
@@ -36,26 +35,25 @@ SHARPNESS_LIMITS: Final[dict[str, float]] = {
 """Largest error of a sharpness-aware gradient in ULP of its magnitude."""
 
 
-def compare_sharpness(bound: BoundSharpness, outcome: SharpnessOutcome) -> Verdict:
-    """Compare an outcome with the expectation of its vector."""
+def compare_sharpness(question: SharpenQuestion, outcome: SharpnessOutcome) -> Verdict:
+    """Compare an outcome with everything that is expected of it."""
     verdict = Verdict()
-    expect = bound.vector.data["expect"]
-    for name, weight in bound.problem.parameters.items():
+    for name, weight in question.problem.parameters.items():
         verdict.add(_compare_weight(name, outcome.weights.get(name), weight))
-    if outcome.skipped != expect["skipped"]:
+    if outcome.skipped != question.skipped:
         what = "skipped" if outcome.skipped else "not skipped"
         verdict.add(Verdict(f"the step was {what}"))
-    if not verdict.problem and not expect["skipped"]:
-        for name, expected in expect["gradients"].items():
+    if not verdict.problem and not question.skipped:
+        for name, expected in question.gradients.items():
             got = outcome.gradients.get(name)
-            verdict.add(_compare_gradient(bound, name, got, expected))
-    told = False
-    for kind in ("loss", "perturbed_loss", "norm"):
-        value, expected = getattr(outcome, kind), expect.get(kind)
-        if expected is not None and value is not None:
-            told = True
-            verdict.add(_compare_number(kind, float(value), expected, bound.dtype))
-    if not told and bound.vector.clause == "SAM-12" and not verdict.problem:
+            verdict.add(_compare_gradient(question, name, got, expected))
+    reported = {kind: getattr(outcome, kind) for kind in question.numbers}
+    for kind, value in reported.items():
+        if value is not None:
+            number = question.numbers[kind]
+            verdict.add(_compare_number(kind, float(value), number, question.dtype))
+    silent = all(value is None for value in reported.values())
+    if silent and question.numbers_required and not verdict.problem:
         raise Unsupported("tells no loss")
     return verdict
 
@@ -78,23 +76,23 @@ def _compare_weight(name: str, got: Any, want: Array) -> Verdict:
 
 
 def _compare_gradient(
-    bound: BoundSharpness, name: str, got: Any, expected: Mapping[str, Any] | str
+    question: SharpenQuestion,
+    name: str,
+    got: Any,
+    expected: Literal["absent"] | ExpectedGradient,
 ) -> Verdict:
-    if expected == "absent":
-        there = got is not None and np.asarray(got).any()
-        return Verdict(f"{name}: is in no loss, and got a gradient" if there else "")
+    if isinstance(expected, str):
+        moves = got is not None and np.asarray(got).any()
+        return Verdict(f"{name}: is in no loss, and got a gradient" if moves else "")
     if got is None:
         return Verdict(f"{name}: no gradient came back")
-    assert not isinstance(expected, str)
-    got, dtype = np.asarray(got), bound.dtype
-    shape = tuple(bound.parameter(name)["axes"].values())
-    if got.dtype != dtype_of(dtype) or got.shape != bound.problem.parameters[name].shape:
+    got, dtype = np.asarray(got), question.dtype
+    if got.dtype != dtype_of(dtype) or got.shape != question.problem.parameters[name].shape:
         return Verdict(f"{name}: the gradient came back as {got.dtype}{list(got.shape)}")
     verdict = Verdict()
-    want = decode_values({"values": expected["values"]}, shape).ravel()
-    size = decode_values({"values": expected["magnitudes"]}, shape).ravel()
-    have = bound.canonical(name, got).astype(np.float64).ravel()
-    errors = _errors(have, want, size, dtype)
+    want = expected.values.ravel()
+    have = question.layout.canonical(name, got).astype(np.float64).ravel()
+    errors = _errors(have, want, expected.magnitudes.ravel(), dtype)
     verdict.measure(errors)
     worst = int(errors.argmax())
     if errors[worst] > SHARPNESS_LIMITS[dtype]:
@@ -105,9 +103,9 @@ def _compare_gradient(
     return verdict
 
 
-def _compare_number(kind: str, got: float, expected: Mapping[str, Any], dtype: str) -> Verdict:
+def _compare_number(kind: str, got: float, expected: ExpectedNumber, dtype: str) -> Verdict:
     """Compare a loss or norm; losses at ``w + e`` are as exact as the weights' dtype is."""
-    want, size = decode_numbers([expected["value"], expected["magnitude"]])
+    want, size = expected.value, expected.magnitude
     exact = kind == "loss"
     kept = accumulation_dtype(dtype) if exact else dtype
     error = float(_errors(np.array([got]), np.array([want]), np.array([size]), kept)[0])

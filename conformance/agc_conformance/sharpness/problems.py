@@ -1,30 +1,103 @@
-"""Problems of SAM: the loss that every framework writes in two lines, and vectors handed to a backend.
+"""Questions about SAM: weights and examples, once or in steps, and what is expected of them.
 
-The loss is :class:`agc.backend.Examples`': quadratic, so that its gradient at any point is known exactly,
-and different in every element and example, so that no two batches, micro-batches or parameters can be
-taken for one another.
+The loss is that of :class:`agc_conformance.backend.Examples`: quadratic, so that its gradient at any point is known
+exactly, and different in every element and example, so that no two batches, micro-batches or parameters can be taken
+for one another.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from agc.backend import Examples, SharpnessProblem
 from agc.config import AGC, SAM
 from agc.reference import GradientFunction
-from agc_conformance.bind import Laid, decode_rule
-from agc_conformance.compare import accumulation_dtype
+from agc_conformance.backend import Examples, Optimizer, SharpnessProblem
+from agc_conformance.data import decode_numbers, decode_rule, decode_values
+from agc_conformance.layout import Layout, layout_of
+from agc_conformance.trajectories import Trajectory, expected_weights
 from agc_conformance.vectors import Vector
+from agc_conformance.verdict import accumulation_dtype
 
-__all__ = ["BoundSharpness", "as_batch", "bind_sharpness", "gradient_function", "sam_rule"]
+__all__ = [
+    "ExpectedGradient",
+    "ExpectedNumber",
+    "SharpenQuestion",
+    "SharpnessTrajectory",
+    "as_batch",
+    "gradient_function",
+    "parse_sharpen",
+    "parse_trajectory",
+    "sam_rule",
+]
 
 Array = npt.NDArray[Any]
+SharpnessTrajectory = Trajectory[SharpnessProblem, Examples]
+
+
+@dataclass(frozen=True)
+class ExpectedGradient:
+    """What is expected of a gradient, in canonical axes.
+
+    Attributes
+    ----------
+    values, magnitudes : array of float64
+        The gradient, and the sum of the magnitudes of all terms that go into it.
+    """
+
+    values: Array
+    magnitudes: Array
+
+
+@dataclass(frozen=True)
+class ExpectedNumber:
+    """A loss or a norm, and the sum of the magnitudes of all terms that go into it."""
+
+    value: float
+    magnitude: float
+
+
+@dataclass(frozen=True)
+class SharpenQuestion:
+    """Weights and examples whose sharpness-aware gradient is asked for, in one layout and dtype.
+
+    Attributes
+    ----------
+    problem : SharpnessProblem
+        For the backend.
+    layout : Layout
+        How the backend stores parameters.
+    dtype : str
+        Dtype of the weights and gradients.
+    skipped : bool
+        Whether the step is skipped.
+    gradients : mapping of name to expectation
+        ``"absent"``: the parameter is in no loss.
+    numbers : mapping of str to ExpectedNumber
+        ``loss``, ``perturbed_loss`` and ``norm``.
+    numbers_required : bool
+        Whether a backend that reports none of them lacks what is asked.
+    scenario : str, optional
+        A setting of real training.
+    settings : mapping
+        Its numbers and names.
+    """
+
+    problem: SharpnessProblem
+    layout: Layout
+    dtype: str
+    skipped: bool
+    gradients: Mapping[str, Literal["absent"] | ExpectedGradient]
+    numbers: Mapping[str, ExpectedNumber]
+    numbers_required: bool
+    scenario: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def sam_rule(data: Mapping[str, Any]) -> SAM:
@@ -36,61 +109,92 @@ def sam_rule(data: Mapping[str, Any]) -> SAM:
     return SAM.from_dict(values)
 
 
-@dataclass(frozen=True)
-class BoundSharpness(Laid):
-    """A vector of SAM in one layout and dtype.
-
-    Attributes
-    ----------
-    problem : SharpnessProblem
-        For the backend.
-    batches : list of Examples
-        One a step, of a trajectory.
-    dtype : str
-        Dtype of the weights and gradients.
-    """
-
-    problem: SharpnessProblem
-    batches: list[Examples]
-    dtype: str
-
-
-def bind_sharpness(vector: Vector, layout: str, dtype: str) -> BoundSharpness:
-    """Lay a vector's weights and examples out.
+@lru_cache(maxsize=512)
+def parse_sharpen(vector: Vector, layout: str, dtype: str) -> SharpenQuestion:
+    """Read a vector of kind ``sharpen`` or ``sharpness-scenario``.
 
     Parameters
     ----------
     vector : Vector
-        Of kind ``sharpen``, ``sharpness-trajectory`` or ``sharpness-scenario``.
+        The vector.
     layout : {"torch", "flax", "keras"}
         The backend's.
     dtype : str
         Of the weights; examples are in at least float32.
     """
-    laid, data = Laid(vector, layout), vector.data
-    weights = {p["name"]: laid.stored(p["name"], p["weight"], dtype) for p in data["parameters"]}
-    wide = accumulation_dtype(dtype)
+    data, laid_out = vector.data, layout_of(vector, layout)
+    expect = data["expect"]
+    numbers = {}
+    for kind in ("loss", "perturbed_loss", "norm"):
+        if expect.get(kind) is not None:
+            number = decode_numbers([expect[kind]["value"], expect[kind]["magnitude"]])
+            numbers[kind] = ExpectedNumber(*number.tolist())
+    return SharpenQuestion(
+        _problem(vector, laid_out, dtype),
+        laid_out,
+        dtype,
+        expect.get("skipped", False),
+        {
+            name: _expected(values, laid_out.parameters[name].shape)
+            for name, values in expect.get("gradients", {}).items()
+        },
+        numbers,
+        vector.clause == "SAM-12",
+        data.get("scenario"),
+        data.get("settings", {}),
+    )
 
-    def examples(one: Mapping[str, Any]) -> Examples:
-        kinds = [
-            {name: laid.examples(name, array, one["count"], wide) for name, array in kind.items()}
-            for kind in (one["curvatures"], one["centers"])
-        ]
-        return Examples(*kinds)
 
-    batches = [examples(one) for one in data.get("batches", [data.get("examples")])]
-    clipping = None
-    if data.get("clipping") is not None:
-        clipping = AGC.from_dict(data["clipping"])
-        clipping = replace(clipping, units={name: laid.units(name) for name in weights})
-    problem = SharpnessProblem(
+@lru_cache(maxsize=128)
+def parse_trajectory(vector: Vector, layout: str, dtype: str) -> SharpnessTrajectory:
+    """Read a vector of kind ``sharpness-trajectory``."""
+    data, laid_out = vector.data, layout_of(vector, layout)
+    return Trajectory(
+        _problem(vector, laid_out, dtype),
+        laid_out,
+        dtype,
+        Optimizer(**data["optimizer"]),
+        [_examples(batch, laid_out, dtype) for batch in data["batches"]],
+        expected_weights(vector),
+        data["restart"],
+    )
+
+
+def _problem(vector: Vector, layout: Layout, dtype: str) -> SharpnessProblem:
+    data = vector.data
+    weights = {p["name"]: layout.stored(p["name"], p["weight"], dtype) for p in data["parameters"]}
+    clipping = data.get("clipping")
+    if clipping is not None:
+        clipping = replace(AGC.from_dict(clipping), units=layout.units())
+    first = data["batches"][0] if "batches" in data else data["examples"]
+    return SharpnessProblem(
         sam_rule(data["rule"]),
         weights,  # type: ignore[arg-type]
-        batches[0],
+        _examples(first, layout, dtype),
         data.get("step", 0),
         clipping,
     )
-    return BoundSharpness(vector, layout, problem, batches, dtype)
+
+
+def _examples(batch: Mapping[str, Any], layout: Layout, dtype: str) -> Examples:
+    wide = accumulation_dtype(dtype)
+    return Examples(
+        *(
+            {
+                name: layout.examples(name, values, batch["count"], wide)
+                for name, values in batch[kind].items()
+            }
+            for kind in ("curvatures", "centers")
+        )
+    )
+
+
+def _expected(data: Any, shape: tuple[int, ...]) -> Literal["absent"] | ExpectedGradient:
+    if isinstance(data, str):
+        return data  # type: ignore[return-value]
+    return ExpectedGradient(
+        *(decode_values({"values": data[key]}, shape) for key in ("values", "magnitudes"))
+    )
 
 
 def as_batch(examples: Examples) -> list[Array]:
@@ -100,7 +204,7 @@ def as_batch(examples: Examples) -> list[Array]:
 
 
 def gradient_function(names: Sequence[str], used: Sequence[str]) -> GradientFunction:
-    """Return the loss of :class:`~agc.backend.Examples` with its gradients, summed exactly.
+    """Return the loss of :class:`~agc_conformance.backend.Examples` with its gradients, summed exactly.
 
     Parameters
     ----------

@@ -1,0 +1,1 @@
+"""Implementations under test: the reference, the three adapters, and other people's."""

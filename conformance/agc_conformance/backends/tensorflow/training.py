@@ -1,0 +1,116 @@
+"""Training of the suite's network on real images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from agc_conformance.backend import Task, TrainStep
+from agc_conformance.backends.tensorflow.arrays import keras_sgd
+from agc_conformance.backends.tensorflow.device import Device
+from agc_tensorflow.optimizer import AdaptiveGradClip
+from agc_tensorflow.sam import sam_value_and_gradients
+from agc_tensorflow.units import variable_key
+
+__all__ = ["Training"]
+
+Array = npt.NDArray[Any]
+
+
+class Training(Device):
+    """A step of one's own, in a graph."""
+
+    def train(self, task: Task) -> Iterator[TrainStep]:
+        """Train the suite's network in a compiled step: SAM if it is asked for, ``AdaptiveGradClip(SGD)``."""
+        with tf.device(self._place):
+            yield from _train(task)
+
+
+def _train(task: Task) -> Iterator[TrainStep]:
+    """Train, translating the task's names and layout to Keras' and back."""
+    model = _network(task)
+    variables = dict(zip(task.weights, model.trainable_variables, strict=True))
+    for name, variable in variables.items():
+        variable.assign(_out_last(task.weights[name]))
+    sgd = keras_sgd(task.optimizer)
+    # Under the task's names, which are not the model's, the layers' types do not speak.
+    rule = replace(task.rule, units={**task.rule.units, "*.weight": "... i o -> o"})
+    optimizer = AdaptiveGradClip(sgd, rule, model=variables)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function(autograph=False)  # type: ignore[untyped-decorator]
+    def step(images: tf.Tensor, labels: tf.Tensor) -> Any:
+        weights = list(variables.values())
+        seen: list[Any] = []  # weights of every pass
+
+        def loss_fn(images: tf.Tensor, labels: tf.Tensor) -> Any:
+            seen.append([tf.identity(tf.convert_to_tensor(v)) for v in weights])
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, model(images))
+            return tf.reduce_mean(losses)
+
+        if task.sharpness is None:
+            with tf.GradientTape() as tape:
+                loss = loss_fn(images, labels)
+            gradients = tape.gradient(loss, weights)
+        else:
+            loss, gradients = sam_value_and_gradients(
+                loss_fn,
+                weights,
+                task.sharpness,
+                batch=(images, labels),
+                step=optimizer.iterations,
+                state=model.non_trainable_variables,
+            )
+        optimizer.apply(gradients, weights)
+        received, before = (
+            [kept[variable_key(v)] for v in weights] for kept in (sgd.received, sgd.weights_before)
+        )
+        return loss, gradients, received, seen[-1], before
+
+    def named(tensors: Sequence[Any]) -> dict[str, Array]:
+        return {name: _out_first(t.numpy()) for name, t in zip(task.weights, tensors, strict=True)}
+
+    for images, labels in task.batches:
+        before = named(list(variables.values()))
+        loss, gradients, clipped, perturbed, restored = step(images.transpose(0, 2, 3, 1), labels)
+        yield TrainStep(
+            float(loss),
+            before,
+            named(gradients),
+            named(clipped),
+            named(list(variables.values())),
+            optimizer.plan,
+            named(perturbed),
+            named(restored),
+        )
+
+
+def _network(task: Task) -> Any:
+    """Build the network of :class:`agc.backend.Task`."""
+    _, channels, height, width = task.batches[0][0].shape
+    outputs = [len(task.weights[f"{layer}.bias"]) for layer in ("conv1", "conv2", "head")]
+    return keras.Sequential(
+        [
+            keras.Input((height, width, channels)),
+            keras.layers.ZeroPadding2D(1),
+            keras.layers.Conv2D(outputs[0], 3, activation="silu", name="conv1"),
+            keras.layers.ZeroPadding2D(1),
+            keras.layers.Conv2D(outputs[1], 3, strides=2, activation="silu", name="conv2"),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(outputs[2], name="head"),
+        ]
+    )
+
+
+def _out_last(array: Array) -> Array:
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+
+def _out_first(array: Array) -> Array:
+    return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T)

@@ -1,0 +1,87 @@
+"""Training of the suite's network on real images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from agc_conformance.backend import Task, TrainStep
+from agc_conformance.backends.torch.arrays import gradient_arrays, plain_sgd, to_array
+from agc_conformance.backends.torch.clipping import attach_sgd
+from agc_conformance.backends.torch.device import Device
+from agc_torch.sam import SharpnessAware
+
+__all__ = ["Training"]
+
+Array = npt.NDArray[Any]
+
+
+class Training(Device):
+    """Steps of a loop as users write it."""
+
+    def train(self, task: Task) -> Iterator[TrainStep]:
+        """Train the suite's network with AGC attached to ``torch.optim.SGD``, behind SAM if it is asked for."""
+        model = _Network(task.weights).to(self.device)
+        parameters = dict(model.named_parameters())
+        for name, parameter in parameters.items():
+            parameter.data.copy_(torch.from_numpy(task.weights[name]))
+        # What the optimizer is given, before AGC: gradients and weights; and what the last forward saw.
+        raw: dict[str, Array] = {}
+        given: dict[str, Array] = {}
+        seen: dict[str, Array] = {}
+
+        def weights() -> dict[str, Array]:
+            return {name: to_array(parameter) for name, parameter in parameters.items()}
+
+        model.register_forward_pre_hook(lambda *_: seen.update(weights()))
+        sgd = plain_sgd(parameters, task.optimizer)
+        sgd.register_step_pre_hook(lambda *_: raw.update(gradient_arrays(parameters)))
+        sgd.register_step_pre_hook(lambda *_: given.update(weights()))
+        handle = attach_sgd(sgd, model, task.rule, task.optimizer)
+        sam = None if task.sharpness is None else SharpnessAware(model, task.sharpness)
+
+        def closure(images: Tensor, labels: Tensor) -> Tensor:
+            sgd.zero_grad()
+            loss: Tensor = nn.functional.cross_entropy(model(images), labels)
+            loss.backward()
+            return loss
+
+        for arrays in task.batches:
+            before = weights()
+            batch = [torch.from_numpy(array).to(self.device) for array in arrays]
+            if sam is None:
+                loss = closure(*batch).detach()
+                sgd.step()
+            else:
+                loss = sam.step(sgd, closure, batch=batch)
+            yield TrainStep(
+                float(loss),
+                before,
+                dict(raw),
+                gradient_arrays(parameters),
+                weights(),
+                handle.plan,
+                dict(seen),
+                dict(given),
+            )
+
+
+class _Network(nn.Module):  # type: ignore[misc]
+    """The network of :class:`agc.backend.Task`."""
+
+    def __init__(self, weights: Mapping[str, Array]) -> None:
+        super().__init__()
+        first, channels = weights["conv1.weight"].shape[:2]
+        second = len(weights["conv2.weight"])
+        self.conv1 = nn.Conv2d(channels, first, 3, padding=1)
+        self.conv2 = nn.Conv2d(first, second, 3, stride=2, padding=1)
+        self.head = nn.Linear(second, len(weights["head.weight"]))
+
+    def forward(self, images: Tensor) -> Any:
+        hidden = nn.functional.silu(self.conv1(images))
+        hidden = nn.functional.silu(self.conv2(hidden))
+        return self.head(hidden.mean((2, 3)))

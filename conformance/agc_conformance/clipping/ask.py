@@ -1,0 +1,67 @@
+"""What is asked of a backend about AGC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy.typing as npt
+
+from agc.reference import RowSparse
+from agc_conformance.backend import Backend, Gradient, Outcome, Problem
+from agc_conformance.clipping.compare import compare_clip
+from agc_conformance.clipping.problems import (
+    ClipQuestion,
+    ClipTrajectory,
+    parse_clip,
+    parse_trajectory,
+)
+from agc_conformance.question import Kind
+from agc_conformance.trajectories import compare_trajectory
+
+__all__ = ["KINDS"]
+
+Array = npt.NDArray[Any]
+
+
+def _clip(backend: Backend, question: ClipQuestion) -> Outcome:
+    problem, settings = _copy(question.problem), dict(question.settings)
+    if question.scenario is None:
+        return backend.clip(problem)
+    if "micro" in settings:
+        settings["micro"] = [_copies(gradients) for gradients in settings["micro"]]
+    outcome: Outcome = getattr(backend, f"scenario_{question.scenario}")(problem, **settings)
+    return outcome
+
+
+def _train(backend: Backend, question: ClipTrajectory) -> list[Mapping[str, Array]]:
+    gradients = [_copies(of_step) for of_step in question.batches]
+    return backend.trajectory(_copy(question.problem), question.optimizer, gradients)
+
+
+def _copy(problem: Problem) -> Problem:
+    """Copy the arrays, so that a backend that works in place changes no question."""
+    return replace(
+        problem,
+        parameters={name: value.copy() for name, value in problem.parameters.items()},
+        gradients=_copies(problem.gradients),
+    )
+
+
+def _copies(gradients: Mapping[str, Gradient]) -> dict[str, Gradient]:
+    return {name: _copied(gradient) for name, gradient in gradients.items()}
+
+
+def _copied(gradient: Gradient) -> Gradient:
+    if isinstance(gradient, RowSparse):
+        return replace(gradient, indices=gradient.indices.copy(), values=gradient.values.copy())
+    return None if gradient is None else gradient.copy()
+
+
+KINDS: Final[dict[str, Kind[Any, Any]]] = {
+    "clip": Kind(parse_clip, _clip, compare_clip),
+    "scenario": Kind(parse_clip, _clip, compare_clip),
+    "trajectory": Kind(parse_trajectory, _train, compare_trajectory),
+}
+"""Kind of vector to how it is run."""

@@ -1,0 +1,147 @@
+"""Finding and building a backend."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any, Final, cast
+
+from agc.errors import ConfigError
+from agc_conformance.backend import Backend, Unavailable
+from agc_conformance.backends.reference import ReferenceBackend
+from agc_conformance.records import Role
+
+__all__ = ["backend_names", "describe", "load_backend", "role_of"]
+
+LAYOUTS: Final[tuple[str, ...]] = ("torch", "flax", "keras")
+
+
+def backend_names() -> list[str]:
+    """Names of the backends that are registered, the reference first."""
+    return ["reference", *sorted(point.name for point in entry_points(group="agc.backends"))]
+
+
+def load_backend(spec: str, device: str) -> Backend:
+    """Build a backend.
+
+    Parameters
+    ----------
+    spec : str
+        A registered name, ``package.module:object`` or ``path/to/file.py:object``. The object is called with
+        ``device=device``, unless it is a backend already.
+    device : str
+        ``"cpu"``, ``"cuda"`` or ``"tpu"``.
+
+    Raises
+    ------
+    Unavailable
+        If a package or the device is not there.
+    ConfigError
+        If there is no such backend, or it is none, or raises something else.
+    """
+    target = ReferenceBackend if spec == "reference" else _find(spec)
+    if not isinstance(target, type) and hasattr(target, "clip"):  # an instance
+        backend, made_for = target, getattr(target, "device", device)
+        if isinstance(made_for, str) and made_for != device:
+            raise Unavailable(f"{spec} is made for {made_for}, not for {device}")
+    else:
+        with _loading(spec, f"called with device={device!r}"):
+            backend = target(device=device)
+    _check(spec, backend)
+    return cast(Backend, backend)
+
+
+def _find(spec: str) -> Any:
+    """Import the backend, or the callable that builds it."""
+    where, colon, name = spec.rpartition(":")
+    if colon:
+        with _loading(spec, "imported"):
+            module = (
+                _from_file(spec, Path(where)) if where.endswith(".py") else _import(spec, where)
+            )
+        if not hasattr(module, name):
+            raise ConfigError(f"--backend {spec}: {where} has no {name!r}")
+        return getattr(module, name)
+    points = [p for p in entry_points(group="agc.backends") if p.name == spec]
+    if not points:
+        raise ConfigError(
+            f"--backend {spec}: not registered; there are {', '.join(backend_names())}, "
+            "or name your own as package.module:object"
+        )
+    with _loading(spec, "imported"):
+        return points[0].load()
+
+
+@contextmanager
+def _loading(spec: str, when: str) -> Iterator[None]:
+    """Turn an exception of third-party code into a one-line error."""
+    try:
+        yield
+    except (Unavailable, _Misnamed):
+        raise
+    except ImportError as error:
+        raise Unavailable(f"cannot import: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"--backend {spec}: {when}, it raises {describe(error)}") from error
+
+
+class _Misnamed(ConfigError):
+    """A backend's name leads nowhere."""
+
+
+def _import(spec: str, where: str) -> Any:
+    if not all(part.isidentifier() for part in where.split(".")):
+        raise _Misnamed(
+            f"--backend {spec}: {where!r} is no module; give package.module:object or path/to/file.py:object"
+        )
+    try:
+        return import_module(where)
+    except ModuleNotFoundError as error:
+        if error.name and (where == error.name or where.startswith(error.name + ".")):
+            raise _Misnamed(f"--backend {spec}: there is no module {error.name!r}") from None
+        raise
+
+
+def _from_file(spec: str, path: Path) -> Any:
+    file = spec_from_file_location(path.stem, path)
+    if not path.is_file() or file is None or file.loader is None:
+        raise _Misnamed(f"--backend {spec}: there is no such Python file")
+    module = module_from_spec(file)
+    file.loader.exec_module(module)
+    return module
+
+
+def _check(spec: str, backend: Any) -> None:
+    """Raise unless an object has what the suite asks for before the first vector."""
+    missing = [n for n in vars(Backend) if not n.startswith("_") and not hasattr(backend, n)]
+    if missing:
+        raise ConfigError(
+            f"--backend {spec}: {type(backend).__name__} has no {', '.join(missing)}; "
+            "derive it from agc_conformance.backend.Backend"
+        )
+    with _loading(spec, "asked for its versions and device"):
+        backend.versions()
+        backend.device_name()
+    if backend.layout not in LAYOUTS:
+        raise ConfigError(
+            f"--backend {spec}: layout must be one of {', '.join(LAYOUTS)}, got {backend.layout!r}"
+        )
+
+
+def role_of(backend: Backend) -> Role:
+    """Return ``"subject"`` for code that is only looked at, else ``"backend"``."""
+    return cast(Role, getattr(backend, "role", "backend"))
+
+
+def describe(error: BaseException) -> str:
+    """Return one line about an exception: its type, its first line, and where it comes from."""
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")
+    ]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{place}"

@@ -1,1 +1,0 @@
-"""Level 4: NFNets, forward and backward, their plans and their training, compared with float64 NumPy."""

@@ -1,0 +1,102 @@
+"""A mutant, and the one registry of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from agc_conformance.backends.reference import ReferenceBackend
+from agc_conformance.clipping.ask import KINDS as CLIPPING
+from agc_conformance.core.ask import CORE_KINDS
+from agc_conformance.nfnets.ask import run_study
+from agc_conformance.question import Kind
+from agc_conformance.runner import KINDS, cases, run_case
+from agc_conformance.sharpness.ask import KINDS as SHARPNESS
+from agc_conformance.vectors import Vector
+
+__all__ = ["MUTANTS", "Mutant", "registered", "run_mutant"]
+
+Wing = Literal["core", "clipping", "sharpness", "nfnets"]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong implementation.
+
+    Attributes
+    ----------
+    name : str
+        In words.
+    flag : str
+        Bug class it stands for; of an NFNet, the clause that it breaks.
+    comment : str
+        What it does, and who does it.
+    wing : {"core", "clipping", "sharpness", "nfnets"}
+        Which questions it is asked.
+    make : callable
+        Builds the backend.
+    select : str
+        Of an NFNet: glob on the kinds of results (:data:`agc_conformance.nfnets.ask.KINDS`).
+    """
+
+    name: str
+    flag: str
+    comment: str
+    wing: Wing
+    make: Callable[[], ReferenceBackend]
+    select: str = "*"
+
+
+MUTANTS: Final[list[Mutant]] = []
+"""Every mutant; the modules of this package fill it."""
+
+_KINDS: Final[Mapping[str, Mapping[str, Kind[Any, Any]]]] = {
+    "core": CORE_KINDS,
+    "clipping": {**CLIPPING, "layer": KINDS["layer"]},
+    "sharpness": SHARPNESS,
+}
+"""Wing to the kinds of vectors that its mutants are asked."""
+
+
+def registered(
+    wing: Wing, prefix: str = ""
+) -> Callable[[str, str], Callable[[type[ReferenceBackend]], type[ReferenceBackend]]]:
+    """Return a decorator that registers a backend as a mutant; its name is the class's, in words."""
+
+    def described(
+        flag: str, comment: str
+    ) -> Callable[[type[ReferenceBackend]], type[ReferenceBackend]]:
+        def register(cls: type[ReferenceBackend]) -> type[ReferenceBackend]:
+            words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__.strip("_")).lower()
+            name = prefix + words.replace("nan ", "NaN ")
+            MUTANTS.append(Mutant(name, flag, comment, wing, cls))
+            return cls
+
+        return register
+
+    return described
+
+
+def run_mutant(mutant: Mutant, vectors: Sequence[Vector]) -> list[str]:
+    """Return the results (``id:dtype``) that catch a mutant.
+
+    They are those of its wing's vectors; of an NFNet, those of ``tiny`` in float32.
+    """
+    backend = mutant.make()
+    with np.errstate(all="ignore"):  # mutants overflow and divide by zero as they please
+        if mutant.wing == "nfnets":
+            select = f"model-tiny-{mutant.select}"
+            study = run_study(backend, "tiny", select=select, dtypes=("float32",))
+            caught = [r for r in study if r["type"] == "result" and r["status"] == "failed"]
+        else:
+            records = [
+                run_case(backend, vector, dtype)
+                for vector, dtype in cases(vectors)
+                if vector.kind in _KINDS[mutant.wing]
+            ]
+            caught = [r for r in records if r["status"] in ("failed", "error")]
+    return [f"{r['id']}:{r['dtype']}" for r in caught]

@@ -1,0 +1,145 @@
+"""Figures: inline SVG, the same bytes for the same numbers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from agc_conformance.records import ULP_BINS, ModelRecord
+from agc_conformance.verdict import LIMITS
+
+__all__ = ["histograms", "model_errors", "svg"]
+
+
+_FLOOR: Final = 1e-17
+"""Where an error of 0 is drawn."""
+
+
+def svg(figure: Any) -> str:
+    """Return a matplotlib figure as an ``<svg>`` element."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "agc", "svg.fonttype": "none"}):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def histograms(
+    title: str, found: Mapping[str, Sequence[int]], limits: Mapping[str, float] = LIMITS
+) -> str:
+    """Draw how the elements that one run computed are distributed over errors.
+
+    Parameters
+    ----------
+    title : str
+        The run.
+    found : mapping of dtype to counts
+        Elements by error; bins as :data:`agc_conformance.records.ULP_BINS` and one above.
+    limits : mapping of dtype to float
+        Largest error allowed.
+
+    Returns
+    -------
+    str
+        A row a dtype and a column a bin; what lies right of the line is not allowed.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    labels = ["0", *(f"≤ {edge:g}" for edge in ULP_BINS[1:]), f"> {ULP_BINS[-1]:g}"]
+    counts = np.array([list(row) for row in found.values()], float)
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    style = {"font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none"}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(5.2, 0.62 + 0.27 * len(found)), layout="constrained")
+        plot = figure.subplots()
+        x, y = np.arange(len(labels) + 1) - 0.5, np.arange(len(found) + 1) - 0.5
+        plot.pcolormesh(x, y, np.sqrt(shares), cmap="Blues", vmin=0, vmax=1.25)
+        plot.invert_yaxis()
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            share = shares[row, column]
+            shown = f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1g} %"
+            colour = "white" if share > 0.5 else "#16202c"
+            plot.text(column, row, shown, ha="center", va="center", fontsize=7, color=colour)
+        for row, dtype in enumerate(found):
+            edge = ULP_BINS.index(limits[dtype]) + 0.5
+            plot.plot([edge, edge], [row - 0.5, row + 0.5], color="#b3161b", lw=1.5)
+        plot.set_xticks(range(len(labels)), labels)
+        plot.set_yticks(range(len(found)), list(found))
+        plot.set_xlabel(f"error in ULP, {int(counts.sum()):,} elements")
+        plot.set_title(title, fontsize=9, loc="left", fontweight="bold")
+        plot.tick_params(length=0)
+        plot.spines[:].set_visible(False)
+        return svg(figure)
+
+
+_PANELS: Final = {
+    "outputs": "output of the stem and of every block",
+    "gradients": "gradient of every tensor, in the order of the forward pass",
+    "optimizer": "all parameters after each step of DeepMind's optimizer",
+    "trajectory": "all parameters after each step of AGC and the framework's SGD",
+}
+_SHADES: Final = {"float64": 1.0, "float32": 0.45}
+
+
+def model_errors(found: Mapping[str, Sequence[ModelRecord]]) -> str:
+    """Draw the errors of one model, layer by layer and step by step.
+
+    Parameters
+    ----------
+    found : mapping of run to records
+        ``model`` records of one model.
+
+    Returns
+    -------
+    str
+        A panel a kind of result, logarithmic: a colour a run, strong in float64 and pale in float32; the red
+        lines are what is allowed. An error of 0 lies at the bottom; a cross at the top is NaN, or infinite.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    kinds = [
+        kind for kind in _PANELS if any(r["kind"] == kind for rs in found.values() for r in rs)
+    ]
+    style = {"font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none"}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(7.6, 0.3 + 2.0 * len(kinds)), layout="constrained")
+        for plot, kind in zip(figure.subplots(len(kinds), squeeze=False)[:, 0], kinds, strict=True):
+            names: list[str] = []
+            labelled: set[str] = set()
+            for number, (title, records) in enumerate(found.items()):
+                for record in records:
+                    if record["kind"] != kind:
+                        continue
+                    names = list(record["errors"])
+                    errors: list[float | None] = [
+                        _FLOOR if e == 0 else e for e in record["errors"].values()
+                    ]
+                    shade = _SHADES.get(record["dtype"], 0.2)
+                    label = None if title in labelled else title
+                    labelled.add(title)
+                    plot.plot(errors, f"C{number}.-", ms=3, lw=0.7, alpha=shade, label=label)
+                    lost = [place for place, error in enumerate(errors) if error is None]
+                    top = plot.get_xaxis_transform()
+                    plot.plot(lost, [0.97] * len(lost), f"C{number}x", ms=6, transform=top)
+                    limits = [np.nan if x is None else x for x in record["limits"].values()]
+                    plot.plot(limits, "#b3161b", lw=0.8, drawstyle="steps-mid")
+            plot.set_yscale("log")
+            plot.set_title(_PANELS[kind], fontsize=9, loc="left", fontweight="bold")
+            plot.set_ylabel("relative error")
+            if len(names) <= 16:
+                plot.set_xticks(range(len(names)), names, rotation=30, ha="right")
+            else:
+                places = range(0, len(names), max(1, len(names) // 12))
+                plot.set_xticks(places, [names[i] for i in places], rotation=30, ha="right")
+            plot.spines[["top", "right"]].set_visible(False)
+            if kind == kinds[0]:
+                plot.legend(frameon=False, ncols=len(found), loc="lower right")
+        return svg(figure)

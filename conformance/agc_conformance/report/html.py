@@ -1,0 +1,113 @@
+"""The HTML page: one file, no script, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from agc_conformance.clauses import CLAUSES
+from agc_conformance.flags import FLAGS
+from agc_conformance.records import bad_statuses
+from agc_conformance.report.figures import histograms, model_errors
+from agc_conformance.report.summary import ULP_LIMITS, Cell, Summary
+from agc_conformance.vectors import load_vectors
+
+__all__ = ["html"]
+
+
+def html(summary: Summary) -> str:
+    """Return the report as one self-contained page."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["ulp"] = lambda value: "" if value is None else f"{value:.3g}"
+    environment.filters["size"] = _size
+    template = files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        summary=summary,
+        clauses=CLAUSES,
+        comments={vector.id: vector.data["comment"] for vector in load_vectors()},
+        flags=FLAGS,
+        bad=bad_statuses,
+        # Drawn here, from numbers, so that nothing needs escaping.
+        drawn=[
+            Markup(histograms(f"{method}, {column.title}", found, limits))
+            for method, limits in ULP_LIMITS.items()
+            for column in summary.backends
+            if (found := column.histograms(method))
+        ],
+        methods=list(ULP_LIMITS),
+        training=_training(summary),
+        trained=_trained(summary),
+        models=_models(summary),
+        dtype=lambda name: "no numbers" if name == "-" else name,
+        short=_short,
+        all_dtypes=_dtypes(summary),
+        empty=Cell(),
+    )
+
+
+def _short(dtype: str) -> str:
+    """Abbreviate a dtype: ``bf16/f32`` has gradients in bfloat16 and weights in float32."""
+    if dtype == "-":
+        return "no numbers"
+    return dtype.replace("bfloat", "bf").replace("float", "f").replace("complex", "c")
+
+
+def _dtypes(summary: Summary) -> list[str]:
+    found: dict[str, None] = {}
+    for column in summary.columns:
+        found.update(dict.fromkeys(column.total.dtypes))
+    return list(found)
+
+
+def _training(summary: Summary) -> list[tuple[str, str, Markup]]:
+    """Backend, task and figure of every training on real images."""
+    from agc_conformance.training.ask import figures
+
+    return [
+        (column.title, task, Markup(drawn))
+        for column in summary.backends
+        if column.file.train
+        for task, drawn in figures(column.file.train).items()
+    ]
+
+
+def _trained(summary: Summary) -> list[str]:
+    """Ids of the results of training on real images."""
+    found: dict[str, None] = {}
+    for column in summary.backends:
+        ids = [r["id"] for r in column.file.results if "RealImages" in r["flags"]]
+        found.update(dict.fromkeys(ids))
+    return list(found)
+
+
+def _models(summary: Summary) -> list[tuple[str, list[tuple[str, str]], Markup]]:
+    """Name, results (id and dtype) and figure of every NFNet."""
+    ids: dict[str, dict[tuple[str, str], None]] = {}
+    for column in summary.backends:
+        for result in column.file.results:
+            if result["level"] == "L4":
+                name = result["id"].split("-")[1]
+                ids.setdefault(name, {})[result["id"], result["dtype"]] = None
+    found = []
+    for name, results in ids.items():
+        records = {
+            column.title: [record for record in column.file.models if record["model"] == name]
+            for column in summary.backends
+        }
+        records = {title: those for title, those in records.items() if those}
+        found.append((name, list(results), Markup(model_errors(records) if records else "")))
+    return found
+
+
+def _size(value: float | None) -> str:
+    if value is None:
+        return ""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"

@@ -1,0 +1,276 @@
+"""Summary: what all result files say together; every presentation is made from this."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from agc_conformance.clauses import CLAUSES
+from agc_conformance.records import ULP_BINS, ResultFile, ResultRecord, Role, bad_statuses
+from agc_conformance.sharpness.compare import SHARPNESS_LIMITS
+from agc_conformance.verdict import LIMITS
+
+__all__ = ["ULP_LIMITS", "Cell", "CellVerdict", "Column", "Summary", "summarize"]
+
+CellVerdict = Literal["passed", "failed", "expected", "unsupported", "none"]
+
+ULP_LIMITS: Final = {"AGC": LIMITS, "SAM": SHARPNESS_LIMITS}
+"""Largest errors allowed, by method, which is how its clauses begin, and dtype."""
+_PARTS: Final = {"train": "training on real images", "models": "NFNets"}
+"""What a run may leave out, by the key of its header."""
+_ORDER = ["-", "float32", "float64", "bfloat16", "float16", "complex64", "complex128"]
+
+
+@dataclass
+class Cell:
+    """Results of one clause, or of one clause in one dtype."""
+
+    results: list[ResultRecord] = field(default_factory=list)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Results by status."""
+        return Counter(result["status"] for result in self.results)
+
+    @property
+    def verdict(self) -> CellVerdict:
+        """Worst status that matters."""
+        counts = self.counts
+        if any(counts[status] for status in bad_statuses):
+            return "failed"
+        if counts["xfail"]:
+            return "expected"
+        if counts["passed"]:
+            return "passed"
+        return "unsupported" if counts else "none"
+
+    @property
+    def bad(self) -> int:
+        """Number of failures."""
+        return sum(self.counts[status] for status in bad_statuses)
+
+    @property
+    def asked(self) -> int:
+        """Number of results that are not unsupported."""
+        return len(self.results) - self.counts["unsupported"]
+
+    @property
+    def max_ulp(self) -> float | None:
+        """Largest error measured in a result that passed."""
+        return max(
+            (
+                r["max_ulp"]
+                for r in self.results
+                if r["max_ulp"] is not None and r["status"] == "passed"
+            ),
+            default=None,
+        )
+
+    @property
+    def dtypes(self) -> dict[str, Cell]:
+        """The same by dtype, plain dtypes first."""
+        cells: dict[str, Cell] = {}
+        for result in self.results:
+            cells.setdefault(result["dtype"], Cell()).results.append(result)
+        names = sorted(
+            cells, key=lambda n: (n not in _ORDER, _ORDER.index(n) if n in _ORDER else 0, n)
+        )
+        return {name: cells[name] for name in names}
+
+
+@dataclass
+class Column:
+    """One run: a backend on a device."""
+
+    file: ResultFile
+    key: str
+    cells: dict[str, Cell]
+
+    @property
+    def name(self) -> str:
+        """Backend."""
+        return self.file.header.get("backend", "?")
+
+    @property
+    def device(self) -> str:
+        """Device asked for."""
+        return self.file.header.get("device", "cpu")
+
+    @property
+    def title(self) -> str:
+        """Backend and device."""
+        return f"{self.name} on {self.device}"
+
+    @property
+    def role(self) -> Role:
+        """Backend or subject."""
+        return self.file.role
+
+    @property
+    def total(self) -> Cell:
+        """All results."""
+        return Cell(self.file.results)
+
+    @property
+    def conforms(self) -> bool:
+        """Whether anything was computed rightly: parsing a configuration is not enough."""
+        return any(r["status"] == "passed" and r["level"] != "L0" for r in self.file.results)
+
+    def histograms(self, method: str) -> dict[str, list[int]]:
+        """Elements by error in ULP, per dtype of the gradient, of one method's results that passed."""
+        found: dict[str, list[int]] = {}
+        for result in self._measured(method):
+            name = result["dtype"].partition("/")[0]
+            mine = found.setdefault(name, [0] * (len(ULP_BINS) + 1))
+            for index, count in enumerate(result["histogram"]):
+                mine[index] += count
+        return {name: found[name] for name in _ORDER if name in found}
+
+    def errors(self, method: str) -> dict[str, tuple[float, float]]:
+        """Largest error and limit by dtype, of one method's results that passed."""
+        worst: dict[str, float] = {}
+        for result in self._measured(method):
+            name = result["dtype"].partition("/")[0]
+            worst[name] = max(worst.get(name, 0.0), result["max_ulp"] or 0.0)
+        return {name: (value, ULP_LIMITS[method][name]) for name, value in worst.items()}
+
+    def _measured(self, method: str) -> list[ResultRecord]:
+        return [
+            result
+            for result in self.file.results
+            if result["clause"].startswith(method)
+            and any(result["histogram"])
+            and result["dtype"].partition("/")[0] in ULP_LIMITS[method]
+            and result["status"] == "passed"
+            and result["level"] != "L2"
+        ]
+
+
+@dataclass
+class Summary:
+    """Everything that is presented."""
+
+    backends: list[Column]
+    subjects: list[Column]
+    teeth: list[ResultFile]
+    tpu: list[ResultFile]
+    unavailable: list[dict[str, Any]]
+    files: list[ResultFile]
+    notices: list[str]
+
+    @property
+    def columns(self) -> list[Column]:
+        """Backends, then subjects."""
+        return [*self.backends, *self.subjects]
+
+    @property
+    def failures(self) -> list[tuple[Column, ResultRecord]]:
+        """Results that make this report a failure."""
+        return [
+            (column, result)
+            for column in self.backends
+            for result in column.file.results
+            if result["status"] in bad_statuses
+        ]
+
+    @property
+    def mutants(self) -> list[dict[str, Any]]:
+        """Mutants of all files of teeth."""
+        return [dict(mutant) for file in self.teeth for mutant in file.mutants]
+
+    @property
+    def survivors(self) -> list[str]:
+        """Mutants that nothing catches."""
+        return [m["name"] for m in self.mutants if m["status"] != "killed"]
+
+    @property
+    def programs(self) -> list[dict[str, Any]]:
+        """Programs compiled for TPU topologies."""
+        return [dict(program) for file in self.tpu for program in file.tpu]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed, and something was there."""
+        broken = any(program["status"] == "failed" for program in self.programs)
+        absent = bool(self.unavailable) and not self.columns
+        empty = any(not file.has_results for file in self.files)
+        return not (self.failures or self.survivors or broken or absent or empty)
+
+    @property
+    def mood(self) -> Literal["ok", "partly", "no"]:
+        """Colour of the headline: green only if everything asked for was there and passed."""
+        if not self.ok:
+            return "no"
+        complete = self.backends and not self.unavailable and not self.notices
+        return "ok" if complete else "partly"
+
+    @property
+    def headline(self) -> str:
+        """One sentence."""
+        counts = Cell([r for c in self.backends for r in c.file.results]).counts
+        good = [c for c in self.backends if not c.total.bad and c.conforms]
+        asked = len(self.backends) + len(self.unavailable)
+        parts = [f"{len(good)} of {asked} backend{'s' * (asked != 1)} conform{'s' * (asked == 1)}"]
+        parts += [
+            f"{counts[s]} {s}" for s in ("passed", *sorted(bad_statuses), "xfail") if counts[s]
+        ]
+        if counts["unsupported"]:
+            parts.append(f"{counts['unsupported']} unsupported")
+        if self.unavailable:
+            parts.append(f"{len(self.unavailable)} unavailable")
+        if self.mutants:
+            killed = len(self.mutants) - len(self.survivors)
+            parts.append(f"{killed} of {len(self.mutants)} mutants killed")
+        return ", ".join(parts)
+
+
+def summarize(files: Iterable[ResultFile]) -> Summary:
+    """Put result files together."""
+    files = list(files)
+    columns: list[Column] = []
+    unavailable: list[dict[str, Any]] = []
+    for file in files:
+        if file.header["kind"] != "run":
+            continue
+        unavailable += [{**record, "path": file.path} for record in file.unavailable]
+        if file.unavailable and not file.results:
+            continue
+        cells = {clause: Cell() for clause in CLAUSES}
+        for result in file.results:
+            cells.setdefault(result["clause"], Cell()).results.append(result)
+        columns.append(Column(file, f"run{len(columns)}", cells))
+    return Summary(
+        backends=[column for column in columns if column.role == "backend"],
+        subjects=[column for column in columns if column.role == "subject"],
+        teeth=[file for file in files if file.header["kind"] == "teeth"],
+        tpu=[file for file in files if file.header["kind"] == "tpu"],
+        unavailable=unavailable,
+        files=files,
+        notices=_notices(files, columns),
+    )
+
+
+def _notices(files: Sequence[ResultFile], columns: Sequence[Column]) -> list[str]:
+    """List what a reader must know before believing the matrix."""
+    notices = []
+    digests = {file.header.get("vectors") for file in files if file.header["kind"] != "tpu"}
+    if len(digests) > 1:
+        notices.append("These runs used different vectors; run them again with the same suite.")
+    for column in columns:
+        selected = column.file.header.get("select")
+        if selected is not None:
+            notices.append(f"{column.title} ran only {selected!r}.")
+        for key, what in _PARTS.items():
+            if not column.file.header.get(key, True):
+                notices.append(f"{column.title} ran without {what}.")
+        empty = [clause for clause, cell in column.cells.items() if not cell.results]
+        # Nobody but backends is asked about models; who ran a part says so above.
+        whole = selected is None and column.file.header.get("models", True)
+        if column.role == "backend" and column.file.results and whole and empty:
+            notices.append(f"{column.title} was not asked about {', '.join(empty)}.")
+    notices += [f"{file.path} has no results at all." for file in files if not file.has_results]
+    names = Counter(column.title for column in columns)
+    notices += [f"{name} appears {count} times." for name, count in names.items() if count > 1]
+    return notices

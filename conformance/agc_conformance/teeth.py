@@ -1,0 +1,69 @@
+"""The suite's own test: every mutant must be caught."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from agc.files import written
+from agc_conformance.flags import FLAGS
+from agc_conformance.mutants import MUTANTS, run_mutant
+from agc_conformance.records import MutantRecord, Writer, make_header
+from agc_conformance.suite import progress_bar
+from agc_conformance.vectors import digest, load_vectors
+
+__all__ = ["teeth"]
+
+
+def teeth(out: Path | None = None, *, console: Console | None = None) -> int:
+    """Ask every mutant, and, if ``out`` is given, write a file of records.
+
+    Returns
+    -------
+    int
+        Exit status: 1 if a mutant survives, or a flag has no mutant that its vectors kill.
+    """
+    console = console or Console(stderr=True)
+    vectors = load_vectors()
+    flags = {vector.id: set(vector.flags) for vector in vectors}
+    survivors: list[str] = []
+    killed_flags: set[str] = set()
+    with ExitStack() as stack:
+        header = make_header("teeth", vectors=digest())
+        file = stack.enter_context(Writer(out, header)) if out else None
+        bar = stack.enter_context(progress_bar(console))
+        task = bar.add_task("mutants", total=len(MUTANTS))
+        for mutant in MUTANTS:
+            killed_by = run_mutant(mutant, vectors)
+            record: MutantRecord = {
+                "type": "mutant",
+                "name": mutant.name,
+                "flag": mutant.flag,
+                "comment": mutant.comment,
+                "status": "killed" if killed_by else "survived",
+                "killed_by": killed_by,
+            }
+            if file is not None:
+                file.write(record)
+            if not killed_by:
+                survivors.append(mutant.name)
+            if any(mutant.flag in flags.get(key.rpartition(":")[0], ()) for key in killed_by):
+                killed_flags.add(mutant.flag)
+            bar.advance(task)
+    for name in survivors:
+        console.print(f"[red]survived[/] {name}", highlight=False)
+    toothless = sorted(set(FLAGS) - killed_flags)
+    for flag in toothless:
+        console.print(
+            f"[red]toothless[/] no vector with the flag {flag} kills a mutant of that flag",
+            highlight=False,
+        )
+    console.print(
+        f"{len(MUTANTS) - len(survivors)} of {len(MUTANTS)} mutants killed, "
+        f"{len(killed_flags)} of {len(FLAGS)} flags proven"
+        + (f" -> {written(out)}" if out else ""),
+        highlight=False,
+    )
+    return int(bool(survivors or toothless))

@@ -1,0 +1,1 @@
+"""Training of a small network on real images, step by step."""

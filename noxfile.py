@@ -67,9 +67,7 @@ def conformance(session: nox.Session, framework: str) -> None:
         stale.unlink()
     for peer in PEERS[framework]:
         target = f"report/{framework}-peer-{peer}.jsonl"
-        session.run(
-            *run, "--backend", f"agc_conformance.backends.peers.{peer}:backend", "--out", target
-        )
+        session.run(*run, "--backend", f"agc_conformance.backends.peers.{peer}:backend", "--out", target)
     target = f"report/{framework}-cpu.jsonl"
     session.run(*run, "--backend", framework, "--device", "cpu", "--out", target, env=QUIET)
 

@@ -21,16 +21,16 @@ from agc_jax.nfnet import NFNet, nfnet
 from agc_jax.optimizer import AdaptiveGradClipState, adaptive_grad_clip, stats
 from agc_jax.recipe import sgd_nfnet
 from agc_jax.sam import SamStats, sam_value_and_grad
-from agc_jax.stats import Columns, Stats
+from agc_jax.stats import PerParameter, Stats
 from agc_jax.units import ModelUnits, plan, register_units, units
 from agc_jax.verify import Verification, verify_sam
 from agc_jax.weights import from_neutral, to_neutral
 
 __all__ = [
     "AdaptiveGradClipState",
-    "Columns",
     "ModelUnits",
     "NFNet",
+    "PerParameter",
     "SamStats",
     "Stats",
     "Verification",

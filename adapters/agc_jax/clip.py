@@ -27,7 +27,7 @@ from agc.errors import ConfigError, NonFiniteError, ParameterError
 from agc.units import UnitAxes
 from agc_jax.norms import SAFE_EPS, sums_of_squares
 from agc_jax.schedules import value_at
-from agc_jax.stats import Columns, Stats, no_stats
+from agc_jax.stats import PerParameter, Stats, no_stats
 from agc_jax.units import ModelUnits, PyTree, check_options, flatten, plan_tree
 from agc_jax.views import Views, views
 
@@ -229,7 +229,9 @@ def _clip_anywhere(
     if mesh is None:
         return clip(gradients, weights, *others)
     whole = jax.NamedSharding(mesh, jax.P())
-    stats = Stats(whole, whole, whole, whole, whole, Columns(whole, whole, whole, whole, whole))
+    stats = Stats(
+        whole, whole, whole, whole, whole, PerParameter(whole, whole, whole, whole, whole)
+    )
     clip = jax.sharding.auto_axes(
         clip,
         axes=mesh.explicit_axes,
@@ -275,7 +277,7 @@ def _call_schedules(entries: Sequence[PlanEntry], step: jax.Array | None) -> lis
     return values
 
 
-def _columns(plan: Plan, places: tuple[int, ...], rows: Rows) -> Columns:
+def _columns(plan: Plan, places: tuple[int, ...], rows: Rows) -> PerParameter:
     """Put the numbers of the parameters that were clipped at their places in the plan."""
     units = np.zeros(len(plan), np.int32)
     units[list(places)] = [plan.entries[place].count for place in places]
@@ -288,7 +290,7 @@ def _columns(plan: Plan, places: tuple[int, ...], rows: Rows) -> Columns:
             for column, idle in zip(rows, (0, 0, 0, 1), strict=True)
         )
         rows = clipped, nonfinite, max_ratio, min_scale
-    return Columns(jnp.asarray(units), *rows)
+    return PerParameter(jnp.asarray(units), *rows)
 
 
 Rows: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]

@@ -112,7 +112,7 @@ class Layers:
             if isinstance(declared, _Expected) and len(shape) > len(declared.shape)
         ]
         usual = True in stacks and False not in stacks
-        found = {}
+        parameters = {}
         for name, shape, owner, declared in spoken:
             units: Units | None
             if isinstance(declared, _Expected):
@@ -121,8 +121,8 @@ class Layers:
             else:
                 units = declared
             layout = None if units is None else _layout(owner)
-            found[name] = Parameter(name, shape, units, layout, type(owner).__name__)
-        return found
+            parameters[name] = Parameter(name, shape, units, layout, type(owner).__name__)
+        return parameters
 
     def in_equinox(self, keys: tuple[Any, ...]) -> bool:
         """Tell whether the leaf on this path belongs to an Equinox module."""
@@ -159,7 +159,7 @@ class Layers:
         if isinstance(node, nnx.Module):
             return getattr(node, str(key), None)
         if id(node) not in self._children:
-            below, _ = tree_flatten_with_path(node, is_leaf=lambda one: one is not node)
+            below, _ = tree_flatten_with_path(node, is_leaf=lambda inner: inner is not node)
             self._children[id(node)] = {path_key(path[0]): child for path, child in below if path}
         return self._children[id(node)].get(key)
 
@@ -172,27 +172,27 @@ class Layers:
 
     @cached_property
     def _holders(self) -> dict[int, list[tuple[Any, tuple[Any, ...]]]]:
-        found: dict[int, list[tuple[Any, tuple[Any, ...]]]] = {}
+        holders: dict[int, list[tuple[Any, tuple[Any, ...]]]] = {}
         modules = (node for _, node in nnx.iter_graph(self._model) if isinstance(node, nnx.Module))
         for module in modules:
             for key, value in vars(module).items():
                 if isinstance(value, nnx.Variable):
-                    found.setdefault(id(value), []).append((module, (key,)))
-        return found
+                    holders.setdefault(id(value), []).append((module, (key,)))
+        return holders
 
 
-def path_key(part: Any) -> Any:
+def path_key(entry: Any) -> Any:
     """Return the key in one entry of a path of JAX's."""
     for attribute in ("key", "idx", "name"):
-        if hasattr(part, attribute):
-            return getattr(part, attribute)
-    return str(part)
+        if hasattr(entry, attribute):
+            return getattr(entry, attribute)
+    return str(entry)
 
 
 def dotted(keys: Iterable[Any]) -> str:
     """Return keys with dots between them; a key that is a tuple counts as its members."""
-    parts = (part for key in keys for part in (key if isinstance(key, tuple) else (key,)))
-    return ".".join(map(str, parts))
+    flat = (word for key in keys for word in (key if isinstance(key, tuple) else (key,)))
+    return ".".join(map(str, flat))
 
 
 @dataclass(frozen=True)

@@ -136,10 +136,10 @@ class LeafNames:
             return _ROWS
         if leaf == "embeddings" and layer.startswith("vector_quantizer"):
             return _COLUMNS
-        if (found := _LORA.fullmatch(leaf)) is not None:
-            first, second = (self._shapes.get(f"{prefix}{found['base']}_{side}") for side in "ab")
+        if (lora := _LORA.fullmatch(leaf)) is not None:
+            first, second = (self._shapes.get(f"{prefix}{lora['base']}_{side}") for side in "ab")
             if first is None or second is None or first[-1:] == second[:1]:
-                return Units("i r -> r") if found["side"] == "a" else Units("r o -> o")
+                return Units("i r -> r") if lora["side"] == "a" else Units("r o -> o")
         return None
 
 
@@ -148,9 +148,8 @@ def _kind(prefix: str, leaf: str) -> Kind:
     name = prefix[:-1].rpartition(".")[2]
     layer = name.lower()
     if "einsum" in layer or ("conv" in layer and "local" in layer):
-        return (
-            "einsum"  # any axis may be an output; without shared weights the places of an image are
-        )
+        # Any axis may be an output; without shared weights the pixels are.
+        return "einsum"
     if leaf == "w" and "transpose" in layer:
         return "transposed"  # Haiku swaps the last two axes
     if "conv" in layer:
@@ -165,12 +164,12 @@ def _meanings(rank: int, kind: Kind, stackable: bool) -> tuple[str, ...]:
     """Return every meaning of a kernel's axes, what is stacked last; none for more axes than layers have."""
     if rank > 8:
         return ()
-    found = list(_layers(rank, kind))
+    meanings = list(_layers(rank, kind))
     if stackable:
         for count in range(1, rank - 1):
-            found += ["l" * count + layer for layer in _layers(rank - count, kind)]
-        found += [f"{layer[0]}l{layer[1:]}" for layer in _layers(rank - 1, kind)]
-    return tuple(dict.fromkeys(found))
+            meanings += ["l" * count + layer for layer in _layers(rank - count, kind)]
+        meanings += [f"{layer[0]}l{layer[1:]}" for layer in _layers(rank - 1, kind)]
+    return tuple(dict.fromkeys(meanings))
 
 
 def _layers(rank: int, kind: Kind) -> Iterator[str]:
@@ -196,7 +195,7 @@ def _projections(
 
     With ``apart`` heads are an axis of their own. Keys and values may have fewer heads and other inputs.
     """
-    rank, found = len(query), []
+    rank, pairs = len(query), []
     for inward, outward in _PROJECTIONS[: 1 if apart else 2]:
         extra = rank - len(inward)
         stacks = [("lmnp"[:extra], "")] if 0 <= extra <= 4 else []
@@ -212,8 +211,8 @@ def _projections(
                 )
                 for axes, shape, free in ((to, key, "ihe"), (to, value, "ihe"), (back, out, "o"))
             ):
-                found.append((to, back))
-    return tuple(found)
+                pairs.append((to, back))
+    return tuple(pairs)
 
 
 def _as_meaning(axes: str) -> str:

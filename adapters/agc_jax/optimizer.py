@@ -117,8 +117,8 @@ def adaptive_grad_clip(
         updates: PyTree, state: AdaptiveGradClipState, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, AdaptiveGradClipState]:
         del extra
-        clipped, found = clip(updates, params, state.steps, dynamic)
-        return clipped, AdaptiveGradClipState(_increment(state.steps), found)
+        clipped, stats = clip(updates, params, state.steps, dynamic)
+        return clipped, AdaptiveGradClipState(_increment(state.steps), stats)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -175,13 +175,13 @@ def stats(opt_state: PyTree) -> Stats:
     2 2 1.0
     """
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AdaptiveGradClipState))
-    found = [node for node in nodes if isinstance(node, AdaptiveGradClipState)]
-    if len(found) != 1:
+    states = [node for node in nodes if isinstance(node, AdaptiveGradClipState)]
+    if len(states) != 1:
         raise ParameterError(
-            f"this optimizer state holds {len(found)} states of adaptive_grad_clip; with several, "
+            f"this optimizer state holds {len(states)} states of adaptive_grad_clip; with several, "
             "give the part that belongs to one of them"
         )
-    return found[0].stats
+    return states[0].stats
 
 
 def _with_clipping(rule: AGC, clipping: Clipping) -> AGC:

@@ -66,7 +66,7 @@ def sam_value_and_grad(
     has_aux: bool = False,
     batch_argnums: int | Sequence[int] | None = None,
     axis_name: str | Sequence[str] | None = None,
-    has_stats: bool = False,
+    return_stats: bool = False,
 ) -> Callable[..., Any]:
     """Return a function that computes the clean loss and the sharpness-aware gradient.
 
@@ -85,13 +85,13 @@ def sam_value_and_grad(
     batch_argnums : int or sequence of int, optional
         Which positional arguments are the batch (pytrees of arrays that share their first axis).
         Needed for ``fraction`` below 1 and ``microbatches`` above 1; the loss must be a mean. What is not
-        split by example, a scalar or a random key, belongs in another argument; each part is given the
-        same.
+        split by example, a scalar or a random key, belongs in another argument, which each part of the
+        batch is given whole.
     axis_name : str or sequence of str, optional
         Mesh axes to average over inside ``shard_map`` (or ``pmap``). The descent gradient always is
         averaged, the ascent gradient if ``rule.scope`` is ``"global"`` (SAM-9). Outside, leave it out:
         under GSPMD the gradient is that of the whole batch, which is the global scope.
-    has_stats : bool, default False
+    return_stats : bool, default False
         Whether to return :class:`SamStats` as a third item.
 
     Returns
@@ -100,7 +100,7 @@ def sam_value_and_grad(
         Takes ``loss_fn``'s arguments, and ``step=`` (an integer, traced or not) if ``rho`` is a schedule
         or ``every`` is above 1. A loss with a parameter ``step``, or with ``**kwargs``, is given it as
         well. Returns ``(value, gradients)``, ``((value, aux), gradients)`` with
-        ``has_aux``, and the stats behind them with ``has_stats``.
+        ``has_aux``, and the stats behind them with ``return_stats``.
 
     Raises
     ------
@@ -195,12 +195,12 @@ def sam_value_and_grad(
             value, gradients, stats = jax.lax.pmean((value, gradients, stats), axes)
         gradients = gradients[0] if isinstance(argnums, int) else gradients
         result = ((value, aux) if has_aux else value, gradients)
-        return (*result, stats) if has_stats else result
+        return (*result, stats) if return_stats else result
 
     return value_and_grad
 
 
-# --- one step, part by part -------------------------------------------------------------------------
+# --- the stages of one step -------------------------------------------------------------------------
 
 
 def _gradients(
@@ -218,8 +218,8 @@ def _gradients(
     if examples < rule.microbatches:
         raise ConfigError(f"microbatches={rule.microbatches} is more than the {examples} examples")
 
-    def run(part: tuple[Tree, ...]) -> Any:
-        return _two_passes(compute, weights, part, rule, rho, axes)
+    def run(micro: tuple[Tree, ...]) -> Any:
+        return _two_passes(compute, weights, micro, rule, rho, axes)
 
     if examples % rule.microbatches == 0:
         size = examples // rule.microbatches
@@ -229,11 +229,11 @@ def _gradients(
     else:
         bounds = [_boundary(examples, i, rule.microbatches) for i in range(rule.microbatches + 1)]
         lengths = [high - low for low, high in itertools.pairwise(bounds)]
-        parts = [
-            run(jax.tree.map(lambda leaf, a=low, b=high: _part(leaf, a, b), batch))
+        separate = [
+            run(jax.tree.map(lambda leaf, a=low, b=high: _examples(leaf, a, b), batch))
             for low, high in itertools.pairwise(bounds)
         ]
-        results = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+        results = jax.tree.map(lambda *leaves: jnp.stack(leaves), *separate)
     values, aux, gradients, stats = results
     ascents = [math.ceil(rule.fraction * length) for length in lengths]
     gradients = jax.tree.map(lambda leaf: _average(leaf, lengths), gradients)
@@ -242,9 +242,9 @@ def _gradients(
     return value, aux, gradients, stats
 
 
-def _boundary(examples: int, index: int, parts: int) -> int:
-    """Return where part ``index`` begins: contiguous parts, the longer ones first (SAM-8)."""
-    size, longer = divmod(examples, parts)
+def _boundary(examples: int, index: int, count: int) -> int:
+    """Return where micro-batch ``index`` of several begins; the longer ones come first (SAM-8)."""
+    size, longer = divmod(examples, count)
     return index * size + min(index, longer)
 
 
@@ -265,20 +265,22 @@ def _two_passes(
     first = batch
     if rule.fraction < 1:
         first = jax.tree.map(
-            lambda leaf: _part(leaf, 0, math.ceil(rule.fraction * len(leaf))), batch
+            lambda leaf: _examples(leaf, 0, math.ceil(rule.fraction * len(leaf))), batch
         )
     (value, clean_aux), ascent = compute(weights, first)
     if axes is not None and rule.scope == "global":
         ascent = _varying(jax.lax.pmean(ascent, axes), axes)
     moved, norm = _perturb(weights, ascent, rule, rho)
     (perturbed_value, aux), descent = compute(moved, batch)
-    sound = jnp.isfinite(norm)
+    usable = jnp.isfinite(norm)
     if rule.nonfinite == "raise":
-        _raise_unless(sound, norm)
+        _raise_unless(usable, norm)
     if rule.nonfinite == "skip_perturb":
-        sound = jnp.ones_like(sound)
-    sound &= jnp.isfinite(rho)
-    descent = jax.tree.map(lambda leaf: jnp.where(sound, leaf, jnp.nan).astype(leaf.dtype), descent)
+        usable = jnp.ones_like(usable)
+    usable &= jnp.isfinite(rho)
+    descent = jax.tree.map(
+        lambda leaf: jnp.where(usable, leaf, jnp.nan).astype(leaf.dtype), descent
+    )
     kept = clean_aux if rule.fraction == 1 else aux
     stats = SamStats(norm.astype(_norm_dtype(weights)), value, perturbed_value)
     return value, kept, descent, stats
@@ -288,13 +290,13 @@ def _perturb(
     weights: tuple[Tree, ...], ascent: tuple[Tree, ...], rule: SAM, rho: float | jax.Array
 ) -> tuple[tuple[Tree, ...], jax.Array]:
     """Return the weights at ``w + e`` and the norm of the ascent gradient (SAM-1, SAM-2, SAM-10)."""
-    names, leaves, structure = flatten(_one(weights))
-    chosen = set(perturbed_names(_distinct(names, leaves), rule))
+    names, leaves, structure = flatten(_as_one_tree(weights))
+    selected = set(perturbed_names(_distinct(names, leaves), rule))
     gradients = iter(jax.tree.leaves(ascent))
     directions = {}
     for name, w in _named_arrays(names, leaves):
         g = next(gradients)
-        if name in chosen:
+        if name in selected:
             # JAX's gradient of a complex weight is the conjugate of the steepest ascent.
             directions[name] = jnp.conj(g.astype(_wide(g.dtype))) * _scale(w, rule)
     nothing = jnp.zeros((), jnp.float32)
@@ -319,7 +321,7 @@ def _perturb(
     return ((out,) if len(weights) == 1 else out), norm
 
 
-def _one(weights: tuple[Tree, ...]) -> Tree:
+def _as_one_tree(weights: tuple[Tree, ...]) -> Tree:
     """Return the only tree of weights, or all of them as one tree."""
     return weights[0] if len(weights) == 1 else weights
 
@@ -331,11 +333,11 @@ def _named_arrays(names: Sequence[str], leaves: Sequence[Any]) -> list[tuple[str
 
 
 def _distinct(names: Sequence[str], leaves: Sequence[Any]) -> list[str]:
-    found = [name for name, _ in _named_arrays(names, leaves)]
-    for name, count in Counter(found).items():
+    distinct = [name for name, _ in _named_arrays(names, leaves)]
+    for name, count in Counter(distinct).items():
         if count > 1:
             raise ParameterError(f"two parameters are called {name!r}")
-    return found
+    return distinct
 
 
 def _scale(w: jax.Array, rule: SAM) -> Any:
@@ -367,7 +369,7 @@ def _raise_unless(finite: jax.Array, norm: jax.Array) -> None:
 
 def _positions(name: str, given: int | Sequence[int]) -> tuple[int, ...]:
     positions = given if isinstance(given, Sequence) else (given,)
-    if not all(isinstance(one, int) for one in positions):
+    if not all(isinstance(position, int) for position in positions):
         raise ConfigError(
             f"{name} must be positions of arguments, such as 0 or (0, 2), got {given!r}"
         )
@@ -396,10 +398,12 @@ def _takes_step(loss_fn: Callable[..., Any], given: int) -> bool:
         parameters = list(inspect.signature(loss_fn).parameters.values())
     except (TypeError, ValueError):  # a callable that does not say
         return False
-    for position, one in enumerate(parameters):
-        if one.kind is one.VAR_KEYWORD or (one.name == "step" and one.kind is one.KEYWORD_ONLY):
+    for position, parameter in enumerate(parameters):
+        if parameter.kind is parameter.VAR_KEYWORD or (
+            parameter.name == "step" and parameter.kind is parameter.KEYWORD_ONLY
+        ):
             return True
-        if one.name == "step" and one.kind is one.POSITIONAL_OR_KEYWORD:
+        if parameter.name == "step" and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             return position >= given
     return False
 
@@ -426,8 +430,8 @@ def _check_batch(batch: tuple[Tree, ...], batch_at: Sequence[int]) -> None:
         raise ConfigError("the arguments in batch_argnums hold no array")
 
 
-def _part(leaf: Any, low: int, high: int) -> jax.Array:
-    """Return some examples."""
+def _examples(leaf: Any, low: int, high: int) -> jax.Array:
+    """Return the examples from ``low`` to ``high``."""
     return _placed(lambda array: array[low:high], leaf, (high - low,))
 
 
@@ -444,23 +448,23 @@ def _placed(take: Callable[[jax.Array], jax.Array], leaf: Any, front: tuple[int,
     Where shardings are types, examples stay split over the devices if their number allows it.
     """
     array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-    kind = jax.typeof(array).sharding
-    axes: list[Any] = [*kind.spec, *[None] * (array.ndim - len(kind.spec))]
+    sharding = jax.typeof(array).sharding
+    axes: list[Any] = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
     first, others = axes[0], axes[1:]
     names = first if isinstance(first, tuple) else (first,) if first else ()
-    if not set(names) & set(kind.mesh.explicit_axes):
+    if not set(names) & set(sharding.mesh.explicit_axes):
         return take(array)
-    split = math.prod(kind.mesh.shape[name] for name in names)
+    split = math.prod(sharding.mesh.shape[name] for name in names)
     stays = first if front[-1] % split == 0 else None
     spec = jax.P(*(None,) * (len(front) - 1), stays, *others)
-    place = jax.NamedSharding(kind.mesh, spec)
-    automatic = jax.sharding.auto_axes(take, axes=kind.mesh.explicit_axes, out_sharding=place)
+    place = jax.NamedSharding(sharding.mesh, spec)
+    automatic = jax.sharding.auto_axes(take, axes=sharding.mesh.explicit_axes, out_sharding=place)
     return automatic(array)
 
 
 def _arrays(weights: tuple[Tree, ...]) -> tuple[Tree, ...]:
     """Return the weights as JAX's arrays, as ``jit`` makes them of NumPy's and of Python's numbers."""
-    names, leaves, _ = flatten(_one(weights))
+    names, leaves, _ = flatten(_as_one_tree(weights))
     for name, leaf in _named_arrays(names, leaves):
         try:
             dtype = jnp.result_type(leaf)
@@ -521,9 +525,9 @@ def _varying(tree: Tree, axes: Any) -> Tree:
     names = (axes,) if isinstance(axes, str) else tuple(axes)
 
     def cast(leaf: jax.Array) -> jax.Array:
-        kind = jax.typeof(leaf)
+        aval = jax.typeof(leaf)
         # The attribute moved between JAX versions.
-        known = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+        known = aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
         missing = tuple(name for name in names if name not in known)
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from agc import Plan, reference
 
-__all__ = ["Columns", "Stats", "no_stats"]
+__all__ = ["PerParameter", "Stats", "no_stats"]
 
 
-class Columns(NamedTuple):
+class PerParameter(NamedTuple):
     """The numbers of every parameter, in the plan's order; each an array of shape ``(parameters,)``.
 
     Attributes
@@ -47,8 +47,8 @@ class Stats(NamedTuple):
     Attributes
     ----------
     units, clipped, nonfinite, max_ratio, min_scale : scalar array
-        Over all parameters, as in :class:`Columns`.
-    columns : Columns
+        Over all parameters, as in :class:`PerParameter`.
+    columns : PerParameter
         The same numbers of every parameter.
     """
 
@@ -57,10 +57,10 @@ class Stats(NamedTuple):
     nonfinite: jax.Array
     max_ratio: jax.Array
     min_scale: jax.Array
-    columns: Columns
+    columns: PerParameter
 
     @classmethod
-    def of(cls, columns: Columns) -> Stats:
+    def of(cls, columns: PerParameter) -> Stats:
         """Add the totals to the numbers of the parameters."""
         return cls(
             units=jnp.sum(columns.units, dtype=np.int32),
@@ -96,11 +96,11 @@ def no_stats(parameters: int) -> Stats:
     """Return the numbers before anything was clipped, every one in a buffer of its own."""
     count = jnp.zeros(parameters, np.int32)
     none = jnp.zeros(parameters, float)
-    return Stats.of(Columns(count, count, count, none, none + 1))
+    return Stats.of(PerParameter(count, count, count, none, none + 1))
 
 
-for _kind in (Columns, Stats):
-    jax.export.register_namedtuple_serialization(_kind, serialized_name=f"agc_jax.{_kind.__name__}")
+for _type in (PerParameter, Stats):
+    jax.export.register_namedtuple_serialization(_type, serialized_name=f"agc_jax.{_type.__name__}")
 
 
 def _read(row: Sequence[Any]) -> reference.Stats:

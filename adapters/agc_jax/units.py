@@ -189,7 +189,7 @@ class ModelUnits(Mapping[str, Units | None]):
     def __len__(self) -> int:
         return len(self._by_name)
 
-    # Equal by identity, so that what was prepared for a model is found again without comparing it.
+    # Identity equality: cache lookups must not compare whole models.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -209,11 +209,11 @@ def plan_tree(model: PyTree, rule: AGC, units: ModelUnits | None) -> Plan:
     """
     check_options(rule, units)
     if units is None:
-        found = _units(model)
+        units = _units(model)
         masked = [name for name, _, leaf in _named(model) if isinstance(leaf, optax.MaskedNode)]
-        typed = any(parameter.source == "layer" for parameter in found.parameters)
-        rule = _without(rule, masked, found)
-        plan = make_plan(found.parameters, rule, head=found.head, cure="" if typed else _CURE)
+        typed = any(parameter.source == "layer" for parameter in units.parameters)
+        rule = _without(rule, masked, units)
+        plan = make_plan(units.parameters, rule, head=units.head, cure="" if typed else _CURE)
         for entry in plan:
             _check_name(entry)
         return plan
@@ -277,7 +277,7 @@ def _named(tree: PyTree) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
         inside = jax.tree_util.tree_flatten_with_path(leaf, is_leaf=is_absent)[0]
         for inner, value in inside:
-            keys = tuple(path_key(part) for part in (path if len(inside) == 1 else path + inner))
+            keys = tuple(path_key(key) for key in (path if len(inside) == 1 else path + inner))
             yield canonical_name(dotted(keys)), keys, value
 
 
@@ -293,20 +293,20 @@ def _is_inexact(leaf: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
-def _without(rule: AGC, masked: list[str], found: ModelUnits) -> AGC:
+def _without(rule: AGC, masked: list[str], known: ModelUnits) -> AGC:
     """Drop the patterns of a rule that match nothing but what was masked out."""
     if not masked:
         return rule
-    head = rule.head or found.head
+    head = rule.head or known.head
 
     def means_masked(pattern: str) -> bool:
         wanted = canonical_name(f"{head}.*" if pattern.startswith("@") and head else pattern)
-        left = matching_names(wanted, found)
-        if any(pattern != "@head.weight" or len(found.shape(name)) >= 2 for name in left):
+        left = matching_names(wanted, known)
+        if any(pattern != "@head.weight" or len(known.shape(name)) >= 2 for name in left):
             return False
-        parts = wanted.split(".")  # a whole subtree may be masked, under the name of its root
+        words = wanted.split(".")  # a whole subtree may be masked, under the name of its root
         return any(
-            fnmatchcase(name, wanted) or fnmatchcase(name, ".".join(parts[: name.count(".") + 1]))
+            fnmatchcase(name, wanted) or fnmatchcase(name, ".".join(words[: name.count(".") + 1]))
             for name in masked
         )
 

@@ -5,6 +5,7 @@ A framework's session installs that framework alone, so an adapter that secretly
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -164,10 +165,12 @@ def models(session: nox.Session, framework: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style: ruff's formatter and linter."""
+    """Style: ruff's formatter and linter; and which package may import which, by import-linter."""
     session.install(*nox.project.dependency_groups(PYPROJECT, "lint"))
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
+    sources = os.pathsep.join(str(ROOT / folder) for folder in (".", "adapters", "conformance"))
+    session.run("lint-imports", env={"PYTHONPATH": sources})
 
 
 @nox.session

@@ -4,9 +4,10 @@ This package imports NumPy and no framework. The adapters ``agc_torch``, ``agc_j
 ``agc_tensorflow`` carry its plans out natively.
 """
 
-from agc.config import AGC, SAM, Schedule
+from agc.config import AGC, SAM
 from agc.errors import AGCError
 from agc.plan import Plan, PlanEntry
+from agc.schedule import Schedule
 from agc.units import Units
 
 __version__ = "0.1.0"

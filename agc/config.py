@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import operator
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
-from typing import Any, Final, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
+from agc.checks import (
+    check_choice,
+    check_count,
+    check_not_negative,
+    check_number,
+    check_pattern,
+    check_patterns,
+    check_positive,
+)
 from agc.errors import ConfigError, UnitsError
+from agc.profiles import PROFILES, SAM_PROFILES
+from agc.schedule import SCHEDULE, schedule_from_data, schedule_to_data, schedule_value
 from agc.units import Units
 
 __all__ = [
@@ -21,12 +28,12 @@ __all__ = [
     "Granularity",
     "Nonfinite",
     "Rho",
-    "Schedule",
     "Scope",
     "SkipPolicy",
     "UnitRule",
 ]
 
+C = TypeVar("C", "AGC", "SAM")
 V = TypeVar("V")
 
 Nonfinite = Literal["propagate", "zero", "raise"]
@@ -39,7 +46,7 @@ SkipPolicy = Literal["skip_step", "skip_perturb", "raise"]
 
 
 class FrozenMap(Mapping[str, V]):
-    """A read-only, ordered, hashable mapping: what a configuration holds where a user gives a dict."""
+    """Read-only, ordered, hashable mapping: how a configuration holds a dictionary."""
 
     __slots__ = ("_items",)
 
@@ -68,70 +75,6 @@ class FrozenMap(Mapping[str, V]):
         return repr(self._items)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """A value that changes with the optimizer step: straight lines between the points given.
-
-    Parameters
-    ----------
-    points : sequence of (int, float)
-        Steps, strictly ascending from 0 or later, and the value at each. Before the first and after
-        the last point the value stays what it is there.
-
-    Raises
-    ------
-    ConfigError
-        If there is no point, a step is not an ascending non-negative integer, or a value is not a
-        finite number above 0.
-
-    Notes
-    -----
-    Unlike an arbitrary callable, a schedule can be written to a file and is evaluated inside the
-    compiled step by every adapter (AGC-10).
-
-    Examples
-    --------
-    >>> warm_up = Schedule([(0, 0.04), (1000, 0.01)])
-    >>> warm_up(500)
-    0.025
-    """
-
-    points: Sequence[tuple[int, float]]
-
-    def __post_init__(self) -> None:
-        try:
-            points = tuple((step, value) for step, value in self.points)
-        except (TypeError, ValueError):
-            raise ConfigError(
-                f"Schedule points must be pairs (step, value), got {self.points!r}"
-            ) from None
-        if not points:
-            raise ConfigError("Schedule needs at least one point, for example [(0, 0.01)]")
-        last = -1
-        for step, value in points:
-            if isinstance(step, bool) or not isinstance(step, Integral) or step <= last:
-                raise ConfigError(
-                    "Schedule steps must be ascending integers from 0 on, "
-                    f"got {[step for step, _ in points]}"
-                )
-            last = int(step)
-            _positive("Schedule value", value)
-        points = tuple((int(step), float(value)) for step, value in points)
-        object.__setattr__(self, "points", points)
-
-    def __call__(self, step: int) -> float:
-        """Return the value at a step (a Python integer)."""
-        steps = [point for point, _ in self.points]
-        right = bisect_right(steps, step)
-        if right == 0:
-            return self.points[0][1]
-        start, low = self.points[right - 1]
-        if right == len(steps):
-            return low
-        end, high = self.points[right]
-        return low + (high - low) * ((step - start) / (end - start))
-
-
 @dataclass(frozen=True, kw_only=True)
 class AGC:
     r"""Adaptive gradient clipping: every hyper-parameter, validated.
@@ -140,27 +83,28 @@ class AGC:
     ----------
     clipping : float, None, callable, or mapping of name pattern to one of these, default 0.01
         Largest allowed ratio of a unit's gradient norm to its weight norm (dimensionless). ``None``
-        switches AGC off. A callable (or a :class:`Schedule`) is given the step, counted from 0. In a
-        mapping the first pattern that matches a parameter's name decides, and every parameter must
-        match one: end with ``"*"``. (AGC-1, AGC-10)
+        switches AGC off. A callable (or a :class:`agc.Schedule`) is given the step, counted from 0.
+        In a mapping the first pattern that matches a parameter's name decides, and every parameter
+        must match one: end with ``"*"``. (AGC-1, AGC-10)
     eps : float, default 1e-3
         Floor of the weight norm, so that a unit whose weights are zero can start to learn. (AGC-1)
     exclude : sequence of str, default ()
         Name patterns of parameters that are not clipped. (AGC-6)
     units : mapping of str to str or Units, default {}
-        Name pattern to units pattern, for what the layer types do not settle: ``{"pos_embed": "n d -> n"}``.
-        The first pattern that matches decides. (AGC-5)
+        Name pattern to units pattern, for what the layer types do not settle:
+        ``{"pos_embed": "n d -> n"}``. The first pattern that matches decides. (AGC-5)
     nonfinite : {"propagate", "zero", "raise"}, default "propagate"
-        What becomes of a unit whose gradient or weight norm is not finite. ``"raise"`` has to wait for
-        the device at every step. (AGC-4)
+        What becomes of a unit whose gradient or weight norm is not finite. ``"raise"`` has to wait
+        for the device at every step. (AGC-4)
     granularity : {"unit", "tensor"}, default "unit"
         ``"tensor"`` takes every parameter as one unit, as DreamerV3 does. (AGC-12)
     head : str, optional
         Name (or name pattern) of the classifier layer, for the selectors ``"@head"`` (all of its
-        parameters) and ``"@head.weight"`` (its matrix). Models that declare their head need not give it.
+        parameters) and ``"@head.weight"`` (its matrix). Models that declare their head need not
+        give it.
     unit_rule : str, default "declared"
-        ``"declared"`` follows the layer types. Any other value is a published guess by rank, kept for
-        the profiles that continue an old run; see :mod:`agc.profiles`.
+        ``"declared"`` follows the layer types. Any other value is a published guess by rank, kept
+        for the profiles that continue an old run; see :mod:`agc.rank_rules`.
     div_eps : float, default 0
         Floor of the gradient norm in the division. The specification has none; profiles do.
 
@@ -174,10 +118,10 @@ class AGC:
     .. math:: G_i \leftarrow \lambda \frac{\max(\|W_i\|, \epsilon)}{\|G_i\|} G_i
         \quad\text{if}\quad \|G_i\| > \lambda \max(\|W_i\|, \epsilon)
 
-    Name patterns are shell-style globs (``*``, ``?``, ``[a-z]``) matched case-sensitively against the
-    whole dotted name; ``/`` in a name or pattern counts as ``.``. A pattern that is literally a
-    parameter's name means that parameter alone. A pattern that matches no parameter is an error when the
-    plan is made.
+    Name patterns are shell-style globs (``*``, ``?``, ``[a-z]``) matched case-sensitively against
+    the whole dotted name; ``/`` in a name or pattern counts as ``.``. A pattern that is literally a
+    parameter's name means that parameter alone. A pattern that matches no parameter is an error
+    when the plan is made.
 
     References
     ----------
@@ -206,38 +150,38 @@ class AGC:
         if isinstance(self.clipping, Mapping):
             if not self.clipping:
                 raise ConfigError("clipping is an empty mapping; give {'*': 0.01}, or None")
-            if _SCHEDULE in self.clipping:
+            if SCHEDULE in self.clipping:
                 raise ConfigError(
-                    f"clipping: the pattern {_SCHEDULE!r} is reserved for schedules written as data; "
+                    f"clipping: the pattern {SCHEDULE!r} is reserved for schedules written as data; "
                     "give clipping=agc.Schedule([(step, value), ...])"
                 )
             clipping = FrozenMap(
                 {
-                    _pattern("clipping", pattern): _clipping(f"clipping[{pattern!r}]", value)
+                    check_pattern("clipping", pattern): _clipping(f"clipping[{pattern!r}]", value)
                     for pattern, value in self.clipping.items()
                 }
             )
         else:
             clipping = _clipping("clipping", self.clipping)
         object.__setattr__(self, "clipping", clipping)
-        object.__setattr__(self, "eps", _not_negative("eps", self.eps))
-        object.__setattr__(self, "div_eps", _not_negative("div_eps", self.div_eps))
-        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
+        object.__setattr__(self, "eps", check_not_negative("eps", self.eps))
+        object.__setattr__(self, "div_eps", check_not_negative("div_eps", self.div_eps))
+        object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
         if not isinstance(self.units, Mapping):
             raise ConfigError(
                 "units must map name patterns to units patterns, for example "
                 f"{{'pos_embed': 'n d -> n'}}, got {self.units!r}"
             )
         units = {
-            _pattern("units", pattern): _units(f"units[{pattern!r}]", value)
+            check_pattern("units", pattern): _units(f"units[{pattern!r}]", value)
             for pattern, value in self.units.items()
         }
         object.__setattr__(self, "units", FrozenMap(units))
-        _choice("nonfinite", self.nonfinite, get_args(Nonfinite))
-        _choice("granularity", self.granularity, get_args(Granularity))
-        _choice("unit_rule", self.unit_rule, get_args(UnitRule))
+        check_choice("nonfinite", self.nonfinite, get_args(Nonfinite))
+        check_choice("granularity", self.granularity, get_args(Granularity))
+        check_choice("unit_rule", self.unit_rule, get_args(UnitRule))
         if self.head is not None:
-            _pattern("head", self.head)
+            check_pattern("head", self.head)
 
     @classmethod
     def profile(cls, name: str, /, **changes: Any) -> AGC:
@@ -255,9 +199,7 @@ class AGC:
         ConfigError
             If there is no profile of that name.
         """
-        from agc.profiles import profile  # the profiles are instances of this class
-
-        return profile(name, **changes)
+        return _from_profile(cls, PROFILES, name, changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON data.
@@ -265,7 +207,7 @@ class AGC:
         Raises
         ------
         ConfigError
-            If ``clipping`` holds a callable that is not a :class:`Schedule`.
+            If ``clipping`` holds a callable that is not a :class:`agc.Schedule`.
         """
         clipping: Any
         if isinstance(self.clipping, Mapping):
@@ -297,7 +239,7 @@ class AGC:
         """
         values = _known_fields(cls, data)
         clipping = values.get("clipping")
-        if isinstance(clipping, Mapping) and set(clipping) != {_SCHEDULE}:
+        if isinstance(clipping, Mapping) and set(clipping) != {SCHEDULE}:
             values["clipping"] = {
                 k: clipping_from_data(v, f"clipping[{k!r}]") for k, v in clipping.items()
             }
@@ -314,9 +256,10 @@ class SAM:
     ----------
     rho : float or callable, default 0.05
         Radius of the perturbation, in the units of the weights (L2). A callable (or a
-        :class:`Schedule`) is given the optimizer step, counted from 0. (SAM-1, SAM-11)
+        :class:`agc.Schedule`) is given the optimizer step, counted from 0. (SAM-1, SAM-11)
     adaptive : bool, default False
-        ASAM: measure the radius relative to the weights; rho is then about ten times as large. (SAM-10)
+        ASAM: measure the radius relative to the weights; rho is then about ten times as large.
+        (SAM-10)
     eta : float, default 0.01
         What ASAM adds to a weight's magnitude, so that a zero weight can be perturbed. (SAM-10)
     fraction : float, default 1
@@ -380,21 +323,20 @@ class SAM:
         object.__setattr__(self, "rho", _number_or_schedule("rho", self.rho))
         if not isinstance(self.adaptive, bool):
             raise ConfigError(f"adaptive must be True or False, got {self.adaptive!r}")
-        object.__setattr__(self, "eta", _not_negative("eta", self.eta))
-        object.__setattr__(self, "eps", _not_negative("eps", self.eps))
-        fraction = _number("fraction", self.fraction, "a number above 0 and at most 1")
-        if not 0 < fraction <= 1:
-            raise ConfigError(f"fraction must be a number above 0 and at most 1, got {fraction!r}")
+        object.__setattr__(self, "eta", check_not_negative("eta", self.eta))
+        object.__setattr__(self, "eps", check_not_negative("eps", self.eps))
+        requirement = "a number above 0 and at most 1"
+        fraction = check_number("fraction", self.fraction, requirement, lambda part: 0 < part <= 1)
         object.__setattr__(self, "fraction", fraction)
         for name in ("microbatches", "every"):
             object.__setattr__(self, name, check_count(name, getattr(self, name)))
-        _choice("scope", self.scope, get_args(Scope))
-        _choice("nonfinite", self.nonfinite, get_args(SkipPolicy))
-        object.__setattr__(self, "only", _patterns("only", self.only))
-        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
+        check_choice("scope", self.scope, get_args(Scope))
+        check_choice("nonfinite", self.nonfinite, get_args(SkipPolicy))
+        object.__setattr__(self, "only", check_patterns("only", self.only))
+        object.__setattr__(self, "exclude", check_patterns("exclude", self.exclude))
 
     def radius(self, step: int) -> float:
-        """Return rho at a step (a Python integer); raise ConfigError if a schedule returns nonsense."""
+        """Return rho at a step, a Python integer; raise ConfigError as :func:`schedule_value`."""
         return schedule_value("rho", self.rho, step) if callable(self.rho) else self.rho
 
     def perturbs(self, step: int) -> bool:
@@ -417,15 +359,13 @@ class SAM:
         ConfigError
             If there is no profile of that name.
         """
-        from agc.profiles import sam_profile  # the profiles are instances of this class
-
-        return sam_profile(name, **changes)
+        return _from_profile(cls, SAM_PROFILES, name, changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as JSON data; raise ConfigError for a rho that is an anonymous callable."""
+        """Return the configuration as JSON data; raise ConfigError for an anonymous callable."""
         data = {item.name: getattr(self, item.name) for item in fields(self)}
         return data | {
-            "rho": _schedule_to_data("rho", self.rho),
+            "rho": schedule_to_data("rho", self.rho),
             "only": list(self.only),
             "exclude": list(self.exclude),
         }
@@ -441,40 +381,32 @@ class SAM:
         """
         values = _known_fields(cls, data)
         if isinstance(values.get("rho"), Mapping):
-            values["rho"] = _schedule_from_data(values["rho"])
+            values["rho"] = schedule_from_data(values["rho"])
         return cls(**values)
-
-
-_SCHEDULE: Final = "@schedule"
 
 
 def clipping_to_data(value: Clipping) -> Any:
     """Return one clipping value as JSON data; raise ConfigError for an anonymous callable."""
-    return _schedule_to_data("clipping", value)
+    return schedule_to_data("clipping", value)
 
 
 def clipping_from_data(data: Any, name: str = "clipping") -> Clipping:
-    """Read one clipping value back from :func:`clipping_to_data`'s data; ``name`` is for messages."""
-    if isinstance(data, Mapping) and set(data) == {_SCHEDULE}:
-        return _schedule_from_data(data)
+    """Read a clipping value back from :func:`clipping_to_data`; ``name`` is for messages."""
+    if isinstance(data, Mapping) and set(data) == {SCHEDULE}:
+        return schedule_from_data(data)
     return _clipping(name, data)
 
 
-def _schedule_to_data(name: str, value: Any) -> Any:
-    if isinstance(value, Schedule):
-        return {_SCHEDULE: [list(point) for point in value.points]}
-    if callable(value):
-        raise ConfigError(
-            f"{name} is the callable {value!r}, which cannot be written as data; "
-            "use agc.Schedule([(step, value), ...]) instead"
-        )
-    return value
-
-
-def _schedule_from_data(data: Mapping[str, Any]) -> Schedule:
-    if set(data) != {_SCHEDULE}:
-        raise ConfigError(f"a schedule is written as {{{_SCHEDULE!r}: points}}, got {data!r}")
-    return Schedule(data[_SCHEDULE])
+def _from_profile(
+    cls: type[C], profiles: Mapping[str, Mapping[str, Any]], name: str, changes: Mapping[str, Any]
+) -> C:
+    """Build a configuration from published arguments and changes to them."""
+    if not isinstance(name, str) or name not in profiles:
+        raise ConfigError(f"unknown profile {name!r}; the profiles are {', '.join(profiles)}")
+    try:
+        return cls(**{**profiles[name], **changes})
+    except TypeError as error:
+        raise ConfigError(f"{cls.__name__}.profile({name!r}, ...): {error}") from None
 
 
 def _known_fields(cls: type[AGC] | type[SAM], data: Mapping[str, Any]) -> dict[str, Any]:
@@ -489,38 +421,6 @@ def _known_fields(cls: type[AGC] | type[SAM], data: Mapping[str, Any]) -> dict[s
     return dict(data)
 
 
-def check_rule(rule: object, kind: type[AGC] | type[SAM]) -> None:
-    """Raise ConfigError unless a rule is a configuration of the right kind."""
-    if not isinstance(rule, kind):
-        raise ConfigError(f"rule must be an agc.{kind.__name__}, got {rule!r}")
-
-
-def check_step(step: Any) -> int:
-    """Return a step as a Python integer; raise ConfigError if it is not an integer from 0 on."""
-    return _integer("step", step, 0)
-
-
-def check_count(name: str, value: Any) -> int:
-    """Return a number of things as a Python integer; raise ConfigError if it is not one from 1 on."""
-    return _integer(name, value, 1)
-
-
-def schedule_value(name: str, schedule: Callable[[Any], Any], step: Any) -> float:
-    """Return what a schedule says of a step; raise ConfigError unless it is a finite number above 0."""
-    step = check_step(step)
-    value = schedule(step)
-    try:
-        # What is not a number may still convert to one: an array of one element does, and so does text.
-        number = math.nan if isinstance(value, str | bytes | bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise ConfigError(
-            f"{name}: the schedule returned {value!r} at step {step}; it must return a finite number > 0"
-        )
-    return number
-
-
 def _clipping(name: str, value: Any) -> Clipping:
     if value is None:
         return None
@@ -530,7 +430,7 @@ def _clipping(name: str, value: Any) -> Clipping:
 def _number_or_schedule(name: str, value: Any, hint: str = "") -> float | Callable[[Any], Any]:
     if isinstance(value, type):
         raise ConfigError(f"{name} is the class {value.__name__}; give a number or an instance")
-    return value if callable(value) else _positive(name, value, hint)
+    return value if callable(value) else check_positive(name, value, hint)
 
 
 def _units(name: str, value: Any) -> Units:
@@ -538,57 +438,3 @@ def _units(name: str, value: Any) -> Units:
         return value if isinstance(value, Units) else Units(value)
     except UnitsError as error:
         raise UnitsError(f"{name}: {error}") from None
-
-
-def _number(name: str, value: Any, requirement: str) -> float:
-    try:
-        real = isinstance(value, Real) and not isinstance(value, bool)
-        number = float(value) if real else math.nan
-    except OverflowError:
-        raise ConfigError(f"{name} must be {requirement}, got one beyond float64") from None
-    if not math.isfinite(number):
-        raise ConfigError(f"{name} must be {requirement}, got {value!r}")
-    return number
-
-
-def _positive(name: str, value: Any, hint: str = "") -> float:
-    requirement = f"a finite number > 0{hint}"
-    number = _number(name, value, requirement)
-    if number <= 0:
-        raise ConfigError(f"{name} must be {requirement}, got {value!r}")
-    return number
-
-
-def _not_negative(name: str, value: Any) -> float:
-    number = _number(name, value, "a finite number >= 0")
-    if number < 0:
-        raise ConfigError(f"{name} must be a finite number >= 0, got {value!r}")
-    return number
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
-    return number
-
-
-def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _patterns(name: str, value: Any) -> tuple[str, ...]:
-    patterns = (value,) if isinstance(value, str) else value
-    if not isinstance(patterns, Sequence):
-        raise ConfigError(f"{name} must be a list of name patterns, got {value!r}")
-    return tuple(_pattern(name, item) for item in patterns)
-
-
-def _pattern(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{name} needs non-empty strings as name patterns, got {value!r}")
-    return value

@@ -37,7 +37,7 @@ class UnitsError(AGCError, ValueError):
 
 
 class AmbiguousUnitsError(UnitsError):
-    """Nothing says which axes of some parameters name their units; the message lists all of them."""
+    """Nothing says which axes of some parameters name units; the message lists the parameters."""
 
 
 class UnitsWarning(UserWarning):
@@ -45,7 +45,7 @@ class UnitsWarning(UserWarning):
 
 
 class ShapeError(AGCError, ValueError):
-    """An array does not have the shape that it must have, such as a gradient that of its parameter."""
+    """An array has the wrong shape: a gradient, for example, not that of its parameter."""
 
 
 class DTypeError(AGCError, TypeError):
@@ -53,7 +53,7 @@ class DTypeError(AGCError, TypeError):
 
 
 class NonFiniteError(AGCError, ArithmeticError):
-    """A unit's norm is NaN or infinite under the policy ``"raise"`` (AGC-4), or so is what a model returns."""
+    """A norm under the policy ``"raise"`` (AGC-4), or a model's output, is NaN or infinite."""
 
 
 class MissingGradientError(AGCError, ValueError):

@@ -1,7 +1,8 @@
 """Files that are whole or not there: what every command of this project writes goes through here.
 
-A file is written under a temporary name beside its place and renamed in the end. Only a regular file is
-ever replaced. A symbolic link is followed: the file that it names is replaced, and the link stays.
+A file is written under a temporary name beside its place and renamed in the end. Only a regular
+file is ever replaced. A symbolic link is followed: the file that it names is replaced, and the link
+stays.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def target_of(path: Path) -> Path:
 
 
 def written(path: Path) -> str:
-    """Return words for what was written: the path and, if it is a symbolic link, the file behind it."""
+    """Name what was written: the path and, if it is a symbolic link, the file behind it."""
     return f"{target_of(path)}, which {path} links to" if path.is_symlink() else str(path)
 
 
@@ -78,14 +79,14 @@ def check_target(path: Path) -> None:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file that takes its place in the end, or leaves no trace.
 
-    Whatever stands there stays until everything is written, and its permissions stay. A symbolic link is
-    followed; other hard links to the file keep the old content.
+    Whatever stands there stays until everything is written, and its permissions stay. A symbolic
+    link is followed; other hard links to the file keep the old content.
 
     Raises
     ------
     OSError
-        As :func:`check_target`, before anything is written and again before the file is replaced; or if
-        writing fails; never in the temporary name.
+        As :func:`check_target`, before anything is written and again before the file is replaced;
+        or if writing fails; never in the temporary name.
     """
     check_target(path)
     target = target_of(path)
@@ -105,7 +106,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def put(part: Path, path: Path) -> None:
-    """Rename a complete temporary file to the place that it was written for, or that a link there names."""
+    """Rename a complete temporary file to its place, or to the place that a link there names."""
     check_target(path)
     target = target_of(path)
     if target.exists():

@@ -1,7 +1,7 @@
 """Plan: what will happen to every parameter, decided before any number is touched.
 
-A plan is integers, names and patterns, so plans of different frameworks are compared exactly. The core
-decides *what* here; an adapter carries it out.
+A plan is integers, names and patterns, so plans of different frameworks are compared exactly. The
+core decides *what* here; an adapter carries it out.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from reprlib import repr as short_repr
-from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Final, Literal, TypeAlias, get_args
 
-from agc.config import AGC, SAM, Clipping, clipping_from_data, clipping_to_data, schedule_value
+from agc.checks import check_distinct
+from agc.config import AGC, Clipping, clipping_from_data, clipping_to_data
 from agc.errors import (
     AmbiguousUnitsError,
     FormatError,
@@ -26,7 +27,10 @@ from agc.errors import (
     UnitsError,
     UnitsWarning,
 )
-from agc.profiles import Layout, rank_units
+from agc.layouts import Layout
+from agc.rank_rules import rank_units
+from agc.schedule import schedule_value
+from agc.selectors import canonical_name, first_matches, select
 from agc.units import UnitAxes, Units
 
 __all__ = [
@@ -35,20 +39,15 @@ __all__ = [
     "Plan",
     "PlanEntry",
     "Source",
-    "canonical_name",
     "make_plan",
-    "matching_names",
-    "perturbed_names",
 ]
-
-V = TypeVar("V")
 
 WHOLE: Final = Units("... ->")
 """The whole tensor is one unit."""
 
 Source: TypeAlias = Literal["rule", "layer", "name", "vector", "layout", "none"]
-"""What settled a parameter's units: the rule, the layer's type, the leaf's name, its being a vector, the
-framework's layout convention, or nothing where it is not clipped."""
+"""What settled a parameter's units: the rule, the layer's type, the leaf's name, its being a
+vector, the framework's layout convention, or nothing where it is not clipped."""
 
 _CONVENTIONS: Final[Mapping[tuple[Layout, int], Units]] = {
     ("out-first", 2): Units("o i -> o"),
@@ -56,15 +55,10 @@ _CONVENTIONS: Final[Mapping[tuple[Layout, int], Units]] = {
     ("out-first", 5): Units("o i ... -> o"),
     ("out-last", 2): Units("i o -> o"),
 }
-"""Units by layout and rank, where the layout's frameworks store nothing else at that rank by default."""
+"""Units by layout and rank, where frameworks of that layout store nothing else at that rank."""
 
 _FORMAT: Final = "agc-plan"
 _VERSION: Final = 1
-
-
-def canonical_name(name: str) -> str:
-    """Return a parameter name with dots between its parts, whatever the framework writes."""
-    return name.replace("/", ".")
 
 
 @dataclass(frozen=True)
@@ -80,14 +74,15 @@ class Parameter:
     units : Units, optional
         What the owning layer's type, or the leaf's name, says; None if they say nothing.
     layout : {"out-first", "out-last"}, optional
-        The framework's convention for dense and convolution weights, used when ``units`` is None for ranks
-        2, 4 and 5 (out-first) or 2 (out-last); None if there is no convention.
+        The framework's convention for dense and convolution weights, used when ``units`` is None
+        for ranks 2, 4 and 5 (out-first) or 2 (out-last); None if there is no convention.
     owner : str, optional
         The owning layer, for error messages.
     source : {"layer", "name"}, default "layer"
         What ``units`` come from.
     inactive : str, optional
-        Why the parameter has no gradient at present, such as ``"frozen"``; shown in the plan's table.
+        Why the parameter has no gradient at present, such as ``"frozen"``; shown in the plan's
+        table.
     """
 
     name: str
@@ -120,8 +115,8 @@ class PlanEntry:
     source : {"rule", "layer", "name", "vector", "layout", "none"}
         What settled the units. Does not count when plans are compared.
     inactive : str, optional
-        Why the parameter has no gradient at present: ``"frozen"``, ``"not in the optimizer"``. Does not
-        count when plans are compared, and is not written to files.
+        Why the parameter has no gradient at present: ``"frozen"``, ``"not in the optimizer"``. Does
+        not count when plans are compared, and is not written to files.
     """
 
     name: str
@@ -149,8 +144,8 @@ class PlanEntry:
         Raises
         ------
         ConfigError
-            If there is a schedule, and its value is not a finite number above 0 or the step is not an
-            integer from 0 on.
+            If there is a schedule, and its value is not a finite number above 0 or the step is not
+            an integer from 0 on.
         """
         if not self.clipped:
             return None
@@ -163,8 +158,8 @@ class PlanEntry:
 class Plan:
     """Every parameter with its units, threshold and exclusion, in the model's order.
 
-    ``plan[name]`` is an entry, ``print(plan)`` a table. Plans are hashable and compare exactly; across
-    frameworks, whose layouts differ, compare :meth:`decisions`.
+    ``plan[name]`` is an entry, ``print(plan)`` a table. Plans are hashable and compare exactly;
+    across frameworks, whose layouts differ, compare :meth:`decisions`.
 
     Attributes
     ----------
@@ -175,11 +170,7 @@ class Plan:
     entries: tuple[PlanEntry, ...]
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
-        for entry in self.entries:
-            if entry.name in seen:
-                raise ParameterError(f"two parameters are called {entry.name!r}")
-            seen.add(entry.name)
+        check_distinct(entry.name for entry in self.entries)
 
     def __iter__(self) -> Iterator[PlanEntry]:
         return iter(self.entries)
@@ -381,8 +372,8 @@ def make_plan(
     head : str, optional
         Name of the classifier layer as the model declares it; ``rule.head`` takes precedence.
     cure : str, optional
-        What the caller could do before declaring units, such as giving the model; begins messages about
-        parameters whose units nothing settles.
+        What the caller could do before declaring units, such as giving the model; begins messages
+        about parameters whose units nothing settles.
 
     Returns
     -------
@@ -392,34 +383,35 @@ def make_plan(
     Raises
     ------
     SelectorError
-        If a name pattern matches no parameter, a parameter matches no pattern of ``clipping``, or the
-        head is selected but unknown.
+        If a name pattern matches no parameter, a parameter matches no pattern of ``clipping``, or
+        the head is selected but unknown.
     AmbiguousUnitsError
-        If nothing settles the units of parameters that would be clipped; one error lists all of them.
+        If nothing settles the units of parameters that would be clipped; one error lists all of
+        them.
     UnitsError, ShapeError
         If a pattern does not fit a shape, or what is given as a shape is none.
 
     Warns
     -----
     UnitsWarning
-        If the units of parameters that are clipped follow the layout convention; one warning lists them.
+        If the units of parameters that are clipped follow the layout convention; one warning lists
+        them.
 
     Notes
     -----
     Units come from, in this order: ``granularity="tensor"`` (AGC-12), the first matching pattern of
-    ``rule.units``, a published ``unit_rule``, the owning layer's type or the leaf's name, the shape of a
-    vector (at most one axis longer than 1: one unit, AGC-5), and the layout convention.
+    ``rule.units``, a published ``unit_rule``, the owning layer's type or the leaf's name, the shape
+    of a vector (at most one axis longer than 1: one unit, AGC-5), and the layout convention.
     """
     given = [
         replace(parameter, name=canonical_name(parameter.name), shape=tuple(parameter.shape))
         for parameter in parameters
     ]
-    names = [parameter.name for parameter in given]
+    shapes = {parameter.name: parameter.shape for parameter in given}
+    names = list(shapes)
     head = rule.head or head
-    excluded: set[str] = set()
-    for selector in rule.exclude:
-        excluded.update(_select("exclude", selector, given, head))
-    declared = _first_matches("units", rule.units, names)
+    excluded = {name for selector in rule.exclude for name in select(selector, shapes, head)}
+    declared = first_matches("units", rule.units, names)
     thresholds = _thresholds(rule, names)
     entries: list[PlanEntry] = []
     undecided: list[Parameter] = []
@@ -457,104 +449,24 @@ def make_plan(
     return Plan(tuple(entries))
 
 
-def perturbed_names(names: Iterable[str], rule: SAM) -> tuple[str, ...]:
-    """Names of the parameters that SAM perturbs, in the order given (SAM-11).
-
-    Raises
-    ------
-    SelectorError
-        If a pattern of ``only`` or ``exclude`` matches no parameter, or nothing is left to perturb.
-    """
-    given = list(names)
-    dotted = [canonical_name(name) for name in given]
-    chosen = {name for pattern in rule.only for name in _match("only", pattern, dotted)}
-    if not rule.only:
-        chosen = set(dotted)
-    for pattern in rule.exclude:
-        chosen.difference_update(_match("exclude", pattern, dotted))
-    if not chosen:
-        raise SelectorError(
-            f"no parameter is left to perturb: only={list(rule.only)} and "
-            f"exclude={list(rule.exclude)} select none of {len(given)} parameters"
-        )
-    return tuple(name for name, dot in zip(given, dotted, strict=True) if dot in chosen)
-
-
-def matching_names(pattern: str, names: Iterable[str]) -> list[str]:
-    """Return the dotted names that a name pattern means, in the order given (AGC-6).
-
-    A pattern that is literally one of the names means that one: brackets in a name are no glob.
-    """
-    given, wanted = list(names), canonical_name(pattern)
-    if wanted in given:
-        return [wanted]
-    return [name for name in given if fnmatchcase(name, wanted)]
-
-
-def _match(field: str, pattern: str, names: list[str]) -> list[str]:
-    found = matching_names(pattern, names)
-    if not found:
-        listing = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        raise SelectorError(
-            f"{field}: the pattern {pattern!r} matches no parameter; the names are: {listing}"
-        )
-    return found
-
-
-def _select(field: str, selector: str, parameters: list[Parameter], head: str | None) -> list[str]:
-    """Names that a selector means: a pattern, ``@head`` or ``@head.weight``."""
-    if not selector.startswith("@"):
-        return _match(field, selector, [parameter.name for parameter in parameters])
-    if selector not in ("@head", "@head.weight"):
-        raise SelectorError(
-            f"{field}: unknown selector {selector!r}; there are '@head' and '@head.weight'"
-        )
-    if head is None:
-        raise SelectorError(
-            f"{field}: {selector!r} needs the name of the classifier layer, and the model does not "
-            "declare one; give it in the rule, for example head='fc'"
-        )
-    names = [parameter.name for parameter in parameters]
-    layer = f"{canonical_name(head)}."
-    found = [name for name in names if name.startswith(layer)] or _match("head", f"{head}.*", names)
-    if selector == "@head":
-        return found
-    matrices = [p.name for p in parameters if p.name in found and len(p.shape) >= 2]
-    if not matrices:
-        raise SelectorError(
-            f"{field}: {selector!r} matches no parameter, because the head {head!r} has no matrix, only "
-            f"{', '.join(found)}; name what you mean instead"
-        )
-    return matrices
-
-
 def _thresholds(rule: AGC, names: list[str]) -> dict[str, Clipping]:
     """Threshold of every parameter: the first pattern that matches decides."""
     if not isinstance(rule.clipping, Mapping):
         return dict.fromkeys(names, rule.clipping)
-    chosen = _first_matches("clipping", rule.clipping, names)
-    missing = [name for name in names if name not in chosen]
+    thresholds = first_matches("clipping", rule.clipping, names)
+    missing = [name for name in names if name not in thresholds]
     if missing:
         raise SelectorError(
             f"clipping: parameter {missing[0]!r} matches none of the patterns "
             f"{list(rule.clipping)}; add '*' as the last one, for example '*': 0.01"
         )
-    return chosen
-
-
-def _first_matches(field: str, patterns: Mapping[str, V], names: list[str]) -> dict[str, V]:
-    """Name to the value of the first pattern that matches it; names that none matches are left out."""
-    chosen: dict[str, V] = {}
-    for pattern, value in patterns.items():
-        for name in _match(field, pattern, names):
-            chosen.setdefault(name, value)
-    return chosen
+    return thresholds
 
 
 def _resolve(
     parameter: Parameter, rule: AGC, declared: str | Units | None, *, required: bool
 ) -> tuple[Units, Source] | None:
-    """Return a parameter's units and what settled them; None if nothing does and they are required."""
+    """Return a parameter's units and their source; None if nothing settles required ones."""
     if rule.granularity == "tensor":
         return WHOLE, "rule"
     if declared is not None:
@@ -620,7 +532,7 @@ def _declarations(undecided: list[Parameter], names: list[str]) -> list[tuple[st
 
 
 def _proposal(shape: tuple[int, ...], layout: Layout | None) -> str:
-    """Return a units pattern that is right for a common meaning of a shape, to be checked by its reader."""
+    """Propose a units pattern for a common meaning of a shape; its reader must check it."""
     rank = len(shape)
     if rank == 3 and shape[0] == 1:
         return "one n d -> n"  # a table of positions with a batch axis

@@ -76,8 +76,9 @@ class Units:
     pattern : str
         For example ``"o i ... -> o"``; the module's docstring has the notation.
     **sizes : int
-        Sizes of named axes, needed where a split cannot be inferred: ``Units("(g i) o -> g o", g=4)``.
-        The same size may be written in the pattern, ``"(g=4 i) o -> g o"``.
+        Sizes of named axes, needed where a split cannot be inferred:
+        ``Units("(g i) o -> g o", g=4)``. The same size may be written in the pattern,
+        ``"(g=4 i) o -> g o"``.
 
     Raises
     ------
@@ -163,7 +164,8 @@ class Units:
         ShapeError
             If the shape is not a sequence of integers from 0 on.
         UnitsError
-            If the number of axes differs, a fixed size differs, or a split does not divide its axis.
+            If the number of axes differs, a fixed size differs, or a split does not divide its
+            axis.
         """
         try:
             sizes = tuple(map(operator.index, shape))
@@ -174,10 +176,6 @@ class Units:
     def count(self, shape: tuple[int, ...]) -> int:
         """Return the number of units of a parameter of this shape (0 if it is empty)."""
         return self.bind(shape).count
-
-    def reduce_axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the axes that the norm runs over, as axes of ``bind(shape).view``."""
-        return self.bind(shape).reduce
 
     def _meaning(self) -> tuple[object, ...]:
         """Describe the pattern without its axis names."""

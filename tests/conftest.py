@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from agc import nfnet as core
-from agc.demo import gratings, initial_values, learning_rates
+from agc.cli.demo import gratings, initial_values, learning_rates
 from agc.errors import ParameterError
 from agc.weights import save
 from agc_conformance.nfnets.golden import GOLDEN, LIMITS
@@ -84,7 +84,7 @@ def run_suite(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., d
         out = tmp_path / "results.jsonl"
         command = ["conformance", "run", "--backend", request.path.parent.name, "--out", str(out)]
         done = subprocess.run(
-            [sys.executable, "-m", "agc.cli", *command, *options],
+            [sys.executable, "-m", "agc", *command, *options],
             capture_output=True,
             text=True,
             check=False,

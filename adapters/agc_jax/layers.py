@@ -17,8 +17,8 @@ from jax.tree_util import tree_flatten_with_path
 
 from agc import Units
 from agc.errors import ParameterError
+from agc.layouts import Layout
 from agc.plan import WHOLE, Parameter
-from agc.profiles import Layout
 
 __all__ = ["Layers", "dotted", "path_key", "register_units"]
 

@@ -19,8 +19,8 @@ from itertools import product
 from typing import Final, Literal, TypeAlias
 
 from agc import Units
+from agc.layouts import Layout
 from agc.plan import WHOLE, Parameter
-from agc.profiles import Layout
 
 __all__ = ["LeafNames"]
 

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from agc.config import SAM, check_rule
+from agc.checks import check_rule
+from agc.config import SAM
 from agc.errors import ConfigError, DTypeError, NonFiniteError, ParameterError
-from agc.plan import perturbed_names
+from agc.selectors import perturbed_names
 from agc_jax.layers import Layers
 from agc_jax.schedules import value_at
 from agc_jax.units import flatten, is_absent

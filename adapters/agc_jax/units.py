@@ -25,9 +25,10 @@ from flax import linen, nnx
 from flax.core.meta import AxisMetadata
 
 from agc import AGC, Plan, Units
-from agc.config import check_rule
+from agc.checks import check_rule
 from agc.errors import AmbiguousUnitsError, ParameterError, ShapeError
-from agc.plan import Parameter, PlanEntry, canonical_name, make_plan, matching_names
+from agc.plan import Parameter, PlanEntry, make_plan
+from agc.selectors import canonical_name, matching_names
 from agc_jax.layers import Layers, dotted, path_key, register_units
 from agc_jax.leaf_names import LeafNames
 

@@ -18,7 +18,7 @@ import keras
 import tensorflow as tf
 
 from agc import AGC, Plan, PlanEntry
-from agc.config import check_rule
+from agc.checks import check_rule
 from agc.errors import ConfigError, FormatError, ParameterError
 from agc_tensorflow.clip import clip
 from agc_tensorflow.stats import IDLE, Stats

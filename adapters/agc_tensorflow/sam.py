@@ -18,9 +18,10 @@ from typing import Any, Final, NamedTuple
 import keras
 import tensorflow as tf
 
-from agc.config import SAM, check_rule
+from agc.checks import check_rule
+from agc.config import SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, ParameterError
-from agc.plan import perturbed_names
+from agc.selectors import perturbed_names
 from agc_tensorflow.schedules import value_at
 from agc_tensorflow.units import named_variables, refuse_keras_2, variable_key
 

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from agc import Schedule
-from agc.config import schedule_value
+from agc.schedule import schedule_value
 
 __all__ = ["Step", "value_at"]
 

@@ -18,9 +18,10 @@ import keras
 import tensorflow as tf
 
 from agc import AGC, Plan, PlanEntry, Units
-from agc.config import check_rule
+from agc.checks import check_rule
 from agc.errors import ParameterError
-from agc.plan import Parameter, canonical_name, make_plan
+from agc.plan import Parameter, make_plan
+from agc.selectors import canonical_name
 from agc_tensorflow.layers import by_type, changes, register_units
 
 __all__ = [

@@ -25,7 +25,8 @@ from typing import Any, Final, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from agc.config import SAM, check_rule
+from agc.checks import check_rule
+from agc.config import SAM
 from agc.errors import (
     ConfigError,
     FormatError,
@@ -34,7 +35,7 @@ from agc.errors import (
     OrderError,
     ParameterError,
 )
-from agc.plan import perturbed_names
+from agc.selectors import perturbed_names
 from agc_torch.passes import (
     Closure,
     call,

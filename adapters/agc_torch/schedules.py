@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agc import Schedule
-from agc.config import schedule_value
+from agc.schedule import schedule_value
 from agc_torch.norms import wide
 
 __all__ = ["Step", "value_at"]

@@ -17,9 +17,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from agc import AGC, Plan, Units
-from agc.config import check_rule
+from agc.checks import check_rule
 from agc.errors import ParameterError
-from agc.plan import WHOLE, Parameter, PlanEntry, canonical_name, make_plan
+from agc.plan import WHOLE, Parameter, PlanEntry, make_plan
+from agc.selectors import canonical_name
 from agc_torch.layers import Table, own_parameters, register_units, table_of, version
 
 __all__ = [

@@ -1,8 +1,8 @@
 """NFNet: the facts that the models of every framework share (arXiv:2102.06171).
 
-The models themselves are native code in the adapters; what they must agree on is here once: the variants,
-the blocks with their expected variances, the constants, and every parameter's name, shape, meaning and
-initial values. The released code is the source where the paper differs from it.
+The models themselves are native code in the adapters; what they must agree on is here once: the
+variants, the blocks with their expected variances, the constants, and every parameter's name,
+shape, meaning and initial values. The released code is the source where the paper differs from it.
 
 *Canonical names* are dotted and lower-case; files of every framework use them::
 
@@ -16,8 +16,9 @@ initial values. The released code is the source where the paper differs from it.
     final_conv                      weight, gain, bias      1x1
     head                            weight, bias            the classifier
 
-The *neutral layout* is that of DeepMind's files: a convolution's weight is ``(height, width, inputs / groups,
-outputs)``, a dense layer's ``(inputs, outputs)``, gains and biases are ``(outputs,)``, a skip gain ``()``.
+The *neutral layout* is that of DeepMind's files: a convolution's weight is
+``(height, width, inputs / groups, outputs)``, a dense layer's ``(inputs, outputs)``, gains and
+biases are ``(outputs,)``, a skip gain ``()``.
 """
 
 from agc.nfnet.architecture import Block, Conv, blocks, final_conv, same_padding, stem

@@ -83,7 +83,7 @@ class Block:
 
     @property
     def convs(self) -> tuple[Conv, ...]:
-        """Convolutions by their names within the block: conv0, conv1, conv1b, conv2, and shortcut."""
+        """Convolutions by name within the block: conv0, conv1, conv1b, conv2, and shortcut."""
         i, m, o, g = self.inputs, self.middle, self.outputs, self.groups
         convs = (
             Conv("conv0", i, m, 1),
@@ -106,18 +106,18 @@ def stem(variant: str | Variant, in_channels: int = 3) -> tuple[Conv, ...]:
 def blocks(variant: str | Variant) -> tuple[Block, ...]:
     """Return all blocks in order, with their sizes and expected variances.
 
-    The variance is 1 before the first block. Each block adds ``ALPHA ** 2``; the first of a stage starts
-    again from 1, because its shortcut comes after the scaling.
+    The variance is 1 before the first block. Each block adds ``ALPHA ** 2``; the first of a stage
+    starts again from 1, because its shortcut comes after the scaling.
     """
     sizes = _variant(variant)
     total = sum(sizes.depths)
-    found: list[Block] = []
+    built: list[Block] = []
     inputs, variance = sizes.widths[0] // 2, 1.0
     for stage, (depth, width) in enumerate(zip(sizes.depths, sizes.widths, strict=True)):
         groups = width // 2 // sizes.group_width
         for place in range(depth):
-            index = len(found)
-            found.append(
+            index = len(built)
+            built.append(
                 Block(
                     index=index,
                     stage=stage,
@@ -133,7 +133,7 @@ def blocks(variant: str | Variant) -> tuple[Block, ...]:
             )
             inputs = width
             variance = (1.0 if place == 0 else variance) + ALPHA**2
-    return tuple(found)
+    return tuple(built)
 
 
 def final_conv(variant: str | Variant) -> Conv:
@@ -143,7 +143,7 @@ def final_conv(variant: str | Variant) -> Conv:
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Zeros before and after an axis, so that ``ceil(size / stride)`` outputs come out (XLA's SAME).
+    """Zeros before and after an axis that give ``ceil(size / stride)`` outputs (XLA's SAME).
 
     With kernel 3 and stride 2, an even axis has (0, 1) and an odd one (1, 1).
     """

@@ -20,16 +20,18 @@ STD: Final = (0.229, 0.224, 0.225)
 """Standard deviations to go with :data:`MEAN`."""
 
 MORE: Final = 32
-"""Images are resized to this many pixels more than the model is given, and the rest is cut off all around."""
+"""Images are resized to this many pixels more than the model takes, then cropped."""
 
-_TABLE: Final = 1024  # TensorFlow rounds positions between two pixels to this fraction
+_TABLE: Final = 1024
+"""TensorFlow rounds positions between two pixels to this fraction."""
 
 
 def evaluation_image(image: npt.NDArray[Any], pixels: int) -> Array:
     """Return an image as DeepMind's evaluation gives it to the model.
 
-    Both sides are resized to ``pixels + 32``, whatever the image's proportions, the middle is cut out, and
-    ImageNet's mean and standard deviation make it standard. What bicubic interpolation overshoots stays.
+    Both sides are resized to ``pixels + 32``, whatever the image's proportions, the middle is cut
+    out, and ImageNet's mean and standard deviation make it standard. What bicubic interpolation
+    overshoots stays.
 
     Parameters
     ----------
@@ -63,8 +65,9 @@ def evaluation_image(image: npt.NDArray[Any], pixels: int) -> Array:
 def resize_bicubic(image: npt.NDArray[Any], height: int, width: int) -> Array:
     """Resize as ``tf.image.resize(image, (height, width), "bicubic")`` does: without antialiasing.
 
-    Keys' cubic with a = -0.5 between pixel centres; where it would reach beyond the image, the remaining
-    weights are scaled to sum to 1. Positions between two pixels are multiples of 1/1024, as there.
+    Keys' cubic with a = -0.5 between pixel centres; where it would reach beyond the image, the
+    remaining weights are scaled to sum to 1. Positions between two pixels are multiples of 1/1024,
+    as there.
 
     Parameters
     ----------

@@ -90,7 +90,7 @@ class ParameterSpec:
 
     @property
     def clipped(self) -> bool:
-        """Whether DeepMind's optimizer clips it: everything except the classifier's weight (AGC-6)."""
+        """Whether DeepMind's optimizer clips it: all except the classifier's weight (AGC-6)."""
         return self.kind != "head"
 
 
@@ -114,11 +114,11 @@ def parameters(
     71489284
     """
     sizes = _variant(variant)
-    found: list[ParameterSpec] = []
+    specs: list[ParameterSpec] = []
 
     def add(name: str, shape: tuple[int, ...], kind: Kind) -> None:
         haiku = _haiku(name, [sum(sizes.depths[:stage]) for stage in range(len(sizes.depths))])
-        found.append(ParameterSpec(name, shape, kind, haiku))
+        specs.append(ParameterSpec(name, shape, kind, haiku))
 
     def add_conv(conv: Conv, prefix: str = "") -> None:
         add(f"{prefix}{conv.name}.weight", conv.shape, "conv")
@@ -140,7 +140,7 @@ def parameters(
     last = final_conv(sizes)
     add_conv(last)
     add_dense(HEAD, last.outputs, sizes.num_classes if num_classes is None else num_classes, "head")
-    return tuple(found)
+    return tuple(specs)
 
 
 _HAIKU_MODULES: Final = {
@@ -182,8 +182,8 @@ def check_arrays(specs: Iterable[ParameterSpec], arrays: Mapping[str, Any]) -> N
     Raises
     ------
     ParameterError
-        The message names the tensors that are missing, unknown, of another shape, or not floating point, up
-        to ten of each kind.
+        The message names the tensors that are missing, unknown, of another shape, or not floating
+        point, up to ten of each kind.
     """
     wanted = {spec.name: spec for spec in specs}
     problems = []
@@ -220,5 +220,6 @@ def check_arrays(specs: Iterable[ParameterSpec], arrays: Mapping[str, Any]) -> N
 
 
 def _dtype_name(array: Any) -> str:
-    # NumPy prints another byte order as '>f8', whose name is float64 too; PyTorch's dtypes have no name.
+    # NumPy prints another byte order as '>f8', whose name is float64 too; PyTorch's dtypes have no
+    # name.
     return str(getattr(array.dtype, "name", array.dtype))

@@ -17,12 +17,12 @@ SMOOTHING: Final = 0.1
 
 
 def decays(rank: int) -> bool:
-    """Return whether a parameter with so many axes is decayed: weights are, gains and biases are not."""
+    """Tell whether a parameter of this rank is decayed: weights are, gains and biases are not."""
     return rank > 1
 
 
 def check_recipe(momentum: float, weight_decay: float) -> None:
-    """Raise ConfigError unless momentum is in [0, 1) and weight decay is a finite number, at least 0."""
+    """Raise ConfigError unless momentum is in [0, 1) and weight decay a finite number >= 0."""
     if not 0 <= momentum < 1:
         raise ConfigError(f"momentum must be a number in [0, 1), got {momentum!r}")
     if weight_decay is None or not 0 <= weight_decay < float("inf"):

@@ -19,31 +19,31 @@ def seeded_parameters(
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Return parameters that every framework can make by itself, for comparing models.
 
-    Each tensor is drawn by NumPy's legacy generator, whose stream is frozen, from a seed that is the CRC-32
-    of its Haiku name. Skip gains are about 0.5: at 0, as at initialisation, errors in the branches stay
-    invisible.
+    Each tensor is drawn by NumPy's legacy generator, whose stream is frozen, from a seed that is
+    the CRC-32 of its Haiku name. Skip gains are about 0.5: at 0, as at initialisation, errors in
+    the branches stay invisible.
 
     Returns
     -------
     dict of str to float64 array
         By canonical name, in the neutral layout.
     """
-    found = {}
+    arrays = {}
     for spec in parameters(variant, num_classes, in_channels):
         seed = zlib.crc32(spec.haiku.encode("ascii"))
         z = np.asarray(np.random.RandomState(seed).standard_normal(spec.shape))
         match spec.kind:
             case "conv" | "se":
-                found[spec.name] = z / math.sqrt(spec.fan_in)
+                arrays[spec.name] = z / math.sqrt(spec.fan_in)
             case "head":
-                found[spec.name] = 0.01 * z
+                arrays[spec.name] = 0.01 * z
             case "gain":
-                found[spec.name] = 1 + 0.1 * z
+                arrays[spec.name] = 1 + 0.1 * z
             case "bias":
-                found[spec.name] = 0.05 * z
+                arrays[spec.name] = 0.05 * z
             case "skip_gain":
-                found[spec.name] = np.asarray(0.5 + 0.1 * z)
-    return found
+                arrays[spec.name] = np.asarray(0.5 + 0.1 * z)
+    return arrays
 
 
 def seeded_batch(

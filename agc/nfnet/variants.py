@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
+from agc.checks import check_count, check_number
 from agc.errors import ConfigError
 
 __all__ = [
@@ -32,12 +33,13 @@ STOCHASTIC_DEPTH: Final = 0.25
 """Rate of stochastic depth in DeepMind's experiments; block ``i`` of ``n`` has ``i / n`` of it."""
 
 STEM: Final = (16, 32, 64)
-"""Outputs of the stem's first three convolutions, in every variant; the fourth has half the first width."""
+"""Outputs of the stem's first three convolutions; the fourth has half the first width."""
 
 WS_EPS: Final[Mapping[WsEps, float]] = MappingProxyType({"deepmind": 1e-4, "timm": 1e-5})
-"""Epsilon of weight standardisation, for a filter of ``N`` weights with the biased variance ``var``.
+"""Epsilon of weight standardisation, for a filter of ``N`` weights of biased variance ``var``.
 
-``deepmind``: a floor, ``gain / sqrt(max(N * var, 1e-4))``. ``timm``: a term, ``gain / sqrt(N * (var + 1e-5))``.
+``deepmind``: a floor, ``gain / sqrt(max(N * var, 1e-4))``. ``timm``: a term,
+``gain / sqrt(N * (var + 1e-5))``.
 """
 
 GAMMAS: Final[Mapping[str, float]] = MappingProxyType(
@@ -61,9 +63,9 @@ GAMMAS: Final[Mapping[str, float]] = MappingProxyType(
 )
 """Activation to the constant that it is multiplied by, so that N(0, 1) keeps its variance.
 
-DeepMind estimated them by sampling, and they are copied, not computed: the exact values give other models.
-``gelu`` is the tanh form, which the released weights were trained with; ``gelu_erf`` is timm's.
-``leaky_relu`` has the slope 0.01, ``elu`` and ``celu`` have alpha 1.
+DeepMind estimated them by sampling, and they are copied, not computed: the exact values give other
+models. ``gelu`` is the tanh form, which the released weights were trained with; ``gelu_erf`` is
+timm's. ``leaky_relu`` has the slope 0.01, ``elu`` and ``celu`` have alpha 1.
 """
 
 
@@ -130,20 +132,21 @@ def _family() -> dict[str, Variant]:
         (448, 576),
         (480, 608),
     )
-    found = {}
+    variants = {}
     for suffix, widths in (("", (256, 512, 1536, 1536)), ("+", (384, 768, 2048, 2048))):
         for n, (rate, (train, test)) in enumerate(zip(dropout, pixels, strict=True)):
             name = f"F{n}{suffix}"
             depths = tuple(depth * (n + 1) for depth in (1, 2, 6, 3))
-            found[name] = Variant(name, depths, rate, train, test, widths)
-    found["tiny"] = Variant("tiny", (1, 2, 6, 3), 0.2, 32, 32, (32, 64, 96, 96), 8, 10)
-    return found
+            variants[name] = Variant(name, depths, rate, train, test, widths)
+    variants["tiny"] = Variant("tiny", (1, 2, 6, 3), 0.2, 32, 32, (32, 64, 96, 96), 8, 10)
+    return variants
 
 
 VARIANTS: Final[Mapping[str, Variant]] = MappingProxyType(_family())
 """Name to variant: F0 to F7, the wider F0+ to F7+, and ``tiny`` for tests and first steps.
 
-``tiny`` is F0 with narrow stages: 334,086 parameters in 233 tensors with the same names, every code path.
+``tiny`` is F0 with narrow stages: 334,086 parameters in 233 tensors with the same names, every code
+path.
 """
 
 
@@ -157,9 +160,9 @@ def variant(name: str | Variant) -> Variant:
     """
     if isinstance(name, Variant):
         return name
-    for known, found in VARIANTS.items():
+    for known, candidate in VARIANTS.items():
         if isinstance(name, str) and name.lower() == known.lower():
-            return found
+            return candidate
     raise ConfigError(f"unknown NFNet variant {name!r}; the variants are {', '.join(VARIANTS)}")
 
 
@@ -200,15 +203,14 @@ class Options:
 
     def __post_init__(self) -> None:
         for field in ("num_classes", "in_channels"):
-            number = getattr(self, field)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ConfigError(f"{field} must be an integer >= 1, got {number!r}")
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ConfigError(f"dropout must be a rate in [0, 1), got {self.dropout!r}")
-        if not (_is_number(self.stochastic_depth) and 0 <= self.stochastic_depth <= 1):
-            raise ConfigError(
-                f"stochastic_depth must be a rate in [0, 1], got {self.stochastic_depth!r}"
-            )
+            object.__setattr__(self, field, check_count(field, getattr(self, field)))
+        check_number("dropout", self.dropout, "a rate in [0, 1)", lambda rate: 0 <= rate < 1)
+        check_number(
+            "stochastic_depth",
+            self.stochastic_depth,
+            "a rate in [0, 1]",
+            lambda rate: 0 <= rate <= 1,
+        )
         if self.activation not in GAMMAS:
             raise ConfigError(
                 f"unknown activation {self.activation!r}; the activations are {', '.join(GAMMAS)}"
@@ -227,24 +229,20 @@ def options(
     activation: str = "gelu",
     ws_eps: WsEps = "deepmind",
 ) -> Options:
-    """Return checked options; None means the variant's classes and dropout, and 0.25 stochastic depth.
+    """Return checked options; None means the variant's own, and 0.25 for stochastic depth.
 
     Raises
     ------
     ConfigError
         As :func:`variant` and :class:`Options`.
     """
-    found = variant(name)
+    chosen = variant(name)
     return Options(
-        variant=found,
-        num_classes=found.num_classes if num_classes is None else num_classes,
-        dropout=found.dropout if dropout is None else dropout,
+        variant=chosen,
+        num_classes=chosen.num_classes if num_classes is None else num_classes,
+        dropout=chosen.dropout if dropout is None else dropout,
         stochastic_depth=STOCHASTIC_DEPTH if stochastic_depth is None else stochastic_depth,
         in_channels=in_channels,
         activation=activation,
         ws_eps=ws_eps,
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,8 +1,8 @@
 r"""The executable definition of AGC and SAM, in float64 NumPy, written to be read.
 
-It is slow and allocates freely. What it returns is exact to float64 rounding and has not been rounded
-to the gradient's dtype; whoever compares does that. It raises on everything the specification does not
-define.
+It is slow and allocates freely. What it returns is exact to float64 rounding and has not been
+rounded to the gradient's dtype; whoever compares does that. It raises on everything the
+specification does not define.
 """
 
 from agc.reference.clipping import (

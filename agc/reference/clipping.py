@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from agc.config import AGC, check_step
+from agc.checks import NO_GRADIENT, check_inexact, check_shapes, check_step, rows_are_not_units
+from agc.config import AGC
 from agc.errors import (
     ConfigError,
     DTypeError,
@@ -22,7 +23,8 @@ from agc.errors import (
     ShapeError,
     UnitsError,
 )
-from agc.plan import Plan, PlanEntry, canonical_name
+from agc.plan import Plan, PlanEntry
+from agc.selectors import canonical_name
 from agc.units import UnitAxes, Units
 
 __all__ = [
@@ -132,7 +134,7 @@ class Clipped:
 
 @dataclass(frozen=True)
 class Result:
-    """All clipped gradients (float64 or complex128), and what was done, per parameter and in total."""
+    """Clipped gradients (float64 or complex128) and statistics, per parameter and in total."""
 
     gradients: dict[str, Array | RowSparse | None]
     clipped: dict[str, Clipped]
@@ -163,8 +165,8 @@ def unit_norms(array: Array, units: Units) -> Array:
 
     Notes
     -----
-    Each unit is divided by its largest magnitude before squaring, so that a finite unit has a finite
-    norm wherever float64 can hold it.
+    Each unit is divided by its largest magnitude before squaring, so that a finite unit has a
+    finite norm wherever float64 can hold it.
 
     Examples
     --------
@@ -287,7 +289,7 @@ def adaptive_clip(
     Raises
     ------
     ConfigError
-        If the step is not an integer from 0 on, or a schedule's value is not a finite number above 0.
+        If the step is not an integer from 0 on, or a schedule's value is not finite and above 0.
     ParameterError
         If the names differ from the plan's.
     MissingGradientError
@@ -306,9 +308,7 @@ def adaptive_clip(
     if missing:
         raise ParameterError(f"parameter {missing[0]!r} of the plan is missing")
     if all(gradient is None for gradient in gradients.values()):
-        raise MissingGradientError(
-            "no parameter has a gradient; compute gradients before clipping them"
-        )
+        raise MissingGradientError(NO_GRADIENT)
     out: dict[str, Array | RowSparse | None] = {}
     details: dict[str, Clipped] = {}
     for name, gradient in gradients.items():
@@ -317,27 +317,23 @@ def adaptive_clip(
         if gradient is None:
             out[name] = None
             continue
-        if tuple(gradient.shape) != entry.shape or tuple(weight.shape) != entry.shape:
-            raise ShapeError(
-                f"parameter {entry.name!r} has shape {tuple(weight.shape)}, its gradient "
-                f"{tuple(gradient.shape)}, and the plan says {entry.shape}"
-            )
+        check_shapes(entry.name, weight=weight.shape, gradient=gradient.shape, plan=entry.shape)
         try:
             sparse = isinstance(gradient, RowSparse)
             done = _clip_sparse if isinstance(gradient, RowSparse) else _clip_dense
-            found = done(gradient, weight, entry, rule, step)  # type: ignore[arg-type]
+            outcome = done(gradient, weight, entry, rule, step)  # type: ignore[arg-type]
         except (DTypeError, NonFiniteError, UnitsError) as error:
             raise type(error)(f"parameter {entry.name!r}: {error}") from None
-        if found is None:
+        if outcome is None:
             out[name] = gradient
         elif sparse:
             assert isinstance(gradient, RowSparse)
-            out[name] = RowSparse(gradient.coalesce().indices, found.gradient, entry.shape)
+            out[name] = RowSparse(gradient.coalesce().indices, outcome.gradient, entry.shape)
         else:
-            out[name] = found.gradient
-        if found is not None:
-            details[name] = found
-    stats = {name: _stats(found, rule.eps) for name, found in details.items()}
+            out[name] = outcome.gradient
+        if outcome is not None:
+            details[name] = outcome
+    stats = {name: _stats(outcome, rule.eps) for name, outcome in details.items()}
     return Result(out, details, stats, _total(list(stats.values())))
 
 
@@ -377,24 +373,21 @@ def _clip_sparse(
         g, w_norm = widen("gradient", rows.values), unit_norms(weight[rows.indices], entry.units)
         g_norm = unit_norms(g, entry.units)
     else:
-        raise UnitsError(
-            f"the gradient of shape {gradient.shape} is row-sparse, but the rows are not units "
-            f"of {entry.units}; declare row units such as 'v d -> v', or make the gradient dense"
-        )
+        raise rows_are_not_units("the gradient", gradient.shape, entry.units)
     return _clip(g, axes, g_norm, w_norm, threshold, rule)
 
 
-def _stats(found: Clipped, eps: float) -> Stats:
-    good = ~found.nonfinite
-    floor = np.maximum(found.weight_norm[good], eps)
+def _stats(outcome: Clipped, eps: float) -> Stats:
+    good = ~outcome.nonfinite
+    floor = np.maximum(outcome.weight_norm[good], eps)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(found.gradient_norm[good] == 0, 0.0, found.gradient_norm[good] / floor)
+        ratio = np.where(outcome.gradient_norm[good] == 0, 0.0, outcome.gradient_norm[good] / floor)
     return Stats(
-        units=int(found.scale.size),
-        clipped=int(found.clipped.sum()),
-        nonfinite=int(found.nonfinite.sum()),
+        units=int(outcome.scale.size),
+        clipped=int(outcome.clipped.sum()),
+        nonfinite=int(outcome.nonfinite.sum()),
         max_ratio=float(np.max(ratio, initial=0.0)),
-        min_scale=float(np.min(found.scale[good], initial=1.0)),
+        min_scale=float(np.min(outcome.scale[good], initial=1.0)),
     )
 
 
@@ -412,8 +405,8 @@ def widen(what: str, array: Array) -> Array:
     """Return the array in float64 or complex128; float16 and bfloat16 widen without rounding."""
     array = np.asarray(array)
     # bfloat16 comes from ml_dtypes, whose kind is "V" to NumPy.
-    if not np.issubdtype(array.dtype, np.inexact) and array.dtype.name != "bfloat16":
-        raise DTypeError(f"the {what} has dtype {array.dtype}; AGC needs floating point or complex")
+    inexact = np.issubdtype(array.dtype, np.inexact) or array.dtype.name == "bfloat16"
+    check_inexact(f"the {what}", array.dtype, inexact=inexact)
     wide = np.complex128 if np.issubdtype(array.dtype, np.complexfloating) else np.float64
     if not np.can_cast(array.dtype, wide):
         raise DTypeError(

@@ -1,12 +1,13 @@
 r"""The executable definition of NFNets: forward and backward in float64 NumPy, written to be read.
 
-Source: Brock, De, Smith, Simonyan, arXiv:2102.06171, and the code released with it where that differs. The
-sizes, constants and names are those of :mod:`agc.nfnet`; parameters are in the neutral layout, and images are
-``(n, h, w, c)``.
+Source: Brock, De, Smith, Simonyan, arXiv:2102.06171, and the code released with it where that
+differs. The sizes, constants and names are those of :mod:`agc.nfnet`; parameters are in the neutral
+layout, and images are ``(n, h, w, c)``.
 
-Every part returns its output together with the function that takes a gradient back through it. Such a
-function returns the gradient of the part's input and leaves those of its parameters in
-:attr:`NFNet.gradients`, so that reading a part from top to bottom shows the formula and then its derivative.
+Every part returns its output together with the function that takes a gradient back through it. Such
+a function returns the gradient of the part's input and leaves those of its parameters in
+:attr:`NFNet.gradients`, so that reading a part from top to bottom shows the formula and then its
+derivative.
 """
 
 from __future__ import annotations
@@ -53,11 +54,13 @@ class NFNetPass:
     pooled : array, shape (n, features)
         What the classifier is given.
     outputs : dict of str to array
-        After the stem and after each block, by canonical name: ``"stem"``, ``"stages.0.0"`` and so on.
+        After the stem and after each block, by canonical name: ``"stem"``, ``"stages.0.0"`` and so
+        on.
     signals : dict of str to array
-        ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased variance of each
-        channel over images and pixels, averaged over channels, after the stem and each block.
-        ``"res_avg_var"``, shape (blocks,): the same variance of each residual branch after its gates.
+        ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased variance
+        of each channel over images and pixels, averaged over channels, after the stem and each
+        block. ``"res_avg_var"``, shape (blocks,): the same variance of each residual branch after
+        its gates.
     backward : callable
         Takes the gradient of the logits, returns that of every parameter by canonical name.
     """
@@ -122,8 +125,8 @@ class NFNet:
         images : array, shape (n, h, w, channels)
             Of any size.
         kept : mapping of str to array of shape (n,), optional
-            Stochastic depth by block name: 1 for the images that keep the residual branch, 0 for the
-            others. A block that is not here keeps all, as in evaluation.
+            Stochastic depth by block name: 1 for the images that keep the residual branch, 0 for
+            the others. A block that is not here keeps all, as in evaluation.
 
         Raises
         ------
@@ -176,7 +179,7 @@ class NFNet:
         return x, _chain(backs)
 
     def block(self, block: Block, x: Array, keep: Array) -> tuple[Array, Array, Back]:
-        """Return a residual block's output, its residual branch after the gates, and the way back."""
+        """Return a block's output, its residual branch after the gates, and the way back."""
         active, back_active = self.activate(x, self.beta(block))
         shortcut = x
         back_shortcut: Back = _identity
@@ -313,7 +316,7 @@ class NFNet:
         return x @ weight + bias, backward
 
     def activate(self, x: Array, beta: float = 1.0) -> tuple[Array, Back]:
-        """Apply the activation, times the constant that keeps the variance of N(0, 1), times ``beta``."""
+        """Apply the activation, times the constant that keeps the variance, times ``beta``."""
         value, slope = self.function(x)
         factor = self.gamma() * beta
         return factor * value, lambda d: d * factor * slope
@@ -354,7 +357,7 @@ class NFNet:
         return GAMMAS["gelu"]
 
     def squeezed_function(self, x: Array) -> tuple[Array, Array]:
-        """Return the activation inside squeeze and excite, ReLU without a constant, and its slope."""
+        """Return the activation of squeeze and excite, ReLU without a constant, and its slope."""
         return np.maximum(x, 0), np.where(x > 0, 1.0, 0.0)
 
     def beta(self, block: Block) -> float:

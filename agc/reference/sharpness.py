@@ -1,7 +1,7 @@
 """The executable definition of sharpness-aware minimization.
 
-Sources: Foret et al., arXiv:2010.01412, Eq. 2; Kwon et al., arXiv:2102.11600, Eq. 7 (ASAM); Brock et al.,
-arXiv:2102.06171, appendix A.4 (ascent on a fraction of the same batch).
+Sources: Foret et al., arXiv:2010.01412, Eq. 2; Kwon et al., arXiv:2102.11600, Eq. 7 (ASAM); Brock
+et al., arXiv:2102.06171, appendix A.4 (ascent on a fraction of the same batch).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from agc.config import SAM, check_count, check_step
+from agc.checks import check_count, check_microbatches, check_step
+from agc.config import SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError
-from agc.plan import perturbed_names
 from agc.reference.clipping import widen
+from agc.selectors import perturbed_names
 
 __all__ = ["GradientFunction", "SharpnessAware", "perturbation", "sharpness_aware_gradients"]
 
@@ -73,8 +74,8 @@ def perturbation(
     e : dict of name to array of float64 or complex128
         Perturbation of every selected parameter that has a gradient. Zero if the norm is zero.
     norm : float
-        Global L2 norm of the (for ASAM: rescaled) gradient. Not finite if any value is not: then ``e``
-        is all NaN, and the caller's policy decides (SAM-5).
+        Global L2 norm of the (for ASAM: rescaled) gradient. Not finite if any value is not: then
+        ``e`` is all NaN, and the caller's policy decides (SAM-5).
 
     Raises
     ------
@@ -87,8 +88,9 @@ def perturbation(
 
     Notes
     -----
-    ``e = rho * T^2 g / norm(T g)`` with ``T = 1``, or for ASAM ``T = |w| + eta`` in parameters of two or
-    more axes. Like the norms of AGC, this norm is divided by the largest magnitude before squaring.
+    ``e = rho * T^2 g / norm(T g)`` with ``T = 1``, or for ASAM ``T = |w| + eta`` in parameters of
+    two or more axes. Like the norms of AGC, this norm is divided by the largest magnitude before
+    squaring.
     """
     step = check_step(step)
     scales: dict[str, Array] = {}
@@ -157,8 +159,8 @@ def sharpness_aware_gradients(
     Raises
     ------
     ConfigError
-        If the batch is not divisible by the replicas, a micro-batch would be empty, or the step is not
-        an integer from 0 on.
+        If the batch is not divisible by the replicas, a micro-batch would be empty, or the step is
+        not an integer from 0 on.
     NonFiniteError
         If ``rule.nonfinite`` is ``"raise"`` and the norm of an ascent gradient is not finite.
 
@@ -176,15 +178,11 @@ def sharpness_aware_gradients(
     if not rule.perturbs(step):
         loss, gradients = gradient_function(weights, batch)
         return SharpnessAware(loss, loss, dict(gradients), ())
+    check_microbatches(rule.microbatches, examples // replicas, " of a replica's batch")
     # rows[replica][microbatch]: the examples of one perturbation
     rows = [
         np.array_split(part, rule.microbatches) for part in np.split(np.arange(examples), replicas)
     ]
-    if len(rows[0][-1]) == 0:
-        raise ConfigError(
-            f"microbatches={rule.microbatches} is more than the {len(batch[0]) // replicas} examples "
-            "of a replica's batch"
-        )
     losses: list[tuple[int, float]] = []
     perturbed_losses: list[tuple[int, float]] = []
     descents: list[tuple[int, Mapping[str, Array | None]]] = []

@@ -1,8 +1,7 @@
-"""Files of tensors, one tensor at a time: safetensors, NumPy's npz, PyTorch's, and DeepMind's pickles."""
+"""Files of tensors, one at a time: safetensors, npz, PyTorch's, and DeepMind's pickles."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import tokenize
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agc.errors import FormatError, MissingPackageError
+from agc.packages import need
 from agc.weights.pickles import read_pickle
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "Source",
     "Tensor",
     "in_memory",
-    "need",
     "open_source",
     "write_npz",
     "write_safetensors",
@@ -55,23 +54,6 @@ class Source:
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-
-
-def need(package: str, what: str, extra: str = "weights") -> Any:
-    """Import an optional package.
-
-    Raises
-    ------
-    MissingPackageError
-        If it is not installed; the message says what needs it, and names the extra.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{what} needs {package.partition('.')[0]}, which cannot be imported ({error}); "
-            f'try: pip install "agc-sam[{extra}]"'
-        ) from error
 
 
 @contextmanager
@@ -112,7 +94,8 @@ def open_source(path: Path) -> Iterator[Source]:
         )
 
 
-_LEGACY_TORCH: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # its magic number, pickled
+_LEGACY_TORCH: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""Start of PyTorch's older files: their magic number, pickled."""
 
 
 def in_memory(array: Array) -> Tensor:
@@ -120,7 +103,7 @@ def in_memory(array: Array) -> Tensor:
     return Tensor(array.shape, array.dtype.name, lambda: array)
 
 
-# --- safetensors ---------------------------------------------------------------------------------------------
+# --- safetensors ----------------------------------------------------------------------------------
 
 DTYPES: Final[Mapping[str, str]] = {
     "F16": "float16",
@@ -134,8 +117,9 @@ DTYPES: Final[Mapping[str, str]] = {
 def _is_safetensors(start: bytes, size: int) -> bool:
     """Whether a file of this size, which starts with these bytes, is safetensors.
 
-    Its first eight bytes are the length of its header and can be those of any other kind, so the brace that
-    follows decides, unless the header would not fit and the file looks like another kind.
+    Its first eight bytes are the length of its header and can be those of any other kind, so the
+    brace that follows decides, unless the header would not fit and the file looks like another
+    kind.
     """
     fits = int.from_bytes(start[:8], "little") <= size - 8
     return start[8:9] == b"{" and (fits or not start.startswith((b"PK", b"\x80")))
@@ -190,7 +174,7 @@ def write_safetensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
 ) -> Iterator[str]:
-    """Write tensors one by one, which the library cannot; yield each name when it is in the file."""
+    """Write tensors one by one, which the library cannot; yield each name once it is written."""
     # The widest numbers first, as the library has them, so that all are aligned.
     ordered = sorted(
         tensors.items(),
@@ -216,19 +200,20 @@ def write_safetensors(
 
 
 def _bytes(array: Array) -> memoryview:
-    """Return the bytes of an array in C order and little endian; never of a transposed view's base."""
+    """Return the bytes of an array, in C order and little endian, also of a transposed view."""
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return array.reshape(-1).view(np.uint8).data
 
 
-# --- npz -----------------------------------------------------------------------------------------------------
+# --- npz ------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         archive = zipfile.ZipFile(path)
-    # The latter two are zipfile's for a version that it does not know and for names that are no text.
+    # The latter two are zipfile's for a version that it does not know and for names that are no
+    # text.
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise FormatError(f"{path}: truncated, or not a whole zip archive; {error}") from None
     with archive:
@@ -259,8 +244,8 @@ def _npz(path: Path, archive: zipfile.ZipFile) -> Source:
     return Source(path, tensors, metadata)
 
 
-# RuntimeError is zipfile's for a member that is encrypted, or compressed in a way that it does not know; OSError
-# is what a place outside of the file gives.
+# RuntimeError is zipfile's for a member that is encrypted, or compressed in a way that it does not
+# know; OSError is what a place outside of the file gives.
 _BROKEN_MEMBER: Final = (
     zipfile.BadZipFile,
     zlib.error,
@@ -287,7 +272,7 @@ def _member(path: Path, archive: zipfile.ZipFile, member: str) -> Iterator[IO[by
 def write_npz(
     file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> Iterator[str]:
-    """Write tensors one by one, as ``np.savez`` does for all at once; yield each name when it is written."""
+    """Write an npz file tensor by tensor; yield each name once it is written."""
     with zipfile.ZipFile(file, "w") as archive:
         archive.comment = json.dumps(dict(metadata)).encode()
         for name, tensor in tensors.items():
@@ -298,7 +283,7 @@ def write_npz(
             yield name
 
 
-# --- PyTorch -------------------------------------------------------------------------------------------------
+# --- PyTorch --------------------------------------------------------------------------------------
 
 
 def _torch(path: Path, *, zipped: bool) -> Source:
@@ -345,7 +330,7 @@ def _reason(error: Exception) -> str:
     """Return what PyTorch found, without its advice to load the file by less careful means."""
     text = str(error).rpartition("WeightsUnpickler error: ")[2]
     lines = text.strip().removeprefix("Weights only load failed. ").splitlines()
-    found = [line for line in lines if line.strip() and "weights_only" not in line]
+    said = [line for line in lines if line.strip() and "weights_only" not in line]
     # A name in the file can hold what a terminal obeys.
-    printable = "".join(filter(str.isprintable, (found or lines or [""])[0]))
+    printable = "".join(filter(str.isprintable, (said or lines or [""])[0]))
     return printable.partition(" Please use ")[0].strip() or type(error).__name__

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy.typing as npt
 
+from agc.layouts import out_first, out_first_axes, out_last
 from agc.nfnet import HEAD, VARIANTS, ParameterSpec, Variant, parameters
 
 __all__ = ["FORMS", "Form", "guess", "sizes"]
@@ -46,24 +47,20 @@ class Form:
 
     def shape(self, spec: ParameterSpec) -> tuple[int, ...]:
         """Return the shape that a parameter has in this form."""
-        return tuple(spec.shape[axis] for axis in self._axes(spec)) + (1,) * self._unit_axes(spec)
+        shape = spec.shape
+        if self.outputs_first:
+            shape = tuple(shape[axis] for axis in out_first_axes(len(shape)))
+        return shape + (1,) * self._unit_axes(spec)
 
     def encode(self, spec: ParameterSpec, array: Array) -> Array:
         """Bring a neutral array into this form; a view."""
-        return array.transpose(self._axes(spec)).reshape(self.shape(spec))
+        array = out_first(array) if self.outputs_first else array
+        return array.reshape(self.shape(spec))
 
     def decode(self, spec: ParameterSpec, array: Array) -> Array:
         """Bring an array of this form into the neutral one; a view."""
-        axes = self._axes(spec)
-        return array.reshape(array.shape[: len(axes)]).transpose(
-            sorted(range(len(axes)), key=axes.__getitem__)
-        )
-
-    def _axes(self, spec: ParameterSpec) -> tuple[int, ...]:
-        rank = len(spec.shape)
-        if self.outputs_first:
-            return {4: (3, 2, 0, 1), 2: (1, 0)}.get(rank, tuple(range(rank)))
-        return tuple(range(rank))
+        array = array.reshape(array.shape[: len(spec.shape)])
+        return out_last(array) if self.outputs_first else array
 
     def _unit_axes(self, spec: ParameterSpec) -> int:
         return {"gain": 3, "se": 2}.get(spec.kind, 0) if self.as_kernels else 0
@@ -112,11 +109,11 @@ FORMS: Final[Mapping[str, Form]] = {
         Form("haiku", lambda spec: spec.haiku, suffix=".npz"),
     )
 }
-"""Every form by name. ``neutral`` and ``flax`` have the same names and layout, and differ in metadata only."""
+"""Every form by name; ``neutral`` and ``flax`` differ in metadata only."""
 
 
 def guess(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Form, Variant]:
-    """Return the form and the variant that fit names and shapes best; a check of them all comes later.
+    """Return the form and variant that fit names and shapes best; a full check comes later.
 
     Raises
     ------
@@ -136,7 +133,7 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Form, Variant]:
         specs = parameters(variant)
         for form in forms:
             agree = sum(shapes.get(form.rename(spec)) == form.shape(spec) for spec in specs)
-            # Of a variant and a deeper one, which has all of its names, that with fewer missing.
+            # A deeper variant matches all names too: prefer the one with fewer missing.
             score = (agree, -len(specs))
             if best is None or score > best[0]:
                 best = score, form, variant
@@ -145,7 +142,7 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Form, Variant]:
 
 
 def sizes(form: Form, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int]:
-    """Return the classes, or None, and the image channels that shapes tell of; to be checked later."""
+    """Return the number of classes, or None, and of channels by shape; a check comes later."""
     specs = {spec.name: spec for spec in parameters("tiny")}
     bias = shapes.get(form.rename(specs["head.bias"]), ())
     kernel = shapes.get(form.rename(specs["stem.conv0.weight"]), ())

@@ -1,9 +1,9 @@
 """DeepMind's released files: pickles, read without letting them run anything.
 
-A pickle is a program. This reader runs it with stand-ins: every name that it may ask for is in the table below,
-everything else is refused before it is looked up, nothing is imported, and neither NumPy's own reconstruction
-nor its dtypes see what the file holds, since both can be misused. Arrays are made here, from bytes, with
-checked shapes.
+A pickle is a program. This reader runs it with stand-ins: every name that it may ask for is in the
+table below, everything else is refused before it is looked up, nothing is imported, and neither
+NumPy's own reconstruction nor its dtypes see what the file holds, since both can be misused. Arrays
+are made here, from bytes, with checked shapes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Array = npt.NDArray[Any]
 def read_pickle(path: Path) -> dict[str, Array]:
     """Return the arrays of a pickled ``{module: {name: array}}`` by ``module/name``.
 
-    Dictionaries may be Haiku's immutable mappings; pickles of dill are read as well. The arrays share the
-    memory of what was read, so one file's worth is needed.
+    Dictionaries may be Haiku's immutable mappings; pickles of dill are read as well. The arrays
+    share the memory of what was read, so one file's worth is needed.
 
     Raises
     ------
     FormatError
-        If the file is truncated, holds anything else, or asks for anything that is not needed for this. It
-        has run nothing then.
+        If the file is truncated, holds anything else, or asks for anything that is not needed for
+        this. It has run nothing then.
     """
     with path.open("rb") as file:
         try:
@@ -56,7 +56,7 @@ def read_pickle(path: Path) -> dict[str, Array]:
 
 
 def _arrays(path: Path, tree: object) -> dict[str, Array]:
-    found: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
     if not isinstance(tree, dict):
         raise FormatError(f"{path}: holds {_kind(tree)}, not a dictionary of modules")
     for module, leaves in tree.items():
@@ -67,8 +67,8 @@ def _arrays(path: Path, tree: object) -> dict[str, Array]:
         for name, leaf in leaves.items():
             if not isinstance(name, str) or not isinstance(leaf, _Array) or leaf.value is None:
                 raise FormatError(f"{path}: {module}/{name} is {_kind(leaf)}, not an array")
-            found[f"{module}/{name}"] = leaf.value
-    return found
+            arrays[f"{module}/{name}"] = leaf.value
+    return arrays
 
 
 def _kind(value: object) -> str:
@@ -92,7 +92,7 @@ class _StandIn:
 
 
 class _Global(_StandIn):
-    """A name that a pickle may ask for; calling it runs the function of this file that stands for it."""
+    """A name that a pickle may ask for; calling it runs this file's function in its place."""
 
     __slots__ = ("_name", "_run")
     _name: str

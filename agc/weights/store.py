@@ -59,8 +59,8 @@ class Weights:
     options : Options
         The model that the weights belong to.
     complete : bool
-        Whether the file itself says so. If not, the variant and the numbers of classes and image channels
-        follow from its tensors, and the rest is DeepMind's.
+        Whether the file itself says so. If not, the variant and the numbers of classes and image
+        channels follow from its tensors, and the rest is DeepMind's.
     tensors : mapping of str to Tensor
         By canonical name; ``read()`` gives an array in the neutral layout.
     """
@@ -94,7 +94,8 @@ def open_weights(
     Parameters
     ----------
     path : str or Path
-        safetensors, npz, a PyTorch file, or one of DeepMind's pickles. What it is follows from its content.
+        safetensors, npz, a PyTorch file, or one of DeepMind's pickles. What it is follows from its
+        content.
     variant : str, optional
         What it must be; what its tensors look like most if None.
     activation, ws_eps : str, optional
@@ -105,8 +106,8 @@ def open_weights(
     FormatError
         If it is truncated, of a later version, or no such file.
     ParameterError
-        If tensors are missing, unknown, of another shape, or not floating point; the message names them as the
-        file does, up to ten of each kind.
+        If tensors are missing, unknown, of another shape, or not floating point; the message names
+        them as the file does, up to ten of each kind.
     MissingPackageError
         If the package that reads this kind of file is not installed.
     ConfigError
@@ -160,7 +161,8 @@ def save(
     ParameterError
         If they are not; the message names them.
     ConfigError
-        If there is no such form, or the variant is one that is only yours and has no name to be found by.
+        If there is no such form, or the variant is one that is only yours and has no name to be
+        found by.
     OSError
         If ``path`` is a folder, or in none.
     """
@@ -246,7 +248,7 @@ def _decoded(form: Form, spec: ParameterSpec, tensor: Tensor) -> Tensor:
 
 
 def _check(source: Source, form: Form, chosen: Options) -> dict[str, Tensor]:
-    """Return the tensors by canonical name, in the neutral layout; raise unless they are the model's."""
+    """Return neutral tensors by canonical name; raise unless they are exactly the model's."""
     specs = _specs(chosen)
     try:
         check_arrays([form.spec(spec) for spec in specs], source.tensors)

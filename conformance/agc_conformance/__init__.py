@@ -12,5 +12,5 @@ A vector is a question with its answer, one line of a file in ``vectors/v1``. It
 
 Two wings compute their questions instead of reading them: :mod:`nfnets` and :mod:`training`.
 :mod:`suite` runs everything on one backend. :mod:`mutants` are wrong backends, a module a wing, and
-:mod:`teeth` shows that each of them is caught. :mod:`generator` makes the vector files.
+:mod:`teeth` shows that each of them is caught. :mod:`generate` makes the vector files, a module a file.
 """

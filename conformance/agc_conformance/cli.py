@@ -113,7 +113,7 @@ def _teeth(options: argparse.Namespace) -> int:
 
 
 def _vectors(options: argparse.Namespace) -> int:
-    from agc_conformance.generator import check, write
+    from agc_conformance.generate import check, write
     from agc_conformance.lint import lint
 
     console = Console()

@@ -444,13 +444,19 @@ def test_where_nothing_can_be_written(
 
 TALK = """
 from agc import cli
-cli.register_weights = lambda add: add.add_parser("talk").set_defaults(run=lambda _: print(1) or 0)
+
+class Talk:
+    name = "talk"
+    def load(self):
+        return lambda add: add.add_parser("talk").set_defaults(run=lambda _: print(1) or 0)
+
+cli.entry_points = lambda group: [Talk()]
 raise SystemExit(cli.main(["talk"]))
 """
 
 
 @pytest.mark.parametrize("lines", [0, 1])
-@pytest.mark.parametrize("command", [("-m", "agc.cli", "conformance", "list"), ("-c", TALK)])
+@pytest.mark.parametrize("command", [("-m", "agc", "conformance", "list"), ("-c", TALK)])
 def test_a_reader_that_has_seen_enough(command: tuple[str, ...], lines: int) -> None:
     """As ``head`` does: it is no error, whether the output is printed line by line or at the end."""
     asked = [sys.executable, *command]

@@ -1,10 +1,12 @@
-"""Vectors: what the generator writes, and what a damaged file says."""
+"""Vectors: the files are what their modules make, and what a damaged file says."""
 
 from __future__ import annotations
 
 import doctest
 import json
 import shutil
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agc.errors import FormatError
-from agc_conformance import generator
+from agc_conformance import generate
 from agc_conformance.clauses import CLAUSES
 from agc_conformance.data import (
     decode_numbers,
@@ -45,21 +47,39 @@ def damage(folder: Path, name: str, old: str, new: str) -> Path:
     return path
 
 
-def test_committed_files_are_what_the_generator_writes() -> None:
-    assert generator.check() == []
+def test_every_vector_file_has_the_module_of_its_name() -> None:
+    modules = Path(generate.__file__).parent.glob("L*.py")
+    assert {path.stem for path in VECTORS.glob("L*.json")} == {
+        module.stem.replace("_", "-") for module in modules
+    }
+
+
+def test_running_the_suite_makes_no_vectors() -> None:
+    code = """
+import sys
+import agc_conformance.cli, agc_conformance.suite, agc_conformance.runner
+assert "agc_conformance.generate" not in sys.modules
+import agc_conformance.generate
+assert not [name for name in sys.modules if name.startswith("agc_conformance.generate.")]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_committed_files_are_what_their_modules_make() -> None:
+    assert generate.check() == []
 
 
 def test_a_hand_edit_is_found_and_undone(folder: Path) -> None:
     damage(folder, "L1-layer.json", '"weight_norm": [', '"weight_norm":  [')
-    assert generator.check(folder) == ["L1-layer.json"]
-    assert generator.write(folder) == ["L1-layer.json"]
-    assert generator.check(folder) == []
+    assert generate.check(folder) == ["L1-layer.json"]
+    assert generate.write(folder) == ["L1-layer.json"]
+    assert generate.check(folder) == []
 
 
-def test_files_that_nobody_generates_are_found_and_removed(folder: Path) -> None:
+def test_files_that_no_module_makes_are_found_and_removed(folder: Path) -> None:
     (folder / "L9-mine.json").write_text("{}")
-    assert generator.check(folder) == ["L9-mine.json"]
-    generator.write(folder)
+    assert generate.check(folder) == ["L9-mine.json"]
+    generate.write(folder)
     assert not (folder / "L9-mine.json").exists()
 
 

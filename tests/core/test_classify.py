@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from agc import nfnet
-from agc.cli import main
+from agc.cli import classify, main
 from agc.errors import ConfigError, FormatError, MissingPackageError, NonFiniteError
 from agc.nfnet.images import evaluation_image
-from agc.weights import classify, save
+from agc.weights import save
 
 CHINA, FLOWER = load_sample_images().images
 
@@ -131,9 +132,9 @@ def test_bad_images(tmp_path):
         classify.read_image(tmp_path / "z.jpg", 32)
 
 
-def test_backends_and_channels():
+def test_frameworks_and_channels():
     chosen, arrays = classify.random_weights("tiny")
-    with pytest.raises(ConfigError, match="unknown backend 'mxnet'; the backends are torch, jax"):
+    with pytest.raises(ConfigError, match="unknown framework 'mxnet'; the frameworks are jax, ten"):
         classify.classifier("mxnet", chosen, arrays)
     grey = nfnet.options("tiny", in_channels=1)
     with pytest.raises(ConfigError, match="for 1 channels; photographs have 3"):
@@ -141,7 +142,18 @@ def test_backends_and_channels():
 
 
 @pytest.fixture
-def brightness(monkeypatch):
+def frameworks(monkeypatch):
+    """Return a function that lets every framework make its classifier as a function does."""
+
+    def classify_by(make):
+        framework = SimpleNamespace(classifier=make)
+        monkeypatch.setattr(classify, "load_framework", lambda *_: framework)
+
+    return classify_by
+
+
+@pytest.fixture
+def brightness(frameworks):
     """A backend that says which of ten classes of brightness an image is in."""
 
     def make(chosen, arrays):
@@ -153,7 +165,7 @@ def brightness(monkeypatch):
 
         return logits
 
-    monkeypatch.setattr(classify, "BACKENDS", {**classify.BACKENDS, "torch": make})
+    frameworks(make)
 
 
 @pytest.fixture
@@ -204,14 +216,14 @@ def test_random_weights_are_announced(photographs, brightness, capsys, tmp_path)
     assert "THE WEIGHTS LOOK UNTRAINED" in capsys.readouterr().out
 
 
-def test_random_weights_take_the_options(photographs, monkeypatch, capsys):
+def test_random_weights_take_the_options(photographs, frameworks, capsys):
     seen = []
 
     def make(chosen, arrays):
         seen.append((chosen.activation, chosen.ws_eps))
         return lambda images: np.zeros((1, 10), "float32")
 
-    monkeypatch.setattr(classify, "BACKENDS", {**classify.BACKENDS, "torch": make})
+    frameworks(make)
     command = ["classify", photographs[0], "--backend", "torch", "--weights", "random"]
     assert main(command) == 0
     assert main([*command, "--activation", "silu", "--ws-eps", "timm"]) == 0
@@ -222,11 +234,11 @@ def test_random_weights_take_the_options(photographs, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_no_classes_without_finite_logits(photographs, monkeypatch, capsys, more):
+def test_no_classes_without_finite_logits(photographs, frameworks, capsys, more):
     def make(chosen, arrays):
         return lambda images: np.full((1, 10), np.nan, "float32")
 
-    monkeypatch.setattr(classify, "BACKENDS", {**classify.BACKENDS, "torch": make})
+    frameworks(make)
     command = ["classify", photographs[0], "--backend", "torch", "--weights", "random"]
     assert main([*command, *more]) == 2
     out, err = capsys.readouterr()
@@ -254,8 +266,6 @@ def test_missing_pillow_names_the_extra(monkeypatch):
 
 
 def test_missing_framework_names_the_extra(photographs, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "flax", None)
-    for name in [name for name in sys.modules if name.startswith("flax.")]:
-        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "agc_jax.commands", None)
     assert main(["classify", photographs[0], "--weights", "random", "--backend", "jax"]) == 2
     assert 'pip install "agc-sam[jax]"' in capsys.readouterr().err

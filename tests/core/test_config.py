@@ -99,7 +99,7 @@ def test_one_pattern_may_be_given_as_text():
         AGC(clipping={"stem.*": 0.02, "neck.*": None, "*": Schedule([(0, 0.04), (10, 0.01)])}),
         AGC(clipping=Schedule([(5, 0.5)])),
         AGC(units={"pos": "n d -> n", "up": Units("(g i) o -> g o", g=2)}, exclude=["a", "b.*"]),
-        *PROFILES.values(),
+        *map(AGC.profile, PROFILES),
     ],
 )
 def test_round_trips(rule):

@@ -10,13 +10,13 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from agc import demo
-from agc.cli import main
+from agc.cli import demo, main
 from agc.errors import ConfigError
 from agc.nfnet import parameters
 
@@ -30,6 +30,17 @@ def fake(initial, batches, rates, clipping, test):
             return
         yield 2.0, 0.25
     yield 10 * clipping, 0.0
+
+
+@pytest.fixture
+def frameworks(monkeypatch):
+    """Return a function that lets every framework train as a function does."""
+
+    def train_by(train):
+        framework = SimpleNamespace(train=train)
+        monkeypatch.setattr(demo, "load_framework", lambda *_: framework)
+
+    return train_by
 
 
 def test_gratings_can_be_told_by_their_orientation():
@@ -71,7 +82,7 @@ def test_initial_values():
 
 def test_runs():
     experiment = demo.Experiment(clippings=(None, 0.08), rates=(0.1, 0.2), seeds=2, steps=4)
-    runs = demo.run(experiment, fake, Console(quiet=True))
+    runs = demo.run(experiment, SimpleNamespace(train=fake), Console(quiet=True))
     assert len(runs) == 8
     assert {run.diverged for run in runs if run.clipping is None} == {True}
     clipped = [run for run in runs if run.clipping == 0.08]
@@ -82,8 +93,8 @@ def test_runs():
     assert "80.0" in text.getvalue()
 
 
-def test_command(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(demo, "load", lambda framework: fake)
+def test_command(frameworks, tmp_path, capsys):
+    frameworks(fake)
     out = tmp_path / "picture.svg"
     given = ["demo", "--clippings", "none", "0.08", "--rates", "0.1", "0.2", "--steps", "3"]
     assert main([*given, "--seeds", "1", "--out", str(out)]) == 0
@@ -120,13 +131,13 @@ def test_bad_rates(rate):
 
 
 @pytest.fixture
-def untrained(monkeypatch):
+def untrained(frameworks):
     """A framework that must not be asked to train."""
 
     def train(*_):
         raise AssertionError("trained")
 
-    monkeypatch.setattr(demo, "load", lambda framework: train)
+    frameworks(train)
 
 
 @pytest.mark.parametrize(
@@ -164,14 +175,14 @@ SHORT = ["demo", "--clippings", "0.08", "--rates", "0.1", "--steps", "3", "--see
 
 
 @pytest.mark.parametrize("name", ["x", "x.svg", "x.PNG", "x.pdf"])
-def test_pictures(monkeypatch, tmp_path, name):
-    monkeypatch.setattr(demo, "load", lambda framework: fake)
+def test_pictures(frameworks, tmp_path, name):
+    frameworks(fake)
     assert main([*SHORT, "--out", str(tmp_path / name)]) == 0
     start = (tmp_path / name).read_bytes()[:5]
     assert start == {".PNG": b"\x89PNG\r", ".pdf": b"%PDF-"}.get(Path(name).suffix, b"<?xml")
 
 
-def test_a_folder_that_is_lost_meanwhile(monkeypatch, tmp_path, capsys):
+def test_a_folder_that_is_lost_meanwhile(frameworks, tmp_path, capsys):
     place = tmp_path / "place"
     place.mkdir()
 
@@ -180,28 +191,28 @@ def test_a_folder_that_is_lost_meanwhile(monkeypatch, tmp_path, capsys):
             place.rmdir()
         return fake(*given)
 
-    monkeypatch.setattr(demo, "load", lambda framework: train)
+    frameworks(train)
     assert main([*SHORT, "--out", str(place / "x.svg")]) == 2
     assert re.search(r"No such file .*place/x\.json'$", capsys.readouterr().err)
 
 
 def test_a_folder_that_is_locked_meanwhile_is_reported_by_the_name_of_the_file(
-    monkeypatch, tmp_path, capsys
+    monkeypatch, frameworks, tmp_path, capsys
 ):
     def deny(path, _):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(demo, "load", lambda framework: fake)
+    frameworks(fake)
     monkeypatch.setattr(Path, "replace", deny)
     assert main([*SHORT, "--out", str(tmp_path / "x.svg")]) == 2
     assert re.search(r"Permission denied: .*/x\.json'$", capsys.readouterr().err)
 
 
-def test_numbers_survive_a_picture_that_fails(monkeypatch, tmp_path):
+def test_numbers_survive_a_picture_that_fails(monkeypatch, frameworks, tmp_path):
     def draw(*_):
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(demo, "load", lambda framework: fake)
+    frameworks(fake)
     monkeypatch.setattr(demo, "draw", draw)
     with pytest.raises(RuntimeError, match="no ink"):
         main([*SHORT, "--out", str(tmp_path / "x.svg")])
@@ -210,6 +221,6 @@ def test_numbers_survive_a_picture_that_fails(monkeypatch, tmp_path):
 
 
 def test_a_framework_that_is_not_installed(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "agc_torch.demo", None)
+    monkeypatch.setitem(sys.modules, "agc_torch.commands", None)
     assert main(["demo", "--framework", "torch"]) == 2
     assert 'pip install "agc-sam[torch,demo]"' in capsys.readouterr().err

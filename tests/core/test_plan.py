@@ -15,7 +15,8 @@ from agc.errors import (
     UnitsError,
     UnitsWarning,
 )
-from agc.plan import WHOLE, Parameter, make_plan, perturbed_names
+from agc.plan import WHOLE, Parameter, make_plan
+from agc.selectors import perturbed_names
 
 DENSE = Units("o i -> o")
 

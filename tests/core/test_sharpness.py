@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from agc import AGC
-from agc.config import SAM, Schedule
+from agc.config import SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, SelectorError
 from agc.plan import Parameter, make_plan
 from agc.reference import adaptive_clip, perturbation, sharpness_aware_gradients
+from agc.schedule import Schedule
 
 
 def quadratic(weights, batch):

@@ -35,7 +35,7 @@ def test_bind(pattern, shape, count, view, reduce):
     axes = Units(pattern).bind(shape)
     assert (axes.count, axes.view, axes.reduce) == (count, view, reduce)
     assert Units(pattern).count(shape) == count
-    assert Units(pattern).reduce_axes(shape) == reduce
+    assert Units(pattern).bind(shape).reduce == reduce
     assert axes.keep == tuple(axis for axis in range(len(view)) if axis not in reduce)
 
 

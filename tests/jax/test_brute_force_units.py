@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 
 import agc_jax
 from agc import Units
-from agc.plan import canonical_name
+from agc.selectors import canonical_name
 from agc_jax.units import flatten
 
 BATCH = 2

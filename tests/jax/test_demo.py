@@ -1,6 +1,6 @@
 """The demo's training."""
 
-from agc_jax.demo import train
+from agc_jax.commands import train
 
 
 def test_demo(try_demo):

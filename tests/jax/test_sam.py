@@ -17,9 +17,10 @@ from flax import linen, nnx
 
 import agc_jax
 from agc import AGC
-from agc.config import SAM, Schedule
+from agc.config import SAM
 from agc.errors import ConfigError, DTypeError, NonFiniteError, ParameterError, SelectorError
 from agc.reference import sharpness_aware_gradients
+from agc.schedule import Schedule
 from agc_jax.sam import sam_value_and_grad
 from agc_jax.verify import verify_sam
 

@@ -1,6 +1,6 @@
 """The demo's training."""
 
-from agc_tensorflow.demo import train
+from agc_tensorflow.commands import train
 
 
 def test_demo(try_demo):

@@ -8,9 +8,10 @@ import pytest
 import tensorflow as tf
 
 import agc_tensorflow
-from agc.config import AGC, SAM, Schedule
+from agc.config import AGC, SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, SelectorError
 from agc.reference import sharpness_aware_gradients
+from agc.schedule import Schedule
 from agc_tensorflow.sam import SharpnessAwareModel, sam_value_and_gradients
 from agc_tensorflow.verify import verify_sam
 

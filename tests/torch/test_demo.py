@@ -1,6 +1,6 @@
 """The demo's training."""
 
-from agc_torch.demo import train
+from agc_torch.commands import train
 
 
 def test_demo(try_demo):

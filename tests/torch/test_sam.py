@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from agc.config import AGC, SAM, Schedule
+from agc.config import AGC, SAM
 from agc.errors import (
     ConfigError,
     FormatError,
@@ -27,6 +27,7 @@ from agc.errors import (
     ShapeError,
 )
 from agc.reference import sharpness_aware_gradients
+from agc.schedule import Schedule
 from agc_torch.sam import SharpnessAware
 from agc_torch.units import named_parameters
 from agc_torch.verify import verify_sam

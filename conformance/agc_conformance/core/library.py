@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agc.config import AGC, SAM
-from agc.plan import Parameter, Plan, make_plan, perturbed_names
+from agc.plan import Parameter, Plan, make_plan
+from agc.selectors import perturbed_names
 from agc.units import Units
 from agc_conformance.sharpness.problems import sam_rule
 

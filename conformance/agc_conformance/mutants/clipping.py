@@ -24,7 +24,7 @@ from agc.errors import (
     UnitsError,
 )
 from agc.plan import WHOLE, Parameter, Plan, PlanEntry, make_plan
-from agc.profiles import RANK_RULES
+from agc.rank_rules import RANK_RULES
 from agc.reference import RowSparse, Stats
 from agc.units import UnitAxes, Units
 from agc_conformance.backend import Gradient, Layer, Outcome, Problem

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from agc.config import AGC, SAM, Schedule
+from agc.config import AGC, SAM
 from agc.errors import (
     AGCError,
     AmbiguousUnitsError,
@@ -16,6 +16,7 @@ from agc.errors import (
     UnitsWarning,
 )
 from agc.plan import WHOLE, Parameter, Plan
+from agc.schedule import Schedule
 from agc.units import Units
 from agc_conformance.backends.reference import ReferenceBackend
 from agc_conformance.core.library import Core

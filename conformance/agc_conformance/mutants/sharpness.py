@@ -23,7 +23,7 @@ from agc.errors import (
     NonFiniteError,
     SelectorError,
 )
-from agc.plan import perturbed_names
+from agc.selectors import perturbed_names
 from agc_conformance.backend import (
     Examples,
     Optimizer,

@@ -15,7 +15,7 @@ from flax import serialization
 from jax.sharding import AxisType, PartitionSpec
 
 from agc.config import SAM
-from agc.plan import perturbed_names
+from agc.selectors import perturbed_names
 from agc_conformance.backend import (
     Examples,
     Optimizer,

@@ -37,7 +37,7 @@ class Training(Device):
 
 
 class _Network(nnx.Module):  # type: ignore[misc]
-    """The network of :class:`agc.backend.Task`."""
+    """The network of :class:`agc_conformance.backend.Task`."""
 
     def __init__(self, weights: Mapping[str, Array], rngs: nnx.Rngs) -> None:
         first, channels = weights["conv1.weight"].shape[:2]

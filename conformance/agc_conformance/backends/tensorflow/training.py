@@ -92,7 +92,7 @@ def _train(task: Task) -> Iterator[TrainStep]:
 
 
 def _network(task: Task) -> Any:
-    """Build the network of :class:`agc.backend.Task`."""
+    """Build the network of :class:`agc_conformance.backend.Task`."""
     _, channels, height, width = task.batches[0][0].shape
     outputs = [len(task.weights[f"{layer}.bias"]) for layer in ("conv1", "conv2", "head")]
     return keras.Sequential(

@@ -71,7 +71,7 @@ class Training(Device):
 
 
 class _Network(nn.Module):  # type: ignore[misc]
-    """The network of :class:`agc.backend.Task`."""
+    """The network of :class:`agc_conformance.backend.Task`."""
 
     def __init__(self, weights: Mapping[str, Array]) -> None:
         super().__init__()

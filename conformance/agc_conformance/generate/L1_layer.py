@@ -1,55 +1,43 @@
-"""Layer types: what each framework stores and which axes name a unit (DESIGN's table of units)."""
+"""Every kind of layer: how each framework stores its weight, and which axes name a unit."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
-from agc_conformance.generator.build import clip_vector, mixed, vector
+from agc_conformance.generate.build import clip_vector
+from agc_conformance.generate.parameters import (
+    CONV1D,
+    CONV2D,
+    DENSE,
+    Layouts,
+    by_framework,
+    conv,
+    conv_transpose,
+    mixed,
+)
 
-__all__ = ["layer_plans", "layer_vectors"]
+__all__ = ["TITLE", "VECTORS"]
 
-Layouts = dict[str, tuple[str, str]]
+TITLE: Final = "Every row of the table of units"
 
-
-def _three(torch: tuple[str, str], flax: tuple[str, str], keras: tuple[str, str]) -> Layouts:
-    return {"torch": torch, "flax": flax, "keras": keras}
-
-
-_DENSE: Final = _three(("o i", "o i -> o"), ("i o", "i o -> o"), ("i o", "i o -> o"))
-_DEPTHWISE: Final = _three(
+_DEPTHWISE: Final = by_framework(
     ("(c m) i h w", "o i ... -> o"),
     ("h w i (c m)", "... i o -> o"),
     ("h w c m", "... c m -> c m"),
 )
-_EMBEDDING: Final = {"any": ("v d", "v d -> v")}
+_GROUPED_OUT_LAST: Final = ("h w (g i) o", "... (g=2 i) o -> g o")
 
-
-def _conv(spatial: str) -> Layouts:
-    last = (f"{spatial} i o", "... i o -> o")
-    return _three((f"o i {spatial}", "o i ... -> o"), last, last)
-
-
-def _conv_transpose(spatial: str) -> Layouts:
-    return _three(
-        (f"i o {spatial}", "i o ... -> o"),
-        (f"{spatial} i o", "... i o -> o"),
-        (f"{spatial} o i", "... o i -> o"),
-    )
-
-
-_LAST_GROUPED: Final = ("h w (g i) o", "... (g=2 i) o -> g o")
-
-# id, what, canonical axes (unit axes first), number of unit axes, layouts, flags
-_ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
-    ("dense", "Dense 6 to 5", {"o": 5, "i": 6}, 1, _DENSE, ["WrongAxisDense", "PerTensor"]),
-    ("dense-1-to-5", "Dense 1 to 5 has five units", {"o": 5, "i": 1}, 1, _DENSE, ["Squeeze"]),
-    ("dense-6-to-1", "Dense 6 to 1 has one unit", {"o": 1, "i": 6}, 1, _DENSE, ["WrongAxisDense"]),
+# Name, comment, canonical axes (unit axes first), number of unit axes, layouts, flags.
+_LAYERS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
+    ("dense", "Dense 6 to 5", {"o": 5, "i": 6}, 1, DENSE, ["WrongAxisDense", "PerTensor"]),
+    ("dense-1-to-5", "Dense 1 to 5 has five units", {"o": 5, "i": 1}, 1, DENSE, ["Squeeze"]),
+    ("dense-6-to-1", "Dense 6 to 1 has one unit", {"o": 1, "i": 6}, 1, DENSE, ["WrongAxisDense"]),
     (
         "conv1d",
         "a rank-3 kernel is not a stack of matrices",
         {"o": 5, "i": 4, "w": 3},
         1,
-        _conv("w"),
+        CONV1D,
         ["WrongAxisConv"],
     ),
     (
@@ -57,7 +45,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "the one shape on which all unit-wise code agrees",
         {"o": 5, "i": 4, "h": 3, "w": 3},
         1,
-        _conv("h w"),
+        CONV2D,
         ["WrongAxisConv", "PerTensor"],
     ),
     (
@@ -65,7 +53,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "a 1x1 convolution of one channel has five units",
         {"o": 5, "i": 1, "h": 1, "w": 1},
         1,
-        _conv("h w"),
+        CONV2D,
         ["Squeeze"],
     ),
     (
@@ -73,7 +61,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "a 1x1 convolution to one channel has one unit",
         {"o": 1, "i": 6, "h": 1, "w": 1},
         1,
-        _conv("h w"),
+        CONV2D,
         ["Squeeze", "WrongAxisConv"],
     ),
     (
@@ -81,7 +69,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "heights and widths differ",
         {"o": 3, "i": 2, "h": 2, "w": 5},
         1,
-        _conv("h w"),
+        CONV2D,
         ["WrongAxisConv"],
     ),
     (
@@ -89,7 +77,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "rank 5",
         {"o": 4, "i": 3, "t": 2, "h": 3, "w": 2},
         1,
-        _conv("t h w"),
+        conv("t h w"),
         ["RankLimit", "WrongAxisConv"],
     ),
     (
@@ -97,7 +85,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "rank 6: four spatial axes",
         {"o": 3, "i": 2, "a": 2, "b": 2, "c": 2, "d": 3},
         1,
-        _conv("a b c d"),
+        conv("a b c d"),
         ["RankLimit"],
     ),
     (
@@ -105,7 +93,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "two groups: fan-in counts the inputs of one group",
         {"o": 6, "i": 2, "h": 3, "w": 3},
         1,
-        _conv("h w"),
+        CONV2D,
         ["WrongAxisConv"],
     ),
     (
@@ -129,7 +117,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "PyTorch and Keras store the transposed kernel the other way round",
         {"o": 5, "i": 4, "w": 3},
         1,
-        _conv_transpose("w"),
+        conv_transpose("w"),
         ["WrongAxisConvTranspose"],
     ),
     (
@@ -137,7 +125,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "PyTorch and Keras store the transposed kernel the other way round",
         {"o": 5, "i": 4, "h": 3, "w": 3},
         1,
-        _conv_transpose("h w"),
+        conv_transpose("h w"),
         ["WrongAxisConvTranspose"],
     ),
     (
@@ -145,7 +133,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "as many inputs as outputs: shapes cannot tell the two apart",
         {"o": 4, "i": 4, "h": 3, "w": 3},
         1,
-        _conv_transpose("h w"),
+        conv_transpose("h w"),
         ["WrongAxisConvTranspose"],
     ),
     (
@@ -161,7 +149,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "the groups of the fused input axis are unit axes",
         {"g": 2, "o": 5, "i": 3, "h": 3, "w": 2},
         2,
-        _three(("(g i) o h w", "(g=2 i) o ... -> g o"), _LAST_GROUPED, _LAST_GROUPED),
+        by_framework(("(g i) o h w", "(g=2 i) o ... -> g o"), _GROUPED_OUT_LAST, _GROUPED_OUT_LAST),
         ["GroupedSplit", "WrongAxisConvTranspose"],
     ),
     (
@@ -169,7 +157,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "a unit is a token's vector",
         {"v": 7, "d": 4},
         1,
-        _EMBEDDING,
+        {"any": ("v d", "v d -> v")},
         ["WrongAxisEmbedding"],
     ),
     (
@@ -177,7 +165,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "every feature of every head is a unit",
         {"h": 3, "d": 4, "i": 12},
         2,
-        _three(("(h d) i", "o i -> o"), ("i h d", "i h d -> h d"), ("i h d", "i h d -> h d")),
+        by_framework(("(h d) i", "o i -> o"), ("i h d", "i h d -> h d"), ("i h d", "i h d -> h d")),
         ["WrongAxisAttention"],
     ),
     (
@@ -185,7 +173,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "query, key and value in one matrix",
         {"o": 24, "i": 8},
         1,
-        _DENSE,
+        DENSE,
         ["WrongAxisDense"],
     ),
     (
@@ -193,7 +181,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "heads and their features are all inputs",
         {"o": 12, "h": 3, "d": 4},
         1,
-        _three(("o (h d)", "o i -> o"), ("h d o", "h d o -> o"), ("h d o", "h d o -> o")),
+        by_framework(("o (h d)", "o i -> o"), ("h d o", "h d o -> o"), ("h d o", "h d o -> o")),
         ["WrongAxisAttention"],
     ),
     (
@@ -201,7 +189,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "a bias is one unit, of whatever rank it is",
         {"h": 3, "d": 4},
         0,
-        _three(("(h d)", "... ->"), ("h d", "... ->"), ("h d", "... ->")),
+        by_framework(("(h d)", "... ->"), ("h d", "... ->"), ("h d", "... ->")),
         ["VectorPerElement"],
     ),
     (
@@ -209,7 +197,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "btij,ijhk->bthk: two axes in, two axes out",
         {"h": 3, "k": 2, "i": 4, "j": 2},
         2,
-        _three(
+        by_framework(
             ("(h k) (i j)", "o i -> o"),
             ("i j h k", "i j h k -> h k"),
             ("i j h k", "i j h k -> h k"),
@@ -221,7 +209,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "an LSTM's input weights",
         {"o": 12, "i": 4},
         1,
-        _DENSE,
+        DENSE,
         ["WrongAxisDense"],
     ),
     (
@@ -229,7 +217,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "an LSTM's recurrent weights",
         {"o": 12, "i": 3},
         1,
-        _DENSE,
+        DENSE,
         ["WrongAxisDense"],
     ),
     (
@@ -271,7 +259,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "(C, 1, 1) is one unit",
         {"c": 5, "h": 1, "w": 1},
         0,
-        _three(("c h w", "... ->"), ("h w c", "... ->"), ("h w c", "... ->")),
+        by_framework(("c h w", "... ->"), ("h w c", "... ->"), ("h w c", "... ->")),
         ["VectorPerElement"],
     ),
     (
@@ -287,7 +275,9 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "three layers stacked by scan, vmap or experts: never a norm across them",
         {"l": 3, "o": 5, "i": 4},
         2,
-        _three(("l o i", "l o i -> l o"), ("l i o", "l i o -> l o"), ("l i o", "l i o -> l o")),
+        by_framework(
+            ("l o i", "l o i -> l o"), ("l i o", "l i o -> l o"), ("l i o", "l i o -> l o")
+        ),
         ["WrongAxisStacked"],
     ),
     (
@@ -303,7 +293,7 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
         "experts of convolutions",
         {"e": 2, "o": 3, "i": 2, "h": 2, "w": 3},
         2,
-        _three(
+        by_framework(
             ("e o i h w", "e o ... -> e o"),
             ("e h w i o", "e ... o -> e o"),
             ("e h w i o", "e ... o -> e o"),
@@ -312,77 +302,13 @@ _ROWS: Final[list[tuple[str, str, dict[str, int], int, Layouts, list[str]]]] = [
     ),
 ]
 
-
-def layer_vectors() -> list[dict[str, Any]]:
-    """Return one L1 vector for every row of the table."""
-    out = []
-    for number, (name, what, axes, units, layouts, flags) in enumerate(_ROWS):
-        clause = 5 if units == 0 else 2
-        p = mixed("weight", axes, units, layouts, 11 + number)
-        out.append(clip_vector(f"L1-layer-{name}", clause, flags, f"{what}.", [p]))
-    return out
-
-
-# Layer kind, sizes, totals [elements, units] that are right for the weights; more than one where a
-# framework may or may not count a stacked bias.
-_PLANS: Final[list[tuple[str, dict[str, int], list[list[int]]]]] = [
-    ("dense", {"i": 4, "o": 6}, [[24, 6]]),
-    ("dense", {"i": 1, "o": 6}, [[6, 6]]),
-    ("conv1d", {"i": 4, "o": 6, "w": 3}, [[72, 6]]),
-    ("conv2d", {"i": 4, "o": 6, "h": 3, "w": 5}, [[360, 6]]),
-    ("conv3d", {"i": 4, "o": 6, "t": 2, "h": 3, "w": 5}, [[720, 6]]),
-    ("grouped_conv2d", {"i": 4, "o": 6, "g": 2, "h": 3, "w": 3}, [[108, 6]]),
-    ("depthwise_conv2d", {"c": 5, "m": 2, "h": 3, "w": 3}, [[90, 10]]),
-    ("conv_transpose1d", {"i": 4, "o": 6, "w": 3}, [[72, 6]]),
-    ("conv_transpose2d", {"i": 4, "o": 6, "h": 3, "w": 5}, [[360, 6]]),
-    ("grouped_conv_transpose2d", {"i": 4, "o": 6, "g": 2, "h": 3, "w": 3}, [[108, 6]]),
-    ("embedding", {"v": 7, "d": 4}, [[28, 7]]),
-    ("attention", {"i": 12, "h": 3, "d": 4, "o": 12}, [[576, 48]]),
-    ("einsum", {"i": 5, "h": 2, "d": 3}, [[30, 6]]),
-    ("lstm", {"i": 3, "o": 4}, [[112, 32]]),
-    ("gru", {"i": 3, "o": 4}, [[84, 24]]),
-    ("rnn", {"i": 3, "o": 4}, [[28, 8]]),
-    ("bilinear", {"i": 3, "j": 5, "o": 4}, [[60, 4]]),
-    ("hf_conv1d", {"i": 5, "o": 6}, [[30, 6]]),
-    ("layer_norm", {"o": 6}, [[0, 0]]),
-    ("class_token", {"d": 6}, [[0, 0]]),
-    ("temperature", {"h": 6}, [[0, 0]]),
-    ("stacked_dense", {"l": 3, "i": 4, "o": 5}, [[60, 15], [75, 18]]),
-]
-
-
-def layer_plans() -> list[dict[str, Any]]:
-    """Return one L0 vector for every kind of layer: its plan in the framework's own layer."""
-    vectors = {
-        "layer_norm": ["LayerPlan"],
-        "class_token": ["VectorRefused", "VectorPerElement"],
-        "temperature": ["VectorRefused", "VectorPerElement"],
-    }
-    unknown = vector(
-        "L0-plan-unknown",
-        5,
-        "layer",
-        ["UnitsGuessed"],
-        "A parameter of a layer that nobody knows, of rank 3: an error that names it, never a guess.",
-        layer={"kind": "unknown", "sizes": {"a": 2, "b": 3, "c": 4}},
-        rule={},
-        expect={"error": "AmbiguousUnitsError", "message": ["table", "(2, 3, 4)"]},
+VECTORS: Final = [
+    clip_vector(
+        f"L1-layer-{name}",
+        5 if units == 0 else 2,
+        flags,
+        f"{comment}.",
+        [mixed("weight", axes, units, layouts, seed)],
     )
-    return [
-        *(
-            vector(
-                f"L0-plan-{kind.replace('_', '-')}{'-of-one-input' if sizes.get('i') == 1 else ''}",
-                5 if kind in vectors else 2,
-                "layer",
-                vectors.get(
-                    kind, ["LayerPlan", "Squeeze"] if sizes.get("i") == 1 else ["LayerPlan"]
-                ),
-                f"The framework's own {kind} layer: elements and units of its weights; all else is whole.",
-                layer={"kind": kind, "sizes": sizes},
-                rule={},
-                expect={"totals": totals},
-            )
-            for kind, sizes, totals in _PLANS
-        ),
-        unknown,
-    ]
+    for seed, (name, comment, axes, units, layouts, flags) in enumerate(_LAYERS, start=11)
+]

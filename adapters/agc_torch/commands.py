@@ -1,22 +1,34 @@
-"""PyTorch's part of ``agc demo``: the training; see :mod:`agc.demo`."""
+"""PyTorch's part of ``agc classify`` and ``agc demo``; see :mod:`agc.cli.frameworks`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from agc import AGC
-from agc.nfnet import SMOOTHING
-from agc_torch.nfnet import nfnet
+from agc.nfnet import SMOOTHING, Options
+from agc_torch.nfnet import NFNet, nfnet
 from agc_torch.optimizer import attached
 from agc_torch.recipe import sgd_nfnet
 from agc_torch.weights import from_neutral
 
-__all__ = ["train"]
+__all__ = ["classifier", "train"]
+
+
+def classifier(options: Options, arrays: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """Return an NFNet as a function; see :meth:`agc.cli.frameworks.Framework.classifier`."""
+    model = NFNet(options).eval()
+    from_neutral(model, arrays)
+
+    def logits(images: Any) -> Any:
+        with torch.inference_mode():
+            return model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+
+    return logits
 
 
 def train(
@@ -26,7 +38,7 @@ def train(
     clipping: float | None,
     test: tuple[Any, Any],
 ) -> Iterator[tuple[float, float]]:
-    """Train ``tiny``; see :class:`agc.demo.Train`."""
+    """Train ``tiny``; see :meth:`agc.cli.frameworks.Framework.train`."""
     model = nfnet("tiny", dropout=0.0, stochastic_depth=0.0).to(memory_format=torch.channels_last)
     from_neutral(model, initial)
     optimizer = sgd_nfnet(model, lr=0.0, rule=AGC.profile("deepmind", clipping=clipping))
@@ -45,5 +57,5 @@ def train(
             return
     with torch.no_grad():
         images, labels = test
-        found = model.eval()(torch.from_numpy(images).permute(0, 3, 1, 2)).argmax(-1)
-        yield (found == torch.from_numpy(labels)).double().mean().item(), 0.0
+        classes = model.eval()(torch.from_numpy(images).permute(0, 3, 1, 2)).argmax(-1)
+        yield (classes == torch.from_numpy(labels)).double().mean().item(), 0.0

@@ -1,23 +1,22 @@
 """``agc demo``: why one clips adaptively, seen in five minutes on a laptop.
 
-The smallest NFNet learns to tell ten orientations of noisy gratings, once for each learning rate and each
-clipping threshold, from several seeds. Without clipping a large learning rate diverges; the tighter the
-clipping, the larger the learning rate that still works, and the slower a small one becomes. That is what
-Fig. 2 of the paper shows for ImageNet and large batches (arXiv:2102.06171).
+The smallest NFNet learns to tell ten orientations of noisy gratings, once for each learning rate
+and each clipping threshold, from several seeds. Without clipping a large learning rate diverges;
+the tighter the clipping, the larger the learning rate that still works, and the slower a small one
+becomes. That is what Fig. 2 of the paper shows for ImageNet and large batches (arXiv:2102.06171).
 
-Everything but the training step itself is here; the step is the framework's own: ``agc_torch.demo`` and so on.
+Everything but the training itself is here; that is the framework's own (``agc.cli.frameworks``).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +24,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from agc.errors import ConfigError, MissingPackageError
+from agc.checks import check_count
+from agc.cli.frameworks import Framework, framework_names, load_framework
+from agc.errors import ConfigError
 from agc.files import check_target, named_files, replacing, write_text, written
 from agc.nfnet import parameters
-from agc.weights.files import need
+from agc.packages import need
 
-__all__ = ["CLASSES", "Experiment", "Run", "Train", "gratings", "learning_rates", "register"]
+__all__ = [
+    "CLASSES",
+    "Experiment",
+    "Run",
+    "draw",
+    "gratings",
+    "initial_values",
+    "learning_rates",
+    "register",
+    "run",
+    "table",
+]
 
 Array = npt.NDArray[Any]
 
@@ -38,7 +50,6 @@ CLASSES: Final = 10
 _CYCLES: Final = 6
 _PIXELS: Final = 32
 _TEST_IMAGES: Final = 512
-FRAMEWORKS: Final = ("torch", "jax", "tensorflow")
 _PICTURES: Final = ("svg", "png", "pdf")
 
 
@@ -71,9 +82,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         for name in ("seeds", "steps", "batch"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ConfigError(f"{name} must be an integer >= 1, got {number!r}")
+            check_count(name, getattr(self, name))
         for name in ("clippings", "rates"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must name at least one number")
@@ -114,41 +123,6 @@ class Run:
         return not math.isfinite(self.losses[-1])
 
 
-class Train(Protocol):
-    """What a framework's ``demo`` module has under the name ``train``."""
-
-    def __call__(
-        self,
-        initial: Mapping[str, Array],
-        batches: Iterator[tuple[Array, Array]],
-        rates: Sequence[float],
-        clipping: float | None,
-        test: tuple[Array, Array],
-    ) -> Iterator[tuple[float, float]]:
-        """Train ``tiny`` by DeepMind's optimizer, without dropout and stochastic depth.
-
-        Parameters
-        ----------
-        initial : mapping of str to array
-            Parameters by canonical name.
-        batches : iterator of (images, labels)
-            One batch a step: float32, shape (batch, 32, 32, 3), and int64.
-        rates : sequence of float
-            Learning rate of each step.
-        clipping : float or None
-            Threshold of AGC.
-        test : (images, labels)
-            What the accuracy is measured on.
-
-        Yields
-        ------
-        (loss, clipped)
-            After every step the loss before it (label smoothing 0.1) and the share of clipped units; stops
-            after a loss that is not finite. At last, once, the accuracy and 0.
-        """
-        ...
-
-
 def gratings(random: np.random.Generator, count: int) -> tuple[Array, Array]:
     """Draw noisy gratings in ten orientations.
 
@@ -161,8 +135,8 @@ def gratings(random: np.random.Generator, count: int) -> tuple[Array, Array]:
     Returns
     -------
     images : float32 array, shape (count, 32, 32, 3)
-        A sine of six cycles in the orientation ``pi * label / 10`` with a random phase, its amplitude
-        normal with standard deviation 0.5 in each channel, in unit normal noise.
+        A sine of six cycles in the orientation ``pi * label / 10`` with a random phase, its
+        amplitude normal with standard deviation 0.5 in each channel, in unit normal noise.
     labels : int64 array, shape (count,)
     """
     labels = random.integers(0, CLASSES, count)
@@ -204,7 +178,7 @@ def initial_values(seed: int) -> dict[str, Array]:
     return drawn
 
 
-def run(experiment: Experiment, train: Train, console: Console) -> list[Run]:
+def run(experiment: Experiment, framework: Framework, console: Console) -> list[Run]:
     """Train everything that an experiment asks for, with a progress bar."""
     columns = (
         TextColumn("{task.description}"),
@@ -229,7 +203,7 @@ def run(experiment: Experiment, train: Train, console: Console) -> list[Run]:
             batches = (gratings(random, experiment.batch) for _ in range(experiment.steps))
             rates = learning_rates(rate, experiment.steps)
             seen = []
-            for pair in train(initial_values(seed), batches, rates, clipping, test):
+            for pair in framework.train(initial_values(seed), batches, rates, clipping, test):
                 seen.append(pair)
                 bar.advance(task)
             finished = math.isfinite(seen[-1][0]) and len(seen) > experiment.steps
@@ -252,10 +226,11 @@ def _cells(
     """Row, column, mean accuracy, its range, and number of diverged trainings of each pair."""
     for row, clipping in enumerate(experiment.clippings):
         for column, rate in enumerate(experiment.rates):
-            mine = [one for one in runs if (one.clipping, one.rate) == (clipping, rate)]
-            found = [one.accuracy for one in mine]
-            spread = max(found) - min(found)
-            yield row, column, float(np.mean(found)), spread, sum(one.diverged for one in mine)
+            cell = [run for run in runs if (run.clipping, run.rate) == (clipping, rate)]
+            accuracies = [run.accuracy for run in cell]
+            spread = max(accuracies) - min(accuracies)
+            mean = float(np.mean(accuracies))
+            yield row, column, mean, spread, sum(run.diverged for run in cell)
 
 
 def table(experiment: Experiment, runs: Sequence[Run]) -> Table:
@@ -274,7 +249,7 @@ def table(experiment: Experiment, runs: Sequence[Run]) -> Table:
 
 
 def draw(experiment: Experiment, runs: Sequence[Run], path: Path) -> None:
-    """Draw the accuracies as a map, and the losses of the first seed; SVG, PNG or PDF by the file's name."""
+    """Draw the accuracies as a map, and the losses of the first seed; the file's name says how."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -297,9 +272,9 @@ def draw(experiment: Experiment, runs: Sequence[Run], path: Path) -> None:
         left.set_ylabel("clipping")
         left.set_title("test accuracy", loc="left")
         rate = experiment.rates[-2] if size[1] > 1 else experiment.rates[0]
-        for one in runs:
-            if one.rate == rate and one.seed == 0:
-                right.plot(one.losses, label=_name(one.clipping), lw=1)
+        for run in runs:
+            if run.rate == rate and run.seed == 0:
+                right.plot(run.losses, label=_name(run.clipping), lw=1)
         right.set_ylim(0, 4)
         right.set_xlabel("step")
         right.set_title(f"loss at learning rate {rate:g}", loc="left")
@@ -313,8 +288,8 @@ def _picture(path: Path) -> str:
     return path.suffix.removeprefix(".").lower() or _PICTURES[0]
 
 
-def check_out(path: Path) -> Path:
-    """Return where the numbers go, beside the picture; raise ConfigError unless both can be written."""
+def _check_out(path: Path) -> Path:
+    """Return the file of numbers beside the picture; refuse what cannot be written."""
     try:
         check_target(path)
         numbers = path.with_suffix(".json")
@@ -328,26 +303,13 @@ def check_out(path: Path) -> Path:
     return numbers
 
 
-def load(framework: str) -> Train:
-    """Return a framework's ``train``; raise MissingPackageError if it is not installed."""
-    try:
-        module = importlib.import_module(f"agc_{framework}.demo")
-    except ImportError as error:
-        raise MissingPackageError(
-            f"the demo in {framework} needs packages that are not installed ({error}); "
-            f'try: pip install "agc-sam[{framework},demo]"'
-        ) from error
-    train: Train = module.train
-    return train
-
-
 def register(subparsers: Any) -> None:
     """Add the command ``demo`` to ``agc`` (entry-point group ``agc.commands``)."""
     plain = Experiment()
     parser = subparsers.add_parser(
         "demo", help="see in five minutes why one clips adaptively", description=__doc__
     )
-    parser.add_argument("--framework", choices=FRAMEWORKS, default="torch")
+    parser.add_argument("--framework", choices=framework_names(), default="torch")
     parser.add_argument("--clippings", type=_clipping, nargs="+", default=plain.clippings)
     parser.add_argument("--rates", type=float, nargs="+", default=plain.rates)
     parser.add_argument("--seeds", type=int, default=plain.seeds)
@@ -366,33 +328,34 @@ def _clipping(text: str) -> float | None:
     return None if text == "none" else float(text)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     experiment = Experiment(
-        clippings=tuple(options.clippings),
-        rates=tuple(options.rates),
-        seeds=options.seeds,
-        steps=options.steps,
-        batch=options.batch,
+        clippings=tuple(arguments.clippings),
+        rates=tuple(arguments.rates),
+        seeds=arguments.seeds,
+        steps=arguments.steps,
+        batch=arguments.batch,
     )
-    # Whatever may be missing is missed before minutes of training.
-    numbers = check_out(options.out)
-    train = load(options.framework)
+    # Fail on missing packages before training.
+    numbers = _check_out(arguments.out)
+    name = arguments.framework
+    framework = load_framework(name, f"the demo in {name}", f"{name},demo")
     need("matplotlib.figure", "agc demo", "demo")
     console = Console()
-    runs = run(experiment, train, console)
+    runs = run(experiment, framework, console)
     console.print(table(experiment, runs))
     data = {
-        "framework": options.framework,
+        "framework": name,
         "experiment": asdict(experiment),
         "runs": [
             # JSON has no NaN: a loss that is not finite is null.
-            {**asdict(one), "losses": [x if math.isfinite(x) else None for x in one.losses]}
-            for one in runs
+            {**asdict(item), "losses": [x if math.isfinite(x) else None for x in item.losses]}
+            for item in runs
         ],
     }
     text = json.dumps(data, allow_nan=False) + "\n"
     with named_files():
         write_text(numbers, text)
-        draw(experiment, runs, options.out)
-    console.print(f"written: {written(options.out)} and {written(numbers)}", highlight=False)
+        draw(experiment, runs, arguments.out)
+    console.print(f"written: {written(arguments.out)} and {written(numbers)}", highlight=False)
     return 0

@@ -1,4 +1,9 @@
-"""The ``agc`` command. Other packages add subcommands through the entry-point group ``agc.commands``."""
+"""The ``agc`` command: every subcommand is an entry point of the group ``agc.commands``.
+
+An entry point is a function that takes argparse's subparsers, adds one command, and sets ``run`` to
+a function of the parsed arguments that returns the exit status. Each module of this package that is
+named after a command is one; other packages add theirs in the same way.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +15,20 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from agc import __version__
-from agc.errors import AGCError, MissingPackageError
-from agc.weights.cli import register as register_weights
+from agc.errors import AGCError
+from agc.packages import missing
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0, or 1 if something failed, or 2 for misuse.
-
-    Every entry point in ``agc.commands`` is a function that takes argparse's subparsers, adds one
-    command, and sets ``run`` to a function of the parsed arguments that returns the exit status.
-    """
+    """Run the command line; return the exit status: 0, 1 if something failed, 2 for misuse."""
     parser = argparse.ArgumentParser(
         prog="agc", description="Adaptive gradient clipping, proven equal."
     )
     parser.add_argument("--version", action="version", version=f"agc-sam {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    register_weights(commands)
-    for entry_point in sorted(entry_points(group="agc.commands"), key=lambda found: found.name):
+    for entry_point in sorted(entry_points(group="agc.commands"), key=lambda point: point.name):
         try:
             entry_point.load()(commands)
         except ImportError as error:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever reads has seen enough, as head does; Python would complain once more when it exits.
+        # The reader closed the pipe (`| head`): keep the flush at exit from raising again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (AGCError, OSError) as error:
@@ -51,18 +51,11 @@ def _add_missing(commands: Any, name: str, cause: ImportError) -> None:
     """Add a command whose packages are not installed: it says so when it is called."""
 
     def explain(_: argparse.Namespace) -> int:
-        raise MissingPackageError(
-            f"'agc {name}' needs packages that are not installed ({cause}); "
-            f'try: pip install "agc-sam[{name}]"'
-        )
+        raise missing(f"'agc {name}'", cause, name)
 
-    # No argument starts with a null character, so none is taken for an option, which would be unknown.
+    # No argument starts with a null character, so none is refused as an unknown option.
     command = commands.add_parser(
         name, help="(needs packages that are not installed)", prefix_chars="\0", add_help=False
     )
     command.add_argument("rest", nargs="*")
     command.set_defaults(run=explain)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""JAX's part of ``agc demo``: the training; see :mod:`agc.demo`."""
+"""JAX's part of ``agc classify`` and ``agc demo``; see :mod:`agc.cli.frameworks`."""
 
 from __future__ import annotations
 
@@ -8,29 +8,40 @@ from functools import cache
 from typing import Any, Final
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 
 import agc_jax
 from agc import AGC
-from agc.nfnet import SMOOTHING
+from agc.nfnet import SMOOTHING, Options
 from agc_jax.recipe import after_clipping
 
-__all__ = ["train"]
+__all__ = ["classifier", "train"]
 
-_NEVER: Final = 1e30  # a threshold that no gradient reaches
+_NEVER: Final = 1e30
+"""A threshold that no gradient reaches."""
+
+
+def classifier(options: Options, arrays: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """Return an NFNet as a function; see :meth:`agc.cli.frameworks.Framework.classifier`."""
+    model = agc_jax.NFNet(options, rngs=nnx.Rngs(0))
+    agc_jax.from_neutral(model, arrays)
+    model.eval()
+    run = nnx.jit(lambda model, images: model(images))
+    return lambda images: np.asarray(run(model, images))
 
 
 @cache
 def _programs() -> tuple[nnx.Module, Callable[..., Any], Callable[..., Any]]:
-    """Return a model, a training step and the classifier; compiled once for all thresholds and rates."""
+    """Return model, training step and logits; compiled once for all thresholds and rates."""
     model = agc_jax.nfnet("tiny", dropout=0.0, stochastic_depth=0.0, rngs=nnx.Rngs(0))
     graph, _, rest = nnx.split(model, nnx.Param, ...)
     units = agc_jax.units(model)
 
     def logits(params: Any, images: jax.Array) -> jax.Array:
-        found: jax.Array = nnx.merge(graph, params, rest)(images)
-        return found
+        outputs: jax.Array = nnx.merge(graph, params, rest)(images)
+        return outputs
 
     def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), SMOOTHING)
@@ -42,8 +53,8 @@ def _programs() -> tuple[nnx.Module, Callable[..., Any], Callable[..., Any]]:
         tx = _optimizer(units, rate, clipping)
         state = tx.init(params) if state is None else state
         updates, state = tx.update(gradients, state, params)
-        found = agc_jax.stats(state)
-        return optax.apply_updates(params, updates), state, value, found.clipped / found.units
+        stats = agc_jax.stats(state)
+        return optax.apply_updates(params, updates), state, value, stats.clipped / stats.units
 
     return model, step, jax.jit(logits)
 
@@ -63,7 +74,7 @@ def train(
     clipping: float | None,
     test: tuple[Any, Any],
 ) -> Iterator[tuple[float, float]]:
-    """Train ``tiny``; see :class:`agc.demo.Train`."""
+    """Train ``tiny``; see :meth:`agc.cli.frameworks.Framework.train`."""
     model, step, logits = _programs()
     agc_jax.from_neutral(model, initial)
     params = nnx.state(model, nnx.Param)

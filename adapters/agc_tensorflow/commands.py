@@ -1,4 +1,4 @@
-"""TensorFlow's part of ``agc demo``: the training; see :mod:`agc.demo`."""
+"""TensorFlow's part of ``agc classify`` and ``agc demo``; see :mod:`agc.cli.frameworks`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,25 @@ import tensorflow as tf
 
 import agc_tensorflow
 from agc import AGC
-from agc.nfnet import SMOOTHING
+from agc.nfnet import SMOOTHING, Options
 
-__all__ = ["train"]
+__all__ = ["classifier", "train"]
 
-_NEVER: Final = 1e30  # a threshold that no gradient reaches
+_NEVER: Final = 1e30
+"""A threshold that no gradient reaches."""
+
+
+def classifier(options: Options, arrays: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """Return an NFNet as a function; see :meth:`agc.cli.frameworks.Framework.classifier`."""
+    model = agc_tensorflow.NFNet(options)
+    agc_tensorflow.from_neutral(model, arrays)
+    run = tf.function(lambda images: model(images, training=False))
+    return lambda images: run(tf.constant(images)).numpy()
 
 
 @cache
 def _programs() -> tuple[keras.Model, Any, tf.Variable, Callable[..., Any]]:
-    """Return a model, its optimizer, the threshold and a step; traced once for all thresholds and rates."""
+    """Return model, optimizer, threshold and step; traced once for all thresholds and rates."""
     model = agc_tensorflow.nfnet("tiny", dropout=0.0, stochastic_depth=0.0)
     threshold = tf.Variable(_NEVER, dtype=tf.float64)
     rule = AGC.profile("deepmind", clipping=lambda _: threshold.read_value())
@@ -48,7 +57,7 @@ def train(
     clipping: float | None,
     test: tuple[Any, Any],
 ) -> Iterator[tuple[float, float]]:
-    """Train ``tiny``; see :class:`agc.demo.Train`."""
+    """Train ``tiny``; see :meth:`agc.cli.frameworks.Framework.train`."""
     model, optimizer, threshold, step = _programs()
     agc_tensorflow.from_neutral(model, initial)
     for variable in optimizer.variables:
@@ -57,8 +66,8 @@ def train(
     for rate, (images, labels) in zip(rates, batches, strict=True):
         optimizer.learning_rate = rate
         loss = float(step(tf.constant(images), tf.constant(labels)))
-        found = optimizer.stats().total()
-        yield loss, found.clipped / found.units
+        total = optimizer.stats().total()
+        yield loss, total.clipped / total.units
         if not math.isfinite(loss):
             return
     images, labels = test

@@ -1,0 +1,111 @@
+"""The frameworks that commands run in: the modules of the entry-point group ``agc.frameworks``.
+
+The commands know no framework. Each adapter registers one module, which has the functions of
+:class:`Framework`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, Final, Protocol
+
+import numpy.typing as npt
+
+from agc.errors import ConfigError
+from agc.nfnet import Options
+from agc.packages import missing
+
+__all__ = ["Framework", "framework_names", "load_framework"]
+
+Array = npt.NDArray[Any]
+
+_GROUP: Final = "agc.frameworks"
+
+
+class Framework(Protocol):
+    """What a framework's module provides."""
+
+    def classifier(self, options: Options, arrays: Mapping[str, Array]) -> Callable[[Array], Array]:
+        """Return a function from images, shape (n, h, w, 3), to logits in evaluation mode.
+
+        Parameters
+        ----------
+        options : Options
+            Which NFNet.
+        arrays : mapping of str to array
+            Its parameters in the neutral form.
+
+        Raises
+        ------
+        ParameterError
+            If the arrays are not the model's.
+        """
+        ...
+
+    def train(
+        self,
+        initial: Mapping[str, Array],
+        batches: Iterator[tuple[Array, Array]],
+        rates: Sequence[float],
+        clipping: float | None,
+        test: tuple[Array, Array],
+    ) -> Iterator[tuple[float, float]]:
+        """Train ``tiny`` by DeepMind's optimizer, without dropout and stochastic depth.
+
+        Parameters
+        ----------
+        initial : mapping of str to array
+            Parameters by canonical name.
+        batches : iterator of (images, labels)
+            One batch a step: float32, shape (batch, 32, 32, 3), and int64.
+        rates : sequence of float
+            Learning rate of each step.
+        clipping : float or None
+            Threshold of AGC.
+        test : (images, labels)
+            Images that the accuracy is measured on.
+
+        Yields
+        ------
+        (loss, clipped)
+            After every step the loss before it (label smoothing 0.1) and the share of clipped
+            units; stops after a loss that is not finite. At last, once, the accuracy and 0.
+        """
+        ...
+
+
+def framework_names() -> list[str]:
+    """Return the names of all frameworks that are registered, installed or not."""
+    return sorted(point.name for point in entry_points(group=_GROUP))
+
+
+def load_framework(name: str, what: str, extra: str) -> Framework:
+    """Import a framework's module.
+
+    Parameters
+    ----------
+    name : str
+        A registered name.
+    what : str
+        Who needs the framework, for the message.
+    extra : str
+        Extra of this distribution, or several with commas, that installs what is needed.
+
+    Raises
+    ------
+    ConfigError
+        If no framework is registered under this name.
+    MissingPackageError
+        If the framework is not installed; the message names the extra.
+    """
+    points = list(entry_points(group=_GROUP, name=name))
+    if not points:
+        raise ConfigError(
+            f"unknown framework {name!r}; the frameworks are {', '.join(framework_names())}"
+        )
+    try:
+        module: Framework = points[0].load()
+    except ImportError as error:
+        raise missing(what, error, extra) from error
+    return module

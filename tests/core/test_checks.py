@@ -1,0 +1,96 @@
+"""Checks that the core and the adapters share: what passes, and how each failure reads."""
+
+import numpy as np
+import pytest
+
+from agc import AGC, SAM, Units
+from agc.checks import (
+    check_batch_given,
+    check_count,
+    check_distinct,
+    check_inexact,
+    check_microbatches,
+    check_rule,
+    check_shapes,
+    check_step,
+    rows_are_not_units,
+)
+from agc.errors import ConfigError, DTypeError, ParameterError, ShapeError
+from agc.verification import Verification
+
+
+def test_counts_and_steps_are_integers():
+    assert (check_count("batch", np.int64(2)), check_step(0)) == (2, 0)
+    for value in (0, True, 1.0, "1"):
+        with pytest.raises(ConfigError, match="batch must be an integer >= 1, got"):
+            check_count("batch", value)
+    with pytest.raises(ConfigError, match="step must be an integer >= 0, got -1"):
+        check_step(-1)
+
+
+def test_a_rule_is_of_its_class():
+    check_rule(AGC(), AGC)
+    with pytest.raises(ConfigError, match=r"rule must be an agc.SAM, got AGC\("):
+        check_rule(AGC(), SAM)
+
+
+def test_names_are_distinct():
+    check_distinct(["a", "b"])
+    with pytest.raises(ParameterError, match="two parameters are called 'a'"):
+        check_distinct(["a", "b", "a"])
+
+
+@pytest.mark.parametrize("wrong", ["weight", "gradient", "plan"])
+def test_shapes_agree(wrong):
+    shapes = dict.fromkeys(("weight", "gradient", "plan"), (2, 3))
+    check_shapes("w", **shapes)
+    with pytest.raises(ShapeError, match=r"parameter 'w' has shape .*, its gradient .*, and the"):
+        check_shapes("w", **shapes | {wrong: (3, 2)})
+
+
+def test_dtypes_are_inexact():
+    check_inexact("the weight", "float32", inexact=True)
+    with pytest.raises(DTypeError, match="the weight has dtype int8; AGC needs floating point or"):
+        check_inexact("the weight", "int8", inexact=False)
+
+
+def test_rows_that_are_no_units():
+    error = rows_are_not_units("the gradient", (4, 3), Units("d v -> v"), "give the model, ")
+    assert str(error) == (
+        "the gradient of shape (4, 3) is row-sparse, but the rows are not units of d v -> v; "
+        "give the model, declare row units such as 'v d -> v', or make the gradient dense"
+    )
+
+
+def test_parts_of_a_batch_need_one():
+    check_batch_given(1.0, 1, given=False, cure="")
+    check_batch_given(0.2, 1, given=True, cure="")
+    for fraction, microbatches in ((0.2, 1), (1.0, 2)):
+        with pytest.raises(ConfigError, match=r"take parts of the batch: give batch=\(x, y\)"):
+            check_batch_given(fraction, microbatches, given=False, cure="give batch=(x, y)")
+
+
+def test_no_microbatch_is_empty():
+    check_microbatches(4, 4)
+    with pytest.raises(ConfigError, match="microbatches=5 is more than the 4 examples of a batch"):
+        check_microbatches(5, 4, " of a batch")
+
+
+def test_sam_is_verified_by_all_of_its_numbers():
+    sam = {
+        "passes": 2,
+        "perturbation": 0.05,
+        "cosine": 1.0,
+        "gradient_error": 1e-7,
+        "restored": True,
+    }
+    assert Verification(**sam).ok
+    wrong = {
+        "passes": 1,
+        "perturbation": 0.0,
+        "cosine": -1.0,
+        "gradient_error": 0.1,
+        "restored": False,
+    }
+    for field, value in wrong.items():
+        assert not Verification(**sam | {field: value}).ok, field

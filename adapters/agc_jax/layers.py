@@ -5,9 +5,8 @@ Equinox is only recognised, by the full names of its classes, never imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from itertools import combinations
 from typing import Any, Final, TypeAlias
@@ -16,15 +15,13 @@ from flax import nnx
 from jax.tree_util import tree_flatten_with_path
 
 from agc import Units
-from agc.errors import ParameterError
+from agc.layer_table import LayerRule, LayerTable, class_path, first_match
 from agc.layouts import Layout
 from agc.plan import WHOLE, Parameter
 
-__all__ = ["Layers", "dotted", "path_key", "register_units"]
+__all__ = ["TABLE", "Layers", "dotted", "path_key", "register_units"]
 
 Shape: TypeAlias = tuple[int, ...]
-LayerUnits: TypeAlias = Mapping[str, str | Units]
-LayerRule: TypeAlias = LayerUnits | Callable[[Any], LayerUnits]
 
 
 def register_units(layer: type | str, units: LayerRule) -> None:
@@ -57,14 +54,7 @@ def register_units(layer: type | str, units: LayerRule) -> None:
     >>> agc_jax.plan(Table(), agc.AGC())["table"].count
     2
     """
-    if isinstance(units, Mapping):
-        units = {name: Units(str(pattern)) for name, pattern in units.items()}
-    elif not callable(units):
-        raise ParameterError(
-            f"units of {layer!r} must be a mapping such as {{'kernel': 'i o -> o'}}, "
-            f"or a function of the layer that returns one, got {units!r}"
-        )
-    _REGISTRY[_path(layer) if isinstance(layer, type) else layer] = units
+    TABLE.register(layer, units)
 
 
 class Layers:
@@ -127,7 +117,7 @@ class Layers:
     def in_equinox(self, keys: tuple[Any, ...]) -> bool:
         """Tell whether the leaf on this path belongs to an Equinox module."""
         return any(
-            _path(kind).startswith("equinox.")
+            class_path(kind).startswith("equinox.")
             for owner, _ in self._owners(keys)
             for kind in type(owner).__mro__
         )
@@ -138,11 +128,9 @@ class Layers:
         Of layers that share a variable, one that is registered speaks for one that is not.
         """
         for owner, rest in self._speakers(keys):
-            below = dotted(rest)
-            for glob, declared in _table(owner).items():
-                if fnmatchcase(below, glob):
-                    known = isinstance(declared, _Expected)
-                    return owner, declared if known else Units(str(declared))
+            declared = first_match(TABLE.of(owner), dotted(rest))
+            if declared is not None:
+                return owner, declared
         return None
 
     def _owners(self, keys: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -234,23 +222,15 @@ class _Expected:
         return Units(f"{front} {left}-> {front} {right}")
 
 
-def _table(layer: Any) -> Mapping[str, Any]:
-    for kind in type(layer).__mro__:
-        rule = _REGISTRY.get(_path(kind))
-        if rule is not None:
-            return rule if isinstance(rule, Mapping) else rule(layer)
-    return {}
+TABLE: Final = LayerTable({"kernel": "i o -> o"}, keep=_Expected)
+"""Everything that is known of layer types."""
 
 
 def _layout(layer: Any) -> Layout | None:
     """Which way round the framework of a layer stores dense and convolution weights."""
     if isinstance(layer, nnx.Module):
         return "out-last"
-    return "out-first" if _path(type(layer)).startswith("equinox.") else None
-
-
-def _path(layer: type) -> str:
-    return f"{layer.__module__}.{layer.__qualname__}"
+    return "out-first" if class_path(type(layer)).startswith("equinox.") else None
 
 
 # --- Flax NNX: out last ------------------------------------------------------------------------------
@@ -376,7 +356,7 @@ def _eqx_norm(size: str, layer: Any) -> Mapping[str, Any]:
 
 def _eqx_weight_norm(layer: Any) -> Mapping[str, Any]:
     """Take the lengths as a gain; each has the size of the weight's axis that it is for."""
-    weight = _table(layer.layer).get(layer.weight_name)
+    weight = TABLE.of(layer.layer).get(layer.weight_name)
     if not isinstance(weight, _Expected):
         return {}
     kept = None if layer.axis is None else range(len(weight.shape))[layer.axis]
@@ -384,7 +364,6 @@ def _eqx_weight_norm(layer: Any) -> Mapping[str, Any]:
     return {"g": _Expected(WHOLE, tuple(shape))}
 
 
-_REGISTRY: Final[dict[str, LayerRule]] = {}
 _BUILT_IN: Final[dict[type | str, LayerRule]] = {
     nnx.Linear: _linear,
     nnx.LinearGeneral: _linear_general,

@@ -12,7 +12,6 @@ import functools
 import inspect
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from agc.checks import check_rule
+from agc.checks import check_batch_given, check_distinct, check_microbatches, check_rule
 from agc.config import SAM
 from agc.errors import ConfigError, DTypeError, NonFiniteError, ParameterError
 from agc.selectors import perturbed_names
@@ -141,11 +140,12 @@ def sam_value_and_grad(
     check_rule(rule, SAM)
     weights_at = _positions("argnums", argnums)
     batch_at = () if batch_argnums is None else _positions("batch_argnums", batch_argnums)
-    if (rule.fraction != 1 or rule.microbatches != 1) and not batch_at:
-        raise ConfigError(
-            f"fraction={rule.fraction} and microbatches={rule.microbatches} take parts of the batch: "
-            "say which arguments are the batch, for example batch_argnums=(1, 2)"
-        )
+    check_batch_given(
+        rule.fraction,
+        rule.microbatches,
+        given=bool(batch_at),
+        cure="say which arguments are the batch, for example batch_argnums=(1, 2)",
+    )
     _check_apart(weights_at, batch_at)
     gradient_fn = (
         jax.value_and_grad(loss_fn, argnums=weights_at, has_aux=True)
@@ -216,8 +216,7 @@ def _gradients(
     if rule.microbatches == 1:
         return _two_passes(compute, weights, batch, rule, rho, axes)
     examples = len(jax.tree.leaves(batch)[0])
-    if examples < rule.microbatches:
-        raise ConfigError(f"microbatches={rule.microbatches} is more than the {examples} examples")
+    check_microbatches(rule.microbatches, examples)
 
     def run(micro: tuple[Tree, ...]) -> Any:
         return _two_passes(compute, weights, micro, rule, rho, axes)
@@ -335,9 +334,7 @@ def _named_arrays(names: Sequence[str], leaves: Sequence[Any]) -> list[tuple[str
 
 def _distinct(names: Sequence[str], leaves: Sequence[Any]) -> list[str]:
     distinct = [name for name, _ in _named_arrays(names, leaves)]
-    for name, count in Counter(distinct).items():
-        if count > 1:
-            raise ParameterError(f"two parameters are called {name!r}")
+    check_distinct(distinct)
     return distinct
 
 

@@ -3,44 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
+from agc.verification import Verification
+
 __all__ = ["Verification", "verify_sam"]
 
 Tree = Any
-
-
-class Verification(NamedTuple):
-    """What :func:`verify_sam` saw.
-
-    Attributes
-    ----------
-    passes : int
-        Different points at which the loss was evaluated.
-    perturbation : float
-        Distance of the last point from the weights; should be rho.
-    cosine : float
-        Cosine between that displacement and the gradient at the weights; should be 1 (for ASAM: above
-        0).
-    gradient_error : float
-        Relative distance between the gradient returned and the gradient at the last point.
-    """
-
-    passes: int
-    perturbation: float
-    cosine: float
-    gradient_error: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether this was SAM: two points, moved uphill, right gradient."""
-        moved = self.passes >= 2 and self.perturbation > 0 and self.cosine > 0
-        return moved and self.gradient_error < 1e-3
 
 
 def verify_sam(
@@ -80,6 +54,7 @@ def verify_sam(
     start = _flatten(weights)
     _, gradients = make(watched)(weights, *args)
     jax.effects_barrier()
+    after = _flatten(weights)  # NumPy's arrays can be written to
     points = {np.asarray(point).tobytes(): point for point in visited}
     last = max(
         points.values(), key=lambda point: float(jnp.linalg.norm(point - start)), default=start
@@ -97,6 +72,7 @@ def verify_sam(
         gradient_error=float(
             jnp.linalg.norm(_flatten(gradients) - wanted) / jnp.linalg.norm(wanted)
         ),
+        restored=np.asarray(after).tobytes() == np.asarray(start).tobytes(),
     )
 
 

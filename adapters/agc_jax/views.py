@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from agc import Plan
-from agc.errors import DTypeError, MissingGradientError, ParameterError, ShapeError
+from agc.checks import NO_GRADIENT, check_inexact, check_shapes
+from agc.errors import MissingGradientError, ParameterError
 from agc_jax.units import PyTree, flatten, is_absent
 
 __all__ = ["Views", "views"]
@@ -77,18 +78,14 @@ def views(plan: Plan, gradients: PyTree, params: PyTree, *, by_hand: bool) -> Vi
             raise ParameterError(f"{name!r} has a gradient, but there is no such parameter")
         gradient, weight = _array(name, "gradient", gradient), _array(name, "weight", weights[name])
         if gradient.shape != weight.shape:
-            raise ShapeError(
-                f"parameter {name!r} has shape {weight.shape}, its gradient {gradient.shape}"
-            )
+            check_shapes(name, weight=weight.shape, gradient=gradient.shape, plan=weight.shape)
         if (place := places.get(name)) is None:
             raise ParameterError(f"{name!r} has a gradient, but is a setting of an Equinox module")
         if plan.entries[place].clipped:
             pairs[place] = (index, gradient, weight)
     masked = any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
     if by_hand and weights and not present and not masked:
-        raise MissingGradientError(
-            "no parameter has a gradient; compute gradients before clipping them"
-        )
+        raise MissingGradientError(NO_GRADIENT)
     return Views(
         tuple(pairs),
         [gradient for _, gradient, _ in pairs.values()],
@@ -102,8 +99,5 @@ def views(plan: Plan, gradients: PyTree, params: PyTree, *, by_hand: bool) -> Vi
 def _array(name: str, what: str, leaf: Any) -> jax.Array:
     array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
     if not jnp.issubdtype(array.dtype, jnp.inexact):
-        raise DTypeError(
-            f"parameter {name!r}: the {what} has dtype {array.dtype}; "
-            "AGC needs floating point or complex"
-        )
+        check_inexact(f"parameter {name!r}: the {what}", array.dtype, inexact=False)
     return array

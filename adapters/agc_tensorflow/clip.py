@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from agc import AGC, Schedule
+from agc.checks import NO_GRADIENT
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, ParameterError
 from agc.plan import PlanEntry
 from agc_tensorflow.devices import in_xla
@@ -139,9 +140,7 @@ def clip(
     """
     names = tuple(entry.name for entry in entries)
     if all(gradient is None for gradient in gradients):
-        raise MissingGradientError(
-            "no parameter has a gradient; compute gradients before clipping them"
-        )
+        raise MissingGradientError(NO_GRADIENT)
     out: list[Gradient] = list(gradients)
     views: list[View] = []
     for place, (gradient, variable, entry) in enumerate(

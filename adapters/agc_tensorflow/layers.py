@@ -6,20 +6,15 @@ class hierarchy. KerasHub is only recognised, by the full names of its classes, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
-from typing import Any, Final, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Final
 
 import keras
 
-from agc import Units
-from agc.errors import ParameterError
+from agc.layer_table import LayerRule, LayerTable, LayerUnits
 from agc.plan import WHOLE
 
-__all__ = ["by_type", "changes", "register_units"]
-
-LayerUnits: TypeAlias = Mapping[str, str | Units]
-LayerRule: TypeAlias = LayerUnits | Callable[[Any], LayerUnits]
+__all__ = ["TABLE", "register_units"]
 
 
 def register_units(layer: type | str, units: LayerRule) -> None:
@@ -54,37 +49,11 @@ def register_units(layer: type | str, units: LayerRule) -> None:
     >>> agc_tensorflow.plan(layer, agc.AGC())["table"].count
     2
     """
-    global _changes
-    if isinstance(units, Mapping):
-        units = {name: Units(str(pattern)) for name, pattern in units.items()}
-    elif not callable(units):
-        raise ParameterError(
-            f"units of {layer!r} must be a mapping such as {{'kernel': 'i o -> o'}}, "
-            f"or a function of the layer that returns one, got {units!r}"
-        )
-    _REGISTRY[_path(layer) if isinstance(layer, type) else layer] = units
-    _changes += 1
+    TABLE.register(layer, units)
 
 
-def changes() -> int:
-    """Return how often the table was changed, so that what was made from it can be made again."""
-    return _changes
-
-
-def by_type(layer: Any) -> Callable[[str], Units | None]:
-    """Return a function that says what a layer's type says of a variable, by the variable's name."""
-    table: LayerUnits = {}
-    for kind in type(layer).__mro__:
-        rule = _REGISTRY.get(_path(kind))
-        if rule is not None:
-            table = rule if isinstance(rule, Mapping) else rule(layer)
-            break
-    known = {name: Units(str(pattern)) for name, pattern in table.items()}
-    return lambda name: next((u for glob, u in known.items() if fnmatchcase(name, glob)), None)
-
-
-def _path(layer: type) -> str:
-    return f"{layer.__module__}.{layer.__qualname__}"
+TABLE: Final = LayerTable({"kernel": "i o -> o"})
+"""Everything that is known of layer types."""
 
 
 # --- Keras -------------------------------------------------------------------------------------------
@@ -198,8 +167,6 @@ _HUB: Final[Mapping[str, LayerRule]] = {
     },
 }
 
-_changes = 0
-_REGISTRY: Final[dict[str, LayerRule]] = {}
 for _name, _rule in _KERAS.items():
     if hasattr(keras.layers, _name):  # a layer that an older Keras lacks
         register_units(getattr(keras.layers, _name), _rule)

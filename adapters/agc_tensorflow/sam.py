@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 import keras
 import tensorflow as tf
 
-from agc.checks import check_rule
+from agc.checks import check_batch_given, check_microbatches, check_rule
 from agc.config import SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, ParameterError
 from agc.selectors import perturbed_names
@@ -343,12 +343,12 @@ def _gradients(
     passes: _Passes, rule: SAM, named: Any, *, batch: Sequence[Any] | None, step: Any
 ) -> tuple[Any, list[Any], SamStats, Any]:
     """Clean loss, gradients of the scaled loss at ``w + e``, stats, and what the last clean pass reported."""
-    needs = rule.fraction != 1 or rule.microbatches != 1
-    if batch is None and needs:
-        raise ConfigError(
-            f"fraction={rule.fraction} and microbatches={rule.microbatches} take parts of the batch: "
-            "give batch=(inputs, targets) and a loss function that uses the tensors it is given"
-        )
+    check_batch_given(
+        rule.fraction,
+        rule.microbatches,
+        given=batch is not None,
+        cure="give batch=(inputs, targets) and a loss function that uses the tensors it is given",
+    )
     perturbs = _perturbs(passes.variables, named, rule)
     if rule.every == 1:
         return _sharpness_aware(passes, perturbs, rule, batch, step)
@@ -359,7 +359,7 @@ def _gradients(
         return _plain(passes, perturbs, batch)
     if tf.distribute.get_strategy().num_replicas_in_sync == 1:
         return _either(passes, perturbs, rule, batch, step)
-    if needs:
+    if rule.fraction != 1 or rule.microbatches != 1:
         raise ConfigError(
             "every above 1 with fraction or microbatches on several replicas needs run_eagerly=True"
         )
@@ -867,8 +867,8 @@ def _add(gradient: Any, poison: Any) -> Any:
 def _split(batch: Sequence[Any], parts: int) -> list[list[Any]]:
     """Split along the first axis into contiguous parts whose sizes differ by at most one (SAM-8)."""
     size = _first(batch).shape[0]
-    if size is not None and size < parts:
-        raise ConfigError(f"microbatches={parts} is more than the {size} examples")
+    if size is not None:
+        check_microbatches(parts, size)
     pieces: list[list[Any]] = []
     examples = tf.shape(_first(batch))[0]
     base, longer = examples // parts, examples % parts

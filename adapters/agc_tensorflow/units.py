@@ -20,9 +20,10 @@ import tensorflow as tf
 from agc import AGC, Plan, PlanEntry, Units
 from agc.checks import check_rule
 from agc.errors import ParameterError
+from agc.layer_table import first_match
 from agc.plan import Parameter, make_plan
 from agc.selectors import canonical_name
-from agc_tensorflow.layers import by_type, changes, register_units
+from agc_tensorflow.layers import TABLE, register_units
 
 __all__ = [
     "Model",
@@ -137,11 +138,11 @@ def resolve(
         known = None
     if (
         known is None
-        or (known.rule, known.changes) != (rule, changes())
+        or (known.rule, known.changes) != (rule, TABLE.changes)
         or not set(keys) <= set(known.entries)
     ):
         made = plan(model, rule)
-        known = _Known(rule, changes(), made, _by_key(model, made))
+        known = _Known(rule, TABLE.changes, made, _by_key(model, made))
         if isinstance(model, (keras.layers.Layer, tf.Module)):
             _RESOLVED[model] = known
     for key, variable in zip(keys, variables, strict=True):
@@ -251,7 +252,7 @@ def _walk(
 ) -> Iterator[Found]:
     """Go through a layer and the layers in it; each variable belongs to the layer that made it."""
     refuse_keras_2(owner)
-    units_of = by_type(owner)
+    table = TABLE.of(owner)
     frozen = frozen or not getattr(owner, "trainable", True)
     used: set[str] = set()
     for name, child in _children(owner):
@@ -264,7 +265,7 @@ def _walk(
         if variable:
             full = _unused(prefix + unique, names)
             label = f"{type(owner).__name__} {_label(owner)!r}"
-            yield _parameter(full, child, units_of(name), label, frozen=frozen), child
+            yield _parameter(full, child, first_match(table, name), label, frozen=frozen), child
         else:
             yield from _walk(child, f"{prefix}{unique}.", seen, names, frozen=frozen)
 

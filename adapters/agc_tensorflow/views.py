@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from agc import Units
-from agc.errors import DTypeError, ShapeError, UnitsError
+from agc.checks import check_inexact, check_shapes, rows_are_not_units
 from agc.plan import PlanEntry
 from agc_tensorflow.devices import in_xla
 from agc_tensorflow.units import Variable
@@ -113,11 +113,11 @@ class RowsView(View):
         self, place: int, entry: PlanEntry, gradient: tf.IndexedSlices, weight: tf.Tensor
     ) -> None:
         if not _fits_rows(entry):
-            raise UnitsError(
-                f"parameter {entry.name!r}: the gradient of shape {entry.shape} is row-sparse, but the rows "
-                f"are not units of {entry.units}; give the model, whose embedding layers have row units, declare "
-                "units such as 'v d -> v', or make the gradient dense with tf.convert_to_tensor, as "
-                "AdaptiveGradClip does by itself"
+            raise rows_are_not_units(
+                f"parameter {entry.name!r}: the gradient",
+                entry.shape,
+                entry.units,
+                cure="give the model, whose embedding layers have row units, ",
             )
         self.place, self.entry = place, entry
         self.dense_shape = gradient.dense_shape
@@ -189,16 +189,10 @@ def check_pair(entry: PlanEntry, weight: Any, gradient: Gradient) -> Gradient:
     wanted = entry.shape[1:] if sparse else entry.shape
     if tuple(weight.shape) != entry.shape or not given.is_compatible_with(wanted):
         shape = (entry.shape[0], *given) if sparse and entry.shape else tuple(given)
-        raise ShapeError(
-            f"parameter {entry.name!r} has shape {tuple(weight.shape)}, its gradient "
-            f"{tuple(shape)}, and the plan says {entry.shape}"
-        )
+        check_shapes(entry.name, weight=weight.shape, gradient=shape, plan=entry.shape)
     for what, dtype in (("gradient", values.dtype), ("weight", tf.as_dtype(weight.dtype))):
         if not (dtype.is_floating or dtype.is_complex):
-            raise DTypeError(
-                f"parameter {entry.name!r}: the {what} has dtype {dtype.name}; "
-                "AGC needs floating point or complex"
-            )
+            check_inexact(f"parameter {entry.name!r}: the {what}", dtype.name, inexact=False)
     return gradient
 
 

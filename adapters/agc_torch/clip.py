@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from agc import AGC, Plan
+from agc.checks import NO_GRADIENT
 from agc.config import Clipping
 from agc.errors import MissingGradientError, NonFiniteError
 from agc.plan import WHOLE, PlanEntry
@@ -106,9 +107,7 @@ def adaptive_clip_grad_(
     pairs = resolve(model, rule, plan)[1]
     stats = clip_(pairs, rule, step=step)
     if all(tensor.grad is None for _, tensor in pairs) and not _any_gradient(stats):
-        raise MissingGradientError(
-            "no parameter has a gradient; call backward() before clipping gradients"
-        )
+        raise MissingGradientError(NO_GRADIENT)
     return stats
 
 

@@ -7,29 +7,17 @@ positions, tokens or latents is read like an embedding: what one position uses i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, Final, TypeAlias
 
 from torch import Tensor, nn
 
 from agc import Units
-from agc.errors import ParameterError
+from agc.layer_table import LayerRule, LayerTable, LayerUnits
 from agc.plan import WHOLE
 
-__all__ = [
-    "LayerRule",
-    "LayerUnits",
-    "Table",
-    "own_parameters",
-    "register_units",
-    "table_of",
-    "version",
-]
-
-LayerUnits: TypeAlias = Mapping[str, str | Units]
-LayerRule: TypeAlias = LayerUnits | Callable[[Any], LayerUnits]
-Table: TypeAlias = Mapping[str, Units]
+__all__ = ["TABLE", "LayerRule", "LayerUnits", "own_parameters", "register_units"]
 
 
 def register_units(layer: type[nn.Module] | str, units: LayerRule) -> None:
@@ -67,45 +55,11 @@ def register_units(layer: type[nn.Module] | str, units: LayerRule) -> None:
     >>> plan(Dense(3, 5), AGC())["kernel"].count
     5
     """
-    global _version
-    if isinstance(units, Mapping):
-        units = {name: Units(str(pattern)) for name, pattern in units.items()}
-    elif not callable(units):
-        raise ParameterError(
-            f"units of {layer!r} must be a mapping such as {{'weight': 'o i -> o'}}, "
-            f"or a function of the layer that returns one, got {units!r}"
-        )
-    _REGISTRY[_path(layer) if isinstance(layer, type) else layer] = units
-    _version += 1
+    TABLE.register(layer, units)
 
 
-def version() -> int:
-    """Return a number that grows whenever the table changes."""
-    return _version
-
-
-def table_of(layer: nn.Module) -> Table:
-    """Return parameter name (a glob, the first that matches decides) to units, as the layer's type says."""
-    paths = [_path(kind) for kind in type(layer).__mro__]
-    table: dict[str, Units] = {}
-    own = next((path for path in paths if path in _REGISTRY), None)
-    packages = [
-        key for key in _REGISTRY if "*" in key and any(fnmatchcase(path, key) for path in paths)
-    ]
-    for key in [own, *packages] if own else packages:
-        rule = _REGISTRY[key]
-        declared = rule if isinstance(rule, Mapping) else rule(layer)
-        for name, pattern in declared.items():
-            table.setdefault(name, Units(str(pattern)))
-    return table
-
-
-def _path(layer: type) -> str:
-    return f"{layer.__module__}.{layer.__qualname__}"
-
-
-_REGISTRY: Final[dict[str, LayerRule]] = {}
-_version = 0
+TABLE: Final = LayerTable({"weight": "o i -> o"})
+"""Everything that is known of layer types."""
 
 
 # --- PyTorch -----------------------------------------------------------------------------------------

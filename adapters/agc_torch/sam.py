@@ -25,7 +25,7 @@ from typing import Any, Final, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from agc.checks import check_rule
+from agc.checks import check_batch_given, check_microbatches, check_rule
 from agc.config import SAM
 from agc.errors import (
     ConfigError,
@@ -624,14 +624,15 @@ class SharpnessAware:
         return losses[0]
 
     def _check_batch(self, closure: Closure, batch: Sequence[Tensor] | None) -> None:
-        needs = self.rule.fraction != 1 or self.rule.microbatches != 1
+        rule = self.rule
+        check_batch_given(
+            rule.fraction,
+            rule.microbatches,
+            given=batch is not None,
+            cure="call step(optimizer, closure, batch=(inputs, targets)) with a closure that uses the "
+            "tensors it is given",
+        )
         if batch is None:
-            if needs:
-                raise ConfigError(
-                    f"fraction={self.rule.fraction} and microbatches={self.rule.microbatches} take "
-                    "parts of the batch: call step(optimizer, closure, batch=(inputs, targets)) with "
-                    "a closure that uses the tensors it is given"
-                )
             return
         try:
             inspect.signature(closure).bind(*batch)
@@ -645,10 +646,7 @@ class SharpnessAware:
             raise ConfigError(
                 f"the tensors of batch must share their first axis, got {[len(t) for t in batch]}"
             )
-        if min(sizes) < self.rule.microbatches:
-            raise ConfigError(
-                f"microbatches={self.rule.microbatches} is more than the {min(sizes)} examples"
-            )
+        check_microbatches(rule.microbatches, min(sizes))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ modules that wrappers put around it, at the top or anywhere inside, are left out
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, Final, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -17,11 +16,12 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from agc import AGC, Plan, Units
-from agc.checks import check_rule
+from agc.checks import check_distinct, check_rule
 from agc.errors import ParameterError
+from agc.layer_table import first_match
 from agc.plan import WHOLE, Parameter, PlanEntry, make_plan
 from agc.selectors import canonical_name
-from agc_torch.layers import Table, own_parameters, register_units, table_of, version
+from agc_torch.layers import TABLE, own_parameters, register_units
 
 __all__ = [
     "Model",
@@ -144,6 +144,7 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
     else:
         named = _named_tensors(model)
     tensors: dict[str, Tensor] = {}
+    names: list[str] = []
     seen: set[int] = set()
     for name, tensor in named:
         if id(tensor) in seen:
@@ -155,9 +156,10 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
                 f"parameter {name!r} is flattened by FullyShardedDataParallel (FSDP1), which cuts units "
                 "apart; shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
             )
-        if name in tensors:
-            raise ParameterError(f"two parameters are called {name!r}")
+        names.append(name)
         tensors[name] = tensor
+    if len(names) > len(tensors):
+        check_distinct(names)
     return tensors
 
 
@@ -207,7 +209,7 @@ def resolve(
         plan_ = plan(named, rule)
         return plan_, _pair(plan_, named)
     known = _RESOLVED.get(model)
-    asked = (rule, version())
+    asked = (rule, TABLE.changes)
     if known is None or known[0] != asked or not _same(known[2], named):
         made = plan(model, rule)
         known = _RESOLVED[model] = (asked, made, _pair(made, named))
@@ -334,31 +336,27 @@ def _survey(model: nn.Module) -> dict[str, tuple[Units | None, str]]:
 
     # A layer comes before what it contains, so it speaks for the tensors behind its parametrised weights.
     for prefix, layer in _walk(model):
-        table = table_of(layer)
+        table = TABLE.of(layer)
         for name, tensor in own_parameters(layer):
             add(f"{prefix}{name}", tensor, _units_of_weight(layer, table, name), layer)
         if parametrize.is_parametrized(layer):
             for name, chain in layer.parametrizations.items():
                 for inner, tensor in chain.named_parameters(recurse=False):
-                    behind = _units_behind_parametrization(tensor, chain, _match(table, name))
+                    behind = _units_behind_parametrization(tensor, chain, first_match(table, name))
                     add(f"{prefix}parametrizations.{name}.{inner}", tensor, behind, layer)
     return survey
 
 
-def _match(table: Table, name: str) -> Units | None:
-    return next((found for glob, found in table.items() if fnmatchcase(name, glob)), None)
-
-
-def _units_of_weight(layer: nn.Module, table: Table, name: str) -> Units | None:
+def _units_of_weight(layer: nn.Module, table: Mapping[str, Units], name: str) -> Units | None:
     """Units of a layer's parameter, also where pruning or an old-style hook moved the weight aside."""
     base, _, suffix = name.rpartition("_")
-    if suffix == "g" and hasattr(layer, f"{base}_v") and _match(table, base):
+    if suffix == "g" and hasattr(layer, f"{base}_v") and first_match(table, base) is not None:
         return WHOLE  # the gain of weight_norm
     if (suffix == "v" and hasattr(layer, f"{base}_g")) or (
         suffix == "orig" and hasattr(layer, base)
     ):
-        return _match(table, base)
-    return _match(table, name)
+        return first_match(table, base)
+    return first_match(table, name)
 
 
 def _units_behind_parametrization(

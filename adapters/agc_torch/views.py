@@ -13,7 +13,8 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from agc.errors import DTypeError, ParameterError, ShapeError, UnitsError
+from agc.checks import check_inexact, check_shapes, rows_are_not_units
+from agc.errors import DTypeError, ParameterError, UnitsError
 from agc.plan import PlanEntry
 from agc.units import UnitAxes
 from agc_torch.shards import held_rows, is_dtensor, is_first_replica, summed
@@ -72,16 +73,15 @@ def _views(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[View, Vi
 def check_pair(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> None:
     """Raise ShapeError or DTypeError unless a gradient belongs to its parameter and its plan."""
     if weight.shape != entry.shape or gradient.shape != entry.shape:
-        raise ShapeError(
-            f"parameter {entry.name!r} has shape {tuple(weight.shape)}, its gradient "
-            f"{tuple(gradient.shape)}, and the plan says {entry.shape}"
-        )
+        check_shapes(entry.name, weight=weight.shape, gradient=gradient.shape, plan=entry.shape)
     for what, dtype in (("gradient", gradient.dtype), ("weight", weight.dtype)):
         if dtype in _REAL or dtype.is_complex:
             continue
-        if entry.clipped or not dtype.is_floating_point:
+        what = f"parameter {entry.name!r}: the {what}"
+        check_inexact(what, dtype, inexact=dtype.is_floating_point)
+        if entry.clipped:
             raise DTypeError(
-                f"parameter {entry.name!r}: the {what} has dtype {dtype}; "
+                f"{what} has dtype {dtype}; "
                 "AGC supports float16, bfloat16, float32, float64 and complex"
             )
 
@@ -177,12 +177,14 @@ def _sparse_views(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[V
     values, axes = gradient.values(), entry.axes
     if entry.units.whole:
         return View(weight, axes), View(values, _axes(values.shape, tuple(range(values.dim()))))
-    if gradient.sparse_dim() != 1 or 0 not in axes.keep or axes.view != axes.shape:
+    what = f"parameter {entry.name!r}: the gradient"
+    if gradient.sparse_dim() != 1:
         raise UnitsError(
-            f"parameter {entry.name!r}: the gradient of shape {entry.shape} is sparse in its first "
-            f"{gradient.sparse_dim()} axes, but the rows are not units of '{entry.units}'; declare row "
-            "units such as 'v d -> v', or make the gradient dense"
+            f"{what} of shape {entry.shape} is sparse in its first {gradient.sparse_dim()} axes, which "
+            "no units allow; make it sparse in the first axis alone, or dense"
         )
+    if 0 not in axes.keep or axes.view != axes.shape:
+        raise rows_are_not_units(what, entry.shape, entry.units)
     rows = weight.index_select(0, gradient.indices()[0])
     axes = _axes(values.shape, axes.reduce)
     return View(rows, axes), View(values, axes)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from agc.errors import ParameterError
+from agc.layouts import out_first_axes, out_last_axes
 from agc.nfnet import ParameterSpec, check_arrays, parameters
 from agc_torch.nfnet import NFNet
 from agc_torch.units import named_parameters, unwrap
@@ -73,7 +74,7 @@ def from_neutral(model: nn.Module, arrays: Mapping[str, Any]) -> None:
         # Nor does it read another byte order, or strides that run backwards.
         array = np.asarray(array, array.dtype.newbyteorder("="), order="C")
         with torch.no_grad():
-            tensor.copy_(torch.tensor(array).permute(_axes(array.ndim, out_first=True)))
+            tensor.copy_(torch.tensor(array).permute(out_first_axes(array.ndim)))
 
 
 def _pairs(model: nn.Module) -> list[tuple[ParameterSpec, Tensor]]:
@@ -100,11 +101,4 @@ def _array(tensor: Tensor) -> Array:
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
-    return np.array(tensor.permute(_axes(tensor.dim(), out_first=False)).numpy(), order="C")
-
-
-def _axes(rank: int, *, out_first: bool) -> tuple[int, ...]:
-    """Permutation that takes a layout to the other: convolutions HWIO and OIHW, dense layers IO and OI."""
-    if rank == 4:
-        return (3, 2, 0, 1) if out_first else (2, 3, 1, 0)
-    return tuple(reversed(range(rank)))
+    return np.array(tensor.permute(out_last_axes(tensor.dim())).numpy(), order="C")

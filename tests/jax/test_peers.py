@@ -23,7 +23,7 @@ from agc_conformance.runner import run_case
 from agc_conformance.vectors import load_vectors
 
 # Layer: shape, units, and whether optax clips it as Eq. 3 says.
-LAYERS = {
+TABLE = {
     "linear": ((6, 5), "i o -> o", True),
     "linear 1->5": ((1, 5), "i o -> o", False),
     "conv1d": ((3, 4, 5), "k i o -> o", False),
@@ -62,9 +62,9 @@ def problem(w: Any, g: Any, units: str = "... ->", **rule: Any) -> Problem:
     return Problem(AGC(**rule), {"p": w}, {"p": g}, {"p": Units(units)})
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", TABLE)
 def test_which_layers_are_clipped_as_in_equation_3(layer: str) -> None:
-    shape, units, right = LAYERS[layer]
+    shape, units, right = TABLE[layer]
     w, g = draw(shape)
     got = OptaxPeer().clip(problem(w, g, units)).gradients["p"]
     want = clip_units(g, w, Units(units)).gradient

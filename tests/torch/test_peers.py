@@ -27,7 +27,7 @@ from agc_conformance.vectors import load_vectors
 PEERS = {"timm": TimmPeer, "pytorch_optimizer": PytorchOptimizerPeer}
 
 # Layer: shape, units, and who clips it as Eq. 3 says.
-LAYERS = {
+TABLE = {
     "linear": ((5, 6), "o i -> o", {"timm", "pytorch_optimizer"}),
     "linear 1->5": ((5, 1), "o i -> o", {"timm", "pytorch_optimizer"}),
     "conv1d": ((5, 4, 3), "o i k -> o", {"timm"}),
@@ -68,9 +68,9 @@ def peer(request: pytest.FixtureRequest) -> Backend:
     return made
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", TABLE)
 def test_which_layers_are_clipped_as_in_equation_3(peer: Backend, layer: str) -> None:
-    shape, units, right = LAYERS[layer]
+    shape, units, right = TABLE[layer]
     w, g = draw(shape)
     got = peer.clip(problem(w, g, units)).gradients["p"]
     want = clip_units(g, w, Units(units)).gradient

@@ -113,12 +113,12 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         for state in _STATE:
             self.__dict__.pop(state, None)
         self.rule = rule
-        self._seam = _Seam(inner, rule)
+        self._hook = ClippingHook(inner, rule)
         if model is not None:
-            self._seam.follow(model)
+            self._hook.take_plan_of(model)
         if inner.built:
-            self._seam.build(inner._trainable_variables)
-        self._seam.attach()  # when nothing can fail any more
+            self._hook.build(inner._trainable_variables)
+        self._hook.attach()  # when nothing can fail any more
         self.inner_optimizer = inner
 
     @property
@@ -130,22 +130,22 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         ParameterError
             If there is no model and the optimizer is not built yet.
         """
-        if self._seam.plan is None:
+        if self._hook.plan is None:
             raise ParameterError(
                 "the optimizer is not built yet, so its parameters are unknown; give "
                 "AdaptiveGradClip(..., model=model), or call build(model.trainable_variables)"
             )
-        return self._seam.plan.marked(self._seam.inactive())
+        return self._hook.plan.marked(self._hook.inactive())
 
     def stats(self) -> Stats:
         """Return the telemetry of the last update, on the device (AGC-11)."""
-        if self._seam.table is None:
+        if self._hook.table is None:
             raise ParameterError("the optimizer is not built yet, so there is no telemetry")
-        return Stats(tuple(entry.name for entry in self._seam.entries), self._seam.table)
+        return Stats(tuple(entry.name for entry in self._hook.entries), self._hook.table)
 
     def build(self, variables: Sequence[Variable]) -> None:
         """Create the inner optimizer's state and settle what happens to every variable."""
-        self._seam.build(variables)
+        self._hook.build(variables)
         self.inner_optimizer.build(variables)
 
     def apply(
@@ -166,7 +166,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
             trainable_variables = list(trainable_variables)
             if not self.built:
                 self.build(trainable_variables)
-        self._seam.watch(grads, lambda: self.inner_optimizer.apply(grads, trainable_variables))
+        self._hook.watch(grads, lambda: self.inner_optimizer.apply(grads, trainable_variables))
 
     def apply_gradients(
         self, grads_and_vars: Iterable[tuple[Gradient, Variable]], *args: Any, **kwargs: Any
@@ -186,7 +186,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         if not self.built:
             self.build([variable for _, variable in pairs])
         grads = [gradient for gradient, _ in pairs]
-        return self._seam.watch(grads, lambda: inner.apply_gradients(pairs, *args, **kwargs))
+        return self._hook.watch(grads, lambda: inner.apply_gradients(pairs, *args, **kwargs))
 
     def detach(self) -> Any:
         """Take the inner optimizer out again: it keeps its state and no longer clips.
@@ -205,7 +205,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         >>> optimizer.detach().name
         'mine'
         """
-        self._seam.detach()
+        self._hook.detach()
         return self.inner_optimizer
 
     def scale_loss(self, loss: Any) -> Any:
@@ -234,7 +234,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         ConfigError
             If the rule holds a callable that is not an ``agc.Schedule``.
         """
-        saved = self._seam.saved()
+        saved = self._hook.saved()
         return {
             "name": self.name,
             "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
@@ -250,7 +250,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         inner = keras.saving.deserialize_keras_object(config["optimizer"], custom_objects)
         made = cls(inner, AGC.from_dict(config["rule"]), name=config["name"])
         if config["plan"] is not None:
-            made._seam.restore(_Saved.from_dict(config["plan"]))
+            made._hook.restore(_Saved.from_dict(config["plan"]))
         return made
 
     def __getattr__(self, name: str) -> Any:
@@ -286,11 +286,11 @@ _STATE: Final = frozenset(
         "weight_decay",
     }
 )
-"""What an optimizer keeps about itself: here the inner one's, so that methods inherited from Keras see it."""
+"""Attributes that are read from and written to the inner optimizer."""
 
 
-class _Seam:
-    """The place inside the inner optimizer where AGC acts; a plain object, which Keras does not track."""
+class ClippingHook:
+    """AGC inside the inner optimizer; a plain object, which Keras does not track."""
 
     def __init__(self, inner: Any, rule: AGC) -> None:
         self.inner = inner
@@ -301,14 +301,14 @@ class _Seam:
         self.attached = False
         self._restored: _Saved | None = None
         self._named: dict[str, Variable] = {}  # of the plan, as far as they are known
-        self._of_model: dict[object, PlanEntry] | None = None
+        self._entry_of_variable: dict[object, PlanEntry] | None = None
         self._model: weakref.ref[Any] | None = None
         self._root = ""
         self._variables: list[Variable] = []
         self._places: dict[object, int] = {}  # of the variables
         self._current: list[int] = []  # places of the gradients under way
-        self._passed = False  # in this step
-        self._proven = False  # in some step
+        self._reached = False  # in this step
+        self._reached_once = False  # in some step
         self._inner_apply = inner._backend_apply_gradients
         self._inner_clip = inner._clip_gradients
         self._reduce = inner._all_reduce_sum_gradients
@@ -328,12 +328,12 @@ class _Seam:
             self.inner._all_reduce_sum_gradients = self._reduce
             self.attached = False
 
-    def follow(self, model: Model) -> None:
+    def take_plan_of(self, model: Model) -> None:
         """Take the plan of a model."""
         self._named = named_variables(model)
         self.plan, entries = resolve(list(self._named.values()), self.rule, model=model)
         keys = map(variable_key, self._named.values())
-        self._of_model = dict(zip(keys, entries, strict=True))
+        self._entry_of_variable = dict(zip(keys, entries, strict=True))
         if isinstance(model, keras.Layer):
             self._model = weakref.ref(model)
             self._root = model.name
@@ -357,9 +357,9 @@ class _Seam:
         paths = {name: variable_path(variable) for name, variable in self._named.items()}
         trainable = [name for name, variable in self._named.items() if variable.trainable]
         model = self._model() if self._model else None
-        if model is not None and self._of_model is not None:
-            found = map(self._of_model.get, map(variable_key, model.trainable_variables))
-            trainable = [entry.name for entry in found if entry is not None]
+        if model is not None and self._entry_of_variable is not None:
+            entries = map(self._entry_of_variable.get, map(variable_key, model.trainable_variables))
+            trainable = [entry.name for entry in entries if entry is not None]
         built = [entry.name for entry in self.entries]
         return _Saved(self.plan, self._root, paths, trainable, built)
 
@@ -373,7 +373,7 @@ class _Seam:
         if self.table is not None:
             return
         variables = [v for v in variables if not getattr(v, "overwrite_with_gradient", False)]
-        if self._of_model is not None:
+        if self._entry_of_variable is not None:
             self.entries = [self._entry(variable) for variable in variables]
         elif self._restored is not None:
             self.entries = self._restored.pair(variables)
@@ -400,14 +400,14 @@ class _Seam:
                 f"{self.inner.name!r} was detached from this AdaptiveGradClip; use it by itself, or make a new "
                 "AdaptiveGradClip(optimizer, rule, model=model), and compile the model again"
             )
-        self._passed = False
+        self._reached = False
         eager = tf.executing_eagerly()
-        state = [] if self._proven or not eager else [*self._variables, *self.inner.variables]
+        state = [] if self._reached_once or not eager else [*self._variables, *self.inner.variables]
         before = [(variable, tf.identity(_tensor(variable))) for variable in state]
         result = step()
-        self._proven = self._proven or self._passed
+        self._reached_once = self._reached_once or self._reached
         count = len(self._variables)
-        if not self._proven and (_undo(before, count) if eager else count and gradients):
+        if not self._reached_once and (_undo(before, count) if eager else count and gradients):
             raise ConfigError(
                 f"{type(self.inner).__name__} updates its variables without Keras' "
                 "_backend_apply_gradients and _clip_gradients, so AGC cannot act inside it; wrap an optimizer "
@@ -424,7 +424,7 @@ class _Seam:
     def clip(self, gradients: Sequence[Gradient]) -> list[Gradient]:
         """Stand in for ``_clip_gradients``: reduce, clip by AGC, then as the inner optimizer does."""
         assert self.table is not None
-        self._passed = True
+        self._reached = True
         current = [self._variables[place] for place in self._current]
         every: list[Gradient] = [None] * len(self._variables)
         for place, (gradient, _) in zip(
@@ -444,8 +444,8 @@ class _Seam:
         return done
 
     def _entry(self, variable: Variable) -> PlanEntry:
-        assert self._of_model is not None
-        entry = self._of_model.get(variable_key(variable))
+        assert self._entry_of_variable is not None
+        entry = self._entry_of_variable.get(variable_key(variable))
         if entry is not None:
             return entry
         what = f"variable {variable_path(variable)!r} of shape {tuple(variable.shape)}"
@@ -521,7 +521,7 @@ class _Saved:
         """
         paths = [variable_path(variable) for variable in variables]
         ways = [self._pair([_without(path, self.root) for path in paths]), self._pair(paths)]
-        found = [
+        fitting = [
             names
             for number, names in enumerate(ways)
             if names is not None
@@ -531,7 +531,7 @@ class _Saved:
                 for name, variable in zip(names, variables, strict=True)
             )
         ]
-        if len(found) != 1:
+        if len(fitting) != 1:
             given = ", ".join(
                 f"{path} {tuple(variable.shape)}"
                 for path, variable in zip(paths[:8], variables[:8], strict=True)
@@ -542,18 +542,18 @@ class _Saved:
                 "names, or others are trainable; load the model with compile=False, and compile it with a new "
                 "AdaptiveGradClip(..., model=model)"
             )
-        return [self.plan[name] for name in found[0]]
+        return [self.plan[name] for name in fitting[0]]
 
     def _pair(self, paths: list[str]) -> list[str] | None:
         """Return the names in the plan of variables with these paths, or None."""
         names: list[str | None] = [None] * len(paths)
-        for kind in {_unnumbered(path) for path in paths}:
-            places = [place for place, path in enumerate(paths) if _unnumbered(path) == kind]
-            alike = [name for name, path in self.paths.items() if _unnumbered(path) == kind]
-            found = self._among(alike, [paths[place] for place in places])
-            if found is None:
+        for stem in {_unnumbered(path) for path in paths}:
+            places = [place for place, path in enumerate(paths) if _unnumbered(path) == stem]
+            alike = [name for name, path in self.paths.items() if _unnumbered(path) == stem]
+            paired = self._among(alike, [paths[place] for place in places])
+            if paired is None:
                 return None
-            for place, name in zip(places, found, strict=True):
+            for place, name in zip(places, paired, strict=True):
                 names[place] = name
         return [name for name in names if name is not None]
 
@@ -636,7 +636,7 @@ def _check_inner(optimizer: Any) -> Any:
             "model=model), {...}))"
         )
     if isinstance(inner, AdaptiveGradClip) or isinstance(
-        getattr(inner._clip_gradients, "__self__", None), _Seam
+        getattr(inner._clip_gradients, "__self__", None), ClippingHook
     ):
         raise ConfigError(
             f"{inner.name!r} is clipped by AGC already; give each AdaptiveGradClip an optimizer of its own, or "

@@ -18,7 +18,7 @@ __all__ = ["CoupledSGD", "sgd_nfnet"]
 
 def sgd_nfnet(
     model: Model,
-    learning_rate: Any,
+    lr: Any,
     *,
     momentum: float = MOMENTUM,
     weight_decay: float = WEIGHT_DECAY,
@@ -34,8 +34,8 @@ def sgd_nfnet(
     ----------
     model : keras.Model
         An NFNet, or any built model that declares its classifier by ``agc_head``.
-    learning_rate : float or keras.optimizers.schedules.LearningRateSchedule
-        Learning rate; the recipe has 0.1 for each 256 images of a batch.
+    lr : float or keras.optimizers.schedules.LearningRateSchedule
+        Learning rate, Keras' ``learning_rate``; the recipe has 0.1 for each 256 images of a batch.
     momentum : float
         0 switches momentum off.
     weight_decay : float
@@ -62,10 +62,10 @@ def sgd_nfnet(
     Examples
     --------
     >>> from agc_tensorflow import nfnet
-    >>> sgd_nfnet(nfnet("tiny"), learning_rate=0.1).plan.count
+    >>> sgd_nfnet(nfnet("tiny"), lr=0.1).plan.count
     4855
     """
-    inner = CoupledSGD(learning_rate, momentum=momentum, weight_decay=weight_decay, **options)
+    inner = CoupledSGD(lr, momentum=momentum, weight_decay=weight_decay, **options)
     return AdaptiveGradClip(inner, AGC.profile("deepmind") if rule is None else rule, model=model)
 
 

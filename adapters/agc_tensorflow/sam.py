@@ -217,11 +217,11 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         last: list[Any] = []
 
-        def loss_fn(*part: Any) -> Any:
-            xs, ys, weights = keras.tree.pack_sequence_as((x, y, sample_weight), list(part))
+        def loss_fn(*tensors: Any) -> Any:
+            xs, ys, weights = keras.tree.pack_sequence_as((x, y, sample_weight), list(tensors))
             # Keras' own step says "training" only to a model that asks.
             predicted = model(xs, training=True) if model._call_has_training_arg else model(xs)
-            last[:] = xs, ys, predicted, weights, tf.shape(_first(part))[0]
+            last[:] = xs, ys, predicted, weights, tf.shape(_first(tensors))[0]
             return self.compute_loss(xs, ys, predicted, weights, training=True)
 
         def report(loss: Any) -> Any:
@@ -230,7 +230,7 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
             model._loss_tracker.update_state(loss * replicas, sample_weight=count)
             return model.compute_metrics(*given)
 
-        passes = _Passes(
+        passes = LossPasses(
             loss_fn,
             variables,
             scale=self.optimizer.scale_loss,
@@ -314,7 +314,7 @@ def sam_value_and_gradients(
                 f"{variable!r} is not a Keras variable; SAM needs variables whose value can be "
                 "replaced for one pass, such as model.trainable_variables"
             )
-    passes = _Passes(
+    passes = LossPasses(
         loss_fn,
         variables,
         reported=lambda: () if model is None else model.metrics_variables,
@@ -324,11 +324,11 @@ def sam_value_and_gradients(
     loss, gradients, stats, _ = _gradients(passes, rule, named, batch=batch, step=step)
     if rule.nonfinite == "skip_step":
         poison = tf.where(tf.math.is_finite(stats.norm), 0.0, float("nan"))
-        gradients = [_add(g, poison) for g in gradients]
+        gradients = [_poisoned(g, poison) for g in gradients]
     return (loss, gradients, stats) if return_stats else (loss, gradients)
 
 
-# --- one step, part by part -------------------------------------------------------------------------
+# --- the stages of one step -------------------------------------------------------------------------
 
 
 def _identity(value: Any) -> Any:
@@ -340,7 +340,7 @@ def _nothing(_loss: Any) -> dict[str, Any]:
 
 
 def _gradients(
-    passes: _Passes, rule: SAM, named: Any, *, batch: Sequence[Any] | None, step: Any
+    passes: LossPasses, rule: SAM, named: Any, *, batch: Sequence[Any] | None, step: Any
 ) -> tuple[Any, list[Any], SamStats, Any]:
     """Clean loss, gradients of the scaled loss at ``w + e``, stats, and what the last clean pass reported."""
     check_batch_given(
@@ -358,7 +358,7 @@ def _gradients(
             return _sharpness_aware(passes, perturbs, rule, batch, step)
         return _plain(passes, perturbs, batch)
     if tf.distribute.get_strategy().num_replicas_in_sync == 1:
-        return _either(passes, perturbs, rule, batch, step)
+        return _choose_step(passes, perturbs, rule, batch, step)
     if rule.fraction != 1 or rule.microbatches != 1:
         raise ConfigError(
             "every above 1 with fraction or microbatches on several replicas needs run_eagerly=True"
@@ -370,8 +370,8 @@ def _gradients(
 def _perturbs(variables: Sequence[Any], named: Any, rule: SAM) -> list[bool]:
     """Tell which variables are perturbed, by AGC's names: what is selected and trainable now (SAM-4)."""
     names = {variable_key(v): name for name, v in named_variables(named).items()}
-    chosen = set(perturbed_names(names.values(), rule))
-    found = []
+    selected = set(perturbed_names(names.values(), rule))
+    flags = []
     for variable in variables:
         name = names.get(variable_key(variable))
         # A scale of float8 training is overwritten by its gradient: no parameter.
@@ -381,8 +381,8 @@ def _perturbs(variables: Sequence[Any], named: Any, rule: SAM) -> list[bool]:
                 f"variable {variable.path!r} of shape {tuple(variable.shape)} is not a parameter of the "
                 "model; give the model that the variables belong to, after it is built"
             )
-        found.append(name in chosen and variable.trainable and not scale)
-    return found
+        flags.append(name in selected and variable.trainable and not scale)
+    return flags
 
 
 @dataclass(frozen=True)
@@ -402,7 +402,7 @@ class _Pass:
     state: list[tuple[Any, Any]]
 
 
-class _Passes:
+class LossPasses:
     """Runs the loss function at the weights, or with the variables reading as other values."""
 
     def __init__(
@@ -445,15 +445,18 @@ class _Passes:
                 scaled = self.scale(loss)
         updates = scope.rewind()
         sources = [scope.sources[id(variable)] for variable in self.variables]
-        flat = iter(tape.gradient(scaled, [one for several in sources for one in several]))
-        gradients = [_sum([next(flat) for _ in several]) for several in sources]
+        flat = iter(tape.gradient(scaled, [value for values in sources for value in values]))
+        gradients = [_sum([next(flat) for _ in values]) for values in sources]
         reported = {id(variable) for variable in self.reported()}
-        kinds: dict[str, list[tuple[Any, Any]]] = {"weights": [], "reported": [], "state": []}
+        written = _Pass(loss, gradients, [], [], [])
         for variable, value in updates:
-            mine = id(variable) in scope.sources
-            kind = "weights" if mine else "reported" if id(variable) in reported else "state"
-            kinds[kind].append((variable, value))
-        return _Pass(loss, gradients, **kinds)
+            if id(variable) in scope.sources:
+                written.weights.append((variable, value))
+            elif id(variable) in reported:
+                written.reported.append((variable, value))
+            else:
+                written.state.append((variable, value))
+        return written
 
 
 def _carry_out(updates: Iterable[tuple[Any, Any]]) -> None:
@@ -483,7 +486,7 @@ class _Scope(keras.StatelessScope):  # type: ignore[misc]
         self.entered: Any = None  # the frame of whoever runs the pass
         self.weights = variables
         self.sources = {id(v): [value] for v, value in zip(variables, values, strict=True)}
-        self.state_mapping = {key: several[0] for key, several in self.sources.items()}
+        self.state_mapping = {key: values[0] for key, values in self.sources.items()}
         self.written: dict[int, Any] = {}  # variables that were assigned to
         self.before: dict[int, Any] = {}  # values of those that are written in place
         tape.watch(list(values))
@@ -614,23 +617,23 @@ _LIBRARIES: Final = (
 
 
 def _plain(
-    passes: _Passes, perturbs: list[bool], batch: Sequence[Any] | None
+    passes: LossPasses, perturbs: list[bool], batch: Sequence[Any] | None
 ) -> tuple[Any, list[Any], SamStats, Any]:
     done, report = passes.clean(batch)
     _carry_out(done.state)
-    stats = SamStats(tf.zeros((), _top(passes.variables, perturbs)), done.loss, done.loss)
+    stats = SamStats(tf.zeros((), _norm_dtype(passes.variables, perturbs)), done.loss, done.loss)
     return done.loss, done.gradients, stats, report
 
 
-def _either(
-    passes: _Passes, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
+def _choose_step(
+    passes: LossPasses, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
 ) -> tuple[Any, list[Any], SamStats, Any]:
     """Choose inside a graph: of the two kinds of step, only one is carried out (SAM-11)."""
-    there: list[bool] = []
+    has_gradient: list[bool] = []
 
     def flat(loss: Any, gradients: list[Any], stats: SamStats, report: Any) -> Any:
         # Branches return the same structure: no None, and no sparse gradient that is dense in the other.
-        there[:] = [gradient is not None for gradient in gradients]
+        has_gradient[:] = [gradient is not None for gradient in gradients]
         return loss, [_dense(g) for g in gradients if g is not None], stats, report
 
     loss, dense, stats, report = tf.cond(
@@ -639,18 +642,19 @@ def _either(
         lambda: flat(*_plain(passes, perturbs, batch)),
     )
     remaining = iter(dense)
-    gradients = [next(remaining) if present else None for present in there]
+    gradients = [next(remaining) if present else None for present in has_gradient]
     return loss, gradients, stats, report
 
 
 def _sharpness_aware(
-    passes: _Passes, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
+    passes: LossPasses, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
 ) -> tuple[Any, list[Any], SamStats, Any]:
     if rule.microbatches == 1:
         return _two_passes(passes, perturbs, rule, batch, step)[:4]
     assert batch is not None
     results = [
-        _two_passes(passes, perturbs, rule, part, step) for part in _split(batch, rule.microbatches)
+        _two_passes(passes, perturbs, rule, micro, step)
+        for micro in _split(batch, rule.microbatches)
     ]
     ascents = [result[4] for result in results]
     sizes = [result[5] for result in results]
@@ -659,24 +663,24 @@ def _sharpness_aware(
         for i in range(len(passes.variables))
     ]
     stats = [result[2] for result in results]
-    loss = _weighted([one.loss for one in stats], ascents)
-    norm = tf.reduce_max(tf.stack([one.norm for one in stats]))
-    perturbed = _weighted([one.perturbed_loss for one in stats], sizes)
+    loss = _weighted([micro.loss for micro in stats], ascents)
+    norm = tf.reduce_max(tf.stack([micro.norm for micro in stats]))
+    perturbed = _weighted([micro.perturbed_loss for micro in stats], sizes)
     return loss, gradients, SamStats(norm, loss, perturbed), results[-1][3]
 
 
 def _two_passes(
-    passes: _Passes, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
+    passes: LossPasses, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
 ) -> tuple[Any, list[Any], SamStats, Any, Any, Any]:
     sizes: tuple[Any, Any] = (1, 1)
     first = batch
     if batch is not None:
         examples = tf.shape(_first(batch))[0]
         # ceil(fraction * examples), in float64 as the specification computes it
-        part = tf.cast(tf.math.ceil(rule.fraction * tf.cast(examples, tf.float64)), tf.int32)
-        sizes = (part, examples)
+        ascents = tf.cast(tf.math.ceil(rule.fraction * tf.cast(examples, tf.float64)), tf.int32)
+        sizes = (ascents, examples)
         if rule.fraction < 1:
-            first = [None if a is None else a[:part] for a in batch]
+            first = [None if a is None else a[:ascents] for a in batch]
     clean, report = passes.clean(first)
     ascent = clean.gradients
     if rule.scope == "global" and tf.distribute.get_strategy().num_replicas_in_sync > 1:
@@ -709,15 +713,15 @@ def _perturbed_values(
             "no perturbed variable has a gradient after the first pass; only/exclude must leave "
             "variables that take part in the loss"
         )
-    top = _top(variables, perturbs)
-    sizes = [tf.cast(tf.abs(d), top) for d in directions.values()]
+    dtype = _norm_dtype(variables, perturbs)
+    sizes = [tf.cast(tf.abs(d), dtype) for d in directions.values()]
     largest = tf.reduce_max(tf.stack([tf.reduce_max(size) for size in sizes]))
     safe = tf.where((largest > 0) & tf.math.is_finite(largest), largest, 1)
     norm = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(size / safe)) for size in sizes])) * safe
     usable = (norm > 0) & tf.math.is_finite(norm)
     if rule.every != 1:
         usable &= tf.equal(tf.cast(step, tf.int64) % rule.every, 0)
-    factor = value_at("rho", rule.rho, step, top) / (norm + rule.eps)
+    factor = value_at("rho", rule.rho, step, dtype) / (norm + rule.eps)
     out = []
     for i, value in enumerate(values):
         if i not in directions:
@@ -734,11 +738,11 @@ _WIDE = {dtype: dtype for dtype in (tf.float64, tf.complex64, tf.complex128)}
 """In what the perturbation is computed; everything else in float32."""
 
 
-def _top(variables: list[Any], perturbs: list[bool]) -> Any:
+def _norm_dtype(variables: list[Any], perturbs: list[bool]) -> Any:
     """Return the dtype of the norm."""
     double = {"float64", "complex128"}
-    there = any(p and v.dtype in double for v, p in zip(variables, perturbs, strict=True))
-    return tf.float64 if there else tf.float32
+    is_double = any(p and v.dtype in double for v, p in zip(variables, perturbs, strict=True))
+    return tf.float64 if is_double else tf.float32
 
 
 def _scale(value: Any, rule: SAM, dtype: Any) -> Any:
@@ -757,12 +761,12 @@ def _apply(
     poison = tf.where(tf.math.is_finite(norm), 0.0, float("nan"))
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         # It skips poisoned steps itself, and lowers its scale.
-        optimizer.apply([_add(g, poison) for g in gradients], variables)
+        optimizer.apply([_poisoned(g, poison) for g in gradients], variables)
         return
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     if replicas == 1:
         finite = tf.math.is_finite(norm)
-        tf.cond(finite, lambda: _done(optimizer.apply(gradients, variables)), lambda: _done(None))
+        tf.cond(finite, lambda: _true(optimizer.apply(gradients, variables)), _true)
         return
     context = tf.distribute.get_replica_context()
     poison = context.all_reduce("sum", poison)  # one replica's failure is everyone's
@@ -775,14 +779,15 @@ def _apply(
             distribution.extended.call_for_each_replica(
                 lambda g: optimizer.apply(list(g), variables), args=(gradients,)
             )
-            return _done(None)
+            return _true()
 
-        tf.cond(tf.equal(first, 0.0), apply, lambda: _done(None))
+        tf.cond(tf.equal(first, 0.0), apply, _true)
 
     context.merge_call(across, args=(poison, tuple(gradients)))
 
 
-def _done(_: Any) -> Any:
+def _true(_: Any = None) -> Any:
+    """Return what both branches of a condition have to return: the same tensor, whatever was done."""
     return tf.constant(True)
 
 
@@ -835,8 +840,8 @@ def _outside_keras(model: Any) -> list[Any]:
         return []  # replicas cannot put back what only some of them may assign
     held = [value for layer in model._flatten_layers() for value in vars(layer).values()]
     states = [v.state if isinstance(v, tf.random.Generator) else v for v in held]
-    found = {id(v): v for v in states if isinstance(v, tf.Variable)}
-    return [v for v in found.values() if not (v.trainable and v.dtype.is_floating)]
+    distinct = {id(v): v for v in states if isinstance(v, tf.Variable)}
+    return [v for v in distinct.values() if not (v.trainable and v.dtype.is_floating)]
 
 
 def _first(batch: Sequence[Any]) -> Any:
@@ -855,7 +860,8 @@ def _dense(gradient: Any) -> Any:
     return tf.convert_to_tensor(gradient)
 
 
-def _add(gradient: Any, poison: Any) -> Any:
+def _poisoned(gradient: Any, poison: Any) -> Any:
+    """Return a gradient plus 0, or plus NaN."""
     if gradient is None:
         return None
     if isinstance(gradient, tf.IndexedSlices):
@@ -864,19 +870,19 @@ def _add(gradient: Any, poison: Any) -> Any:
     return gradient + tf.cast(poison, gradient.dtype)
 
 
-def _split(batch: Sequence[Any], parts: int) -> list[list[Any]]:
-    """Split along the first axis into contiguous parts whose sizes differ by at most one (SAM-8)."""
+def _split(batch: Sequence[Any], count: int) -> list[list[Any]]:
+    """Split into micro-batches of neighbours whose sizes differ by at most one (SAM-8)."""
     size = _first(batch).shape[0]
     if size is not None:
-        check_microbatches(parts, size)
-    pieces: list[list[Any]] = []
+        check_microbatches(count, size)
+    microbatches: list[list[Any]] = []
     examples = tf.shape(_first(batch))[0]
-    base, longer = examples // parts, examples % parts
-    for i in range(parts):
+    base, longer = examples // count, examples % count
+    for i in range(count):
         low = i * base + tf.minimum(i, longer)
         high = (i + 1) * base + tf.minimum(i + 1, longer)
-        pieces.append([None if a is None else a[low:high] for a in batch])
-    return pieces
+        microbatches.append([None if a is None else a[low:high] for a in batch])
+    return microbatches
 
 
 def _weighted(values: Sequence[Any], counts: Sequence[Any]) -> Any:

@@ -200,7 +200,7 @@ class _Known(NamedTuple):
 
 _RESOLVED: Final[WeakKeyDictionary[Any, _Known]] = WeakKeyDictionary()
 
-Found: TypeAlias = tuple[Parameter, Variable]
+Surveyed: TypeAlias = tuple[Parameter, Variable]
 
 
 def _plan(model: Model, rule: AGC, cure: str) -> Plan:
@@ -217,7 +217,7 @@ def _by_key(model: Model, plan: Plan) -> dict[object, PlanEntry]:
     return {variable_key(v): entries[name] for name, v in named_variables(model).items()}
 
 
-def _survey(model: Model) -> list[Found]:
+def _survey(model: Model) -> list[Surveyed]:
     """List every parameter: its name, what its layer's type says, which layer that is, whether it is frozen."""
     refuse_keras_2(model)
     model = getattr(model, "agc_bare", model)
@@ -238,18 +238,18 @@ def _survey(model: Model) -> list[Found]:
         items = list(model)
         pairs = all(isinstance(item, tuple) and len(item) == 2 for item in items)
         named = items if pairs else list(zip(_names(items), items, strict=True))
-    found: dict[object, Found] = {}
+    parameters: dict[object, Surveyed] = {}
     for name, variable in named:
         if not isinstance(variable, (keras.Variable, tf.Variable)):
             refuse_keras_2(variable)
         parameter = _parameter(canonical_name(name), variable, None, None, frozen=False)
-        found.setdefault(variable_key(variable), (parameter, variable))
-    return list(found.values())
+        parameters.setdefault(variable_key(variable), (parameter, variable))
+    return list(parameters.values())
 
 
 def _walk(
     owner: Any, prefix: str, seen: set[object], names: set[str], *, frozen: bool
-) -> Iterator[Found]:
+) -> Iterator[Surveyed]:
     """Go through a layer and the layers in it; each variable belongs to the layer that made it."""
     refuse_keras_2(owner)
     table = TABLE.of(owner)
@@ -264,8 +264,11 @@ def _walk(
         unique = _unused(name, used)
         if variable:
             full = _unused(prefix + unique, names)
-            label = f"{type(owner).__name__} {_label(owner)!r}"
-            yield _parameter(full, child, first_match(table, name), label, frozen=frozen), child
+            owner_name = f"{type(owner).__name__} {_layer_name(owner)!r}"
+            yield (
+                _parameter(full, child, first_match(table, name), owner_name, frozen=frozen),
+                child,
+            )
         else:
             yield from _walk(child, f"{prefix}{unique}.", seen, names, frozen=frozen)
 
@@ -280,7 +283,7 @@ def _parameter(
 def _children(owner: Any) -> Iterator[tuple[str, Any]]:
     """Yield the parameters of a layer or module, then the layers in it, with their names."""
     if isinstance(owner, keras.layers.Layer):
-        # A wrapper may hold a variable of the layer in it, which alone knows what it means.
+        # A wrapper may list its inner layer's variables; the inner layer's table decides.
         below = owner._flatten_layers(include_self=False)
         taken = {id(variable) for layer in below for variable in layer._trainable_variables}
         # Frozen parameters stay in this list; statistics and seeds are in another.
@@ -326,7 +329,7 @@ def _names(variables: Iterable[Variable]) -> list[str]:
     return [names[variable_key(variable)] for variable in variables]
 
 
-def _label(owner: Any) -> str:
+def _layer_name(owner: Any) -> str:
     return str(getattr(owner, "name", None) or type(owner).__name__)
 
 

@@ -38,7 +38,7 @@ def test_golden_steps(graph, float64):
     start = agc_tensorflow.to_neutral(model)
     images, labels = (tf.constant(array) for array in core.seeded_batch(2, 32))
     target = (1 - SMOOTHING) * tf.one_hot(labels, 10, dtype="float64") + SMOOTHING / 10
-    optimizer = agc_tensorflow.sgd_nfnet(model, learning_rate=0.1)
+    optimizer = agc_tensorflow.sgd_nfnet(model, lr=0.1)
     optimizer.build(model.trainable_variables)
 
     def step() -> tf.Tensor:

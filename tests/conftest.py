@@ -13,7 +13,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from agc.cli.demo import gratings, initial_values, learning_rates
 from agc.errors import ParameterError
 from agc.weights import save
 from agc_conformance.nfnets.golden import GOLDEN, LIMITS
+from tests.helpers import norm
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(
@@ -155,17 +156,17 @@ def check_golden() -> Callable[..., None]:
         for row, expected in zip(logits, golden.logits, strict=True):
             np.testing.assert_allclose(row[: len(expected)], expected, rtol=0, atol=1.5e-12)
         same(np.sum(logits), golden.logits_sum)
-        same(_norm([logits]), golden.logits_norm)
-        same(_norm([pooled]), golden.pooled_norm)
+        same(norm([logits]), golden.logits_norm)
+        same(norm([pooled]), golden.pooled_norm)
         np.testing.assert_allclose(signals["avg_var"], golden.avg_var, rtol=0, atol=5.1e-10)
         for index, expected in golden.res_avg_var.items():
             same(signals["res_avg_var"][index], expected, 1e-9)
         for name, expected in golden.gradients.items():
             digit = 10.0 ** (math.floor(math.log10(expected)) - 12)
             limit = exact.skip_gain if name.endswith("skip_gain") else exact.gradient
-            assert _norm([gradients[name]]) == pytest.approx(expected, rel=limit, abs=0.51 * digit)
-        same(_norm(gradients.values()), golden.gradient_norm)
-        same(_norm(parameters.values()), golden.parameter_norm, 1e-9)
+            assert norm([gradients[name]]) == pytest.approx(expected, rel=limit, abs=0.51 * digit)
+        same(norm(gradients.values()), golden.gradient_norm)
+        same(norm(parameters.values()), golden.parameter_norm, 1e-9)
 
     return check
 
@@ -181,8 +182,8 @@ def check_single() -> Callable[..., None]:
         assert off <= limits.logits * np.abs(logits).max()
         assert abs(found[1] - float(exact[1])) <= limits.loss
         errors = {
-            name: _norm([np.asarray(found[2][name], np.float64) - np.asarray(gradient)])
-            / _norm([gradient])
+            name: norm([np.asarray(found[2][name], np.float64) - np.asarray(gradient)])
+            / norm([gradient])
             for name, gradient in exact[2].items()
         }
         skip_gains = {name for name in errors if name.endswith("skip_gain")}
@@ -192,10 +193,6 @@ def check_single() -> Callable[..., None]:
         assert max(errors[name] for name in errors.keys() - skip_gains) <= limits.gradient
 
     return check
-
-
-def _norm(arrays: Iterable[Any]) -> float:
-    return math.sqrt(sum(float(np.square(np.asarray(a, np.float64)).sum()) for a in arrays))
 
 
 @pytest.fixture(scope="session")

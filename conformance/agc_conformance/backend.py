@@ -35,8 +35,8 @@ __all__ = [
     "Problem",
     "SharpnessOutcome",
     "SharpnessProblem",
-    "Task",
     "TrainStep",
+    "TrainingTask",
     "Unavailable",
     "Unsupported",
 ]
@@ -216,7 +216,7 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingTask:
     """Training of the suite's small convolutional classifier on real images.
 
     The network, in the order of its parameters; weights are given out-first, ``(o, i, h, w)``:
@@ -249,7 +249,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One step of a :class:`Task`, under its names and in its layout (out-first).
+    """One step of a :class:`TrainingTask`, under its names and in its layout (out-first).
 
     Attributes
     ----------
@@ -538,7 +538,7 @@ class Backend:
 
     # -- training and NFNets -----------------------------------------------------------------------
 
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         """Train on real images, yielding every step."""
         raise Unsupported(f"{self.name} does not train")
 

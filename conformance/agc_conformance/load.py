@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -14,9 +13,9 @@ from typing import Any, Final, cast
 from agc.errors import ConfigError
 from agc_conformance.backend import Backend, Unavailable
 from agc_conformance.backends.reference import ReferenceBackend
-from agc_conformance.records import Role
+from agc_conformance.records import Role, describe
 
-__all__ = ["backend_names", "describe", "load_backend", "role_of"]
+__all__ = ["backend_names", "load_backend", "role_of"]
 
 LAYOUTS: Final[tuple[str, ...]] = ("torch", "flax", "keras")
 
@@ -136,12 +135,3 @@ def _check(spec: str, backend: Any) -> None:
 def role_of(backend: Backend) -> Role:
     """Return ``"subject"`` for code that is only looked at, else ``"backend"``."""
     return cast(Role, getattr(backend, "role", "backend"))
-
-
-def describe(error: BaseException) -> str:
-    """Return one line about an exception: its type, its first line, and where it comes from."""
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")
-    ]
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{place}"

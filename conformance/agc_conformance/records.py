@@ -25,6 +25,7 @@ import os
 import platform
 import subprocess
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ __all__ = [
     "UnavailableRecord",
     "Writer",
     "bad_statuses",
+    "describe",
     "make_header",
     "make_result",
     "read_results",
@@ -271,7 +273,7 @@ def _commit() -> str | None:
     """Commit of the checkout this module lies in, with ``+`` if it has been changed; else None."""
     here = Path(__file__).resolve().parent
     try:
-        found = subprocess.run(
+        revision = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
             cwd=here,
             capture_output=True,
@@ -288,7 +290,7 @@ def _commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None  # not a checkout, or no git: the versions have to do
-    return found.stdout.strip() if tracked.returncode == 0 else None
+    return revision.stdout.strip() if tracked.returncode == 0 else None
 
 
 class Writer:
@@ -477,7 +479,7 @@ def read_results(path: str | os.PathLike[str]) -> ResultFile:
     if header.get("kind") not in get_args(Kind):
         raise FormatError(f"{place}, line 1: unknown kind {header.get('kind')!r}")
     _check(f"{place}, line 1", header)
-    found = ResultFile(str(place), header)  # type: ignore[arg-type]
+    results = ResultFile(str(place), header)  # type: ignore[arg-type]
     counts: Counter[str] = Counter()
     footer: dict[str, Any] | None = None
     for number, line in enumerate(lines[1:], start=2):
@@ -491,7 +493,7 @@ def read_results(path: str | os.PathLike[str]) -> ResultFile:
         if kind == "footer":
             footer = record
             continue
-        getattr(found, _FIELDS[kind]).append(record)
+        getattr(results, _FIELDS[kind]).append(record)
         counts[_counted(record)] += 1
     if footer is None:
         raise FormatError(
@@ -502,8 +504,8 @@ def read_results(path: str | os.PathLike[str]) -> ResultFile:
             f"{place}, line {len(lines)}: the footer counts {footer.get('counts')}, "
             f"the file holds {dict(counts)}: records are missing"
         )
-    object.__setattr__(found, "footer", footer)
-    return found
+    object.__setattr__(results, "footer", footer)
+    return results
 
 
 def _parse(place: str, line: str) -> dict[str, Any]:
@@ -516,3 +518,12 @@ def _parse(place: str, line: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise FormatError(f"{place}: not a JSON object")
     return record
+
+
+def describe(error: BaseException) -> str:
+    """Return one line about an exception: its type, its first line, and where it comes from."""
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")
+    ]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{place}"

@@ -13,9 +13,8 @@ from agc_conformance.backend import Backend, Unsupported
 from agc_conformance.clipping.ask import KINDS as CLIPPING
 from agc_conformance.core.ask import CORE_KINDS
 from agc_conformance.core.ask import KINDS as PLANS
-from agc_conformance.load import describe
 from agc_conformance.question import Kind
-from agc_conformance.records import ResultRecord, Status, make_result
+from agc_conformance.records import ResultRecord, Status, describe, make_result
 from agc_conformance.sharpness.ask import KINDS as SHARPNESS
 from agc_conformance.vectors import Vector
 from agc_conformance.verdict import Verdict

@@ -149,8 +149,8 @@ def programs(devices: Any) -> Iterator[Program]:
 
     def clip(rule: AGC, *, stats: bool = False) -> Callable[..., Any]:
         def function(gradients: Any, params: Any) -> Any:
-            found = agc_jax.adaptive_clip_gradients(gradients, params, rule)
-            return found if stats else found[0]
+            result = agc_jax.adaptive_clip_gradients(gradients, params, rule)
+            return result if stats else result[0]
 
         return function
 
@@ -283,23 +283,23 @@ def _devices(topology: str) -> Any:
             f'programs for TPU need JAX ({error}); try: pip install "agc-sam[jax,conformance]" libtpu'
         ) from error
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        topology_description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # a missing compiler and an unknown name arrive as several types
         raise MissingPackageError(
             f"no TPU compiler for the topology {topology!r} ({str(error).splitlines()[0]}); "
             "try: pip install libtpu"
         ) from error
-    return found.devices
+    return topology_description.devices
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in ("jax", "jaxlib", "libtpu", "optax", "flax", "numpy"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _tree(shapes: Shapes, dtype: str, place: Callable[[tuple[int, ...]], Any]) -> Any:

@@ -92,7 +92,7 @@ def load_vectors(folder: Path = VECTORS) -> tuple[Vector, ...]:
         raise FormatError(f"{folder}: there are no vector files here")
     schema = json.loads((VECTORS / "schema.json").read_text(encoding="utf-8"))
     validator = jsonschema.Draft202012Validator(schema)
-    found: list[Vector] = []
+    vectors: list[Vector] = []
     for path in paths:
         data = _read(path)
         problem = next(iter(validator.iter_errors(data)), None)
@@ -104,8 +104,8 @@ def load_vectors(folder: Path = VECTORS) -> tuple[Vector, ...]:
                 name = f" ({vector.get('id')!r})" if isinstance(vector, dict) else ""
             where = "/".join(map(str, place)) or "the file"
             raise FormatError(f"{path}: {where}{name}: {problem.message[:300]}")
-        found += [Vector(vector, path.name) for vector in data["vectors"]]
-    return tuple(found)
+        vectors += [Vector(vector, path.name) for vector in data["vectors"]]
+    return tuple(vectors)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -50,15 +50,15 @@ def read_xfail(path: Path) -> list[Expected]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{path}: cannot be read as text: {error}") from None
-    found = []
+    expected = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         pattern, _, reason = line.strip().partition(" ")
         if not reason.strip():
             raise FormatError(f"{path}, line {number}: {pattern!r} gives no reason")
-        found.append(Expected(pattern, reason.strip(), f"{path}, line {number}"))
-    return found
+        expected.append(Expected(pattern, reason.strip(), f"{path}, line {number}"))
+    return expected
 
 
 def apply(record: ResultRecord, expected: Iterable[Expected]) -> ResultRecord:

@@ -12,13 +12,13 @@ import pytest
 
 from agc.reference import clip_units
 from agc.units import Units
-from agc_conformance.backend import Backend, Task, TrainStep, Unsupported
+from agc_conformance.backend import Backend, TrainingTask, TrainStep, Unsupported
 from agc_conformance.backends.reference import ReferenceBackend
+from agc_conformance.report.figures import training_figures
 from agc_conformance.training import ask as real_images
 from agc_conformance.training.ask import (
     TASKS,
     drift_bound,
-    figures,
     reference_run,
     result_ids,
     run_task,
@@ -35,7 +35,7 @@ class Float32(Backend):
     name = "float32"
     nudge = 0.0
 
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         o, plan = task.optimizer, real_images.reference_plan(task)
         random = np.random.RandomState(7)
         before = {
@@ -58,7 +58,9 @@ class Float32(Backend):
             yield TrainStep(loss, before, gradients, clipped, after, plan, perturbed, restored)
             before = after
 
-    def estimate(self, task: Task, w: Arrays, batch: Any) -> tuple[float, Arrays, Arrays, Arrays]:
+    def estimate(
+        self, task: TrainingTask, w: Arrays, batch: Any
+    ) -> tuple[float, Arrays, Arrays, Arrays]:
         """Loss, gradients to clip, where they were taken, and the weights afterwards."""
         if task.sharpness is None:
             return *loss_and_gradients(w, *batch), w, w
@@ -71,7 +73,7 @@ class Float32(Backend):
     def ascent_part(self, batch: Any, fraction: float) -> Any:
         return [array[: math.ceil(fraction * len(array))] for array in batch]
 
-    def perturbation(self, task: Task, w: Arrays, ascent: Arrays) -> Arrays:
+    def perturbation(self, task: TrainingTask, w: Arrays, ascent: Arrays) -> Arrays:
         norm = np.sqrt(sum(np.sum(g**2) for g in ascent.values()))
         return {name: F(task.sharpness.rho) * g / norm for name, g in ascent.items()}
 
@@ -134,13 +136,13 @@ class WholeTensors(Float32):
 
 
 class ScheduleIgnored(Float32):
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         constant = {"head.*": 0.1, "*": 0.06} if "*" in str(task.rule.clipping) else 0.05
         return super().train(replace(task, rule=replace(task.rule, clipping=constant)))
 
 
 class DecayBeforeClipping(Float32):
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         decay = task.optimizer.weight_decay
         for step in super().train(replace(task, optimizer=replace(task.optimizer, weight_decay=0))):
             gradients = {k: g - F(decay) * step.before[k] for k, g in step.gradients.items()}
@@ -163,7 +165,7 @@ class MomentumForgotten(Float32):
 class ClipsTheMomentum(Float32):
     """Clips what the optimizer made of the gradient, as if AGC came last."""
 
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         o, plan = task.optimizer, real_images.reference_plan(task)
         before = dict(task.weights)
         momentum = {name: np.zeros_like(array) for name, array in before.items()}
@@ -181,7 +183,7 @@ class ClipsTheMomentum(Float32):
 
 
 class OneBatchTwice(Float32):
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         return super().train(replace(task, batches=[task.batches[0], *task.batches[:-1]]))
 
 
@@ -196,7 +198,7 @@ class HalfPrecisionNorms(Float32):
 
 
 class ClipsTheAscent(Float32):
-    def perturbation(self, task: Task, w: Arrays, ascent: Arrays) -> Arrays:
+    def perturbation(self, task: TrainingTask, w: Arrays, ascent: Arrays) -> Arrays:
         plan = real_images.reference_plan(task)
         clipped = {n: self.clip(n, g, w[n], plan[n].threshold(0), plan) for n, g in ascent.items()}
         return super().perturbation(task, w, clipped)
@@ -218,7 +220,7 @@ class ClipsAgainstThePerturbed(Float32):
 
 
 class NormPerLayer(Float32):
-    def perturbation(self, task: Task, w: Arrays, ascent: Arrays) -> Arrays:
+    def perturbation(self, task: TrainingTask, w: Arrays, ascent: Arrays) -> Arrays:
         return {name: F(0.05) * g / np.sqrt(np.sum(g**2)) for name, g in ascent.items()}
 
 
@@ -238,18 +240,18 @@ class FloorOfTheFraction(Float32):
 
 
 class GradientAtTheWeights(Float32):
-    def estimate(self, task: Task, w: Arrays, batch: Any) -> Any:
+    def estimate(self, task: TrainingTask, w: Arrays, batch: Any) -> Any:
         loss, _, perturbed, restored = super().estimate(task, w, batch)
         return loss, loss_and_gradients(w, *batch)[1], perturbed, restored
 
 
 class SharpnessForgotten(Float32):
-    def perturbation(self, task: Task, w: Arrays, ascent: Arrays) -> Arrays:
+    def perturbation(self, task: TrainingTask, w: Arrays, ascent: Arrays) -> Arrays:
         return {name: np.zeros_like(array) for name, array in w.items()}
 
 
 class DecayInTheGradients(Float32):
-    def estimate(self, task: Task, w: Arrays, batch: Any) -> Any:
+    def estimate(self, task: TrainingTask, w: Arrays, batch: Any) -> Any:
         loss, gradients, perturbed, restored = super().estimate(task, w, batch)
         return (
             loss,
@@ -260,7 +262,7 @@ class DecayInTheGradients(Float32):
 
 
 class ReportsThePerturbedLoss(Float32):
-    def estimate(self, task: Task, w: Arrays, batch: Any) -> Any:
+    def estimate(self, task: TrainingTask, w: Arrays, batch: Any) -> Any:
         _, gradients, perturbed, restored = super().estimate(task, w, batch)
         return loss_and_gradients(perturbed, *batch)[0], gradients, perturbed, restored
 
@@ -419,7 +421,7 @@ class Odd(Float32):
         super().__init__()
         self.change = change
 
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         for index, step in enumerate(super().train(task)):
             yield self.change(step) if index == 1 else step
 
@@ -501,24 +503,24 @@ def test_what_a_backend_yields_is_checked(change: Any, kind: str, message: str) 
 
 
 class Short(Float32):
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         yield from list(super().train(task))[:-1]
 
 
 class Long(Float32):
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         steps = list(super().train(task))
         yield from [*steps, steps[-1]]
 
 
 class Broken(Float32):
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         yield next(super().train(task))
         raise ValueError("out of memory")
 
 
 class Unable(Backend):
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         raise Unsupported("no convolutions here")
 
 
@@ -550,11 +552,11 @@ def test_the_figure_is_small_deterministic_svg_with_every_clipped_layer(
     right: list[Mapping[str, Any]],
 ) -> None:
     (name,) = {record["task"] for record in right if record["type"] == "train"}
-    drawn = figures(right)
+    drawn = training_figures(right)
     assert list(drawn) == [name]
     svg = drawn[name]
     assert svg.startswith("<svg")
-    assert svg == figures(right)[name]
+    assert svg == training_figures(right)[name]
     assert len(svg) < 40_000
     assert "conv2.weight" in svg
     assert ("head.weight" in svg) == (name == "photographs")
@@ -567,4 +569,4 @@ def test_the_figure_of_a_run_with_a_broken_step_shows_a_gap() -> None:
         False,
         True,
     ]
-    assert "conv2.weight" in figures(records)["digits"]
+    assert "conv2.weight" in training_figures(records)["digits"]

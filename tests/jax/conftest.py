@@ -20,3 +20,10 @@ def quick() -> Iterator[None]:
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def x64() -> Iterator[None]:
+    """Allow float64; arrays of other dtypes keep theirs."""
+    with jax.enable_x64(True):
+        yield

@@ -12,7 +12,7 @@ import pytest
 from agc import AGC, Units
 from agc.errors import NonFiniteError, SelectorError
 from agc.reference import RowSparse
-from agc_conformance.backend import Layer, Problem, Task, Unavailable, Unsupported
+from agc_conformance.backend import Layer, Problem, TrainingTask, Unavailable, Unsupported
 from agc_conformance.backend import Optimizer as Sgd
 from agc_conformance.backends.jax.backend import JaxBackend
 from agc_conformance.runner import run_case
@@ -66,7 +66,7 @@ def test_errors_reach_the_suite() -> None:
         BACKEND.clip(bad)
 
 
-def task(rule: AGC) -> Task:
+def task(rule: AGC) -> TrainingTask:
     rng = np.random.default_rng(0)
     shapes = {"conv1.weight": (4, 1, 3, 3), "conv2.weight": (5, 4, 3, 3), "head.weight": (3, 5)}
     weights = {
@@ -77,7 +77,7 @@ def task(rule: AGC) -> Task:
         for name, w in weights.items()
     }
     batch = rng.standard_normal((2, 1, 6, 6)).astype(np.float32), np.array([0, 2])
-    return Task(rule, Sgd(0.1), weights, [batch, batch])
+    return TrainingTask(rule, Sgd(0.1), weights, [batch, batch])
 
 
 def test_training_translates_names_and_layouts() -> None:

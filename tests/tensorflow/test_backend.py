@@ -9,7 +9,14 @@ import tensorflow as tf
 from agc import AGC, Units
 from agc.errors import NonFiniteError
 from agc.reference import RowSparse, adaptive_clip, clip_units
-from agc_conformance.backend import Layer, Optimizer, Problem, Task, Unavailable, Unsupported
+from agc_conformance.backend import (
+    Layer,
+    Optimizer,
+    Problem,
+    TrainingTask,
+    Unavailable,
+    Unsupported,
+)
 from agc_conformance.backends.tensorflow.backend import TensorFlowBackend
 from agc_conformance.training.ask import result_ids, run_task
 from agc_tensorflow import plan
@@ -120,7 +127,7 @@ def test_training_reports_every_step(backend):
     weights = {name: 0.3 * random.randn(*s).astype(np.float32) for name, s in shapes.items()}
     batches = [(random.randn(2, 1, 8, 8).astype(np.float32), np.array([0, 2])) for _ in range(2)]
     rule = AGC(clipping=0.01, exclude=["head.*"])
-    steps = list(backend.train(Task(rule, Optimizer(0.5, momentum=0.9), weights, batches)))
+    steps = list(backend.train(TrainingTask(rule, Optimizer(0.5, momentum=0.9), weights, batches)))
     assert len(steps) == 2
     for name, weight in weights.items():
         assert (steps[0].before[name] == weight).all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,57 +13,24 @@ import tensorflow as tf
 import agc_tensorflow
 from agc import AGC
 from agc import nfnet as core
-from agc.errors import ConfigError, ParameterError, SelectorError
-from agc_conformance.nfnets.golden import LIMITS, OPTIMIZER, SMOOTHING
+from agc.errors import ParameterError
 from agc_tensorflow.units import named_variables
+from tests.contract.recipe import RecipeContract
+from tests.tensorflow.driver import TensorFlowDriver, floatx
 
 
 @pytest.fixture
 def float64() -> Iterator[None]:
     """Learning rates are stored in Keras' default dtype, and 0.1 in float32 is another number."""
-    keras.config.set_floatx("float64")
-    yield
-    keras.config.set_floatx("float32")
+    with floatx("float64"):
+        yield
 
 
-def norm(arrays: Any) -> float:
-    return math.sqrt(sum(float(np.square(array).sum()) for array in arrays))
+class TestRecipe(RecipeContract):
+    driver = TensorFlowDriver()
 
 
-@pytest.mark.parametrize("graph", [False, True])
-def test_golden_steps(graph, float64):
-    model = agc_tensorflow.nfnet("tiny")
-    agc_tensorflow.from_neutral(model, core.seeded_parameters("tiny"))
-    start = agc_tensorflow.to_neutral(model)
-    images, labels = (tf.constant(array) for array in core.seeded_batch(2, 32))
-    target = (1 - SMOOTHING) * tf.one_hot(labels, 10, dtype="float64") + SMOOTHING / 10
-    optimizer = agc_tensorflow.sgd_nfnet(model, lr=0.1)
-    optimizer.build(model.trainable_variables)
-
-    def step() -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            losses = tf.nn.softmax_cross_entropy_with_logits(target, model(images))
-            loss = tf.reduce_mean(losses)
-        gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
-        optimizer.apply(gradients, model.trainable_variables)
-        return loss
-
-    run = tf.function(step) if graph else step
-    clipped = []
-    for golden in OPTIMIZER:
-        loss = float(run())
-        clipped.append(optimizer.stats().total())
-        values = agc_tensorflow.to_neutral(model)
-        assert abs(loss - golden.loss) <= LIMITS["float64"].loss
-        assert norm(values.values()) == pytest.approx(golden.parameter_norm, abs=1e-11)
-        assert values["stages.0.0.skip_gain"] == pytest.approx(golden.skip_gain, abs=1e-12)
-        assert norm([values["head.bias"]]) == pytest.approx(golden.head_bias_norm, rel=1e-12)
-        moved = [value - start[name] for name, value in values.items()]
-        assert norm(moved) == pytest.approx(golden.distance, rel=1e-12)
-    assert (clipped[0].clipped, clipped[0].units) == (254, 4855)
-
-
-def test_what_is_decayed():
+def test_what_is_frozen_is_not_decayed():
     model = agc_tensorflow.nfnet("tiny", dtype="float64")
     agc_tensorflow.from_neutral(model, core.seeded_parameters("tiny"))
     model.stem.trainable = False
@@ -167,22 +133,6 @@ def test_a_schedule_and_a_round_trip(tmp_path):
         np.testing.assert_array_equal(named_variables(loaded)[name], variable)
 
 
-def test_other_rules_and_models():
-    model = keras.Sequential(
-        [keras.Input((3,)), keras.layers.Dense(4, name="a"), keras.layers.Dense(2)]
-    )
-    with pytest.raises(SelectorError, match="does not declare one"):
-        agc_tensorflow.sgd_nfnet(model, 0.1)
-    optimizer = agc_tensorflow.sgd_nfnet(model, 0.1, momentum=0.0, rule=AGC(clipping=0.1))
-    assert optimizer.plan["a.kernel"].threshold() == 0.1
-    optimizer.build(model.trainable_variables)
-    assert len(optimizer.variables) == 2  # iteration and learning rate
+def test_a_model_must_be_built():
     with pytest.raises(ParameterError, match="is not built"):
         agc_tensorflow.sgd_nfnet(keras.Sequential([keras.layers.Dense(2)]), 0.1)
-
-
-@pytest.mark.parametrize("options", [{"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1.0}])
-def test_bad_options(options):
-    (name,) = options
-    with pytest.raises(ConfigError, match=f"{name} must be a number"):
-        agc_tensorflow.CoupledSGD(0.1, **options)

@@ -11,7 +11,14 @@ from agc import AGC, Units
 from agc.errors import DTypeError, MissingGradientError, NonFiniteError, ShapeError
 from agc.plan import Parameter, make_plan
 from agc.reference import RowSparse, adaptive_clip
-from agc_conformance.backend import Layer, Optimizer, Problem, Task, Unavailable, Unsupported
+from agc_conformance.backend import (
+    Layer,
+    Optimizer,
+    Problem,
+    TrainingTask,
+    Unavailable,
+    Unsupported,
+)
 from agc_conformance.backends.torch.backend import TorchBackend
 from agc_conformance.training.ask import run_task
 from agc_torch import SharpnessAware, adaptive_clip_grad_
@@ -168,7 +175,7 @@ def test_train():
         for _ in range(3)
     ]
     rule = AGC(clipping=0.02, exclude=["head.*"])
-    steps = list(BACKEND.train(Task(rule, Optimizer(0.1, momentum=0.9), weights, batches)))
+    steps = list(BACKEND.train(TrainingTask(rule, Optimizer(0.1, momentum=0.9), weights, batches)))
     assert len(steps) == 3
     for index, step in enumerate(steps):
         wanted = adaptive_clip(step.before, step.gradients, step.plan, rule, step=index).gradients

@@ -28,12 +28,13 @@ from agc_conformance.backend import (
     Problem,
     SharpnessOutcome,
     SharpnessProblem,
-    Task,
+    TrainingTask,
     TrainStep,
 )
 from agc_conformance.core.library import Core
 from agc_conformance.nfnets.reference import ReferenceModels
 from agc_conformance.sharpness.problems import as_batch, gradient_function
+from agc_conformance.training.ask import reference_run
 from agc_conformance.verdict import round_to
 
 __all__ = ["ReferenceBackend", "Step", "layer_parameters", "to_dtype"]
@@ -342,10 +343,8 @@ class ReferenceBackend(Backend):
         doubled = {name: 2 * value for name, value in examples.curvatures.items()}
         return self.sharpen(replace(problem, examples=replace(examples, curvatures=doubled)))
 
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         """Train by the suite's own float64 trajectory."""
-        from agc_conformance.training.ask import reference_run  # scikit-learn is heavy
-
         for step, _ in reference_run(task):
             yield step
 

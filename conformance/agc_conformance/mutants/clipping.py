@@ -188,13 +188,13 @@ class Engine(ReferenceBackend):
                 elif threshold is None:
                     out[name] = gradient
                 elif isinstance(gradient, RowSparse):
-                    found = self.rows(gradient)
+                    prepared = self.rows(gradient)
                     if not entry.units.whole and 0 not in entry.axes.keep:
                         raise UnitsError("the rows are not units")
-                    w = weight if entry.units.whole else weight[found.indices]
-                    axes = entry.units.bind(found.values.shape)
-                    values, stats[name] = self.clip_array(found.values, w, axes, threshold, rule)
-                    out[name] = self.sparse_out(replace(found, values=values))
+                    w = weight if entry.units.whole else weight[prepared.indices]
+                    axes = entry.units.bind(prepared.values.shape)
+                    values, stats[name] = self.clip_array(prepared.values, w, axes, threshold, rule)
+                    out[name] = self.sparse_out(replace(prepared, values=values))
                 else:
                     out[name], stats[name] = self.clip_array(
                         gradient, weight, entry.units.bind(weight.shape), threshold, rule

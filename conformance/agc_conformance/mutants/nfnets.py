@@ -197,18 +197,18 @@ class _PaddingTakesGradients(NFNet):
 @_models("variance of a sample", "signals divide by N - 1", "NFNET-3", "signals")
 class _SampleSignals(ReferenceModels):
     def forward(self, problem: ModelProblem) -> ModelForward:
-        found = super().forward(problem)
-        counts = np.array([out[..., 0].size for out in found.outputs.values()])
-        variance = found.signals["avg_var"] * counts / (counts - 1)
-        return replace(found, signals={**found.signals, "avg_var": variance})
+        forward = super().forward(problem)
+        counts = np.array([out[..., 0].size for out in forward.outputs.values()])
+        variance = forward.signals["avg_var"] * counts / (counts - 1)
+        return replace(forward, signals={**forward.signals, "avg_var": variance})
 
 
 @_models("mean over all", "one mean of all channels, not one each", "NFNET-3", "signals")
 class _PooledMean(ReferenceModels):
     def forward(self, problem: ModelProblem) -> ModelForward:
-        found = super().forward(problem)
-        mean = np.array([out.mean() ** 2 for out in found.outputs.values()])
-        return replace(found, signals={**found.signals, "avg_sq_mean": mean})
+        forward = super().forward(problem)
+        mean = np.array([out.mean() ** 2 for out in forward.outputs.values()])
+        return replace(forward, signals={**forward.signals, "avg_sq_mean": mean})
 
 
 @_models("branch before its gates", "a signal of another place", "NFNET-3", "signals")
@@ -220,9 +220,9 @@ class _EarlySignals(ReferenceModels):
                 return super().gate(block, x)
 
         early: list[Any] = []
-        found = super().forward(problem)
+        forward = super().forward(problem)
         Early(problem.variant, problem.parameters)(problem.images)
-        return replace(found, signals={**found.signals, "res_avg_var": np.array(early)})
+        return replace(forward, signals={**forward.signals, "res_avg_var": np.array(early)})
 
 
 # --- training mode, plan and optimizer ---------------------------------------------------------------

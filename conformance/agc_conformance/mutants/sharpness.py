@@ -226,7 +226,7 @@ class SharpnessEngine(Engine):
         parts = self.parts(len(examples), rule, replicas)
         clean: list[tuple[int, float]] = []
         perturbed: list[tuple[int, float]] = []
-        found: list[tuple[int, Gradients]] = []
+        descents: list[tuple[int, Gradients]] = []
         norms: list[float] = []
         skip, before = False, self.state
         for micro in range(rule.microbatches):
@@ -252,9 +252,9 @@ class SharpnessEngine(Engine):
                 self.state = self.state_of_step(before, after)
                 self.restore(weights, copies, e)
                 perturbed.append((len(rows), loss))
-                found.append((len(rows), gradients))
+                descents.append((len(rows), gradients))
         return SharpnessOutcome(
-            self.average(found),
+            self.average(descents),
             weights,
             self.reported(clean, perturbed),
             sum(n * loss for n, loss in perturbed) / sum(n for n, _ in perturbed),
@@ -284,10 +284,10 @@ class SharpnessEngine(Engine):
             if index == restart:
                 step, momenta = self.reload(step, momenta)
             now = replace(problem, parameters=weights, examples=examples, step=step)
-            found = self.before_step(now, optimizer)
-            weights = dict(found.weights)
-            if not found.skipped:
-                weights, momenta = self.after_estimate(now, optimizer, found, momenta)
+            outcome = self.before_step(now, optimizer)
+            weights = dict(outcome.weights)
+            if not outcome.skipped:
+                weights, momenta = self.after_estimate(now, optimizer, outcome, momenta)
             step += 1
             out.append({name: to_dtype(value, dtypes[name]) for name, value in weights.items()})
         return out
@@ -304,13 +304,15 @@ class SharpnessEngine(Engine):
         self,
         problem: SharpnessProblem,
         optimizer: Optimizer,
-        found: SharpnessOutcome,
+        outcome: SharpnessOutcome,
         momenta: Arrays,
     ) -> tuple[Arrays, Arrays]:
         """AGC, decay and the optimizer (SAM-6)."""
         behind = Problem(problem.clipping or AGC(clipping=None), {}, {})
-        gradients = {name: g for name, g in found.gradients.items() if g is not None}
-        return self.update(Step(behind, optimizer, found.weights, momenta, gradients, problem.step))
+        gradients = {name: g for name, g in outcome.gradients.items() if g is not None}
+        return self.update(
+            Step(behind, optimizer, outcome.weights, momenta, gradients, problem.step)
+        )
 
     def sharpen_compiled(self, problem: SharpnessProblem) -> SharpnessOutcome:
         """Estimate."""
@@ -348,16 +350,16 @@ class SharpnessEngine(Engine):
             n: a * np.asarray(scale, a.dtype) for n, a in problem.examples.curvatures.items()
         }
         examples = replace(problem.examples, curvatures=curvatures)
-        found = self.estimate(replace(problem, examples=examples))
-        return self.unscale(found, scale)
+        outcome = self.estimate(replace(problem, examples=examples))
+        return self.unscale(outcome, scale)
 
-    def unscale(self, found: SharpnessOutcome, scale: float) -> SharpnessOutcome:
+    def unscale(self, outcome: SharpnessOutcome, scale: float) -> SharpnessOutcome:
         """Divide what the optimizer receives."""
         gradients = {
             name: None if g is None else g / np.asarray(scale, g.dtype)
-            for name, g in found.gradients.items()
+            for name, g in outcome.gradients.items()
         }
-        return SharpnessOutcome(gradients, found.weights, skipped=found.skipped)
+        return SharpnessOutcome(gradients, outcome.weights, skipped=outcome.skipped)
 
 
 def _added(gradients: Gradients, more: Mapping[str, Array | None]) -> Gradients:
@@ -578,9 +580,9 @@ class _PreviousBatch(SharpnessEngine):
     previous: Examples | None = None
 
     def before_step(self, problem: SharpnessProblem, optimizer: Optimizer) -> SharpnessOutcome:
-        found = super().before_step(problem, optimizer)
+        outcome = super().before_step(problem, optimizer)
         self.previous = problem.examples
-        return found
+        return outcome
 
     def ascent(
         self, weights: Arrays, examples: Examples, rows: Array, problem: SharpnessProblem
@@ -753,10 +755,10 @@ class _ClippedTooEarly(SharpnessEngine):
         self,
         problem: SharpnessProblem,
         optimizer: Optimizer,
-        found: SharpnessOutcome,
+        outcome: SharpnessOutcome,
         momenta: Arrays,
     ) -> tuple[Arrays, Arrays]:
-        return super().after_estimate(replace(problem, clipping=None), optimizer, found, momenta)
+        return super().after_estimate(replace(problem, clipping=None), optimizer, outcome, momenta)
 
 
 class _DecayInLoss(SharpnessEngine):
@@ -790,12 +792,12 @@ class _DecayInLoss(SharpnessEngine):
         self,
         problem: SharpnessProblem,
         optimizer: Optimizer,
-        found: SharpnessOutcome,
+        outcome: SharpnessOutcome,
         momenta: Arrays,
     ) -> tuple[Arrays, Arrays]:
         if self.decay_descent and not optimizer.decoupled:
             optimizer = replace(optimizer, weight_decay=0.0)
-        return super().after_estimate(problem, optimizer, found, momenta)
+        return super().after_estimate(problem, optimizer, outcome, momenta)
 
 
 @_mutant("DecayInGradient", "weight decay is in the ascent gradient")
@@ -874,14 +876,14 @@ class _TracedDefaults(SharpnessEngine):
 
 @_mutant("SamLossScale", "the scale stays in the gradients")
 class _ScaleStays(SharpnessEngine):
-    def unscale(self, found: SharpnessOutcome, scale: float) -> SharpnessOutcome:  # noqa: ARG002
-        return super().unscale(found, 1.0)
+    def unscale(self, outcome: SharpnessOutcome, scale: float) -> SharpnessOutcome:  # noqa: ARG002
+        return super().unscale(outcome, 1.0)
 
 
 @_mutant("SamLossScale", "a poisoned step is not skipped under loss scaling")
 class _ScaledStepTaken(SharpnessEngine):
-    def unscale(self, found: SharpnessOutcome, scale: float) -> SharpnessOutcome:
-        return replace(super().unscale(found, scale), skipped=False)
+    def unscale(self, outcome: SharpnessOutcome, scale: float) -> SharpnessOutcome:
+        return replace(super().unscale(outcome, scale), skipped=False)
 
 
 # -- errors --------------------------------------------------------------------------------------

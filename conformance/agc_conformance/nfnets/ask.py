@@ -52,7 +52,6 @@ from agc_conformance.backend import (
     Unsupported,
 )
 from agc_conformance.data import dtype_of
-from agc_conformance.load import describe
 from agc_conformance.nfnets.golden import (
     GOLDEN,
     LIMITS,
@@ -62,7 +61,7 @@ from agc_conformance.nfnets.golden import (
     OptimizerStep,
 )
 from agc_conformance.nfnets.reference import ReferenceModels
-from agc_conformance.records import ModelRecord, Status, make_result
+from agc_conformance.records import ModelRecord, Status, describe, make_result
 from agc_conformance.verdict import Verdict, accumulation_dtype
 
 __all__ = ["KINDS", "STUDIES", "Study", "count_results", "result_ids", "run_study"]

@@ -53,8 +53,8 @@ class ReferenceModels:
                 for rate in [block.stochastic_depth * problem.stochastic_depth]
             }
         with threadpool_limits(1, "blas"):  # more threads are slower, on products this small
-            found = self.network(problem.variant, problem.parameters)(problem.images, kept)
-        return ModelForward(found.logits, found.outputs, found.signals)
+            forward = self.network(problem.variant, problem.parameters)(problem.images, kept)
+        return ModelForward(forward.logits, forward.outputs, forward.signals)
 
     def gradients(self, problem: ModelProblem) -> ModelGradients:
         """Run forward and backward, and clip."""
@@ -92,9 +92,11 @@ class ReferenceModels:
     ) -> tuple[float, dict[str, Array]]:
         """Run forward and backward with some weights."""
         with threadpool_limits(1, "blas"):
-            found = self.network(problem.variant, weights)(problem.images)
-            loss, d_logits = smoothed_cross_entropy(found.logits, problem.labels, problem.smoothing)
-            gradients = found.backward(d_logits)
+            forward = self.network(problem.variant, weights)(problem.images)
+            loss, d_logits = smoothed_cross_entropy(
+                forward.logits, problem.labels, problem.smoothing
+            )
+            gradients = forward.backward(d_logits)
         return loss, {name: gradients[name] for name in weights}
 
     def plan(self, problem: ModelProblem) -> Plan:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
 from agc_conformance.records import ULP_BINS, ModelRecord
+from agc_conformance.training.network import PARAMETERS
 from agc_conformance.verdict import LIMITS
 
-__all__ = ["histograms", "model_errors", "svg"]
+__all__ = ["histograms", "model_errors", "svg", "training_figures"]
 
 
 _FLOOR: Final = 1e-17
@@ -31,7 +32,7 @@ def svg(figure: Any) -> str:
 
 
 def histograms(
-    title: str, found: Mapping[str, Sequence[int]], limits: Mapping[str, float] = LIMITS
+    title: str, counts_by_dtype: Mapping[str, Sequence[int]], limits: Mapping[str, float] = LIMITS
 ) -> str:
     """Draw how the elements that one run computed are distributed over errors.
 
@@ -39,7 +40,7 @@ def histograms(
     ----------
     title : str
         The run.
-    found : mapping of dtype to counts
+    counts_by_dtype : mapping of dtype to counts
         Elements by error; bins as :data:`agc_conformance.records.ULP_BINS` and one above.
     limits : mapping of dtype to float
         Largest error allowed.
@@ -53,13 +54,13 @@ def histograms(
     from matplotlib.figure import Figure
 
     labels = ["0", *(f"≤ {edge:g}" for edge in ULP_BINS[1:]), f"> {ULP_BINS[-1]:g}"]
-    counts = np.array([list(row) for row in found.values()], float)
+    counts = np.array([list(row) for row in counts_by_dtype.values()], float)
     shares = counts / counts.sum(axis=1, keepdims=True)
     style = {"font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none"}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(5.2, 0.62 + 0.27 * len(found)), layout="constrained")
+        figure = Figure(figsize=(5.2, 0.62 + 0.27 * len(counts_by_dtype)), layout="constrained")
         plot = figure.subplots()
-        x, y = np.arange(len(labels) + 1) - 0.5, np.arange(len(found) + 1) - 0.5
+        x, y = np.arange(len(labels) + 1) - 0.5, np.arange(len(counts_by_dtype) + 1) - 0.5
         plot.pcolormesh(x, y, np.sqrt(shares), cmap="Blues", vmin=0, vmax=1.25)
         plot.invert_yaxis()
         for row, column in zip(*np.nonzero(counts), strict=True):
@@ -67,11 +68,11 @@ def histograms(
             shown = f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1g} %"
             colour = "white" if share > 0.5 else "#16202c"
             plot.text(column, row, shown, ha="center", va="center", fontsize=7, color=colour)
-        for row, dtype in enumerate(found):
+        for row, dtype in enumerate(counts_by_dtype):
             edge = ULP_BINS.index(limits[dtype]) + 0.5
             plot.plot([edge, edge], [row - 0.5, row + 0.5], color="#b3161b", lw=1.5)
         plot.set_xticks(range(len(labels)), labels)
-        plot.set_yticks(range(len(found)), list(found))
+        plot.set_yticks(range(len(counts_by_dtype)), list(counts_by_dtype))
         plot.set_xlabel(f"error in ULP, {int(counts.sum()):,} elements")
         plot.set_title(title, fontsize=9, loc="left", fontweight="bold")
         plot.tick_params(length=0)
@@ -88,12 +89,12 @@ _PANELS: Final = {
 _SHADES: Final = {"float64": 1.0, "float32": 0.45}
 
 
-def model_errors(found: Mapping[str, Sequence[ModelRecord]]) -> str:
+def model_errors(records_by_run: Mapping[str, Sequence[ModelRecord]]) -> str:
     """Draw the errors of one model, layer by layer and step by step.
 
     Parameters
     ----------
-    found : mapping of run to records
+    records_by_run : mapping of run to records
         ``model`` records of one model.
 
     Returns
@@ -106,7 +107,9 @@ def model_errors(found: Mapping[str, Sequence[ModelRecord]]) -> str:
     from matplotlib.figure import Figure
 
     kinds = [
-        kind for kind in _PANELS if any(r["kind"] == kind for rs in found.values() for r in rs)
+        kind
+        for kind in _PANELS
+        if any(r["kind"] == kind for rs in records_by_run.values() for r in rs)
     ]
     style = {"font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none"}
     with mpl.rc_context(style):
@@ -114,7 +117,7 @@ def model_errors(found: Mapping[str, Sequence[ModelRecord]]) -> str:
         for plot, kind in zip(figure.subplots(len(kinds), squeeze=False)[:, 0], kinds, strict=True):
             names: list[str] = []
             labelled: set[str] = set()
-            for number, (title, records) in enumerate(found.items()):
+            for number, (title, records) in enumerate(records_by_run.items()):
                 for record in records:
                     if record["kind"] != kind:
                         continue
@@ -141,5 +144,53 @@ def model_errors(found: Mapping[str, Sequence[ModelRecord]]) -> str:
                 plot.set_xticks(places, [names[i] for i in places], rotation=30, ha="right")
             plot.spines[["top", "right"]].set_visible(False)
             if kind == kinds[0]:
-                plot.legend(frameon=False, ncols=len(found), loc="lower right")
+                plot.legend(frameon=False, ncols=len(records_by_run), loc="lower right")
         return svg(figure)
+
+
+def training_figures(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Draw, for every task, the loss and the clipped fraction of every layer over the steps.
+
+    Parameters
+    ----------
+    records : iterable of mapping
+        ``train`` records of one backend, as a run writes them; others are passed over.
+
+    Returns
+    -------
+    dict of task name to str
+        Inline SVG, the same bytes for the same records.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    tasks: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if record.get("type") == "train":
+            tasks.setdefault(record["task"], []).append(record)
+    drawn = {}
+    for task, steps in tasks.items():
+        names = [
+            name for name in PARAMETERS if any("units" in s["layers"].get(name, {}) for s in steps)
+        ]
+        fractions = [
+            [
+                layer.get("clipped", 0) / layer["units"] if "units" in layer else np.nan
+                for layer in (step["layers"].get(name, {}) for step in steps)
+            ]
+            for name in names
+        ]
+        with mpl.rc_context({"font.size": 8, "svg.fonttype": "none"}):
+            figure = Figure(figsize=(6.4, 1.2 + 0.22 * len(names)), layout="constrained")
+            above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, len(names) or 1])
+            above.plot([step["reference_loss"] for step in steps], "0.7", lw=4, label="reference")
+            above.plot([step["loss"] for step in steps], "C0", lw=1, label="backend")
+            above.set_ylabel("loss")
+            above.legend(frameon=False)
+            if names:
+                image = below.imshow(fractions, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+                below.set_yticks(range(len(names)), names)
+                figure.colorbar(image, ax=below, label="clipped", ticks=[0, 0.5, 1])
+            below.set_xlabel("step")
+            drawn[task] = svg(figure)
+    return drawn

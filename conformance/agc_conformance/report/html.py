@@ -10,7 +10,7 @@ from markupsafe import Markup
 from agc_conformance.clauses import CLAUSES
 from agc_conformance.flags import FLAGS
 from agc_conformance.records import bad_statuses
-from agc_conformance.report.figures import histograms, model_errors
+from agc_conformance.report.figures import histograms, model_errors, training_figures
 from agc_conformance.report.summary import ULP_LIMITS, Cell, Summary
 from agc_conformance.vectors import load_vectors
 
@@ -33,10 +33,10 @@ def html(summary: Summary) -> str:
         bad=bad_statuses,
         # Drawn here, from numbers, so that nothing needs escaping.
         drawn=[
-            Markup(histograms(f"{method}, {column.title}", found, limits))
+            Markup(histograms(f"{method}, {column.title}", counts, limits))
             for method, limits in ULP_LIMITS.items()
             for column in summary.backends
-            if (found := column.histograms(method))
+            if (counts := column.histograms(method))
         ],
         methods=list(ULP_LIMITS),
         training=_training(summary),
@@ -57,31 +57,28 @@ def _short(dtype: str) -> str:
 
 
 def _dtypes(summary: Summary) -> list[str]:
-    found: dict[str, None] = {}
+    dtypes: dict[str, None] = {}
     for column in summary.columns:
-        found.update(dict.fromkeys(column.total.dtypes))
-    return list(found)
+        dtypes.update(dict.fromkeys(column.total.dtypes))
+    return list(dtypes)
 
 
 def _training(summary: Summary) -> list[tuple[str, str, Markup]]:
     """Backend, task and figure of every training on real images."""
-    from agc_conformance.training.ask import figures
-
     return [
         (column.title, task, Markup(drawn))
         for column in summary.backends
         if column.file.train
-        for task, drawn in figures(column.file.train).items()
+        for task, drawn in training_figures(column.file.train).items()
     ]
 
 
 def _trained(summary: Summary) -> list[str]:
     """Ids of the results of training on real images."""
-    found: dict[str, None] = {}
+    ids: dict[str, None] = {}
     for column in summary.backends:
-        ids = [r["id"] for r in column.file.results if "RealImages" in r["flags"]]
-        found.update(dict.fromkeys(ids))
-    return list(found)
+        ids |= {r["id"]: None for r in column.file.results if "RealImages" in r["flags"]}
+    return list(ids)
 
 
 def _models(summary: Summary) -> list[tuple[str, list[tuple[str, str]], Markup]]:
@@ -92,15 +89,15 @@ def _models(summary: Summary) -> list[tuple[str, list[tuple[str, str]], Markup]]
             if result["level"] == "L4":
                 name = result["id"].split("-")[1]
                 ids.setdefault(name, {})[result["id"], result["dtype"]] = None
-    found = []
+    models = []
     for name, results in ids.items():
         records = {
             column.title: [record for record in column.file.models if record["model"] == name]
             for column in summary.backends
         }
         records = {title: those for title, those in records.items() if those}
-        found.append((name, list(results), Markup(model_errors(records) if records else "")))
-    return found
+        models.append((name, list(results), Markup(model_errors(records) if records else "")))
+    return models
 
 
 def _size(value: float | None) -> str:

@@ -196,8 +196,10 @@ def _cell(run: Run, clause: str) -> str:
 
 
 def _worst(run: Run) -> str:
-    found = run["errors"]["AGC"].get("float32")
-    return "" if found is None or run["header"]["role"] != "backend" else f"{found['max_ulp']:.2f}"
+    errors = run["errors"]["AGC"].get("float32")
+    return (
+        "" if errors is None or run["header"]["role"] != "backend" else f"{errors['max_ulp']:.2f}"
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -120,13 +120,13 @@ class Column:
 
     def histograms(self, method: str) -> dict[str, list[int]]:
         """Elements by error in ULP, per dtype of the gradient, of one method's results that passed."""
-        found: dict[str, list[int]] = {}
+        totals: dict[str, list[int]] = {}
         for result in self._measured(method):
             name = result["dtype"].partition("/")[0]
-            mine = found.setdefault(name, [0] * (len(ULP_BINS) + 1))
+            mine = totals.setdefault(name, [0] * (len(ULP_BINS) + 1))
             for index, count in enumerate(result["histogram"]):
                 mine[index] += count
-        return {name: found[name] for name in _ORDER if name in found}
+        return {name: totals[name] for name in _ORDER if name in totals}
 
     def errors(self, method: str) -> dict[str, tuple[float, float]]:
         """Largest error and limit by dtype, of one method's results that passed."""

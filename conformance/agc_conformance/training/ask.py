@@ -1,6 +1,6 @@
 """Training on real images, compared with the float64 reference at every step.
 
-A small convolutional classifier (:class:`agc_conformance.backend.Task`) is trained on scikit-learn's bundled
+A small convolutional classifier (:class:`agc_conformance.backend.TrainingTask`) is trained on scikit-learn's bundled
 images, with AGC in front of SGD, by the backend and by the reference; in one task SAM stands in front of
 both. Two comparisons are made:
 
@@ -27,7 +27,7 @@ These results come out of each task (with SAM, some stand for another clause):
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, Final
@@ -43,7 +43,7 @@ from agc.reference import (
     sharpness_aware_gradients,
     unit_norms,
 )
-from agc_conformance.backend import Backend, Optimizer, Task, TrainStep, Unsupported
+from agc_conformance.backend import Backend, Optimizer, TrainingTask, TrainStep, Unsupported
 from agc_conformance.records import Status, make_result
 from agc_conformance.training.network import PARAMETERS, loss_and_gradients
 from agc_conformance.verdict import LIMITS, Verdict, ulp_error
@@ -52,7 +52,6 @@ __all__ = [
     "TASKS",
     "digits",
     "drift_bound",
-    "figures",
     "photographs",
     "reference_plan",
     "reference_run",
@@ -93,20 +92,20 @@ def drift_bound(step: int) -> float:
     return 2.0**-15 * (1 + step)
 
 
-def digits(steps: int = 50) -> Task:
+def digits(steps: int = 50) -> TrainingTask:
     """Build the first task: handwritten digits (8x8, grey, 10 classes), the head left out, Nesterov and decay."""
     return _digits(steps, seed=0)
 
 
-def sam_digits(steps: int = 50) -> Task:
+def sam_digits(steps: int = 50) -> TrainingTask:
     """Build the third task: digits again, with SAM as NFNets have it, the ascent on a fifth of each batch."""
     return replace(_digits(steps, seed=2), sharpness=SAM(rho=0.05, fraction=0.2))
 
 
-def _digits(steps: int, *, seed: int) -> Task:
+def _digits(steps: int, *, seed: int) -> TrainingTask:
     random = np.random.RandomState(seed)
     images, labels = _load_digits()
-    return Task(
+    return TrainingTask(
         rule=AGC(clipping=0.05, exclude=["head.*"]),
         optimizer=Optimizer(lr=0.2, momentum=0.9, nesterov=True, weight_decay=1e-3),
         weights=_weights(random, channels=1, classes=10),
@@ -125,7 +124,7 @@ def _load_digits() -> tuple[Array, Array]:
     return (data.images[:, None] - 8) / 6, data.target  # grey levels go from 0 to 16
 
 
-def photographs(steps: int = 50) -> Task:
+def photographs(steps: int = 50) -> TrainingTask:
     """Build the second task: which of two photographs is this 24x24 RGB patch from? A schedule; nothing left out."""
     from sklearn.datasets import load_sample_image
 
@@ -143,7 +142,7 @@ def photographs(steps: int = 50) -> Task:
         return cut
 
     labels = [random.randint(2, size=32) for _ in range(steps)]
-    return Task(
+    return TrainingTask(
         rule=AGC(clipping={"head.*": 0.1, "*": Schedule([(0, 0.06), (40, 0.02)])}),
         optimizer=Optimizer(lr=0.05, momentum=0.9),
         weights=_weights(random, channels=3, classes=2),
@@ -151,7 +150,7 @@ def photographs(steps: int = 50) -> Task:
     )
 
 
-TASKS: Final[Mapping[str, Callable[[int], Task]]] = {
+TASKS: Final[Mapping[str, Callable[[int], TrainingTask]]] = {
     "digits": digits,
     "photographs": photographs,
     "sam-digits": sam_digits,
@@ -182,7 +181,7 @@ def _batch(images: Array, labels: Array) -> tuple[Array, Array]:
     return images.astype(np.float32), labels.astype(np.int64)
 
 
-def reference_plan(task: Task) -> Plan:
+def reference_plan(task: TrainingTask) -> Plan:
     """Return the plan of a task in its own layout (out-first)."""
     parameters = [
         Parameter(name, array.shape, Units(_UNITS[name]) if name in _UNITS else WHOLE)
@@ -221,7 +220,7 @@ class _Sgd:
         return bound
 
 
-def reference_run(task: Task) -> Iterator[tuple[TrainStep, Result]]:
+def reference_run(task: TrainingTask) -> Iterator[tuple[TrainStep, Result]]:
     """Train in float64, yielding every step and what the clipping did in it."""
     plan = reference_plan(task)
     sgd = _Sgd(task.optimizer)
@@ -236,7 +235,7 @@ def reference_run(task: Task) -> Iterator[tuple[TrainStep, Result]]:
 
 
 def _gradients(
-    task: Task, weights: Arrays, batch: tuple[Array, Array], step: int
+    task: TrainingTask, weights: Arrays, batch: tuple[Array, Array], step: int
 ) -> tuple[float, Arrays, Arrays]:
     """Clean loss, the gradients to clip, and the weights at which they were taken, in float64."""
     if task.sharpness is None:
@@ -247,9 +246,9 @@ def _gradients(
         visited.append(point)
         return _evaluate(point, part)
 
-    found = sharpness_aware_gradients(evaluate, weights, batch, task.sharpness, step=step)
-    gradients = {name: np.asarray(array) for name, array in found.gradients.items()}
-    return found.loss, gradients, visited[-1]
+    result = sharpness_aware_gradients(evaluate, weights, batch, task.sharpness, step=step)
+    gradients = {name: np.asarray(array) for name, array in result.gradients.items()}
+    return result.loss, gradients, visited[-1]
 
 
 def _evaluate(weights: Arrays, batch: Sequence[Array]) -> tuple[float, Arrays]:
@@ -261,7 +260,7 @@ def _evaluate(weights: Arrays, batch: Sequence[Array]) -> tuple[float, Arrays]:
 class _Comparison:
     """Compares a backend's steps with the reference, one by one."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: TrainingTask) -> None:
         self.task = task
         self.plan = reference_plan(task)
         self.clauses = _clauses(task)
@@ -541,7 +540,7 @@ def result_ids(name: str) -> list[str]:
     return [f"real-{name}-{kind}" for kind in _clauses(TASKS[name](0))]
 
 
-def _clauses(task: Task) -> Mapping[str, str]:
+def _clauses(task: TrainingTask) -> Mapping[str, str]:
     return _CLAUSES if task.sharpness is None else _SHARP_CLAUSES
 
 
@@ -567,59 +566,9 @@ def _result(
     )
 
 
-def _digest(task: Task) -> str:
+def _digest(task: TrainingTask) -> str:
     """Fingerprint of weights and batches, so that a reader sees that all backends had the same."""
     sha = hashlib.sha256()
     for array in (*task.weights.values(), *(part for batch in task.batches for part in batch)):
         sha.update(np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()[:12]
-
-
-def figures(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Draw, for every task, the loss and the clipped fraction of every layer over the steps.
-
-    Parameters
-    ----------
-    records : iterable of mapping
-        ``train`` records of one backend, as :func:`run_task` yields them; others are passed over.
-
-    Returns
-    -------
-    dict of task name to str
-        Inline SVG, the same bytes for the same records.
-    """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    from agc_conformance.report.figures import svg
-
-    tasks: dict[str, list[Mapping[str, Any]]] = {}
-    for record in records:
-        if record.get("type") == "train":
-            tasks.setdefault(record["task"], []).append(record)
-    drawn = {}
-    for task, steps in tasks.items():
-        names = [
-            name for name in PARAMETERS if any("units" in s["layers"].get(name, {}) for s in steps)
-        ]
-        fractions = [
-            [
-                layer.get("clipped", 0) / layer["units"] if "units" in layer else np.nan
-                for layer in (step["layers"].get(name, {}) for step in steps)
-            ]
-            for name in names
-        ]
-        with mpl.rc_context({"font.size": 8, "svg.fonttype": "none"}):
-            figure = Figure(figsize=(6.4, 1.2 + 0.22 * len(names)), layout="constrained")
-            above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, len(names) or 1])
-            above.plot([step["reference_loss"] for step in steps], "0.7", lw=4, label="reference")
-            above.plot([step["loss"] for step in steps], "C0", lw=1, label="backend")
-            above.set_ylabel("loss")
-            above.legend(frameon=False)
-            if names:
-                image = below.imshow(fractions, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-                below.set_yticks(range(len(names)), names)
-                figure.colorbar(image, ax=below, label="clipped", ticks=[0, 0.5, 1])
-            below.set_xlabel("step")
-            drawn[task] = svg(figure)
-    return drawn

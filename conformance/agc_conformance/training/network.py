@@ -1,4 +1,4 @@
-"""The network of :class:`agc_conformance.backend.Task` in NumPy, forward and backward, written to be read.
+"""The network of :class:`agc_conformance.backend.TrainingTask` in NumPy, forward and backward, written to be read.
 
 It computes in the dtype of the weights it is given: float64 for the reference. A test compares every
 gradient with finite differences.

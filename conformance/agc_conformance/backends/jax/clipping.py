@@ -94,8 +94,8 @@ class Clipping(Device):
             return adaptive_clip_gradients(gradients, params, rule, step=step)
 
         function = jax.jit(clip) if compiled else clip
-        clipped, found = function(gradients, params, problem.step)
-        return Outcome(_arrays(clipped), found.parameters(plan(params, rule)))
+        clipped, telemetry = function(gradients, params, problem.step)
+        return Outcome(_arrays(clipped), telemetry.parameters(plan(params, rule)))
 
     def _through(self, problem: Problem, micro: Sequence[Any], idle: Any = None) -> Outcome:
         """Clip by the transformation, behind optax's own accumulation if there are several gradients."""
@@ -129,8 +129,8 @@ class Clipping(Device):
             _, _, _, gradients = scaler.value_and_grad(loss)(params)
             return adaptive_clip_gradients(gradients, params, rule, step=problem.step)
 
-        clipped, found = step(params)
-        return Outcome(_arrays(clipped), found.parameters(plan(params, rule)))
+        clipped, telemetry = step(params)
+        return Outcome(_arrays(clipped), telemetry.parameters(plan(params, rule)))
 
     def _sharded(self, problem: Problem, shards: int) -> Outcome:
         if len(self._devices) < shards:
@@ -152,10 +152,10 @@ class Clipping(Device):
 
         params = spread(self._tree(problem.parameters))
         gradients = spread(self._tree(problem.gradients))
-        clipped, found = jax.jit(lambda g, p, step: adaptive_clip_gradients(g, p, rule, step=step))(
-            gradients, params, problem.step
-        )
-        return Outcome(_arrays(clipped), found.parameters(plan(params, rule)))
+        clipped, telemetry = jax.jit(
+            lambda g, p, step: adaptive_clip_gradients(g, p, rule, step=step)
+        )(gradients, params, problem.step)
+        return Outcome(_arrays(clipped), telemetry.parameters(plan(params, rule)))
 
     def _tree(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         if any(isinstance(value, RowSparse) for value in arrays.values()):

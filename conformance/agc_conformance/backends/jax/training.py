@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from agc import AGC, Plan
-from agc_conformance.backend import Task, TrainStep, Unsupported
+from agc_conformance.backend import TrainingTask, TrainStep, Unsupported
 from agc_conformance.backends.jax.clipping import optax_sgd
 from agc_conformance.backends.jax.device import Device
 from agc_jax.optimizer import adaptive_grad_clip
@@ -30,14 +30,14 @@ Array = npt.NDArray[Any]
 class Training(Device):
     """A jitted step of Flax NNX and optax."""
 
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         """Train the suite's network, in Flax NNX: SAM if it is asked for, AGC, then ``optax.sgd``."""
         with jax.default_device(self._devices[0]):
             yield from _train(task)
 
 
 class _Network(nnx.Module):  # type: ignore[misc]
-    """The network of :class:`agc_conformance.backend.Task`."""
+    """The network of :class:`agc_conformance.backend.TrainingTask`."""
 
     def __init__(self, weights: Mapping[str, Array], rngs: nnx.Rngs) -> None:
         first, channels = weights["conv1.weight"].shape[:2]
@@ -53,7 +53,7 @@ class _Network(nnx.Module):  # type: ignore[misc]
         return self.head(hidden.mean((1, 2)))
 
 
-def _train(task: Task) -> Iterator[TrainStep]:
+def _train(task: TrainingTask) -> Iterator[TrainStep]:
     """Train, translating the task's names and layout to Flax's and back."""
     wide = next(iter(task.weights.values())).dtype == np.float64
     with jax.enable_x64(True) if wide else nullcontext():
@@ -96,11 +96,11 @@ def _train(task: Task) -> Iterator[TrainStep]:
             return value, gradients, optax.apply_updates(params, updates), state
 
         def named(tree: Any) -> dict[str, Array]:
-            found = {}
+            arrays = {}
             for name in task.weights:
                 layer, kind = name.split(".")
-                found[name] = _out_first(np.asarray(tree[layer][_FLAX[kind]][...]))
-            return found
+                arrays[name] = _out_first(np.asarray(tree[layer][_FLAX[kind]][...]))
+            return arrays
 
         for count, (images, labels) in enumerate(task.batches):
             before = named(params)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from agc_conformance.backend import Task, TrainStep
+from agc_conformance.backend import TrainingTask, TrainStep
 from agc_conformance.backends.tensorflow.arrays import keras_sgd
 from agc_conformance.backends.tensorflow.device import Device
 from agc_tensorflow.optimizer import AdaptiveGradClip
@@ -26,13 +26,13 @@ Array = npt.NDArray[Any]
 class Training(Device):
     """A step of one's own, in a graph."""
 
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         """Train the suite's network in a compiled step: SAM if it is asked for, ``AdaptiveGradClip(SGD)``."""
         with tf.device(self._place):
             yield from _train(task)
 
 
-def _train(task: Task) -> Iterator[TrainStep]:
+def _train(task: TrainingTask) -> Iterator[TrainStep]:
     """Train, translating the task's names and layout to Keras' and back."""
     model = _network(task)
     variables = dict(zip(task.weights, model.trainable_variables, strict=True))
@@ -91,8 +91,8 @@ def _train(task: Task) -> Iterator[TrainStep]:
         )
 
 
-def _network(task: Task) -> Any:
-    """Build the network of :class:`agc_conformance.backend.Task`."""
+def _network(task: TrainingTask) -> Any:
+    """Build the network of :class:`agc_conformance.backend.TrainingTask`."""
     _, channels, height, width = task.batches[0][0].shape
     outputs = [len(task.weights[f"{layer}.bias"]) for layer in ("conv1", "conv2", "head")]
     return keras.Sequential(

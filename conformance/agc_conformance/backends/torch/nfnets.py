@@ -50,8 +50,8 @@ class NFNets(Device):
             torch.manual_seed(0)
             logits = to_array(model(images))
             signals = model.signals(images) if problem.outputs else {}
-        found = {kind: to_array(value) for kind, value in signals.items()}
-        return ModelForward(logits, outputs, found)
+        arrays = {kind: to_array(value) for kind, value in signals.items()}
+        return ModelForward(logits, outputs, arrays)
 
     def model_gradients(self, problem: ModelProblem) -> ModelGradients:
         """Run the model forward and backward, and clip by :func:`agc_torch.adaptive_clip_grad_`."""
@@ -112,12 +112,12 @@ def _backward(model: NFNet, images: Tensor, problem: ModelProblem) -> float:
 
 def _gradients(model: NFNet) -> dict[str, Array]:
     """Gradients in the neutral layout: HWIO and IO, where PyTorch has OIHW and OI."""
-    found = {}
+    arrays = {}
     for name, parameter in model.named_parameters():
         gradient = to_array(parameter.grad)
         axes = (2, 3, 1, 0) if gradient.ndim == 4 else None  # None reverses
-        found[name] = np.array(gradient.transpose(axes), order="C")
-    return found
+        arrays[name] = np.array(gradient.transpose(axes), order="C")
+    return arrays
 
 
 def _channels_last(images: Tensor) -> Array:

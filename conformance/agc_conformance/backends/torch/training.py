@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from agc_conformance.backend import Task, TrainStep
+from agc_conformance.backend import TrainingTask, TrainStep
 from agc_conformance.backends.torch.arrays import gradient_arrays, plain_sgd, to_array
 from agc_conformance.backends.torch.clipping import attach_sgd
 from agc_conformance.backends.torch.device import Device
@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 class Training(Device):
     """Steps of a loop as users write it."""
 
-    def train(self, task: Task) -> Iterator[TrainStep]:
+    def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         """Train the suite's network with AGC attached to ``torch.optim.SGD``, behind SAM if it is asked for."""
         model = _Network(task.weights).to(self.device)
         parameters = dict(model.named_parameters())
@@ -71,7 +71,7 @@ class Training(Device):
 
 
 class _Network(nn.Module):  # type: ignore[misc]
-    """The network of :class:`agc_conformance.backend.Task`."""
+    """The network of :class:`agc_conformance.backend.TrainingTask`."""
 
     def __init__(self, weights: Mapping[str, Array]) -> None:
         super().__init__()

@@ -1,0 +1,161 @@
+"""What the contract asks of a framework: NumPy arrays go in, NumPy arrays come out.
+
+Images are ``n h w c``, weights have the neutral layout, and dtypes have NumPy's names; ``bfloat16`` is that of
+``ml_dtypes``, and ``mixed_bfloat16`` stores float32 and computes in bfloat16.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from agc import nfnet as core
+from tests.helpers import Array
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A model on a batch, in evaluation mode; the loss has label smoothing."""
+
+    loss: Any
+    logits: Array
+    gradients: Mapping[str, Array]
+    features: Mapping[str, Array]
+    signals: Mapping[str, Array]
+
+
+class Optimizer(ABC):
+    """The recipe's optimizer of one model."""
+
+    @abstractmethod
+    def step(self, images: Array, labels: Array) -> float:
+        """Train on a batch in evaluation mode, and return the loss before the step."""
+
+    @abstractmethod
+    def update(self, gradient: float) -> None:
+        """Step with gradients that are this number everywhere."""
+
+    @abstractmethod
+    def total(self) -> Any:
+        """Return the telemetry of the last step, over all parameters."""
+
+    @abstractmethod
+    def has_momentum(self) -> bool:
+        """Tell whether something is kept for each weight."""
+
+
+class Driver(ABC):
+    """One framework.
+
+    Attributes
+    ----------
+    adapter : module
+        The adapter, whose ``to_neutral``, ``from_neutral`` and ``plan`` are the same everywhere.
+    channels_first : bool
+        The framework's own layout: images ``n c h w`` and weights ``o i h w``, or ``n h w c`` and ``h w i o``.
+    modes : tuple of str
+        Ways to compute gradients of the same model.
+    dtypes : tuple of str
+        What models are folded in.
+    ways : tuple of str
+        Ways to run the same optimizer.
+    exported_sizes : tuple of (int, int, int)
+        Images, height and width that one exported program takes.
+    """
+
+    adapter: ModuleType
+    channels_first = False
+    modes: tuple[str, ...] = ("plain",)
+    dtypes: tuple[str, ...] = ("float64", "float32")
+    ways: tuple[str, ...] = ("plain",)
+    exported_sizes: tuple[tuple[int, int, int], ...] = ((2, 20, 27), (1, 20, 27))
+
+    # Models
+
+    @abstractmethod
+    def nfnet(self, variant: Any, *arguments: Any, dtype: str, seed: int, **options: Any) -> Any:
+        """Return an NFNet with random initial values."""
+
+    def blank(self, variant: Any, *arguments: Any, dtype: str = "float32", **options: Any) -> Any:
+        """Return an NFNet whose values do not matter."""
+        return self.nfnet(variant, *arguments, dtype=dtype, seed=0, **options)
+
+    @abstractmethod
+    def abstract(self, variant: Any, **options: Any) -> Any:
+        """Return an NFNet of shapes, without values."""
+
+    def seeded(self, variant: Any = "tiny", dtype: str = "float64", **options: Any) -> Any:
+        """Return an NFNet with the parameters that every framework can make."""
+        model = self.blank(variant, dtype=dtype, **options)
+        classes, channels = model.options.num_classes, model.options.in_channels
+        self.adapter.from_neutral(model, core.seeded_parameters(variant, classes, channels))
+        return model
+
+    @abstractmethod
+    def two_layers(self) -> Any:
+        """Return a model with dense layers from 3 to 4 and from 4 to 2, which declares no head."""
+
+    # What they are made of
+
+    @abstractmethod
+    def parameters(self, model: Any) -> Mapping[str, Any]:
+        """Return the parameters by name, in the framework's layout, without gradients."""
+
+    @abstractmethod
+    def layers(self, model: Any) -> list[Any]:
+        """Return the layers, and the layers in these, in order."""
+
+    @abstractmethod
+    def conv(self, conv: core.Conv, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
+        """Return a convolution with standardised weights whose weight, gain and bias are these."""
+
+    @abstractmethod
+    def standardised(self, conv: Any) -> Array:
+        """Return its standardised weight."""
+
+    @abstractmethod
+    def activation(self, name: str, x: Array) -> Array:
+        """Return an activation's values."""
+
+    # What they compute
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return what a model in ``mixed_bfloat16`` is run in."""
+        return nullcontext()
+
+    @abstractmethod
+    def run(self, layer: Any, x: Array, train: bool = False) -> Array:
+        """Return what a model, block or layer makes of an array."""
+
+    @abstractmethod
+    def call(self, model: Any, method: str, x: Array) -> Any:
+        """Give an array to ``__call__``, ``features`` or ``signals`` as it is, without a change of layout."""
+
+    @abstractmethod
+    def signals(self, model: Any, images: Array) -> Mapping[str, Array]:
+        """Return how signals propagate in a model."""
+
+    @abstractmethod
+    def outputs(self, model: Any, images: Array, labels: Array, mode: str | None = None) -> Outputs:
+        """Return all that a model computes."""
+
+    def shapes(self, model: Any, images: Array, labels: Array) -> Outputs:
+        """Return what has the shapes and dtypes of this."""
+        return self.outputs(model, images, labels)
+
+    @abstractmethod
+    def check_gradients(self, conv: Any, images: Array) -> None:
+        """Compare a convolution's derivatives with differences, as this framework does it."""
+
+    @abstractmethod
+    def export(self, model: Any, folder: Path) -> Callable[[Array], Array]:
+        """Return a program that is loaded from what was saved, and takes ``exported_sizes``."""
+
+    @abstractmethod
+    def optimizer(self, model: Any, lr: float, way: str | None = None, **options: Any) -> Optimizer:
+        """Return the recipe's optimizer, ``sgd_nfnet``, ready to use."""

@@ -1,0 +1,50 @@
+"""What tests of all frameworks measure with: NumPy arrays, or what NumPy reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+def norm(arrays: Iterable[Any]) -> float:
+    """Return the L2 norm of all arrays together."""
+    return math.sqrt(sum(float(np.square(np.asarray(a, np.float64)).sum()) for a in arrays))
+
+
+def relative(found: Any, expected: Any) -> float:
+    """Return the L2 norm of the error, relative to that of what is expected."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def close(found: Any, expected: Any, limit: float) -> None:
+    """Check shapes, and the largest error relative to the largest number that is expected."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() / np.abs(expected).max() <= limit
+
+
+def draw(
+    shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float64, *, small: bool = False
+) -> tuple[Array, Array]:
+    """Return weights and gradients with another scale at every index of every axis.
+
+    Small gradients are such that only some units are clipped.
+    """
+    random = np.random.RandomState(seed)
+
+    def scaled() -> Array:
+        array = random.standard_normal(shape)
+        for axis, size in enumerate(shape):
+            scales = np.exp((1.0 if small else 1.5) * random.standard_normal(size))
+            array = array * scales.reshape([-1 if k == axis else 1 for k in range(len(shape))])
+        return np.asarray(array)
+
+    w, g = scaled(), scaled()
+    return w.astype(dtype), ((0.03 if small else 1.0) * g).astype(dtype)

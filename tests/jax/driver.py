@@ -1,0 +1,176 @@
+"""JAX with Flax NNX, as the contract speaks with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.test_util import check_grads
+
+import agc_jax
+from agc_conformance.nfnets.golden import SMOOTHING
+from agc_jax.nfnet import Activation, WSConv2d
+from tests.contract.driver import Array, Driver, Optimizer, Outputs
+
+
+def loss_and_logits(model: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
+    logits = model(images)
+    wanted = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    loss = optax.softmax_cross_entropy(logits, optax.smooth_labels(wanted, SMOOTHING)).mean()
+    return loss, logits
+
+
+run = nnx.jit(lambda layer, x: layer(x))
+signals = nnx.jit(lambda model, images: model.signals(images))
+
+
+@nnx.jit
+def everything(model: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
+    """Compute all of Outputs in one program, most of which they share."""
+    derive = nnx.value_and_grad(loss_and_logits, has_aux=True)
+    (loss, logits), gradients = derive(model, images, labels)
+    return loss, logits, gradients, model.features(images), model.signals(images)
+
+
+@nnx.jit
+def train(model: Any, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array) -> jax.Array:
+    (loss, _), gradients = nnx.value_and_grad(loss_and_logits, has_aux=True)(model, images, labels)
+    optimizer.update(model, gradients)
+    return loss
+
+
+def values_of(tree: Any) -> dict[str, Any]:
+    """Return the values of a model, or of an ``nnx.State``, by name."""
+    state = nnx.state(tree, nnx.Param) if isinstance(tree, nnx.Module) else tree
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def blank(leaf: Any) -> jax.Array:
+    """Return what is quicker to make than initial values."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key(0)
+    return jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
+
+
+@contextmanager
+def optimized(value: bool) -> Iterator[None]:
+    """Choose between fast code and fast compilation."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", not value)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def nfnet(variant: Any, *arguments: Any, dtype: str, seed: int = 0, **options: Any) -> Any:
+    mixed = {"dtype": jnp.bfloat16} if dtype == "mixed_bfloat16" else {}
+    stored = jnp.float32 if mixed else jnp.dtype(dtype)
+    rngs = nnx.Rngs(seed)
+    return agc_jax.nfnet(variant, *arguments, rngs=rngs, param_dtype=stored, **mixed, **options)
+
+
+class JaxOptimizer(Optimizer):
+    def __init__(self, model: Any, tx: optax.GradientTransformation) -> None:
+        self.model = model
+        self.inner = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    def step(self, images: Array, labels: Array) -> float:
+        return float(train(self.model, self.inner, images, labels))
+
+    def update(self, gradient: float) -> None:
+        params = nnx.state(self.model, nnx.Param)
+        full = jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params)
+        self.inner.update(self.model, full)
+
+    def total(self) -> Any:
+        return agc_jax.stats(self.inner.opt_state).total()
+
+    def has_momentum(self) -> bool:
+        state = jax.tree.leaves(self.inner.opt_state)
+        weight = max(jax.tree.leaves(nnx.state(self.model, nnx.Param)), key=lambda leaf: leaf.size)
+        return any(leaf.shape == weight.shape for leaf in state)
+
+
+class JaxDriver(Driver):
+    adapter = agc_jax
+
+    def nfnet(self, variant: Any, *arguments: Any, dtype: str, seed: int, **options: Any) -> Any:
+        model = nfnet(variant, *arguments, dtype=dtype, seed=seed, **options)
+        model.eval()
+        return model
+
+    def blank(self, variant: Any, *arguments: Any, dtype: str = "float32", **options: Any) -> Any:
+        with jax.enable_x64(True):
+            shapes = nnx.eval_shape(lambda: nfnet(variant, *arguments, dtype=dtype, **options))
+            graph, state = nnx.split(shapes)
+            model = nnx.merge(graph, jax.tree.map(blank, state))
+        model.eval()
+        return model
+
+    def abstract(self, variant: Any, **options: Any) -> Any:
+        return nnx.eval_shape(lambda: nfnet(variant, dtype="float32", **options))
+
+    def two_layers(self) -> Any:
+        rngs = nnx.Rngs(0)
+        return nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs))
+
+    def parameters(self, model: Any) -> Mapping[str, Any]:
+        return values_of(model)
+
+    def layers(self, model: Any) -> list[Any]:
+        return [layer for _, layer in nnx.iter_modules(model)]
+
+    def conv(self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
+        made = WSConv2d(conv, ws_eps, jnp.dtype(dtype))
+        for name, value in values.items():
+            getattr(made, name)[...] = jnp.asarray(value)
+        return made
+
+    def standardised(self, conv: Any) -> Array:
+        return np.asarray(conv.standardised())
+
+    def activation(self, name: str, x: Array) -> Array:
+        return np.asarray(Activation(name)(jnp.asarray(x)))
+
+    def run(self, layer: Any, x: Array, train: bool = False) -> Array:
+        layer.train() if train else layer.eval()
+        return np.asarray(run(layer, jnp.asarray(x)))
+
+    def call(self, model: Any, method: str, x: Array) -> Any:
+        return getattr(model, method)(jnp.asarray(x))
+
+    def signals(self, model: Any, images: Array) -> Mapping[str, Array]:
+        return {name: np.asarray(value) for name, value in signals(model, images).items()}
+
+    def outputs(self, model: Any, images: Array, labels: Array, mode: str | None = None) -> Outputs:
+        large = model.options.variant.name == "F0"  # takes longer to run than to compile
+        with optimized(large or not jax.config.read("jax_disable_most_optimizations")):
+            loss, logits, gradients, *maps = jax.tree.map(
+                np.asarray, everything(model, jnp.asarray(images), jnp.asarray(labels))
+            )
+        return Outputs(loss, logits, values_of(gradients), *maps)
+
+    def shapes(self, model: Any, images: Array, labels: Array) -> Outputs:
+        loss, logits, gradients, *maps = nnx.eval_shape(everything, model, images, labels)
+        return Outputs(loss, logits, values_of(gradients), *maps)
+
+    def check_gradients(self, conv: Any, images: Array) -> None:
+        graph, state = nnx.split(conv)
+        apply = jax.jit(lambda state: nnx.merge(graph, state)(images))
+        check_grads(apply, (state,), 2, ["rev"], 1e-3, 1e-3, 1e-7)
+
+    def export(self, model: Any, folder: Path) -> Callable[[Array], Array]:
+        shape = jax.export.symbolic_shape("n, {}, {}, 3".format(*self.exported_sizes[0][1:]))
+        program = jax.export.export(jax.jit(model))(jax.ShapeDtypeStruct(shape, jnp.float32))
+        (folder / "program").write_bytes(program.serialize())
+        loaded = jax.export.deserialize(bytearray((folder / "program").read_bytes()))
+        return jax.jit(loaded.call)
+
+    def optimizer(self, model: Any, lr: float, way: str | None = None, **options: Any) -> Optimizer:
+        return JaxOptimizer(model, agc_jax.sgd_nfnet(model, lr, **options))

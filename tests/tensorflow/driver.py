@@ -1,0 +1,165 @@
+"""TensorFlow with Keras, as the contract speaks with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import agc_tensorflow
+from agc_conformance.nfnets.golden import SMOOTHING
+from agc_tensorflow.nfnet import Activation, WSConv2D
+from agc_tensorflow.units import named_variables
+from tests.contract.driver import Array, Driver, Optimizer, Outputs
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "eager": lambda function: function,
+    "graph": tf.function,
+    "xla": lambda function: tf.function(function, jit_compile=True),
+}
+
+
+def mean_loss(logits: tf.Tensor, labels: Array) -> tf.Tensor:
+    classes = logits.shape[1]
+    one_hot = tf.one_hot(labels, classes, dtype=logits.dtype)
+    smoothed = (1 - SMOOTHING) * one_hot + SMOOTHING / classes
+    return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(smoothed, logits))
+
+
+def numpy_of(values: Mapping[str, tf.Tensor]) -> dict[str, Array]:
+    return {name: value.numpy() for name, value in values.items()}
+
+
+@contextmanager
+def floatx(dtype: str) -> Iterator[None]:
+    """Set Keras' default dtype, which learning rates have: 0.1 in float32 is another number."""
+    before = keras.config.floatx()
+    keras.config.set_floatx(dtype)
+    yield
+    keras.config.set_floatx(before)
+
+
+class KerasOptimizer(Optimizer):
+    def __init__(self, model: Any, lr: float, way: str | None, options: dict[str, Any]) -> None:
+        self.model, self.variables = model, model.trainable_variables
+        with floatx(self.variables[0].dtype):
+            self.inner = agc_tensorflow.sgd_nfnet(model, lr, **options)
+            self.inner.build(self.variables)
+        self.train = WRAPPERS[way or "eager"](self._train)
+
+    def _train(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            loss = mean_loss(self.model(images), labels)
+        gradients = tape.gradient(loss, [variable.value for variable in self.variables])
+        self.inner.apply(gradients, self.variables)
+        return loss
+
+    def step(self, images: Array, labels: Array) -> float:
+        return float(self.train(tf.constant(images), tf.constant(labels)))
+
+    def update(self, gradient: float) -> None:
+        gradients = [tf.fill(v.shape, tf.cast(gradient, v.dtype)) for v in self.variables]
+        self.inner.apply(gradients, self.variables)
+
+    def total(self) -> Any:
+        return self.inner.stats().total()
+
+    def has_momentum(self) -> bool:
+        return len(self.inner.variables) > 2  # iteration and learning rate
+
+
+class TensorFlowDriver(Driver):
+    adapter = agc_tensorflow
+    modes = ("eager", "graph", "xla")
+    dtypes = ("float64", "float32", "mixed_bfloat16", "bfloat16")
+    ways = ("eager", "graph")
+    exported_sizes = ((3, 32, 32), (1, 20, 27))
+
+    def nfnet(self, variant: Any, *arguments: Any, dtype: str, seed: int, **options: Any) -> Any:
+        keras.utils.set_random_seed(seed)
+        return agc_tensorflow.nfnet(variant, *arguments, dtype=dtype, **options)
+
+    def abstract(self, variant: Any, **options: Any) -> Any:
+        with keras.StatelessScope(initialize_variables=False):  # nothing is stored
+            return agc_tensorflow.nfnet(variant, **options)
+
+    def two_layers(self) -> Any:
+        return keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(2)])
+
+    def parameters(self, model: Any) -> Mapping[str, Any]:
+        return named_variables(model)
+
+    def layers(self, model: Any) -> list[Any]:
+        return [*model._flatten_layers()]
+
+    def conv(self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
+        made = WSConv2D(conv, ws_eps, dtype=dtype)
+        made.build(None)
+        for name, value in values.items():
+            getattr(made, name).assign(tf.constant(value))
+        return made
+
+    def standardised(self, conv: Any) -> Array:
+        return conv.standardised().numpy()
+
+    def activation(self, name: str, x: Array) -> Array:
+        return Activation(name)(tf.constant(x)).numpy()
+
+    def run(self, layer: Any, x: Array, train: bool = False) -> Array:
+        options = {"training": True} if train else {}
+        return layer(tf.constant(x), **options).numpy()
+
+    def call(self, model: Any, method: str, x: Array) -> Any:
+        return getattr(model, method)(x)
+
+    def signals(self, model: Any, images: Array) -> Mapping[str, Array]:
+        return numpy_of(model.signals(images))
+
+    def outputs(self, model: Any, images: Array, labels: Array, mode: str | None = None) -> Outputs:
+        named = named_variables(model)
+
+        def derive(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+            with tf.GradientTape() as tape:
+                logits = model(images)
+                loss = mean_loss(logits, labels)
+            return logits, loss, tape.gradient(loss, [v.value for v in named.values()])
+
+        x = tf.constant(images)
+        logits, loss, gradients = WRAPPERS[mode or "eager"](derive)(x)
+        by_name = numpy_of(dict(zip(named, gradients, strict=True)))
+        maps = (numpy_of(model.features(x)), numpy_of(model.signals(x)))
+        return Outputs(float(loss), logits.numpy(), by_name, *maps)
+
+    def check_gradients(self, conv: Any, images: Array) -> None:
+        """Compare slopes in a random direction, for the images as well."""
+        x = tf.Variable(images)
+        variables = [x, *(variable.value for variable in conv.weights)]
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.sin(conv(x)))
+        random = np.random.default_rng(1)
+        for variable, gradient in zip(variables, tape.gradient(loss, variables), strict=True):
+            values = variable.numpy()
+            # Where weights are small, so must be the step.
+            direction = np.abs(values) * random.standard_normal(values.shape)
+            sums = []
+            for step in (1e-6, -1e-6):
+                variable.assign(values + step * direction)
+                sums.append(tf.reduce_sum(tf.sin(conv(x))))
+            variable.assign(values)
+            slope = float(sums[0] - sums[1]) / 2e-6
+            assert slope == pytest.approx(float((gradient * direction).numpy().sum()), rel=1e-6)
+
+    def export(self, model: Any, folder: Path) -> Callable[[Array], Array]:
+        model(np.zeros((1, *self.exported_sizes[0][1:], 3), "float32"))  # as Keras wants
+        model.export(folder / "saved", verbose=False)
+        loaded = tf.saved_model.load(folder / "saved")
+        return lambda images: loaded.serve(images).numpy()
+
+    def optimizer(self, model: Any, lr: float, way: str | None = None, **options: Any) -> Optimizer:
+        return KerasOptimizer(model, lr, way, options)

@@ -1,0 +1,153 @@
+"""PyTorch, as the contract speaks with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+import agc_torch
+from agc_conformance.nfnets.golden import SMOOTHING
+from agc_torch.nfnet import Activation, WSConv2d
+from tests.contract.driver import Array, Driver, Optimizer, Outputs
+
+
+def tensor(array: Array) -> Tensor:
+    """Return an array as a tensor, images with their channels first."""
+    if array.dtype == ml_dtypes.bfloat16:  # PyTorch does not read it
+        return tensor(array.astype("float32")).bfloat16()
+    made = torch.tensor(array)
+    return made.permute(0, 3, 1, 2).contiguous() if made.ndim == 4 else made
+
+
+def numpy(value: Tensor) -> Array:
+    """Return a tensor as an array, features of images with their channels last."""
+    value = value.detach()
+    value = value.permute(0, 2, 3, 1) if value.ndim == 4 else value
+    if value.dtype == torch.bfloat16:
+        return value.float().numpy().astype(ml_dtypes.bfloat16)
+    return value.numpy()
+
+
+def numpy_of(values: Mapping[str, Tensor]) -> dict[str, Array]:
+    return {name: numpy(value) for name, value in values.items()}
+
+
+def mean_loss(logits: Tensor, labels: Array) -> Tensor:
+    return F.cross_entropy(logits, torch.tensor(labels), label_smoothing=SMOOTHING)
+
+
+class TorchOptimizer(Optimizer):
+    def __init__(self, model: nn.Module, lr: float, options: dict[str, Any]) -> None:
+        self.model = model
+        self.inner = agc_torch.sgd_nfnet(model, lr, **options)
+
+    def step(self, images: Array, labels: Array) -> float:
+        self.inner.zero_grad()
+        loss = mean_loss(self.model(tensor(images)), labels)
+        loss.backward()
+        self.inner.step()
+        return loss.item()
+
+    def update(self, gradient: float) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        self.inner.step()
+
+    def total(self) -> Any:
+        return agc_torch.attached(self.inner).stats().total()
+
+    def has_momentum(self) -> bool:
+        return any(state.get("momentum_buffer") is not None for state in self.inner.state.values())
+
+
+class TorchDriver(Driver):
+    adapter = agc_torch
+    channels_first = True
+    modes = ("contiguous", "channels_last")
+    ways = ("foreach", "fused", "one by one")
+
+    def nfnet(self, variant: Any, *arguments: Any, dtype: str, seed: int, **options: Any) -> Any:
+        torch.manual_seed(seed)
+        stored = getattr(torch, "float32" if dtype == "mixed_bfloat16" else dtype)
+        return agc_torch.nfnet(variant, *arguments, dtype=stored, **options).eval()
+
+    def abstract(self, variant: Any, **options: Any) -> Any:
+        return agc_torch.nfnet(variant, device="meta", **options)
+
+    def two_layers(self) -> Any:
+        return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+    def parameters(self, model: nn.Module) -> Mapping[str, Tensor]:
+        return model.state_dict()
+
+    def layers(self, model: nn.Module) -> list[Any]:
+        return [*model.modules()]
+
+    def conv(self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
+        made = WSConv2d(conv, ws_eps, dtype=getattr(torch, dtype))
+        weight = tensor(values["weight"].transpose(3, 0, 1, 2))  # o h w i
+        made.load_state_dict({name: tensor(a) for name, a in values.items()} | {"weight": weight})
+        return made
+
+    def standardised(self, conv: Any) -> Array:
+        return numpy(conv.standardised()).transpose(1, 2, 3, 0)
+
+    def activation(self, name: str, x: Array) -> Array:
+        return numpy(Activation(name)(tensor(x)))
+
+    def autocast(self) -> Any:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    def run(self, layer: nn.Module, x: Array, train: bool = False) -> Array:
+        with torch.no_grad():
+            return numpy(layer.train(train)(tensor(x)))
+
+    def call(self, model: nn.Module, method: str, x: Array) -> Any:
+        return getattr(model, method)(torch.tensor(x))
+
+    def signals(self, model: Any, images: Array) -> Mapping[str, Array]:
+        return numpy_of(model.signals(tensor(images)))
+
+    def outputs(
+        self, model: nn.Module, images: Array, labels: Array, mode: str | None = None
+    ) -> Outputs:
+        x = tensor(images)
+        if mode == "channels_last":
+            model = model.to(memory_format=torch.channels_last)
+            x = x.to(memory_format=torch.channels_last)
+        model.zero_grad()
+        logits = model(x)
+        loss = mean_loss(logits, labels)
+        loss.backward()
+        with torch.no_grad():
+            features, signals = numpy_of(model.features(x)), numpy_of(model.signals(x))
+        gradients = numpy_of({name: p.grad for name, p in model.named_parameters()})
+        return Outputs(loss.item(), numpy(logits), gradients, features, signals)
+
+    def check_gradients(self, conv: Any, images: Array) -> None:
+        def run(weight: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+            values = {"weight": weight, "gain": gain, "bias": bias}
+            return torch.func.functional_call(conv, values, (tensor(images),))
+
+        inputs = (conv.weight, conv.gain, conv.bias)
+        assert torch.autograd.gradcheck(run, inputs, eps=1e-8, atol=1e-4)
+        assert torch.autograd.gradgradcheck(run, inputs, eps=1e-8, atol=1e-3)
+
+    def export(self, model: nn.Module, folder: Path) -> Callable[[Array], Array]:
+        shapes = {"x": {0: torch.export.Dim("n", min=1, max=64)}}
+        example = torch.zeros(3, 3, *self.exported_sizes[0][1:])
+        program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+        torch.export.save(program, folder / "program.pt2")
+        loaded = torch.export.load(folder / "program.pt2").module()
+        return lambda images: numpy(loaded(tensor(images)))
+
+    def optimizer(self, model: Any, lr: float, way: str | None = None, **options: Any) -> Optimizer:
+        if way is not None:
+            options |= {"fused": True} if way == "fused" else {"foreach": way == "foreach"}
+        return TorchOptimizer(model, lr, options)

@@ -1,12 +1,12 @@
 """The numerics: clip a tree of gradients by the norms of its parameters' units.
 
-Letters at the end of a name: V a parameter's view with split axes taken apart, U one number a unit, K one a
-parameter, KU units of K parameters that have equally many.
+Letters at the end of a name: V a parameter's view with split axes taken apart, U one number a unit,
+K one a parameter, KU units of K parameters that have equally many.
 
-The numbers of the units are float64 wherever that is cheap. JAX has no float64 unless it is switched on for
-the whole process, so it is switched on around these few operations; nothing of it is seen from outside. How
-squares are added up depends on where the program runs, which is settled when it is lowered:
-:mod:`agc_jax.norms`.
+The numbers of the units are float64 wherever that is cheap. JAX has no float64 unless it is
+switched on for the whole process, so it is switched on around these few operations; nothing of it
+is seen from outside. How squares are added up depends on where the program runs, which is settled
+when it is lowered: :mod:`agc_jax.norms`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def adaptive_clip_gradients(
     gradients : tree of arrays
         Gradients. None, ``optax.MaskedNode`` and ``float0`` leaves are left alone.
     params : tree of arrays
-        Their parameters, with the same names and shapes; it may have more leaves than the gradients.
+        Their parameters, with the same names and shapes; it may have more leaves than the
+        gradients.
     rule : AGC
         The configuration.
     units : ModelUnits, optional
@@ -60,15 +61,16 @@ def adaptive_clip_gradients(
     Returns
     -------
     gradients : tree of arrays
-        The same tree, each array in the dtype it came in. Units that are not clipped keep their bits.
+        The same tree, each array in the dtype it came in. Units that are not clipped keep their
+        bits.
     stats : Stats
         Telemetry, on the device (AGC-11).
 
     Raises
     ------
     ConfigError
-        If ``rule`` is not an AGC, a schedule's value is known and is not a finite number above 0, or
-        ``nonfinite="raise"`` is compiled for several processes.
+        If ``rule`` is not an AGC, a schedule's value is known and is not a finite number above 0,
+        or ``nonfinite="raise"`` is compiled for several processes.
     ParameterError
         If ``params`` is None or lacks a parameter that has a gradient.
     ShapeError
@@ -78,17 +80,18 @@ def adaptive_clip_gradients(
     MissingGradientError
         If no leaf is a gradient, unless there are no parameters either.
     NonFiniteError
-        If ``rule.nonfinite`` is ``"raise"`` and a norm is not finite. Inside ``jax.jit`` the error surfaces
-        as JAX's own runtime error, whose message holds this one.
+        If ``rule.nonfinite`` is ``"raise"`` and a norm is not finite. Inside ``jax.jit`` the error
+        surfaces as JAX's own runtime error, whose message holds this one.
     SelectorError, AmbiguousUnitsError, UnitsError
         As :func:`agc.plan.make_plan`.
 
     Notes
     -----
-    Works inside and outside ``jax.jit``, ``vmap``, ``scan`` and ``grad``; the factor that a unit is scaled by
-    counts as a constant in derivatives: those *through* a clipping step, as meta-learning takes them, are
-    exact only where nothing is clipped. Outside it is compiled on first use, once for each rule: make the
-    rule, and callables in it, once as well, since a new ``lambda`` in each step is a new program.
+    Works inside and outside ``jax.jit``, ``vmap``, ``scan`` and ``grad``; the factor that a unit is
+    scaled by counts as a constant in derivatives: those *through* a clipping step, as meta-learning
+    takes them, are exact only where nothing is clipped. Outside it is compiled on first use, once
+    for each rule: make the rule, and callables in it, once as well, since a new ``lambda`` in each
+    step is a new program.
 
     Examples
     --------
@@ -208,7 +211,7 @@ def _raise_if_any(plan: Plan, nonfinite: Any) -> None:
         )
 
 
-# --- what is compiled --------------------------------------------------------------------------------
+# --- what is compiled -----------------------------------------------------------------------------
 
 _SMALL: Final = 1 << 12
 """Elements up to which a copy costs less than starting a kernel."""
@@ -222,7 +225,7 @@ def _clip_anywhere(
     weights: list[jax.Array],
     *others: jax.Array | None,
 ) -> tuple[list[jax.Array], Stats]:
-    """Clip; where shardings are types, leave those inside to the compiler, as they are elsewhere (AGC-8)."""
+    """Clip; where shardings are types, leave those inside to the compiler (AGC-8)."""
     clip = partial(_clip, rule, plan, places)
     shardings = [jax.typeof(array).sharding for array in (*gradients, *weights)]
     mesh = next((sharding.mesh for sharding in shardings if sharding.mesh.explicit_axes), None)
@@ -328,7 +331,8 @@ def _clip_in(
                 outputs[index] = out
             members = counted.setdefault((entry.count, double), (spec, []))[1]
             members.append((group, g_KU, w_KU, clipping_K))
-        # Parameters with equally many units are counted together: few small operations for a whole model.
+        # Parameters with equally many units are counted together: few small operations for a whole
+        # model.
         rows = []
         for spec, members in counted.values():
             _, *columns = zip(*members, strict=True)
@@ -354,7 +358,7 @@ def _clip_in(
 def _group_small(
     entries: Sequence[PlanEntry], gradients: Sequence[jax.Array], weights: Sequence[jax.Array]
 ) -> list[list[int]]:
-    """Group small parameters, such as biases, that can be clipped as one; each large one is alone."""
+    """Group small parameters, such as biases, that can be clipped as one; a large one is alone."""
     groups: dict[Any, list[int]] = {}
     for index, (entry, gradient, weight) in enumerate(
         zip(entries, gradients, weights, strict=True)
@@ -404,7 +408,7 @@ def _thresholds(
 
 
 class _Decision(NamedTuple):
-    """Squared norms of gradients, squared lower bounds of weights, and what follows from them; any shape."""
+    """Squared norms of gradients, squared floors of weights, and what follows; of any shape."""
 
     norm: jax.Array
     floor: jax.Array
@@ -486,7 +490,7 @@ def _clip_group(
 def _factors(
     g: jax.Array, w: jax.Array, clipping: jax.Array, *, limits: _Limits, nonfinite: str
 ) -> Sequence[jax.Array]:
-    """Return what the units of K gradients are multiplied by, a row for each; 1 for units to be kept."""
+    """Return the factors of the units of K gradients, a row for each; 1 keeps a unit."""
     units = _decide(g, w, clipping, limits=limits)
     poison = lax.full_like(g, np.nan)
     if nonfinite == "zero":
@@ -496,7 +500,8 @@ def _factors(
     )
     if limits.eps >= SAFE_EPS and not limits.double:  # then float32 can hold every factor
         divisor_KU = lax.convert_element_type(divisor_KU, np.float32)
-    # A division comes last: XLA fuses anything cheaper into all that follows, at worst into every element.
+    # A division comes last: XLA fuses anything cheaper into all that follows, at worst into every
+    # element.
     factor_KU = lax.div(lax.full_like(divisor_KU, 1), divisor_KU)
     if len(factor_KU) == 1:
         return [lax.squeeze(factor_KU, (0,))]
@@ -506,8 +511,8 @@ def _factors(
 def _rows_by_sums(array: jax.Array) -> list[jax.Array]:
     """Take an array apart along its first axis, for a CPU.
 
-    There each slice is a program of its own, and so is what uses it. A reduction whose results are the rows
-    is one program, and what uses them is alike.
+    There each slice is a program of its own, and so is what uses it. A reduction whose results are
+    the rows is one program, and what uses them is alike.
     """
     index = lax.broadcasted_iota(np.int32, array.shape, 0)
     zero = lax.full_like(array, 0)

@@ -30,12 +30,12 @@ def register_units(layer: type | str, units: LayerRule) -> None:
     Parameters
     ----------
     layer : type, or str
-        The layer's class; its subclasses follow it unless they are registered themselves. A string is the
-        full path of a class that need not be imported, ``"package.module.Name"``.
+        The layer's class; its subclasses follow it unless they are registered themselves. A string
+        is the full path of a class that need not be imported, ``"package.module.Name"``.
     units : mapping of str to str or Units, or callable
-        Name of the parameter below the layer (a glob, the first that matches decides) to units; or a
-        function of the layer that returns such a mapping, where the units depend on its sizes. A parameter
-        that matches nothing is taken by its name.
+        Name of the parameter below the layer (a glob, the first that matches decides) to units; or
+        a function of the layer that returns such a mapping, where the units depend on its sizes. A
+        parameter that matches nothing is taken by its name.
 
     Raises
     ------
@@ -83,8 +83,8 @@ class Layers:
 
         Notes
         -----
-        Where the sizes allow several axes to be those that ``vmap`` or ``scan`` added, the axes in front are
-        taken only if other parameters show that the model stacks in front.
+        Where the sizes allow several axes to be those that ``vmap`` or ``scan`` added, the axes in
+        front are taken only if other parameters show that the model stacks in front.
         """
         spoken = [
             (name, shape, *known)
@@ -134,7 +134,7 @@ class Layers:
         return None
 
     def _owners(self, keys: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
-        """Return what holds a leaf, outermost first, each with the keys that lead from there to the leaf."""
+        """Return what holds a leaf, outermost first, each with the keys from there to the leaf."""
         owners = [(self._model, keys)]
         for place, key in enumerate(keys[:-1], start=1):
             owners.append((self._child(owners[-1][0], key), keys[place:]))
@@ -152,7 +152,7 @@ class Layers:
         return self._children[id(node)].get(key)
 
     def _speakers(self, keys: tuple[Any, ...]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-        """Yield what holds a leaf, innermost first, then the NNX modules that share its variable."""
+        """Yield what holds a leaf, innermost first, then NNX modules that share its variable."""
         owners = self._owners(keys)
         yield from reversed(owners)
         if isinstance(self._model, nnx.Module):
@@ -194,7 +194,7 @@ class _Expected:
     shape: tuple[int | None, ...]
 
     def in_front(self, shape: Shape) -> bool | None:
-        """Tell whether the axes that stack the layer are those in front; None if others could be as well.
+        """Tell whether the axes in front are those that stack the layer; None if others could be.
 
         False also if the layer cannot explain the shape. Axes of length 1 make no difference.
         """
@@ -233,7 +233,7 @@ def _layout(layer: Any) -> Layout | None:
     return "out-first" if class_path(type(layer)).startswith("equinox.") else None
 
 
-# --- Flax NNX: out last ------------------------------------------------------------------------------
+# --- Flax NNX: out last ---------------------------------------------------------------------------
 
 
 def _linear(layer: nnx.Linear) -> Mapping[str, Any]:
@@ -269,7 +269,7 @@ def _conv(layer: nnx.Conv | nnx.ConvTranspose) -> Mapping[str, Any]:
 
 
 def _einsum(layer: nnx.Einsum) -> Mapping[str, Any]:
-    """Take the kernel axes that are in the result as unit axes; a bias has them in the result's order."""
+    """Take the kernel's axes that are in the result as unit axes; a bias has the result's order."""
     if layer.einsum_str is None:
         return {"*": _Expected(WHOLE, (-1,))}  # decided at each call: nothing fits
     operands, _, result = layer.einsum_str.replace(" ", "").partition("->")
@@ -313,7 +313,7 @@ def _group_norm(layer: nnx.GroupNorm) -> Mapping[str, Any]:
     return {"scale": vector, "bias": vector}
 
 
-# --- Equinox: out first ------------------------------------------------------------------------------
+# --- Equinox: out first ---------------------------------------------------------------------------
 
 
 def _eqx_linear(layer: Any) -> Mapping[str, Any]:

@@ -1,13 +1,13 @@
-"""What the name of a leaf says of it in trees without layer types: Flax Linen, Haiku, ``nnx.State``.
+"""What leaf names say in trees without layer types: Flax Linen, Haiku, ``nnx.State``.
 
-JAX has no layout convention, and ``vmap`` and ``scan`` put further axes in front of a layer's own, or second.
-So every meaning that a kernel of some rank can have is written as one letter an axis:
+JAX has no layout convention, and ``vmap`` and ``scan`` put further axes in front of a layer's own,
+or second. So every meaning that a kernel of some rank can have is written as one letter an axis:
 
     ``i`` an input, ``o`` an output, ``l`` an axis that stacks layers
 
-The layer's name leaves some of them out, and so does the bias beside the kernel, whose shape is that of the
-outputs. What all that are left agree on is settled; where they differ there are no units, and the plan asks
-to declare them.
+The layer's name leaves some of them out, and so does the bias beside the kernel, whose shape is
+that of the outputs. What all that are left agree on is settled; where they differ there are no
+units, and the plan asks to declare them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class LeafNames:
         owner, dot, leaf = name.rpartition(".")
         if leaf in _BIAS_OF:
             units = self._kernel(owner + dot, leaf)[0]
-            # Published rank rules need the layout. Where nothing settles two axes it would count as settling.
+            # Published rank rules need the layout. Where nothing settles two axes it would count as
+            # settling.
             layout: Layout | None = "out-last" if units is not None or len(shape) > 2 else None
             return Parameter(name, shape, units, layout, source="name")
         if leaf in _KERNELS_OF:
@@ -96,10 +97,10 @@ class LeafNames:
         return None
 
     def _may_be_stacked(self, prefix: str, kind: Kind, kernel: Shape, bias: Shape | None) -> bool:
-        """Tell whether a kernel may be that of stacked layers, which only a convolution's name can deny.
+        """Tell whether a kernel may be of stacked layers, which only a convolution's name denies.
 
-        Without a bias a kernel of a convolution over one axis, or over two that are equally long, is one
-        layer's, unless something around it speaks of stacked layers.
+        Without a bias a kernel of a convolution over one axis, or over two that are equally long,
+        is one layer's, unless something around it speaks of stacked layers.
         """
         if kind not in ("conv", "transposed") or bias is not None or len(kernel) > 4:
             return True
@@ -113,7 +114,7 @@ class LeafNames:
         )
 
     def _attention(self, prefix: str, leaf: str, bias: Shape | None) -> list[str] | None:
-        """Return the meanings of a projection that fit an attention's other projections; None if it is none."""
+        """Return the meanings of a projection that fit the others of its attention, or None."""
         parent, dot, role = prefix[:-1].rpartition(".")
         for roles in _ATTENTION:
             if leaf != "kernel" or role not in roles:
@@ -161,7 +162,7 @@ def _kind(prefix: str, leaf: str) -> Kind:
 
 @lru_cache(maxsize=256)
 def _meanings(rank: int, kind: Kind, stackable: bool) -> tuple[str, ...]:
-    """Return every meaning of a kernel's axes, what is stacked last; none for more axes than layers have."""
+    """Return every meaning of a kernel's axes, stacked ones last; none for more than 8 axes."""
     if rank > 8:
         return ()
     meanings = list(_layers(rank, kind))
@@ -193,7 +194,8 @@ def _projections(
 ) -> tuple[tuple[str, str], ...]:
     """Return the meanings of the projections to heads and from them that fit each other.
 
-    With ``apart`` heads are an axis of their own. Keys and values may have fewer heads and other inputs.
+    With ``apart`` heads are an axis of their own. Keys and values may have fewer heads and other
+    inputs.
     """
     rank, pairs = len(query), []
     for inward, outward in _PROJECTIONS[: 1 if apart else 2]:
@@ -257,7 +259,7 @@ def _agreed(meanings: Iterable[str], shape: Shape) -> Units | None:
 
 @lru_cache(maxsize=256)
 def _pattern(meaning: str) -> Units:
-    """Write a meaning as a pattern: "iiio" as ``... i o -> o``, "lioo" as ``l i o0 o1 -> l o0 o1``."""
+    """Write a meaning as a pattern: "iiio" is ``... i o -> o``, "lio" is ``l i o -> l o``."""
     if set(meaning) == {"i"}:
         return WHOLE
     parts = re.fullmatch("(l*)(i*)(io|oi)", meaning)

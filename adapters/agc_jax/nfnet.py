@@ -1,9 +1,10 @@
 """NFNets (arXiv:2102.06171) in Flax NNX.
 
-The shared facts are in :mod:`agc.nfnet`; this file is their JAX code, from the smallest part to the whole:
-convolution, activation, squeeze and excite, stem, block, model. Images are ``(n, h, w, c)``. Parameters are
-called by their canonical names, so the model's ``nnx.state`` has them too, and JAX's layout is the neutral
-one; :mod:`agc_jax.weights` translates. ``flax.nnx.bridge.to_linen(nfnet, "F0")`` is the same in Flax Linen.
+The shared facts are in :mod:`agc.nfnet`; this file is their JAX code, from the smallest part to the
+whole: convolution, activation, squeeze and excite, stem, block, model. Images are ``(n, h, w, c)``.
+Parameters are called by their canonical names, so the model's ``nnx.state`` has them too, and JAX's
+layout is the neutral one; :mod:`agc_jax.weights` translates.
+``flax.nnx.bridge.to_linen(nfnet, "F0")`` is the same in Flax Linen.
 """
 
 from __future__ import annotations
@@ -80,11 +81,13 @@ def nfnet(
     Parameters
     ----------
     variant : str or Variant
-        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first steps.
+        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first
+        steps.
     num_classes : int, optional
         1000 if None, and 10 for ``tiny``.
     rngs : nnx.Rngs
-        Random numbers: ``params`` for the initial values, ``dropout`` for dropout and stochastic depth.
+        Random numbers: ``params`` for the initial values, ``dropout`` for dropout and stochastic
+        depth.
     dropout : float, optional
         Rate before the classifier; the variant's own (0.2 to 0.5) if None.
     stochastic_depth : float, optional
@@ -92,12 +95,13 @@ def nfnet(
     in_channels : int
         Channels of the images.
     activation : str
-        A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want ``"gelu_erf"``.
+        A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want
+        ``"gelu_erf"``.
     ws_eps : {"deepmind", "timm"}
         Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
     dtype, param_dtype
-        What is computed in, and how parameters are stored, as in any Flax layer. Without ``dtype`` it is what
-        images and parameters promote to.
+        What is computed in, and how parameters are stored, as in any Flax layer. Without ``dtype``
+        it is what images and parameters promote to.
 
     Returns
     -------
@@ -140,7 +144,7 @@ def nfnet(
 
 
 class SameConv2d(nnx.Module):  # type: ignore[misc]
-    """A convolution with a bias that pads as XLA's SAME does: an even axis under stride 2 only at its end."""
+    """A convolution with a bias that pads as XLA's SAME: even axes under stride 2 at their end."""
 
     def __init__(self, conv: Conv, param_dtype: Any = jnp.float32) -> None:
         self.conv = conv
@@ -185,7 +189,7 @@ def _scale(centred: jax.Array, ws_eps: WsEps) -> jax.Array:
 
 
 class WSConv2d(SameConv2d):
-    """A convolution whose weight is standardised: each filter has mean 0 and, times its gain, norm 1.
+    """A convolution with a standardised weight: a filter has mean 0 and its gain as norm.
 
     Parameters
     ----------
@@ -209,7 +213,7 @@ class WSConv2d(SameConv2d):
         self.gain = nnx.Param(jnp.ones(conv.outputs, param_dtype))
 
     def standardised(self) -> jax.Array:
-        """Return the weight that is convolved with, worked out in at least float32, in its own dtype."""
+        """Return the standardised weight: computed in at least float32, in the weight's dtype."""
         weight, gain = self.weight[...], self.gain[...]
         wide = jnp.promote_types(weight.dtype, jnp.float32)
         return _standardise(weight.astype(wide), gain.astype(wide), self.ws_eps).astype(
@@ -260,7 +264,8 @@ class SqueezeExcite(nnx.Module):  # type: ignore[misc]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return gates of shape (n, 1, 1, c) for images of shape (n, h, w, c)."""
-        # ReLU, without a factor, is what the released weights were trained with; the paper says GELU.
+        # ReLU, without a factor, is what the released weights were trained with; the paper says
+        # GELU.
         hidden = nn.relu(self.fc0(x.mean((1, 2))))
         return 2 * nn.sigmoid(self.fc1(hidden))[:, None, None, :]
 
@@ -327,7 +332,7 @@ class NFBlock(nnx.Module):  # type: ignore[misc]
         return self.se(out) * out, shortcut
 
     def kept(self, residual: jax.Array) -> jax.Array:
-        """Draw stochastic depth: 1 for the images that keep the residual branch, 0 for the others."""
+        """Draw stochastic depth: 1 for images that keep the residual branch, 0 for the others."""
         uniform = jax.random.uniform(self.rngs(), (len(residual), 1, 1, 1))
         return jnp.floor(1 - self.drop_rate + uniform).astype(residual.dtype)
 
@@ -403,7 +408,8 @@ class NFNet(nnx.Module):  # type: ignore[misc]
         x : array, shape (n, h, w, in_channels)
             Normalised images of any size.
         deterministic : bool, optional
-            Whether dropout and stochastic depth are off; the mode that ``train()`` and ``eval()`` set if None.
+            Whether dropout and stochastic depth are off; the mode that ``train()`` and ``eval()``
+            set if None.
 
         Returns
         -------
@@ -427,9 +433,9 @@ class NFNet(nnx.Module):  # type: ignore[misc]
         Returns
         -------
         dict of str to array
-            ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the size,
-            ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features), which is what
-            the classifier is given.
+            ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the
+            size, ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features),
+            which is what the classifier is given.
         """
         outputs = {}
         x = outputs["stem"] = self.stem(self._check(x))
@@ -447,10 +453,10 @@ class NFNet(nnx.Module):  # type: ignore[misc]
         Returns
         -------
         dict of str to array
-            ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased variance of
-            each channel over images and pixels, averaged over channels, after the stem and each block.
-            ``"res_avg_var"``, shape (blocks,): the same variance of each residual branch after its gates.
-            Stochastic depth is off. float32, or float64 for float64.
+            ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased
+            variance of each channel over images and pixels, averaged over channels, after the stem
+            and each block. ``"res_avg_var"``, shape (blocks,): the same variance of each residual
+            branch after its gates. Stochastic depth is off. float32, or float64 for float64.
         """
         x = self.stem(self._check(x))
         residuals = []
@@ -473,8 +479,9 @@ class NFNet(nnx.Module):  # type: ignore[misc]
         Returns
         -------
         NFNet
-            In evaluation mode, with plain convolutions and without gains. Outputs are the same up to
-            rounding. It is not for training: without standardisation, DeepMind's recipe does not apply.
+            In evaluation mode, with plain convolutions and without gains. Outputs are the same up
+            to rounding. It is not for training: without standardisation, DeepMind's recipe does not
+            apply.
         """
         graph, state = nnx.split(self)
         folded: NFNet = nnx.merge(graph, jax.tree.map(jnp.copy, state))

@@ -1,7 +1,7 @@
 """Sums of squares by unit (AGC-3), added up as fits the platform that the program is lowered for.
 
-* CPU: in float64, or where there are many, short runs in float32 and the sums of the runs in float64. That
-  goes as fast as memory does, and its error does not grow with the fan-in.
+* CPU: in float64, or where there are many, short runs in float32 and the sums of the runs in
+  float64. That goes as fast as memory does, and its error does not grow with the fan-in.
 * GPU: in float64; memory is the bound all the same.
 * TPU: in float32, the widest that the hardware has.
 
@@ -85,8 +85,8 @@ def _sum(array: jax.Array, wide: np.dtype[Any], reduce: tuple[int, ...]) -> jax.
 def _sum_of_runs(array: jax.Array, wide: np.dtype[Any], split: _Split) -> jax.Array:
     """Sum of squares in runs of float32, and of the runs in the wide dtype."""
     shape, inside, between = split
-    # Without the barrier XLA moves the reshape behind the product, where its fused kernel for sums of
-    # squares no longer sees it.
+    # Without the barrier XLA moves the reshape behind the product, where its fused kernel for sums
+    # of squares no longer sees it.
     runs = lax.optimization_barrier(lax.reshape(array, shape))
     sums = _sum(runs, np.dtype(np.float32), inside)
     left = [axis for axis in range(len(shape)) if axis not in inside]

@@ -1,9 +1,9 @@
 """Sharpness-aware minimization as an ordinary ``value_and_grad``.
 
 ``sam_value_and_grad`` is called like :func:`jax.value_and_grad` and as pure: it computes the
-gradient at the weights, moves to ``w + e``, and returns the gradient there. The weights given are never
-changed, so there is nothing to restore; the optimizer, and AGC in front of it, see that one gradient and
-the original weights.
+gradient at the weights, moves to ``w + e``, and returns the gradient there. The weights given are
+never changed, so there is nothing to restore; the optimizer, and AGC in front of it, see that one
+gradient and the original weights.
 """
 
 from __future__ import annotations
@@ -79,36 +79,36 @@ def sam_value_and_grad(
     argnums : int or sequence of int, default 0
         Which positional arguments are the weights.
     has_aux : bool, default False
-        Whether ``loss_fn`` returns auxiliary data, such as updated normalisation statistics. What is
-        returned comes from the clean pass, or with ``fraction`` below 1 from the pass that saw the
-        whole batch (SAM-12); with ``microbatches``, stacked along a new first axis.
+        Whether ``loss_fn`` returns auxiliary data, such as updated normalisation statistics. What
+        is returned comes from the clean pass, or with ``fraction`` below 1 from the pass that saw
+        the whole batch (SAM-12); with ``microbatches``, stacked along a new first axis.
     batch_argnums : int or sequence of int, optional
         Which positional arguments are the batch (pytrees of arrays that share their first axis).
-        Needed for ``fraction`` below 1 and ``microbatches`` above 1; the loss must be a mean. What is not
-        split by example, a scalar or a random key, belongs in another argument, which each part of the
-        batch is given whole.
+        Needed for ``fraction`` below 1 and ``microbatches`` above 1; the loss must be a mean. What
+        is not split by example, a scalar or a random key, belongs in another argument, which each
+        part of the batch is given whole.
     axis_name : str or sequence of str, optional
         Mesh axes to average over inside ``shard_map`` (or ``pmap``). The descent gradient always is
-        averaged, the ascent gradient if ``rule.scope`` is ``"global"`` (SAM-9). Outside, leave it out:
-        under GSPMD the gradient is that of the whole batch, which is the global scope.
+        averaged, the ascent gradient if ``rule.scope`` is ``"global"`` (SAM-9). Outside, leave it
+        out: under GSPMD the gradient is that of the whole batch, which is the global scope.
     return_stats : bool, default False
         Whether to return :class:`SamStats` as a third item.
 
     Returns
     -------
     callable
-        Takes ``loss_fn``'s arguments, and ``step=`` (an integer, traced or not) if ``rho`` is a schedule
-        or ``every`` is above 1. A loss with a parameter ``step``, or with ``**kwargs``, is given it as
-        well. Returns ``(value, gradients)``, ``((value, aux), gradients)`` with
+        Takes ``loss_fn``'s arguments, and ``step=`` (an integer, traced or not) if ``rho`` is a
+        schedule or ``every`` is above 1. A loss with a parameter ``step``, or with ``**kwargs``, is
+        given it as well. Returns ``(value, gradients)``, ``((value, aux), gradients)`` with
         ``has_aux``, and the stats behind them with ``return_stats``.
 
     Raises
     ------
     ConfigError
-        If ``rule`` is not a SAM, ``fraction`` or ``microbatches`` is given without ``batch_argnums``, a
-        step is missing, an argument is not there, or a schedule of rho returns what is known not to be a
-        finite number above 0. By the function also if the arrays of the batch do not share their first
-        axis.
+        If ``rule`` is not a SAM, ``fraction`` or ``microbatches`` is given without
+        ``batch_argnums``, a step is missing, an argument is not there, or a schedule of rho returns
+        what is known not to be a finite number above 0. By the function also if the arrays of the
+        batch do not share their first axis.
     DTypeError
         If a weight is neither floating point nor complex, or no array.
     ParameterError
@@ -121,15 +121,16 @@ def sam_value_and_grad(
     Every argument, random keys among them, is the same in both passes (SAM-12). If the norm of the
     ascent gradient is not finite, ``nonfinite="skip_step"`` returns gradients of NaN, for
     :func:`optax.apply_if_finite` to skip the step; ``"raise"`` works outside ``jit`` only (SAM-5).
-    A schedule of rho is called with the step as it is given. Traced, it cannot raise: where it returns
-    nonsense the gradients are NaN under every policy (SAM-11).
+    A schedule of rho is called with the step as it is given. Traced, it cannot raise: where it
+    returns nonsense the gradients are NaN under every policy (SAM-11).
 
-    A model is split first, so that the first argument is its weights alone: ``nnx.split(model, nnx.Param,
-    ...)`` for Flax NNX, ``eqx.partition(model, eqx.is_inexact_array)`` for Equinox. ``exclude`` and ``only``
-    take the names that ``agc_jax.plan`` prints.
+    A model is split first, so that the first argument is its weights alone:
+    ``nnx.split(model, nnx.Param, ...)`` for Flax NNX,
+    ``eqx.partition(model, eqx.is_inexact_array)`` for Equinox. ``exclude`` and ``only`` take the
+    names that ``agc_jax.plan`` prints.
 
-    The gradients of complex weights are those of :func:`jax.grad`, conjugates of the steepest ascent;
-    the perturbation goes uphill.
+    The gradients of complex weights are those of :func:`jax.grad`, conjugates of the steepest
+    ascent; the perturbation goes uphill.
 
     Examples
     --------
@@ -201,7 +202,7 @@ def sam_value_and_grad(
     return value_and_grad
 
 
-# --- the stages of one step -------------------------------------------------------------------------
+# --- the stages of one step -----------------------------------------------------------------------
 
 
 def _gradients(
@@ -289,7 +290,7 @@ def _two_passes(
 def _perturb(
     weights: tuple[Tree, ...], ascent: tuple[Tree, ...], rule: SAM, rho: float | jax.Array
 ) -> tuple[tuple[Tree, ...], jax.Array]:
-    """Return the weights at ``w + e`` and the norm of the ascent gradient (SAM-1, SAM-2, SAM-10)."""
+    """Return ``w + e`` and the norm of the ascent gradient (SAM-1, SAM-2, SAM-10)."""
     names, leaves, structure = flatten(_as_one_tree(weights))
     selected = set(perturbed_names(_distinct(names, leaves), rule))
     gradients = iter(jax.tree.leaves(ascent))
@@ -362,7 +363,7 @@ def _raise_unless(finite: jax.Array, norm: jax.Array) -> None:
         )
 
 
-# --- helpers ----------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _positions(name: str, given: int | Sequence[int]) -> tuple[int, ...]:
@@ -461,7 +462,7 @@ def _placed(take: Callable[[jax.Array], jax.Array], leaf: Any, front: tuple[int,
 
 
 def _arrays(weights: tuple[Tree, ...]) -> tuple[Tree, ...]:
-    """Return the weights as JAX's arrays, as ``jit`` makes them of NumPy's and of Python's numbers."""
+    """Return weights as JAX's arrays, as ``jit`` makes them of NumPy's and Python's numbers."""
     names, leaves, _ = flatten(_as_one_tree(weights))
     for name, leaf in _named_arrays(names, leaves):
         try:

@@ -38,7 +38,8 @@ def value_at(
     Returns
     -------
     float or scalar array
-        An array if it is traced, which may then be anything, or if it comes from a :class:`agc.Schedule`.
+        An array if it is traced, which may then be anything, or if it comes from a
+        :class:`agc.Schedule`.
 
     Raises
     ------

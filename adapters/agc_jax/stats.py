@@ -16,7 +16,7 @@ __all__ = ["PerParameter", "Stats", "no_stats"]
 
 
 class PerParameter(NamedTuple):
-    """The numbers of every parameter, in the plan's order; each an array of shape ``(parameters,)``.
+    """The numbers of every parameter, in the plan's order: arrays of shape ``(parameters,)``.
 
     Attributes
     ----------
@@ -25,7 +25,8 @@ class PerParameter(NamedTuple):
     clipped : array of int32
         Units whose gradient was scaled down.
     nonfinite : array of int32
-        Units that fell under the non-finite policy (AGC-4), or whose schedule returned nonsense (AGC-10).
+        Units that fell under the non-finite policy (AGC-4), or whose schedule returned nonsense
+        (AGC-10).
     max_ratio : array of float
         Largest ``norm(G_i) / max(norm(W_i), eps)`` of the finite units; 0 if there are none.
     min_scale : array of float
@@ -42,7 +43,8 @@ class PerParameter(NamedTuple):
 class Stats(NamedTuple):
     """What one clipping did (AGC-11): five scalars on the device, and the same per parameter.
 
-    :meth:`total` and :meth:`parameters` bring the numbers to the host; nothing else waits for the device.
+    :meth:`total` and :meth:`parameters` bring the numbers to the host; nothing else waits for the
+    device.
 
     Attributes
     ----------
@@ -81,7 +83,8 @@ class Stats(NamedTuple):
         Parameters
         ----------
         plan : Plan
-            The plan of the parameters, which has their names: ``agc_jax.plan(params, rule, units=units)``.
+            The plan of the parameters, which has their names:
+            ``agc_jax.plan(params, rule, units=units)``.
         """
         rows = zip(*(np.asarray(column).tolist() for column in self.columns), strict=True)
         return {

@@ -1,4 +1,4 @@
-"""Gradients and weights, paired and checked, as the numerics see them: arrays in the order of a plan."""
+"""Gradients and weights as the numerics see them: paired, checked, arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping for TensorFlow and Keras 3: in ``compile`` and ``fit``, and in loops of your own."""
+"""Adaptive gradient clipping for TensorFlow and Keras 3: in ``fit`` and in your own loops."""
 
 import os as _os
 

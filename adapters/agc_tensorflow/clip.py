@@ -1,7 +1,8 @@
 """The numerics: one norm per unit, one comparison for all units, scaling of what is clipped.
 
-The norms of all units stand in one flat float64 vector for the weights and one for the gradients, so limits,
-decisions and scales are a handful of small operations whatever the number of parameters. Then
+The norms of all units stand in one flat float64 vector for the weights and one for the gradients,
+so limits, decisions and scales are a handful of small operations whatever the number of parameters.
+Then
 
 * on the CPU, in graphs and eagerly, gradients without a clipped unit are passed on as they are;
 * under XLA and on accelerators every gradient is selected and scaled in one pass, without a branch.
@@ -46,16 +47,17 @@ def adaptive_clip_gradients(
     Parameters
     ----------
     gradients : sequence of tensor, tf.IndexedSlices or None
-        What ``tape.gradient(loss, variables)`` returns: floating point or complex, in the variable's dtype
-        or another. None, for a variable that the loss does not depend on, stays None.
+        What ``tape.gradient(loss, variables)`` returns: floating point or complex, in the
+        variable's dtype or another. None, for a variable that the loss does not depend on, stays
+        None.
     variables : sequence of keras.Variable or tf.Variable
         The variables, in the order of the gradients.
     rule : AGC
         The configuration.
     model : keras.Layer, tf.Module, or mapping of name to variable, optional
-        What the variables belong to: its layer types settle the units. The variables may be a part of its
-        parameters. Without it, vectors are one unit, matrices follow the layout convention with a warning,
-        and the rest has to be declared in the rule.
+        What the variables belong to: its layer types settle the units. The variables may be a part
+        of its parameters. Without it, vectors are one unit, matrices follow the layout convention
+        with a warning, and the rest has to be declared in the rule.
     step : int or integer tensor, default 0
         The optimizer step, for schedules: ``optimizer.iterations``.
     return_stats : bool, default False
@@ -73,9 +75,9 @@ def adaptive_clip_gradients(
     MissingGradientError
         If no variable has a gradient.
     ShapeError, DTypeError, UnitsError, NonFiniteError
-        If a gradient and its variable differ in shape, are not floating point or complex, if a row-sparse
-        gradient does not fit its units, or if a norm is not finite and ``nonfinite="raise"``. The message
-        names the parameter.
+        If a gradient and its variable differ in shape, are not floating point or complex, if a
+        row-sparse gradient does not fit its units, or if a norm is not finite and
+        ``nonfinite="raise"``. The message names the parameter.
     SelectorError, AmbiguousUnitsError, ParameterError
         As :func:`agc_tensorflow.plan`; or a variable is not the model's.
     ConfigError
@@ -85,14 +87,14 @@ def adaptive_clip_gradients(
 
     Notes
     -----
-    Call it after unscaling, accumulation and reduction across replicas, before the optimizer's step (AGC-7);
-    :class:`agc_tensorflow.AdaptiveGradClip` does that by itself.
+    Call it after unscaling, accumulation and reduction across replicas, before the optimizer's step
+    (AGC-7); :class:`agc_tensorflow.AdaptiveGradClip` does that by itself.
 
     .. math:: G_i \leftarrow \lambda \frac{\max(\|W_i\|, \epsilon)}{\|G_i\|} G_i
         \quad\text{if}\quad \|G_i\| > \lambda \max(\|W_i\|, \epsilon)
 
-    On the CPU TensorFlow flushes subnormal results to zero, also in what is scaled here; what is not clipped
-    keeps its bits.
+    On the CPU TensorFlow flushes subnormal results to zero, also in what is scaled here; what is
+    not clipped keeps its bits.
 
     References
     ----------
@@ -134,9 +136,10 @@ def clip(
     step: Step = 0,
     densify: bool = False,
 ) -> tuple[list[Gradient], Stats]:
-    """Clip gradients that are paired with their entries of a plan; see :func:`adaptive_clip_gradients`.
+    """Clip gradients paired with their entries of a plan; see :func:`adaptive_clip_gradients`.
 
-    With ``densify``, row-sparse gradients whose rows are not units are made dense instead of refused.
+    With ``densify``, row-sparse gradients whose rows are not units are made dense instead of
+    refused.
     """
     names = tuple(entry.name for entry in entries)
     if all(gradient is None for gradient in gradients):

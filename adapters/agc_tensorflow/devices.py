@@ -27,7 +27,7 @@ def has_accelerators() -> bool:
 def splits_groups() -> bool:
     """Tell whether a grouped convolution has to be one convolution a group: on the CPU outside XLA.
 
-    There TensorFlow has no gradient of grouped convolutions in float64 and float16, nor in float32 and
-    bfloat16 without oneDNN.
+    There TensorFlow has no gradient of grouped convolutions in float64 and float16, nor in float32
+    and bfloat16 without oneDNN.
     """
     return not in_xla() and not has_accelerators()

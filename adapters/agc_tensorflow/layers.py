@@ -1,7 +1,8 @@
 """What the layer types of Keras and KerasHub say of their parameters.
 
-Keras stores weights out-last, so most rows of the table say ``... i o -> o``. A layer is looked up along its
-class hierarchy. KerasHub is only recognised, by the full names of its classes, never imported.
+Keras stores weights out-last, so most rows of the table say ``... i o -> o``. A layer is looked up
+along its class hierarchy. KerasHub is only recognised, by the full names of its classes, never
+imported.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ def register_units(layer: type | str, units: LayerRule) -> None:
     Parameters
     ----------
     layer : type of keras.Layer or tf.Module, or str
-        The layer's class; its subclasses follow it unless they are registered themselves. A string is the
-        full path of a class that need not be imported, ``"package.module.Name"``.
+        The layer's class; its subclasses follow it unless they are registered themselves. A string
+        is the full path of a class that need not be imported, ``"package.module.Name"``.
     units : mapping of str to str or Units, or callable
-        Variable name (a glob, the first that matches decides) to units; or a function of the layer that
-        returns such a mapping, where the units depend on the layer. A variable that matches nothing is one
-        unit if it is a vector, is left to the layout convention at rank 2, and has to be declared otherwise.
+        Variable name (a glob, the first that matches decides) to units; or a function of the layer
+        that returns such a mapping, where the units depend on the layer. A variable that matches
+        nothing is one unit if it is a vector, is left to the layout convention at rank 2, and has
+        to be declared otherwise.
 
     Raises
     ------
@@ -56,7 +58,7 @@ TABLE: Final = LayerTable({"kernel": "i o -> o"})
 """Everything that is known of layer types."""
 
 
-# --- Keras -------------------------------------------------------------------------------------------
+# --- Keras ----------------------------------------------------------------------------------------
 
 
 def _einsum(layer: Any) -> LayerUnits:
@@ -117,11 +119,11 @@ _KERAS: Final[Mapping[str, LayerRule]] = {
     "AdditiveAttention": _ONE,
 }
 
-# --- KerasHub: what is not made of Keras' own layers -------------------------------------------------
+# --- KerasHub: what is not made of Keras' own layers ----------------------------------------------
 
 _ROWS: Final = "n d -> n"
 _BATCHED_ROWS: Final = "one n d -> n"
-"""A table of positions or queries with a batch axis: every position is a row, as in an embedding."""
+"""A table of positions or queries with a batch axis: a row each, as in an embedding."""
 _EXPERTS: Final = {"expert_feedforward_*": "e i o -> e o"}
 _HUB: Final[Mapping[str, LayerRule]] = {
     "layers.modeling.masked_lm_head.MaskedLMHead": {"output_kernel": _IO},

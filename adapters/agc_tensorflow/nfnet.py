@@ -1,11 +1,12 @@
 """NFNets (arXiv:2102.06171) in TensorFlow and Keras 3.
 
-The shared facts are in :mod:`agc.nfnet`; this file is their TensorFlow code, from the smallest part to the whole:
-convolution, activation, squeeze and excite, stem, block, model. Images are ``(n, h, w, c)``. Parameters are
-called by their canonical names and have the neutral layout; :mod:`agc_tensorflow.weights` reads and writes them.
+The shared facts are in :mod:`agc.nfnet`; this file is their TensorFlow code, from the smallest part
+to the whole: convolution, activation, squeeze and excite, stem, block, model. Images are
+``(n, h, w, c)``. Parameters are called by their canonical names and have the neutral layout;
+:mod:`agc_tensorflow.weights` reads and writes them.
 
-Constants are Python floats, which take the dtype of the tensor that they meet. ``tf.cast`` of a float, and
-``tf.nn.gelu``, go through float32.
+Constants are Python floats, which take the dtype of the tensor that they meet. ``tf.cast`` of a
+float, and ``tf.nn.gelu``, go through float32.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def nfnet(
     Parameters
     ----------
     variant : str or Variant
-        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first steps.
+        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first
+        steps.
     num_classes : int, optional
         1000 if None, and 10 for ``tiny``.
     dropout : float, optional
@@ -93,11 +95,13 @@ def nfnet(
     in_channels : int
         Channels of the images.
     activation : str
-        A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want ``"gelu_erf"``.
+        A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want
+        ``"gelu_erf"``.
     ws_eps : {"deepmind", "timm"}
         Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
     dtype : str or keras.DTypePolicy, optional
-        As in any Keras layer: ``"float64"``, ``"mixed_bfloat16"`` and so on; Keras' global policy if None.
+        As in any Keras layer: ``"float64"``, ``"mixed_bfloat16"`` and so on; Keras' global policy
+        if None.
     name : str, optional
         The model's name.
 
@@ -133,7 +137,7 @@ def nfnet(
 
 
 class _Layer(keras.layers.Layer):  # type: ignore[misc]
-    """A layer whose variables stay in the dtype they are stored in until the layer itself casts them."""
+    """A layer whose variables keep their stored dtype until the layer itself casts them."""
 
     def add(self, name: str, shape: tuple[int, ...], kind: Kind) -> Any:
         """Add a parameter that starts as :class:`agc.nfnet.ParameterSpec` says."""
@@ -149,7 +153,7 @@ class _Layer(keras.layers.Layer):  # type: ignore[misc]
 
 
 class SameConv2D(_Layer):
-    """A convolution with a bias that pads as XLA's SAME does: an even axis under stride 2 only at its end."""
+    """A convolution with a bias that pads as XLA's SAME: even axes under stride 2 at their end."""
 
     def __init__(self, conv: Conv, **layer: Any) -> None:
         super().__init__(name=conv.name.rpartition(".")[2], **layer)
@@ -190,7 +194,7 @@ def _standardise(weight: tf.Tensor, gain: tf.Tensor, ws_eps: WsEps) -> tf.Tensor
 
 
 class WSConv2D(SameConv2D):
-    """A convolution whose weight is standardised: each filter has mean 0 and, times its gain, norm 1.
+    """A convolution with a standardised weight: a filter has mean 0 and its gain as norm.
 
     Parameters
     ----------
@@ -218,7 +222,7 @@ class WSConv2D(SameConv2D):
         self.gain = self.add("gain", (self.conv.outputs,), "gain")
 
     def standardised(self) -> tf.Tensor:
-        """Return the weight that is convolved with, worked out in at least float32, in its own dtype."""
+        """Return the standardised weight: computed in at least float32, in the weight's dtype."""
         dtype = tf.as_dtype(self.variable_dtype)
         at_least = tf.float32 if dtype in (tf.bfloat16, tf.float16) else dtype
         weight, gain = tf.cast(self.weight, at_least), tf.cast(self.gain, at_least)
@@ -275,7 +279,8 @@ class SqueezeExcite(_Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Return gates of shape (n, 1, 1, c) for images of shape (n, h, w, c)."""
-        # ReLU, without a factor, is what the released weights were trained with; the paper says GELU.
+        # ReLU, without a factor, is what the released weights were trained with; the paper says
+        # GELU.
         hidden = tf.nn.relu(self.fc0(tf.reduce_mean(x, (1, 2))))
         return 2 * tf.sigmoid(self.fc1(hidden))[:, None, None, :]
 
@@ -355,7 +360,7 @@ class NFBlock(_Layer):
         return self.se(out) * out, shortcut
 
     def kept(self, residual: tf.Tensor) -> tf.Tensor:
-        """Draw stochastic depth: 1 for the images that keep the residual branch, 0 for the others."""
+        """Draw stochastic depth: 1 for images that keep the residual branch, 0 for the others."""
         shape = (tf.shape(residual)[0], 1, 1, 1)
         uniform = keras.random.uniform(shape, dtype="float32", seed=self.seed)
         return tf.cast(tf.floor(1 - self.drop_rate + uniform), residual.dtype)
@@ -468,9 +473,9 @@ class NFNet(keras.Model):  # type: ignore[misc]
         Returns
         -------
         dict of str to tensor
-            ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the size,
-            ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features), which is what
-            the classifier is given. Dropout and stochastic depth are off.
+            ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the
+            size, ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features),
+            which is what the classifier is given. Dropout and stochastic depth are off.
         """
         x = self._check(x)
         outputs = {}
@@ -487,10 +492,10 @@ class NFNet(keras.Model):  # type: ignore[misc]
         Returns
         -------
         dict of str to tensor
-            ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased variance of
-            each channel over images and pixels, averaged over channels, after the stem and each block.
-            ``"res_avg_var"``, shape (blocks,): the same variance of each residual branch after its gates.
-            Stochastic depth is off. float32, or float64 for float64.
+            ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased
+            variance of each channel over images and pixels, averaged over channels, after the stem
+            and each block. ``"res_avg_var"``, shape (blocks,): the same variance of each residual
+            branch after its gates. Stochastic depth is off. float32, or float64 for float64.
         """
         x = self._check(x)
         residuals = []
@@ -513,8 +518,8 @@ class NFNet(keras.Model):  # type: ignore[misc]
         Returns
         -------
         NFNet
-            With plain convolutions and without gains; its parameters are frozen. Outputs are the same up to
-            rounding. It can be saved and exported as any model.
+            With plain convolutions and without gains; its parameters are frozen. Outputs are the
+            same up to rounding. It can be saved and exported as any model.
         """
         folded = NFNet(self.options, folded=True, trainable=False, dtype=self.dtype_policy)
         convs = [layer for layer in self._flatten_layers() if isinstance(layer, WSConv2D)]

@@ -1,9 +1,9 @@
 """Sums of squares by unit (AGC-3), and what is fast where.
 
-TensorFlow adds up long columns one after the other in float32, which is wrong by hundreds of units in the
-last place, and goes through memory once for every operation. Here eight squares are added in pairs in
-float32 and the rest in float64, accurate however long a unit is; and in a graph on the CPU this kernel is
-compiled by XLA, so that it reads its tensor once.
+TensorFlow adds up long columns one after the other in float32, which is wrong by hundreds of units
+in the last place, and goes through memory once for every operation. Here eight squares are added in
+pairs in float32 and the rest in float64, accurate however long a unit is; and in a graph on the CPU
+this kernel is compiled by XLA, so that it reads its tensor once.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _runs(array: tf.Tensor, axis: int) -> list[tf.Tensor]:
 
 
 def _sum_along(array: tf.Tensor, axis: int, reduce: tuple[int, ...]) -> tf.Tensor:
-    """Sum squares over axes; along one of them eight in pairs first, so that few roundings come together."""
+    """Sum squares over axes; along one of them eight in pairs first, for fewer roundings."""
     squares = tf.square(array)
     if (array.shape[axis] or 1) % _RUN == 0:
         for _ in range(_LEVELS):
@@ -87,5 +87,5 @@ def branches(fold: Fold) -> bool:
 
 
 def compiles(fold: Fold) -> bool:
-    """Tell whether to compile a kernel: for large tensors in graphs that are not compiled anyway."""
+    """Tell whether to compile a kernel: for large tensors in graphs that are not compiled."""
     return branches(fold) and not tf.executing_eagerly() and bool(tf.test.is_built_with_xla())

@@ -1,9 +1,10 @@
 """AGC in front of any Keras optimizer, in ``compile`` and ``fit``.
 
-Keras computes an update in fixed order: drop missing gradients, unscale, accumulate, ``_clip_gradients``, weight
-decay, reduce across replicas, update. AGC takes the place in front of ``_clip_gradients``, so it sees the
-accumulated mean and the weights before their decay; the reduction is moved in front of it (AGC-7). The inner
-optimizer keeps its state, its learning rate and its counter, and the wrapper shows them as its own.
+Keras computes an update in fixed order: drop missing gradients, unscale, accumulate,
+``_clip_gradients``, weight decay, reduce across replicas, update. AGC takes the place in front of
+``_clip_gradients``, so it sees the accumulated mean and the weights before their decay; the
+reduction is moved in front of it (AGC-7). The inner optimizer keeps its state, its learning rate
+and its counter, and the wrapper shows them as its own.
 """
 
 from __future__ import annotations
@@ -43,13 +44,15 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
     Parameters
     ----------
     optimizer : keras.optimizers.Optimizer or str
-        Any optimizer. It becomes a part of this one until :meth:`detach`: use it through the wrapper only.
+        Any optimizer. It becomes a part of this one until :meth:`detach`: use it through the
+        wrapper only.
     rule : AGC
         The configuration.
     model : keras.Model, optional
         The model to train, built: its layer types settle the units, its layers' names the names of
-        parameters. Without it, of the variables that the optimizer is built with, vectors are one unit,
-        matrices follow the layout convention with a warning, and the rest has to be declared in the rule.
+        parameters. Without it, of the variables that the optimizer is built with, vectors are one
+        unit, matrices follow the layout convention with a warning, and the rest has to be declared
+        in the rule.
     name : str, optional
         The optimizer's name.
 
@@ -60,30 +63,36 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
     rule : AGC
         The configuration.
     plan : Plan
-        What happens to every parameter; there once the optimizer is built, or from the start with a model.
+        What happens to every parameter; there once the optimizer is built, or from the start with a
+        model.
 
     Raises
     ------
     ConfigError
-        If ``optimizer`` is not a Keras optimizer, is clipped by AGC already, or is one that hands gradients
-        on to others, ``LossScaleOptimizer`` or ``MultiOptimizer``: wrap each optimizer inside it instead.
+        If ``optimizer`` is not a Keras optimizer, is clipped by AGC already, or is one that hands
+        gradients on to others, ``LossScaleOptimizer`` or ``MultiOptimizer``: wrap each optimizer
+        inside it instead.
     SelectorError, AmbiguousUnitsError, ParameterError
         As :func:`agc_tensorflow.plan`; from ``build`` also if the variables are not the model's.
 
     Notes
     -----
-    * Order: loss scale, accumulation, reduction across replicas, AGC, the inner optimizer's own ``clipnorm``,
-      ``clipvalue`` or ``global_clipnorm``, weight decay, update. (AGC-7)
-    * Schedules of ``clipping`` count updates: with ``gradient_accumulation_steps=4``, one for four batches.
-    * Learning rate, weight decay, moving averages, accumulation and every other setting are those of the
-      inner optimizer; reading or setting them here reaches it.
-    * An optimizer that overrides ``apply_gradients``, ``apply``, ``update_step`` or ``_clip_gradients`` does
-      what it does without the wrapper, and AGC too. As in Keras, ``apply`` does not call ``apply_gradients``.
-    * Row-sparse gradients stay sparse where rows are units (AGC-9), and are made dense where they are not.
+    * Order: loss scale, accumulation, reduction across replicas, AGC, the inner optimizer's own
+      ``clipnorm``, ``clipvalue`` or ``global_clipnorm``, weight decay, update. (AGC-7)
+    * Schedules of ``clipping`` count updates: with ``gradient_accumulation_steps=4``, one for four
+      batches.
+    * Learning rate, weight decay, moving averages, accumulation and every other setting are those
+      of the inner optimizer; reading or setting them here reaches it.
+    * An optimizer that overrides ``apply_gradients``, ``apply``, ``update_step`` or
+      ``_clip_gradients`` does what it does without the wrapper, and AGC too. As in Keras, ``apply``
+      does not call ``apply_gradients``.
+    * Row-sparse gradients stay sparse where rows are units (AGC-9), and are made dense where they
+      are not.
     * A step in which no variable has a gradient is the ValueError that it is in Keras.
-    * ``model.save`` keeps the configuration and the plan of every parameter, frozen ones too, by the names of
-      layers, so a loaded model needs nothing else. A new number behind a layer's name does no harm; where
-      it leaves doubt which parameter is which, and that matters, loading is an error.
+    * ``model.save`` keeps the configuration and the plan of every parameter, frozen ones too, by
+      the names of layers, so a loaded model needs nothing else. A new number behind a layer's name
+      does no harm; where it leaves doubt which parameter is which, and that matters, loading is an
+      error.
 
     References
     ----------
@@ -123,7 +132,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     @property
     def plan(self) -> Plan:
-        """What happens to every parameter; those that the optimizer does not have are marked as inactive.
+        """What happens to every parameter; those that the optimizer lacks are marked as inactive.
 
         Raises
         ------
@@ -158,8 +167,8 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         ValueError
             If no variable has a gradient, as Keras does.
         ConfigError
-            If the inner optimizer changes its variables without Keras' ``_clip_gradients``, so that AGC
-            cannot act: outside graphs the step is undone. Or after :meth:`detach`.
+            If the inner optimizer changes its variables without Keras' ``_clip_gradients``, so that
+            AGC cannot act: outside graphs the step is undone. Or after :meth:`detach`.
         """
         grads = list(grads)
         if trainable_variables is not None:
@@ -191,8 +200,8 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
     def detach(self) -> Any:
         """Take the inner optimizer out again: it keeps its state and no longer clips.
 
-        A model that was compiled with the wrapper has to be compiled again, with what is returned here;
-        this wrapper is of no further use.
+        A model that was compiled with the wrapper has to be compiled again, with what is returned
+        here; this wrapper is of no further use.
 
         Returns
         -------
@@ -213,7 +222,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         return self.inner_optimizer.scale_loss(loss)
 
     def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
-        """Set the final values of variables, such as moving averages, as the inner optimizer does."""
+        """Set final values of variables, such as moving averages, as the inner optimizer does."""
         self.inner_optimizer.finalize_variable_values(var_list)
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
@@ -339,7 +348,7 @@ class ClippingHook:
             self._root = model.name
 
     def inactive(self) -> Callable[[str], str | None]:
-        """Return a function that says why a parameter has no gradient at present, if it has none."""
+        """Return a function that says why a parameter has no gradient now; None if it has one."""
         frozen = {name for name, variable in self._named.items() if not variable.trainable}
         built = {entry.name for entry in self.entries} if self.table is not None else None
 
@@ -416,13 +425,13 @@ class ClippingHook:
         return result
 
     def apply(self, gradients: Sequence[Gradient], variables: Sequence[Variable]) -> None:
-        """Stand in for ``_backend_apply_gradients``: note which variables the gradients belong to."""
+        """Stand in for ``_backend_apply_gradients``: note whose gradients these are."""
         self.build(self.inner._trainable_variables)  # if the optimizer is used without the wrapper
         self._current = [self._places[variable_key(variable)] for variable in variables]
         self._inner_apply(gradients, variables)
 
     def clip(self, gradients: Sequence[Gradient]) -> list[Gradient]:
-        """Stand in for ``_clip_gradients``: reduce, clip by AGC, then as the inner optimizer does."""
+        """Stand in for ``_clip_gradients``: reduce, clip by AGC, then call the inner one."""
         assert self.table is not None
         self._reached = True
         current = [self._variables[place] for place in self._current]
@@ -512,7 +521,7 @@ class _Saved:
         return cls(plan, data["root"], paths, list(data["trainable"]), list(data["built"]))
 
     def pair(self, variables: Sequence[Variable]) -> list[PlanEntry]:
-        """Return the entries of variables: what names and order leave in doubt is refused if it matters.
+        """Return the entries of variables; refuse what is left in doubt, if it matters.
 
         Raises
         ------
@@ -594,7 +603,7 @@ def _unnumbered(path: str) -> str:
 
 
 def _common_root(paths: Iterable[str]) -> str:
-    """Return the first part that all paths of layers share, as the name of a Sequential model; "" if none."""
+    """Return the first name that all paths share, as a Sequential model's; "" if none."""
     parts = [path.split("/") for path in paths]
     shared = len({part[0] for part in parts}) == 1 and all(len(part) > 2 for part in parts)
     return parts[0][0] if shared else ""
@@ -607,7 +616,7 @@ def _tensor(variable: Variable) -> tf.Tensor:
 
 
 def _undo(before: Sequence[tuple[Variable, tf.Tensor]], weights: int) -> bool:
-    """Tell whether one of the first variables has changed, and if so set all back to what they were."""
+    """Tell whether one of the first variables has changed; if so, set all of them back."""
     bits = [(_tensor(v).numpy().tobytes(), old.numpy().tobytes()) for v, old in before[:weights]]
     changed = any(now != old for now, old in bits)
     if changed:

@@ -27,8 +27,9 @@ def sgd_nfnet(
 ) -> AdaptiveGradClip:
     """Return DeepMind's optimizer for NFNets: :class:`CoupledSGD` with AGC in front of it (AGC-7).
 
-    In each step, gradients are clipped, then weight decay is added to those of matrices and kernels (not of
-    gains and biases), then comes Nesterov's momentum, whose buffer does not contain the learning rate.
+    In each step, gradients are clipped, then weight decay is added to those of matrices and kernels
+    (not of gains and biases), then comes Nesterov's momentum, whose buffer does not contain the
+    learning rate.
 
     Parameters
     ----------
@@ -41,7 +42,8 @@ def sgd_nfnet(
     weight_decay : float
         Coupled, as in the paper. Parameters of rank 0 and 1 are not decayed.
     rule : AGC, optional
-        ``AGC.profile("deepmind")`` if None: clipping 0.01, and all but the classifier's weight is clipped.
+        ``AGC.profile("deepmind")`` if None: clipping 0.01, and all but the classifier's weight is
+        clipped.
     **options
         Of any Keras optimizer, such as ``use_ema=True``.
 
@@ -71,10 +73,11 @@ def sgd_nfnet(
 
 @keras.saving.register_keras_serializable(package="agc")
 class CoupledSGD(keras.optimizers.Optimizer):  # type: ignore[misc]
-    r"""Gradient descent with coupled weight decay, and momentum that does not contain the learning rate.
+    r"""Gradient descent with coupled weight decay, and momentum without the learning rate.
 
-    ``keras.optimizers.SGD`` is another optimizer: its velocity contains the learning rate of every step it
-    remembers, which is different as soon as that changes, and its weight decay is decoupled.
+    ``keras.optimizers.SGD`` is another optimizer: its velocity contains the learning rate of every
+    step it remembers, which is different as soon as that changes, and its weight decay is
+    decoupled.
 
     Parameters
     ----------
@@ -85,7 +88,8 @@ class CoupledSGD(keras.optimizers.Optimizer):  # type: ignore[misc]
     nesterov : bool
         Whether the step looks ahead.
     weight_decay : float
-        At least 0; multiplies matrices and kernels (rank 2 and above) and is added to their gradients.
+        At least 0; multiplies matrices and kernels (rank 2 and above) and is added to their
+        gradients.
     **options
         Of any Keras optimizer.
 

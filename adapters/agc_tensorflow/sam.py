@@ -1,10 +1,11 @@
 """Sharpness-aware minimization for Keras models and GradientTape loops.
 
-Each pass runs in a stateless scope of Keras, where variables read as the values that the scope gives them and
-assignments are noted, not carried out. In the second pass the weights read as ``w + e``: the weights themselves
-are never written, so there is nothing to restore, whatever happens in between. Of the two passes' updates of
-state only one's are carried out at the end, and both passes start from the same state. The optimizer, with AGC
-if it is wrapped in it, sees one gradient and the original weights.
+Each pass runs in a stateless scope of Keras, where variables read as the values that the scope
+gives them and assignments are noted, not carried out. In the second pass the weights read as
+``w + e``: the weights themselves are never written, so there is nothing to restore, whatever
+happens in between. Of the two passes' updates of state only one's are carried out at the end, and
+both passes start from the same state. The optimizer, with AGC if it is wrapped in it, sees one
+gradient and the original weights.
 """
 
 from __future__ import annotations
@@ -58,25 +59,29 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
     Parameters
     ----------
     model : keras.Model
-        The model, built or not; it stays usable by itself and shares its weights. Its own ``compute_loss``,
-        ``compute_metrics``, ``compile``, ``metrics``, ``test_step`` and ``predict_step`` are used.
+        The model, built or not; it stays usable by itself and shares its weights. Its own
+        ``compute_loss``, ``compute_metrics``, ``compile``, ``metrics``, ``test_step`` and
+        ``predict_step`` are used.
     rule : SAM or dict
-        The configuration (a dict as :meth:`agc.SAM.to_dict` writes it, when a saved model is loaded).
+        The configuration (a dict as :meth:`agc.SAM.to_dict` writes it, when a saved model is
+        loaded).
 
     Raises
     ------
     ConfigError
-        If ``model`` is no Keras model, takes training steps of its own, or is sharpness-aware already.
+        If ``model`` is no Keras model, takes training steps of its own, or is sharpness-aware
+        already.
 
     Notes
     -----
-    Compile this model with any optimizer, loss and metrics; the inner model is compiled with them. Losses that
-    layers add and regularisation losses are in both passes; metrics and the reported loss come from the clean
-    pass; both passes are in training mode, start from the same state and use the same random numbers;
-    statistics and every other state are updated once (SAM-12). The metric ``sharpness`` is the mean
-    difference between the perturbed and the clean loss. ``nonfinite="raise"`` works only with
-    ``run_eagerly=True``. With ``every`` above 1 the other steps take one pass; on several replicas they still take
-    two, and neither ``fraction`` nor ``microbatches`` is possible.
+    Compile this model with any optimizer, loss and metrics; the inner model is compiled with them.
+    Losses that layers add and regularisation losses are in both passes; metrics and the reported
+    loss come from the clean pass; both passes are in training mode, start from the same state and
+    use the same random numbers; statistics and every other state are updated once (SAM-12). The
+    metric ``sharpness`` is the mean difference between the perturbed and the clean loss.
+    ``nonfinite="raise"`` works only with ``run_eagerly=True``. With ``every`` above 1 the other
+    steps take one pass; on several replicas they still take two, and neither ``fraction`` nor
+    ``microbatches`` is possible.
 
     Examples
     --------
@@ -226,7 +231,8 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
 
         def report(loss: Any) -> Any:
             *given, count = last
-            # Keras divides each replica's loss by their number; its own tracker undoes that as well.
+            # Keras divides each replica's loss by their number; its own tracker undoes that as
+            # well.
             model._loss_tracker.update_state(loss * replicas, sample_weight=count)
             return model.compute_metrics(*given)
 
@@ -261,23 +267,26 @@ def sam_value_and_gradients(
     Parameters
     ----------
     loss_fn : callable
-        Computes the loss, a scalar; with ``batch``, from the tensors it is given. Called twice; needs no
-        GradientTape. Losses that layers add belong into it: ``+ sum(model.losses)``.
+        Computes the loss, a scalar; with ``batch``, from the tensors it is given. Called twice;
+        needs no GradientTape. Losses that layers add belong into it: ``+ sum(model.losses)``.
     variables : sequence of keras.Variable
-        The weights, for example ``model.trainable_variables``. Those that are frozen are not perturbed.
+        The weights, for example ``model.trainable_variables``. Those that are frozen are not
+        perturbed.
     rule : SAM
         The configuration.
     batch : sequence of Tensor, each of shape (examples, ...), optional
-        The batch; needed for ``fraction`` below 1 and ``microbatches`` above 1. The loss must be a mean.
+        The batch; needed for ``fraction`` below 1 and ``microbatches`` above 1. The loss must be a
+        mean.
     step : int or Tensor, optional
         The optimizer's step; needed if ``rho`` is a schedule or ``every`` is above 1.
     model : keras.Model, optional
-        The model that the variables belong to: patterns of ``only`` and ``exclude`` are compared with the names in
-        its :func:`agc_tensorflow.plan`, and its metrics are those of the clean pass.
+        The model that the variables belong to: patterns of ``only`` and ``exclude`` are compared
+        with the names in its :func:`agc_tensorflow.plan`, and its metrics are those of the clean
+        pass.
     state : sequence of tf.Variable, optional
-        Variables outside Keras that the loss function assigns to, such as a counter or the state of a
-        ``tf.random.Generator``. Keras variables (statistics, recurrent states, seeds) need not be named:
-        both passes start from the same state, and it is updated once (SAM-12).
+        Variables outside Keras that the loss function assigns to, such as a counter or the state of
+        a ``tf.random.Generator``. Keras variables (statistics, recurrent states, seeds) need not be
+        named: both passes start from the same state, and it is updated once (SAM-12).
     return_stats : bool, default False
         Whether to return :class:`SamStats` as a third item.
 
@@ -286,18 +295,20 @@ def sam_value_and_gradients(
     loss : Tensor
         Clean loss, at the weights.
     gradients : list of Tensor, IndexedSlices or None
-        One per variable. All NaN under ``nonfinite="skip_step"`` if the ascent norm is not finite: do
-        not apply them.
+        One per variable. All NaN under ``nonfinite="skip_step"`` if the ascent norm is not finite:
+        do not apply them.
 
     Raises
     ------
     ConfigError
-        If ``fraction`` or ``microbatches`` is given without a batch, a step is missing, a variable is not
-        a Keras variable, the loss is not a scalar, a weight is read around Keras in the second pass (SAM-15), or
-        a schedule of rho returns nonsense (inside a graph, which cannot raise, the gradients are NaN then).
+        If ``fraction`` or ``microbatches`` is given without a batch, a step is missing, a variable
+        is not a Keras variable, the loss is not a scalar, a weight is read around Keras in the
+        second pass (SAM-15), or a schedule of rho returns nonsense (inside a graph, which cannot
+        raise, the gradients are NaN then).
     SelectorError
-        If a pattern of ``only`` or ``exclude`` matches no parameter of the model; without a model, none of the
-        variables, which are called as :func:`agc_tensorflow.plan` calls plain variables.
+        If a pattern of ``only`` or ``exclude`` matches no parameter of the model; without a model,
+        none of the variables, which are called as :func:`agc_tensorflow.plan` calls plain
+        variables.
     ParameterError
         If a variable is not a parameter of the model.
     MissingGradientError
@@ -328,7 +339,7 @@ def sam_value_and_gradients(
     return (loss, gradients, stats) if return_stats else (loss, gradients)
 
 
-# --- the stages of one step -------------------------------------------------------------------------
+# --- the stages of one step -----------------------------------------------------------------------
 
 
 def _identity(value: Any) -> Any:
@@ -342,7 +353,7 @@ def _nothing(_loss: Any) -> dict[str, Any]:
 def _gradients(
     passes: LossPasses, rule: SAM, named: Any, *, batch: Sequence[Any] | None, step: Any
 ) -> tuple[Any, list[Any], SamStats, Any]:
-    """Clean loss, gradients of the scaled loss at ``w + e``, stats, and what the last clean pass reported."""
+    """Clean loss, gradients of the scaled loss at ``w + e``, stats, and the last clean report."""
     check_batch_given(
         rule.fraction,
         rule.microbatches,
@@ -363,12 +374,13 @@ def _gradients(
         raise ConfigError(
             "every above 1 with fraction or microbatches on several replicas needs run_eagerly=True"
         )
-    # Replicas cannot talk inside a condition, so both passes run; the perturbation of a plain step is zero.
+    # Replicas cannot talk inside a condition, so both passes run; the perturbation of a plain step
+    # is zero.
     return _sharpness_aware(passes, perturbs, rule, batch, step)
 
 
 def _perturbs(variables: Sequence[Any], named: Any, rule: SAM) -> list[bool]:
-    """Tell which variables are perturbed, by AGC's names: what is selected and trainable now (SAM-4)."""
+    """Tell which variables are perturbed: what is selected and trainable now (SAM-4)."""
     names = {variable_key(v): name for name, v in named_variables(named).items()}
     selected = set(perturbed_names(names.values(), rule))
     flags = []
@@ -392,7 +404,8 @@ class _Pass:
     Attributes
     ----------
     weights, reported, state : lists of (variable, value)
-        What the pass would have written: into the weights themselves, into metrics, and anything else.
+        What the pass would have written: into the weights themselves, into metrics, and anything
+        else.
     """
 
     loss: Any
@@ -467,8 +480,8 @@ def _carry_out(updates: Iterable[tuple[Any, Any]]) -> None:
 class _Scope(keras.StatelessScope):  # type: ignore[misc]
     """Where weights read as given values, and what is assigned is noted, not carried out.
 
-    A value that is noted cannot leave a loop or a condition of a graph. State that is used inside one stays in its
-    variable, and is put back when the pass is over.
+    A value that is noted cannot leave a loop or a condition of a graph. State that is used inside
+    one stays in its variable, and is put back when the pass is over.
     """
 
     def __init__(
@@ -504,7 +517,7 @@ class _Scope(keras.StatelessScope):  # type: ignore[misc]
         super().__exit__(*error)
 
     def get_current_value(self, variable: Any) -> Any:
-        """Return what the variable reads as; Keras asks for every variable, those not mapped too."""
+        """Return what a variable reads as; Keras asks for every one, those not mapped too."""
         key = id(variable)
         if key in self.sources:
             if self.moved and _escapes(self.entered):
@@ -583,8 +596,9 @@ def _in_tensorflow(variable: Any) -> Any:
 def _escapes(end: Any) -> bool:
     """Tell whether a weight is read where TensorFlow would take only a tf.Variable for one.
 
-    That is in a function with a gradient of its own (which loses that of a tensor that is no argument), and in
-    somebody's tf.function (which keeps the tensor of its first call). The frame ``end`` and those above do not count.
+    That is in a function with a gradient of its own (which loses that of a tensor that is no
+    argument), and in somebody's tf.function (which keeps the tensor of its first call). The frame
+    ``end`` and those above do not count.
     """
     frame: Any = sys._getframe(2)
     foreign = False  # seen code that is no conversion of a variable to a tensor
@@ -632,7 +646,8 @@ def _choose_step(
     has_gradient: list[bool] = []
 
     def flat(loss: Any, gradients: list[Any], stats: SamStats, report: Any) -> Any:
-        # Branches return the same structure: no None, and no sparse gradient that is dense in the other.
+        # Branches return the same structure: no None, and no sparse gradient that is dense in the
+        # other.
         has_gradient[:] = [gradient is not None for gradient in gradients]
         return loss, [_dense(g) for g in gradients if g is not None], stats, report
 
@@ -787,7 +802,7 @@ def _apply(
 
 
 def _true(_: Any = None) -> Any:
-    """Return what both branches of a condition have to return: the same tensor, whatever was done."""
+    """Return what both branches of a condition have to return, whatever was done: one tensor."""
     return tf.constant(True)
 
 
@@ -804,7 +819,7 @@ def _raise_unless_finite(norm: Any) -> None:
         )
 
 
-# --- helpers ----------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _check_model(model: Any) -> Any:
@@ -835,7 +850,7 @@ def _symbolic(tensor: Any) -> Any:
 
 
 def _outside_keras(model: Any) -> list[Any]:
-    """Return variables of TensorFlow's own that layers hold and may assign to: counters, random generators."""
+    """Return TensorFlow's variables that layers may assign to: counters, random generators."""
     if tf.distribute.get_strategy().num_replicas_in_sync > 1:
         return []  # replicas cannot put back what only some of them may assign
     held = [value for layer in model._flatten_layers() for value in vars(layer).values()]

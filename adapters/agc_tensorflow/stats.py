@@ -21,16 +21,16 @@ IDLE: Final = (0.0, 0.0, 0.0, 0.0, 1.0)
 class Stats(tf.experimental.ExtensionType):  # type: ignore[misc]
     """What one clipping did, on the device until somebody reads it (AGC-11).
 
-    The properties are device scalars; :meth:`total` and :meth:`parameters` bring numbers to the host. It
-    may be returned from a ``tf.function``.
+    The properties are device scalars; :meth:`total` and :meth:`parameters` bring numbers to the
+    host. It may be returned from a ``tf.function``.
 
     Attributes
     ----------
     names : tuple of str
         The parameters.
     table : tensor of float64, shape (parameters, 5)
-        By parameter: units, clipped units, units that are not finite, largest ratio, smallest scale. A
-        parameter that AGC did not act on has no units.
+        By parameter: units, clipped units, units that are not finite, largest ratio, smallest
+        scale. A parameter that AGC did not act on has no units.
     """
 
     names: tuple[str, ...]

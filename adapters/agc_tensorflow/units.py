@@ -1,11 +1,13 @@
 """Units by layer type: what every parameter of a Keras model means, and the plan made from it.
 
-The table of layer types is in :mod:`agc_tensorflow.layers`; :func:`register_units` adds a layer of your own.
+The table of layer types is in :mod:`agc_tensorflow.layers`; :func:`register_units` adds a layer of
+your own.
 
-A parameter is called by the names of the layers it lies in, below the model itself, and its own name:
-``conv2d.kernel``, ``backbone.dense.bias``, ``bidirectional.forward_lstm.lstm_cell.kernel``. This is Keras'
-``variable.path`` with dots and without the model's own name in front. Layers that share a parent and a name
-are told apart by ``_1``, ``_2`` behind it; in a ``tf.Module``, attribute names take the place of layer names.
+A parameter is called by the names of the layers it lies in, below the model itself, and its own
+name: ``conv2d.kernel``, ``backbone.dense.bias``, ``bidirectional.forward_lstm.lstm_cell.kernel``.
+This is Keras' ``variable.path`` with dots and without the model's own name in front. Layers that
+share a parent and a name are told apart by ``_1``, ``_2`` behind it; in a ``tf.Module``, attribute
+names take the place of layer names.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ __all__ = [
 Variable: TypeAlias = Any
 """A ``keras.Variable`` or ``tf.Variable``."""
 Model: TypeAlias = Any
-"""A Keras layer or model, a ``tf.Module``, a mapping of name to variable, (name, variable) pairs, or variables."""
+"""A Keras layer, a ``tf.Module``, a mapping of name to variable, such pairs, or variables."""
 
 
 def plan(model: Model, rule: AGC) -> Plan:
@@ -49,9 +51,11 @@ def plan(model: Model, rule: AGC) -> Plan:
 
     Parameters
     ----------
-    model : keras.Layer, tf.Module, mapping of name to variable, (name, variable) pairs, or variables
-        The layer types of a model settle the units. Plain variables have no layer types: vectors are one
-        unit, matrices are taken as out-last with a warning, the rest has to be declared in the rule.
+    model : keras.Layer, tf.Module, mapping of name to variable, (name, variable) pairs, or
+    variables
+        The layer types of a model settle the units. Plain variables have no layer types: vectors
+        are one unit, matrices are taken as out-last with a warning, the rest has to be declared in
+        the rule.
     rule : AGC
         The configuration.
 
@@ -74,9 +78,9 @@ def plan(model: Model, rule: AGC) -> Plan:
 
     Notes
     -----
-    A model declares its classifier by an attribute: ``model.agc_head = "fc"``. The selector ``"@head"`` then
-    excludes it. Plain variables are called by their ``path``; a first part that all of them share, as the
-    name of a Sequential model, is left out.
+    A model declares its classifier by an attribute: ``model.agc_head = "fc"``. The selector
+    ``"@head"`` then excludes it. Plain variables are called by their ``path``; a first part that
+    all of them share, as the name of a Sequential model, is left out.
 
     Examples
     --------
@@ -96,7 +100,7 @@ def plan(model: Model, rule: AGC) -> Plan:
 
 
 def units(model: Model) -> dict[str, Units | None]:
-    """Return the units that the layer types settle, by parameter name; None where they do not (AGC-5).
+    """Return the units that layer types settle, by parameter name; None elsewhere (AGC-5).
 
     Parameters
     ----------
@@ -218,7 +222,7 @@ def _by_key(model: Model, plan: Plan) -> dict[object, PlanEntry]:
 
 
 def _survey(model: Model) -> list[Surveyed]:
-    """List every parameter: its name, what its layer's type says, which layer that is, whether it is frozen."""
+    """List every parameter: name, what its layer's type says, the layer, whether it is frozen."""
     refuse_keras_2(model)
     model = getattr(model, "agc_bare", model)
     if isinstance(model, keras.layers.Layer) and not model.built:

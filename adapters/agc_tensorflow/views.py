@@ -1,4 +1,4 @@
-"""Gradients and weights, paired and checked, as the numerics see them: with few axes, each row once."""
+"""Gradients and weights as the numerics see them: paired, checked, with few axes."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def check_pair(entry: PlanEntry, weight: Any, gradient: Gradient) -> Gradient:
 
 
 def _fits_rows(entry: PlanEntry) -> bool:
-    """Tell whether a row-sparse gradient can be clipped as it is: rows are units, or all is one unit."""
+    """Tell whether a row-sparse gradient can be clipped: rows are units, or all is one unit."""
     axes = entry.axes
     return not axes.keep or (0 in axes.keep and axes.view == axes.shape)
 
@@ -208,10 +208,10 @@ def _dense(gradient: tf.IndexedSlices, entry: PlanEntry) -> tf.Tensor:
 
 
 def _coalesce(gradient: tf.IndexedSlices) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Add up rows that appear more than once; return indices, values and the number of different rows.
+    """Add up rows that appear more than once; return indices, values and how many differ.
 
-    XLA knows no arrays whose size depends on their values, so there the rows come first, and the rest are
-    zeros for the first row.
+    XLA knows no arrays whose size depends on their values, so there the rows come first, and the
+    rest are zeros for the first row.
     """
     indices, values = tf.reshape(gradient.indices, [-1]), gradient.values
     if not in_xla():

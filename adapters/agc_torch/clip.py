@@ -1,7 +1,8 @@
 """The numerics: one norm per unit, one comparison for all units, scaling in place.
 
-The norms of all units stand in one flat buffer for the weights and one for the gradients, so limits,
-decisions and scales are a handful of small operations, whatever the number of parameters. Then
+The norms of all units stand in one flat buffer for the weights and one for the gradients, so
+limits, decisions and scales are a handful of small operations, whatever the number of parameters.
+Then
 
 * on the CPU reading a value is free, so only tensors that contain a clipped unit are written;
 * elsewhere every gradient is multiplied by its scales (1 keeps its bits), without a host sync.
@@ -52,17 +53,17 @@ def adaptive_clip_grad_(
     Parameters
     ----------
     model : Module, mapping of name to tensor, or iterable of (name, tensor)
-        Whose ``.grad`` are clipped: dense, row-sparse (COO) or ``DTensor``; floating point or complex; in
-        the parameter's dtype or another. A parameter without a gradient is left alone.
+        Whose ``.grad`` are clipped: dense, row-sparse (COO) or ``DTensor``; floating point or
+        complex; in the parameter's dtype or another. A parameter without a gradient is left alone.
     rule : AGC
         The configuration.
     plan : Plan, optional
-        A plan made before, by :func:`agc_torch.plan`: its units, thresholds and exclusions take the place
-        of the rule's, and only ``eps``, ``div_eps`` and ``nonfinite`` are the rule's. A module's plan is
-        remembered anyway.
+        A plan made before, by :func:`agc_torch.plan`: its units, thresholds and exclusions take the
+        place of the rule's, and only ``eps``, ``div_eps`` and ``nonfinite`` are the rule's. A
+        module's plan is remembered anyway.
     step : int or integer tensor, default 0
-        The optimizer step, for schedules. Inside ``torch.compile`` give a tensor: it is traced, and does
-        not recompile.
+        The optimizer step, for schedules. Inside ``torch.compile`` give a tensor: it is traced, and
+        does not recompile.
 
     Returns
     -------
@@ -74,17 +75,17 @@ def adaptive_clip_grad_(
     MissingGradientError
         If no parameter has a gradient.
     ShapeError, DTypeError, UnitsError, NonFiniteError
-        If a gradient and its parameter differ in shape, have a dtype that AGC does not support, if a sparse
-        gradient does not fit its units, or if a norm is not finite and ``nonfinite="raise"``. The message
-        names the parameter; no gradient has been changed.
+        If a gradient and its parameter differ in shape, have a dtype that AGC does not support, if
+        a sparse gradient does not fit its units, or if a norm is not finite and
+        ``nonfinite="raise"``. The message names the parameter; no gradient has been changed.
     ConfigError, SelectorError, AmbiguousUnitsError, ParameterError
         As :func:`agc_torch.plan`.
 
     Notes
     -----
     Call it where ``clip_grad_norm_`` would stand: after ``GradScaler.unscale_``, accumulation and
-    reduction across replicas, before the optimizer's step (AGC-7). :func:`agc_torch.attach` does that
-    by itself.
+    reduction across replicas, before the optimizer's step (AGC-7). :func:`agc_torch.attach` does
+    that by itself.
 
     .. math:: G_i \leftarrow \lambda \frac{\max(\|W_i\|, \epsilon)}{\|G_i\|} G_i
         \quad\text{if}\quad \|G_i\| > \lambda \max(\|W_i\|, \epsilon)
@@ -126,7 +127,7 @@ def clip_(
     found_inf: Tensor | None = None,
     missing: Callable[[PlanEntry, Tensor], None] | None = None,
 ) -> Stats:
-    """Clip parameters that are paired with their entries of a plan; see :func:`adaptive_clip_grad_`.
+    """Clip parameters paired with their entries of a plan; see :func:`adaptive_clip_grad_`.
 
     Parameters
     ----------
@@ -137,14 +138,15 @@ def clip_(
     grad_scale : scalar tensor, optional
         What the gradients are still multiplied by, if a fused optimizer is going to unscale them.
     found_inf : scalar tensor, optional
-        Not 0 if that optimizer is going to skip the step; then ``nonfinite="raise"`` does not raise.
+        Not 0 if that optimizer is going to skip the step; then ``nonfinite="raise"`` does not
+        raise.
     missing : callable, optional
         Called with what has no gradient.
 
     Notes
     -----
-    Whether a ``DTensor`` takes part is the same in all processes (AGC-5): where a trainable one has no
-    gradient in this process, it stands for zeros, and counts as looked at.
+    Whether a ``DTensor`` takes part is the same in all processes (AGC-5): where a trainable one has
+    no gradient in this process, it stands for zeros, and counts as looked at.
     """
     with torch.no_grad():
         jobs = _jobs(pairs, missing)
@@ -165,7 +167,7 @@ def clip_(
 def limit_norm_(
     pairs: Iterable[tuple[PlanEntry, Tensor]], max_norm: float, *, grad_scale: Tensor | None = None
 ) -> None:
-    """Scale all gradients together down to a norm of ``max_norm``, as ``clip_grad_norm_`` does (AGC-7).
+    """Scale all gradients together down to ``max_norm``, as ``clip_grad_norm_`` does (AGC-7).
 
     Parameters
     ----------
@@ -289,8 +291,8 @@ def _scale(jobs: list[_Job], numbers: UnitNumbers, *, zero: bool) -> None:
             touched = [index for index, untouched in enumerate(split) if not untouched.all()]
     factor_U = narrow_U = numbers.factor
     if host and not (factor_U < _SMALLEST).any():
-        # Float64 factors make a float64 copy of the gradient on a CPU. Only factors that float32 cannot
-        # hold are worth that: of gradients 1e30 times too large.
+        # Float64 factors make a float64 copy of the gradient on a CPU. Only factors that float32
+        # cannot hold are worth that: of gradients 1e30 times too large.
         narrow_U = factor_U.float()
     wide, narrow = factor_U.split(sizes), narrow_U.split(sizes)
     for index in touched:

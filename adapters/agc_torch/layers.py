@@ -1,8 +1,8 @@
-"""What layer types say of their parameters: PyTorch's own, and those of timm, transformers and PEFT.
+"""What layer types say of their parameters: PyTorch's, timm's, transformers' and PEFT's.
 
-PyTorch stores weights out-first, so most rows of the table say ``o ... -> o``. A layer is looked up along
-its class hierarchy by dotted name, so the packages that are known here are never imported. A table of
-positions, tokens or latents is read like an embedding: what one position uses is one unit.
+PyTorch stores weights out-first, so most rows of the table say ``o ... -> o``. A layer is looked up
+along its class hierarchy by dotted name, so the packages that are known here are never imported. A
+table of positions, tokens or latents is read like an embedding: what one position uses is one unit.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def register_units(layer: type[nn.Module] | str, units: LayerRule) -> None:
     Parameters
     ----------
     layer : type of Module, or str
-        The layer's class; its subclasses follow it unless they are registered themselves. A string is the
-        full path of a class that need not be imported, ``"package.module.Name"``, or a glob of paths,
-        ``"package.*"``, which speaks for what no class of its own speaks for.
+        The layer's class; its subclasses follow it unless they are registered themselves. A string
+        is the full path of a class that need not be imported, ``"package.module.Name"``, or a glob
+        of paths, ``"package.*"``, which speaks for what no class of its own speaks for.
     units : mapping of str to str or Units, or callable
-        Parameter name (a glob, the first that matches decides) to units; or a function of the layer that
-        returns such a mapping, where the units depend on the layer's sizes. Parameters in a
-        ``ParameterList`` or ``ParameterDict`` of the layer are called ``"weights.0"``. A parameter that
-        matches nothing is left to its shape and the layout convention.
+        Parameter name (a glob, the first that matches decides) to units; or a function of the layer
+        that returns such a mapping, where the units depend on the layer's sizes. Parameters in a
+        ``ParameterList`` or ``ParameterDict`` of the layer are called ``"weights.0"``. A parameter
+        that matches nothing is left to its shape and the layout convention.
 
     Raises
     ------
@@ -62,20 +62,20 @@ TABLE: Final = LayerTable({"weight": "o i -> o"})
 """Everything that is known of layer types."""
 
 
-# --- PyTorch -----------------------------------------------------------------------------------------
+# --- PyTorch --------------------------------------------------------------------------------------
 
 
 def _transposed(layer: Any) -> LayerUnits:
     return {"weight": Units("(g i) o ... -> g o", g=int(layer.groups))}
 
 
-# --- Packages ----------------------------------------------------------------------------------------
+# --- Packages -------------------------------------------------------------------------------------
 
 _Row: TypeAlias = tuple[str, int, str | Units]  # name (a glob), number of axes, units
 
 
 def _by_rank(*rows: _Row) -> Callable[[nn.Module], LayerUnits]:
-    """Return a rule that decides by a parameter's name and number of axes; vectors are left alone."""
+    """Return a rule that decides by a parameter's name and rank; vectors are left alone."""
 
     def rule(layer: nn.Module) -> LayerUnits:
         declared: dict[str, str | Units] = {}
@@ -227,7 +227,7 @@ _PEFT: Final = _union(
 
 
 def _low_rank(layer: Any) -> LayerUnits:
-    """Factors of LoHa and LoKr: stored ``(r, o)`` where a core tensor stands between them, else ``(o, r)``."""
+    """Factors of LoHa and LoKr: ``(r, o)`` around a core tensor, else ``(o, r)``."""
     units: dict[str, str] = {}
     for kind, core in (("hada_w1", "hada_t1"), ("hada_w2", "hada_t2"), ("lokr_w2", "lokr_t2")):
         for adapter in getattr(layer, f"{kind}_a", {}):
@@ -237,7 +237,7 @@ def _low_rank(layer: Any) -> LayerUnits:
     return units
 
 
-# --- The table ---------------------------------------------------------------------------------------
+# --- The table ------------------------------------------------------------------------------------
 
 _CONV: Final = {"weight": "o i ... -> o", "gain": "... ->"}  # subclasses of NFNets have a gain
 _RELATIVE: Final = {  # attention of XLNet and its kind, by einsum

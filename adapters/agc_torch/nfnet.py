@@ -1,9 +1,9 @@
 """NFNets (arXiv:2102.06171) in PyTorch.
 
-The shared facts are in :mod:`agc.nfnet`; this file is their PyTorch code, from the smallest part to the whole:
-convolution, activation, squeeze and excite, stem, block, model. Images are ``(n, c, h, w)``, in either memory
-format. Parameters are called by their canonical names, so the model's ``state_dict`` has them too, in
-PyTorch's layout; :mod:`agc_torch.weights` translates.
+The shared facts are in :mod:`agc.nfnet`; this file is their PyTorch code, from the smallest part to
+the whole: convolution, activation, squeeze and excite, stem, block, model. Images are
+``(n, c, h, w)``, in either memory format. Parameters are called by their canonical names, so the
+model's ``state_dict`` has them too, in PyTorch's layout; :mod:`agc_torch.weights` translates.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def nfnet(
     Parameters
     ----------
     variant : str or Variant
-        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first steps.
+        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first
+        steps.
     num_classes : int, optional
         1000 if None, and 10 for ``tiny``.
     dropout : float, optional
@@ -85,7 +86,8 @@ def nfnet(
     in_channels : int
         Channels of the images.
     activation : str
-        A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want ``"gelu_erf"``.
+        A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want
+        ``"gelu_erf"``.
     ws_eps : {"deepmind", "timm"}
         Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
     device, dtype
@@ -123,7 +125,7 @@ def nfnet(
 
 
 class SameConv2d(nn.Conv2d):  # type: ignore[misc]
-    """A convolution with a bias that pads as XLA's SAME does: an even axis under stride 2 only at its end."""
+    """A convolution with a bias that pads as XLA's SAME: even axes under stride 2 at their end."""
 
     def __init__(self, conv: Conv, **factory: Any) -> None:
         super().__init__(
@@ -167,9 +169,10 @@ def _standardise(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
 class _Standardise(torch.autograd.Function):  # type: ignore[misc]
     """The formula and its gradient by fused kernels: two passes over the weights each way.
 
-    A filter is a row of layer norm, normalised by ``r = 1 / std``; what is left is to scale rows by ``s / r``. A
-    filter below the floor of epsilon is scaled by a constant ``s``, so that its gradient is ``a s (g - mean(g))``
-    with the gain ``a``, without what normalisation takes off along the filter.
+    A filter is a row of layer norm, normalised by ``r = 1 / std``; what is left is to scale rows by
+    ``s / r``. A filter below the floor of epsilon is scaled by a constant ``s``, so that its
+    gradient is ``a s (g - mean(g))`` with the gain ``a``, without what normalisation takes off
+    along the filter.
     """
 
     generate_vmap_rule = True
@@ -215,7 +218,8 @@ class _Standardise(torch.autograd.Function):  # type: ignore[misc]
         rows, g = _rows(weight), _rows(gradient, weight)
         factor, low = _Standardise.factor(r, rows.shape[1], ctx.ws_eps)
         scale = factor * gain[:, None]
-        # As batch norm of one image with a channel for each filter, whose kernel adds up along filters too.
+        # As batch norm of one image with a channel for each filter, whose kernel adds up along
+        # filters too.
         for_rows, along, _ = torch.ops.aten.native_batch_norm_backward(
             g[None], rows[None], scale[:, 0], None, None, mean[:, 0], r[:, 0], True, 0.0, _WANTED
         )
@@ -252,7 +256,7 @@ def _channels_last(weight: Tensor) -> bool:
 
 
 class WSConv2d(SameConv2d):
-    """A convolution whose weight is standardised: each filter has mean 0 and, times its gain, norm 1.
+    """A convolution with a standardised weight: a filter has mean 0 and its gain as norm.
 
     Parameters
     ----------
@@ -276,7 +280,7 @@ class WSConv2d(SameConv2d):
         self.gain = nn.Parameter(torch.empty(conv.outputs, **factory))
 
     def standardised(self) -> Tensor:
-        """Return the weight that is convolved with, worked out in at least float32, in its own dtype."""
+        """Return the standardised weight: computed in at least float32, in the weight's dtype."""
         weight, gain = self.weight, self.gain
         if weight.dtype in (torch.bfloat16, torch.float16):
             weight, gain = weight.float(), gain.float()
@@ -333,7 +337,8 @@ class SqueezeExcite(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return gates of shape (n, c, 1, 1) for images of shape (n, c, h, w)."""
-        # ReLU, without a factor, is what the released weights were trained with; the paper says GELU.
+        # ReLU, without a factor, is what the released weights were trained with; the paper says
+        # GELU.
         hidden = F.relu(self.fc0(x.mean((2, 3))))
         return 2 * torch.sigmoid(self.fc1(hidden))[:, :, None, None]
 
@@ -398,7 +403,7 @@ class NFBlock(nn.Module):  # type: ignore[misc]
         return self.se(out) * out, shortcut
 
     def kept(self, residual: Tensor) -> Tensor:
-        """Draw stochastic depth: 1 for the images that keep the residual branch, 0 for the others."""
+        """Draw stochastic depth: 1 for images that keep the residual branch, 0 for the others."""
         shape = (len(residual), 1, 1, 1)
         uniform = torch.rand(shape, dtype=torch.float32, device=residual.device)
         return torch.floor(1 - self.drop_rate + uniform).to(residual.dtype)
@@ -449,7 +454,7 @@ class NFNet(nn.Module):  # type: ignore[misc]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, as DeepMind's code does; also what fills a model after ``to_empty``."""
+        """Draw all parameters anew, as DeepMind's code does, also after ``to_empty``."""
         named = dict(self.named_parameters())
         options = self.options
         for spec in parameters(options.variant, options.num_classes, options.in_channels):
@@ -490,9 +495,9 @@ class NFNet(nn.Module):  # type: ignore[misc]
         Returns
         -------
         dict of str to Tensor
-            ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the size,
-            ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features), which is what
-            the classifier is given.
+            ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the
+            size, ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features),
+            which is what the classifier is given.
         """
         self._check(x)
         outputs = {}
@@ -509,10 +514,10 @@ class NFNet(nn.Module):  # type: ignore[misc]
         Returns
         -------
         dict of str to Tensor
-            ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased variance of
-            each channel over images and pixels, averaged over channels, after the stem and each block.
-            ``"res_avg_var"``, shape (blocks,): the same variance of each residual branch after its gates.
-            Stochastic depth is off. float32, or float64 for float64.
+            ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased
+            variance of each channel over images and pixels, averaged over channels, after the stem
+            and each block. ``"res_avg_var"``, shape (blocks,): the same variance of each residual
+            branch after its gates. Stochastic depth is off. float32, or float64 for float64.
         """
         self._check(x)
         residuals = []
@@ -536,8 +541,8 @@ class NFNet(nn.Module):  # type: ignore[misc]
         Returns
         -------
         NFNet
-            In evaluation mode, with plain convolutions and without gains; its parameters are frozen. Outputs
-            are the same up to rounding.
+            In evaluation mode, with plain convolutions and without gains; its parameters are
+            frozen. Outputs are the same up to rounding.
         """
         folded: NFNet = copy.deepcopy(self)
         for parent in list(folded.modules()):

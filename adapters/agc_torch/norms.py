@@ -1,11 +1,11 @@
 """Norms of units: accurate, as fast as memory, and all in one flat buffer (AGC-3).
 
 Eager PyTorch on a CPU has no kernel that reads float32 and adds in float64 without a copy, and its
-float32 norm adds up a whole row in one chain. So a CPU sums the squares of long float32 rows in blocks
-of 64 and adds the blocks in float64: rounding of many blocks averages out. A row that is mostly a few
-blocks is summed again in float64, as is everything else, as much as fits the cache at a time.
-Accelerators reduce in trees and take the norm as it is. Compiled code is fused, and adds in float64
-right away.
+float32 norm adds up a whole row in one chain. So a CPU sums the squares of long float32 rows in
+blocks of 64 and adds the blocks in float64: rounding of many blocks averages out. A row that is
+mostly a few blocks is summed again in float64, as is everything else, as much as fits the cache at
+a time. Accelerators reduce in trees and take the norm as it is. Compiled code is fused, and adds in
+float64 right away.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def _exact_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:
 
 
 def _whole_norms(views: list[View]) -> dict[int, Tensor]:
-    """Norms of tensors that are one unit, such as biases, by index in the list: one call for all."""
+    """Norms of tensors that are one unit, such as biases, by index: one call for all."""
     batches: dict[torch.dtype, list[int]] = {}
     if torch.compiler.is_compiling():
         return {}

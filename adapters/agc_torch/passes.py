@@ -1,8 +1,9 @@
 """Two passes of one model under the same conditions, at two points of weight space.
 
-What a forward pass changes (buffers, random numbers) must not differ between the passes of SAM, and what it
-keeps of the weights (copies in low precision, unsharded copies) must not outlive a change of them. Replicas
-under DistributedDataParallel may have to leave the gradients of one pass unreduced (SAM-9).
+What a forward pass changes (buffers, random numbers) must not differ between the passes of SAM, and
+what it keeps of the weights (copies in low precision, unsharded copies) must not outlive a change
+of them. Replicas under DistributedDataParallel may have to leave the gradients of one pass
+unreduced (SAM-9).
 """
 
 from __future__ import annotations
@@ -69,11 +70,11 @@ def call(closure: Closure, batch: Sequence[Tensor] | None) -> Tensor:
 
 
 def forget_weights(model: nn.Module) -> None:
-    """Drop everything that PyTorch has computed from a model's weights and would use again (SAM-15).
+    """Drop what PyTorch computed from a model's weights and would use again (SAM-15).
 
-    These are autocast's low-precision copies, which live until the outermost autocast block ends; the values
-    kept inside ``torch.nn.utils.parametrize.cached``; and the unsharded copies of ``fully_shard`` where it
-    does not reshard after each pass.
+    These are autocast's low-precision copies, which live until the outermost autocast block ends;
+    the values kept inside ``torch.nn.utils.parametrize.cached``; and the unsharded copies of
+    ``fully_shard`` where it does not reshard after each pass.
     """
     torch.clear_autocast_cache()
     parametrize._cache.clear()
@@ -85,7 +86,7 @@ def forget_weights(model: nn.Module) -> None:
 
 
 def remember_buffers(model: nn.Module) -> Callable[[], None]:
-    """Return a function that undoes every later change of the model's buffers, whatever they are for."""
+    """Return a function that undoes every later change of the model's buffers."""
     tables = [module._buffers for module in model.modules() if module._buffers]
     slots = [(table, name, buffer) for table in tables for name, buffer in table.items()]
     shared = {id(b): b for _, _, b in slots if b is not None and not is_lazy(b)}
@@ -113,10 +114,10 @@ def remember(tensors: Sequence[Tensor]) -> Callable[[], None]:
 
 
 def watch(parameters: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-    """Return a function that tells which frozen parameters were written to since, without a copy of them.
+    """Return a function that tells which frozen parameters were written to since.
 
-    Such are the weights of a teacher that follows the model: those that the second pass computes come from
-    perturbed weights.
+    Such are the weights of a teacher that follows the model: those that the second pass computes
+    come from perturbed weights.
     """
     frozen = (p for p in parameters if not p.requires_grad and not p.is_inference())
     plain = (p for p in frozen if type(p) is nn.Parameter)  # others may have no address
@@ -160,8 +161,8 @@ def replicas_of(model: nn.Module, parameters: Iterable[Tensor]) -> tuple[Any, ..
 
     Notes
     -----
-    A wrapper leaves no trace on the module that it wraps, so it is looked for among all living objects. That
-    takes about 0.1 s, for a bare model in several processes only.
+    A wrapper leaves no trace on the module that it wraps, so it is looked for among all living
+    objects. That takes about 0.1 s, for a bare model in several processes only.
     """
     if callable(getattr(model, "no_sync", None)):
         return (model,)

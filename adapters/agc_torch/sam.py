@@ -89,8 +89,9 @@ class SharpnessAware:
     Parameters
     ----------
     model : nn.Module
-        The model, bare or wrapped (``DistributedDataParallel``, ``torch.compile``), or a module sharded with
-        ``fully_shard``. Patterns of the rule mean the names that AGC's plan shows, those of the bare model.
+        The model, bare or wrapped (``DistributedDataParallel``, ``torch.compile``), or a module
+        sharded with ``fully_shard``. Patterns of the rule mean the names that AGC's plan shows,
+        those of the bare model.
     rule : SAM
         The configuration.
 
@@ -101,19 +102,20 @@ class SharpnessAware:
     SelectorError
         If a name pattern matches nothing, or nothing is left to perturb.
     ConfigError
-        If ``rule`` is not a SAM, or ``scope="local"`` is asked of a fully sharded model, whose gradients
-        are always reduced, or of DistributedDataParallel with a static graph.
+        If ``rule`` is not a SAM, or ``scope="local"`` is asked of a fully sharded model, whose
+        gradients are always reduced, or of DistributedDataParallel with a static graph.
 
     Notes
     -----
-    Memory: one copy of the perturbed weights, and two of the buffers, during the second pass; nothing between
-    steps. The state is one counter (SAM-13).
+    Memory: one copy of the perturbed weights, and two of the buffers, during the second pass;
+    nothing between steps. The state is one counter (SAM-13).
 
-    The perturbed set of a step is what the rule selects, is not frozen, is held by the step's optimizer, and
-    has a gradient after the first pass (SAM-4).
+    The perturbed set of a step is what the rule selects, is not frozen, is held by the step's
+    optimizer, and has a gradient after the first pass (SAM-4).
 
-    The model refuses to be saved, copied and pickled while its weights are perturbed. Otherwise it can be,
-    also by a module that keeps its SharpnessAware as an attribute: the copy has its own, with the same count.
+    The model refuses to be saved, copied and pickled while its weights are perturbed. Otherwise it
+    can be, also by a module that keeps its SharpnessAware as an attribute: the copy has its own,
+    with the same count.
 
     Examples
     --------
@@ -149,7 +151,8 @@ class SharpnessAware:
         return {"model": self.model, "rule": self.rule, "count": self._count}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        # A model that keeps this object is half built when a copy comes here: it is looked at later.
+        # A model that keeps this object is half built when a copy comes here: it is looked at
+        # later.
         self.model: nn.Module = state["model"]
         self.rule: SAM = state["rule"]
         self._count: int = state["count"]
@@ -188,18 +191,18 @@ class SharpnessAware:
         Parameters
         ----------
         optimizer : torch.optim.Optimizer, or sequence of them
-            Any optimizer of the model's parameters, or several that share them. What none of them holds is
-            not perturbed.
+            Any optimizer of the model's parameters, or several that share them. What none of them
+            holds is not perturbed.
         closure : callable
-            PyTorch's contract: ``zero_grad``, forward, backward, return the loss. Called twice, each time
-            without gradients from before. With ``batch``, it is given the tensors to use:
+            PyTorch's contract: ``zero_grad``, forward, backward, return the loss. Called twice,
+            each time without gradients from before. With ``batch``, it is given the tensors to use:
             ``closure(inputs, targets)``.
         batch : sequence of Tensor, each of shape (examples, ...), optional
-            The batch; needed for ``fraction`` below 1 and for ``microbatches`` above 1. The loss must
-            be a mean over examples.
+            The batch; needed for ``fraction`` below 1 and for ``microbatches`` above 1. The loss
+            must be a mean over examples.
         scaler : torch.amp.GradScaler, optional
-            If given, the closure calls ``scaler.scale(loss).backward()`` and returns the unscaled loss;
-            this method calls ``scaler.step(optimizer)`` and ``scaler.update()``.
+            If given, the closure calls ``scaler.scale(loss).backward()`` and returns the unscaled
+            loss; this method calls ``scaler.step(optimizer)`` and ``scaler.update()``.
 
         Returns
         -------
@@ -209,30 +212,30 @@ class SharpnessAware:
         Raises
         ------
         ConfigError
-            If ``fraction`` or ``microbatches`` needs a batch and there is none, or the closure takes none;
-            if the closure does not return a loss; if ``scope="local"`` meets
+            If ``fraction`` or ``microbatches`` needs a batch and there is none, or the closure
+            takes none; if the closure does not return a loss; if ``scope="local"`` meets
             DistributedDataParallel with a static graph.
         ShapeError
             If the closure returns more than one number.
         ParameterError
             If the optimizer holds none of the model's parameters, or none of those to perturb.
         MissingGradientError
-            If the closure leaves no gradient on any perturbed parameter; with local scope on all processes,
-            if it does so on one.
+            If the closure leaves no gradient on any perturbed parameter; with local scope on all
+            processes, if it does so on one.
         NonFiniteError
             If ``rule.nonfinite`` is ``"raise"`` and the norm of an ascent gradient is not finite.
         OrderError
-            If a step is under way, in this thread or another, or the optimizer accumulates gradients at
-            present, so that its ``step`` does nothing.
+            If a step is under way, in this thread or another, or the optimizer accumulates
+            gradients at present, so that its ``step`` does nothing.
 
         Notes
         -----
-        The policies ``skip_step`` and ``raise`` read one number from the device after both passes were
-        queued (SAM-5); with a scaler, ``skip_step`` leaves the decision to the scaler and reads nothing,
-        unless replicas have perturbations of their own.
+        The policies ``skip_step`` and ``raise`` read one number from the device after both passes
+        were queued (SAM-5); with a scaler, ``skip_step`` leaves the decision to the scaler and
+        reads nothing, unless replicas have perturbations of their own.
 
-        Afterwards every parameter of the model has the gradient of the descent pass alone, also those that
-        the optimizer does not hold; what they had before is cleared (SAM-4).
+        Afterwards every parameter of the model has the gradient of the descent pass alone, also
+        those that the optimizer does not hold; what they had before is cleared (SAM-4).
         """
         optimizers = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
         if not optimizers:
@@ -268,17 +271,17 @@ class SharpnessAware:
         """Hold the weights at ``w + e``, from the gradients that are there now, inside the block.
 
         The gradients are cleared at the start, so that the block's backward leaves the descent
-        gradient; the weights are restored bit for bit at the end, also after an exception, and so are the
-        model's buffers, whose update of the clean pass is the only one (SAM-12). The random numbers are the
-        block's own.
+        gradient; the weights are restored bit for bit at the end, also after an exception, and so
+        are the model's buffers, whose update of the clean pass is the only one (SAM-12). The random
+        numbers are the block's own.
 
         Clear all gradients before the first pass: here nobody can tell what was left over.
 
         Parameters
         ----------
         *optimizers : torch.optim.Optimizer
-            Those that will act. What none of them holds is not perturbed; without any, everything is that the
-            rule selects, is not frozen, and has a gradient (SAM-4).
+            Those that will act. What none of them holds is not perturbed; without any, everything
+            is that the rule selects, is not frozen, and has a gradient (SAM-4).
 
         Raises
         ------
@@ -289,17 +292,17 @@ class SharpnessAware:
         OrderError
             If the weights are already perturbed, or an optimizer accumulates gradients at present.
         ConfigError
-            If the rule has ``fraction`` or ``microbatches``, which only :meth:`step` can do; or if the scope
-            is local, and the last pass through DistributedDataParallel was reduced.
+            If the rule has ``fraction`` or ``microbatches``, which only :meth:`step` can do; or if
+            the scope is local, and the last pass through DistributedDataParallel was reduced.
         ParameterError
             If the optimizers hold none of the model's parameters, or none of those to perturb.
 
         Notes
         -----
         If the norm of the ascent gradient is not finite, ``nonfinite="skip_step"`` cannot keep the
-        optimizer from acting: all gradients are NaN after the block, as a GradScaler and other code that
-        skips bad steps looks for. Without such code, check them before ``optimizer.step()``, or use
-        :meth:`step`, ``"skip_perturb"`` or ``"raise"``.
+        optimizer from acting: all gradients are NaN after the block, as a GradScaler and other code
+        that skips bad steps looks for. Without such code, check them before ``optimizer.step()``,
+        or use :meth:`step`, ``"skip_perturb"`` or ``"raise"``.
         """
         if self.rule.fraction != 1 or self.rule.microbatches != 1:
             raise ConfigError(
@@ -426,8 +429,8 @@ class SharpnessAware:
         first = batch
         if batch is not None and self.rule.fraction < 1:
             first = [tensor[: self._ascent_size(len(tensor))] for tensor in batch]
-        # Both passes start from the same buffers and draw the same random numbers. What remains of the
-        # buffers is the clean pass's, unless that saw only a part of the batch (SAM-12).
+        # Both passes start from the same buffers and draw the same random numbers. What remains of
+        # the buffers is the clean pass's, unless that saw only a part of the batch (SAM-12).
         random = random_state(self._parameters)
         put_back = remember_buffers(self.model)
         written = watch(self._parameters)
@@ -497,7 +500,7 @@ class SharpnessAware:
         return torch.linalg.vector_norm(stacked / safe) * safe
 
     def _perturb(self, ascent: _Ascent) -> None:
-        """Copy the weights aside and move them to ``w + e``; not at all if the norm is 0 or not finite."""
+        """Copy the weights aside and move them to ``w + e``, unless the norm is 0 or not finite."""
         norm = ascent.norm
         factor = value_at("rho", self.rule.rho, self._count) / (norm + self.rule.eps)
         factor = factor.clamp(max=torch.finfo(torch.float32).max)  # the norm may be subnormal
@@ -575,9 +578,10 @@ class SharpnessAware:
         return False
 
     def _everywhere(self, ascent: _Ascent) -> Tensor:
-        """Return the norm, or what all replicas with norms of their own have to act on alike (SAM-5).
+        """Return the norm, or what all replicas with their own norms act on alike (SAM-5).
 
-        That is NaN if one of their norms is not finite, and minus infinity if one has no gradient at all.
+        That is NaN if one of their norms is not finite, and minus infinity if one has no gradient
+        at all.
         """
         norm, replicas = ascent.norm, self._local_replicas()
         if not replicas:
@@ -588,7 +592,7 @@ class SharpnessAware:
         return torch.where(bad == 2, -torch.inf, norm)
 
     def _local_replicas(self) -> tuple[Any, ...]:
-        """Return the wrappers that must not reduce the ascent gradient; none if the scope is global (SAM-9)."""
+        """Return the wrappers that must not reduce the ascent gradient (SAM-9)."""
         if self.rule.scope != "local":
             return ()
         if self._replicas is None:
@@ -665,7 +669,7 @@ class _Reach:
     everything: list[Tensor]
 
     def clear(self) -> None:
-        """Drop all gradients, so that a pass starts without any, whoever forgot to clear them (SAM-4)."""
+        """Drop all gradients, so that a pass starts without any (SAM-4)."""
         for parameter in self.everything:
             parameter.grad = None
 
@@ -689,7 +693,7 @@ class _Reach:
 
 @dataclass(frozen=True)
 class _Ascent:
-    """The direction uphill: parameters with their gradients, placed alike, and the norm of all of them.
+    """The direction uphill: parameters with gradients, sharded alike, and the norm of all.
 
     ``missing`` says that this replica has no gradient at all; the norm is NaN then.
     """
@@ -700,7 +704,7 @@ class _Ascent:
 
 
 class _RefuseToSave:
-    """State-dict hook that refuses to save perturbed weights, and to copy or pickle the model with them."""
+    """State-dict hook that refuses to save, copy or pickle a model with perturbed weights."""
 
     def __call__(self, *_: Any) -> NoReturn:
         raise OrderError(_PERTURBED)
@@ -716,7 +720,7 @@ _MISSING: Final = (
 )
 
 
-# --- helpers ----------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _chain(optimizer: Any) -> Iterator[Any]:
@@ -729,7 +733,7 @@ def _chain(optimizer: Any) -> Iterator[Any]:
 
 
 def _held(optimizers: Iterable[Any]) -> dict[int, Tensor] | None:
-    """Return the parameters that optimizers hold, by id; None if there is none, or one does not say."""
+    """Return the parameters that optimizers hold, by id; None if there are none, or unknown."""
     held: dict[int, Tensor] = {}
     for optimizer in optimizers:
         groups = next(
@@ -743,7 +747,7 @@ def _held(optimizers: Iterable[Any]) -> dict[int, Tensor] | None:
 
 
 def _refuse_accumulating(optimizers: Iterable[Any]) -> None:
-    """Raise OrderError while a wrapper makes ``zero_grad`` and ``step`` do nothing, as Accelerate's does."""
+    """Raise OrderError while a wrapper, as Accelerate's, makes ``step`` do nothing."""
     for inner in (inner for optimizer in optimizers for inner in _chain(optimizer)):
         if getattr(getattr(inner, "gradient_state", None), "sync_gradients", True) is False:
             raise OrderError(
@@ -789,7 +793,7 @@ _COPY_BLOCK: Final = 1 << 20
 
 
 def _blocks(weight: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut two tensors of one shape into blocks along their first axis, so that temporaries stay small."""
+    """Cut two tensors of one shape into blocks of rows, so that temporaries stay small."""
     if weight.dim() == 0 or weight.numel() <= _COPY_BLOCK:
         yield weight, gradient
         return
@@ -821,7 +825,7 @@ def _norm_over(mesh: Any, axes: Sequence[int], norms: Sequence[Tensor]) -> Tenso
 
 
 def _placed(gradient: Any, parameter: Any) -> Tensor:
-    """Return a gradient as dense as its parameter, and cut along the same axes: summed, if it is a share."""
+    """Return a gradient dense, and sharded as its parameter; partial sums are added up."""
     if is_dtensor(gradient) != is_dtensor(parameter):
         raise ParameterError(
             f"of a parameter of shape {tuple(parameter.shape)} and its gradient one is a DTensor and the other "

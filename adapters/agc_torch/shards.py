@@ -1,4 +1,4 @@
-"""Tensors cut over a mesh of processes (``DTensor``): what this process holds, and sums over all (AGC-8)."""
+"""Tensors cut over a mesh of processes (``DTensor``): the local shard, sums over all (AGC-8)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def summed(tensor: Any) -> Any:
-    """Return a ``DTensor`` without partial sums: they are added up, and every process holds the result."""
+    """Return a ``DTensor`` whose partial sums are added up in every process."""
     if not any(placement.is_partial() for placement in tensor.placements):
         return tensor
     from torch.distributed.tensor import (
@@ -62,7 +62,7 @@ def is_first_replica(tensor: Any) -> bool:
 
 
 def held_rows(tensor: Any, axis: int, device: torch.device) -> Tensor | None:
-    """Return the indices along an axis of the whole that this process holds; None for all of them."""
+    """Return the indices along an axis that this process holds; None for all of them."""
     rows = None
     mesh = tensor.device_mesh
     for placement, shards, mine in zip(

@@ -60,7 +60,7 @@ class UnitNumbers:
 
     @property
     def ratio(self) -> Tensor:
-        """``norm(G_i) / max(norm(W_i), eps)``; 0 for a zero gradient and for units that are not finite."""
+        """``norm(G_i) / max(norm(W_i), eps)``; 0 if the gradient is 0 or the unit not finite."""
         return torch.where(self.bad | (self.norm == 0), 0.0, self.norm / self.floor)
 
 
@@ -114,7 +114,8 @@ class Stats:
     def parameters(self) -> dict[str, reference.Stats]:
         """Return the numbers of every parameter that AGC acts on and that had a gradient.
 
-        A trainable ``DTensor`` is among them in any case: no process knows alone whether it had one.
+        A trainable ``DTensor`` is among them in any case: no process knows alone whether it had
+        one.
         """
         stats = {}
         for group in self._numbers:

@@ -1,7 +1,7 @@
 """Units of a PyTorch model: which layer every parameter belongs to, and the plan made from it.
 
-:mod:`agc_torch.layers` says what a layer type's parameters mean. Names are those of the bare model: the
-modules that wrappers put around it, at the top or anywhere inside, are left out of them.
+:mod:`agc_torch.layers` says what a layer type's parameters mean. Names are those of the bare model:
+the modules that wrappers put around it, at the top or anywhere inside, are left out of them.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ def plan(model: Model, rule: AGC) -> Plan:
     Parameters
     ----------
     model : Module, mapping of name to tensor, or iterable of (name, tensor)
-        A module's layer types settle the units (see :mod:`agc_torch.layers`). Plain tensors have no layer
-        types: ranks 2, 4 and 5 are taken as out-first, with one warning, and rank 3 has to be declared in
-        the rule. Parameters stacked by ``torch.func.stack_module_state`` are such tensors: declare
-        ``"e o i ... -> e o"`` for them.
+        A module's layer types settle the units (see :mod:`agc_torch.layers`). Plain tensors have no
+        layer types: ranks 2, 4 and 5 are taken as out-first, with one warning, and rank 3 has to be
+        declared in the rule. Parameters stacked by ``torch.func.stack_module_state`` are such
+        tensors: declare ``"e o i ... -> e o"`` for them.
     rule : AGC
         The configuration.
 
     Returns
     -------
     Plan
-        One entry a parameter in the model's order, tied parameters once, under their first name. The names
-        are those of the bare model, whatever wraps it or its parts (see :func:`unwrap`). Frozen
-        parameters are marked, and not counted.
+        One entry a parameter in the model's order, tied parameters once, under their first name.
+        The names are those of the bare model, whatever wraps it or its parts (see :func:`unwrap`).
+        Frozen parameters are marked, and not counted.
 
     Raises
     ------
@@ -64,8 +64,8 @@ def plan(model: Model, rule: AGC) -> Plan:
     ConfigError
         If ``rule`` is not an AGC.
     ParameterError
-        If ``model`` is none of these, a parameter is lazy and not yet initialised, or the model holds FSDP1's
-        flat parameters.
+        If ``model`` is none of these, a parameter is lazy and not yet initialised, or the model
+        holds FSDP1's flat parameters.
 
     Warns
     -----
@@ -74,8 +74,8 @@ def plan(model: Model, rule: AGC) -> Plan:
 
     Notes
     -----
-    A model declares its classifier by an attribute: ``model.agc_head = "fc"``. The selector ``"@head"``
-    then excludes it. Of timm's models, ``model.pretrained_cfg["classifier"]`` is taken.
+    A model declares its classifier by an attribute: ``model.agc_head = "fc"``. The selector
+    ``"@head"`` then excludes it. Of timm's models, ``model.pretrained_cfg["classifier"]`` is taken.
 
     Examples
     --------
@@ -111,7 +111,7 @@ def plan(model: Model, rule: AGC) -> Plan:
 
 
 def units(model: nn.Module) -> dict[str, Units | None]:
-    """Return the units that the layer types settle, by parameter name; None where they do not (AGC-5).
+    """Return the units that layer types settle, by parameter name; None elsewhere (AGC-5).
 
     Parameters
     ----------
@@ -134,8 +134,8 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
     Raises
     ------
     ParameterError
-        If ``model`` is neither a module nor named tensors, or holds flat parameters of FSDP1, whose units are
-        cut apart (AGC-8).
+        If ``model`` is neither a module nor named tensors, or holds flat parameters of FSDP1, whose
+        units are cut apart (AGC-8).
     """
     if isinstance(model, nn.Module):
         named: Iterable[tuple[str, Tensor]] = (
@@ -164,7 +164,7 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
 
 
 def places(model: Model) -> dict[int, tuple[Mapping[str, Tensor | None], str]]:
-    """Return where each parameter is kept: the mapping that holds it and its key, by the tensor's id."""
+    """Return the mapping that holds each parameter, and its key there, by the tensor's id."""
     if isinstance(model, nn.Module):
         return {
             id(tensor): (layer._parameters, name.rpartition(".")[2])
@@ -176,8 +176,9 @@ def places(model: Model) -> dict[int, tuple[Mapping[str, Tensor | None], str]]:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the bare model inside wrappers.
 
-    They are DDP, DataParallel, ``torch.compile``, activation checkpointing and Lightning Fabric's module.
-    A module of one's own that merely calls a child ``module`` or ``_forward_module`` is none of them.
+    They are DDP, DataParallel, ``torch.compile``, activation checkpointing and Lightning Fabric's
+    module. A module of one's own that merely calls a child ``module`` or ``_forward_module`` is
+    none of them.
     """
     while (inner := _inner(model)) is not None:
         model = inner
@@ -283,7 +284,7 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield bare modules, each once and before what it contains, with their names, "a.b." for one."""
+    """Yield bare modules, each once and before what it contains, with prefixes such as "a.b."."""
     seen: set[nn.Module] = set()
     stack = [("", model)]
     while stack:
@@ -301,7 +302,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
-    """Yield name, parameter and the module that holds it, in the model's order; tied ones repeatedly."""
+    """Yield name, parameter and its module, in the model's order; tied ones repeatedly."""
     for prefix, module in _walk(model):
         for name, tensor in module._parameters.items():
             if tensor is not None:
@@ -309,7 +310,7 @@ def _own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]
 
 
 def _head(model: nn.Module) -> str | None:
-    """Return the classifier's name: as the model declares it, or as timm's models tell of theirs."""
+    """Return the classifier's name, as the model declares it or timm's configuration has it."""
     declared = getattr(model, "agc_head", None)
     if declared is not None:
         return str(declared)
@@ -334,7 +335,8 @@ def _survey(model: nn.Module) -> dict[str, tuple[Units | None, str]]:
             seen.add(id(tensor))
             survey[name] = (units, type(layer).__name__)
 
-    # A layer comes before what it contains, so it speaks for the tensors behind its parametrised weights.
+    # A layer comes before what it contains, so it speaks for the tensors behind its parametrised
+    # weights.
     for prefix, layer in _walk(model):
         table = TABLE.of(layer)
         for name, tensor in own_parameters(layer):
@@ -348,7 +350,7 @@ def _survey(model: nn.Module) -> dict[str, tuple[Units | None, str]]:
 
 
 def _units_of_weight(layer: nn.Module, table: Mapping[str, Units], name: str) -> Units | None:
-    """Units of a layer's parameter, also where pruning or an old-style hook moved the weight aside."""
+    """Units of a layer's parameter, also of a weight that pruning or a hook moved aside."""
     base, _, suffix = name.rpartition("_")
     if suffix == "g" and hasattr(layer, f"{base}_v") and first_match(table, base) is not None:
         return WHOLE  # the gain of weight_norm

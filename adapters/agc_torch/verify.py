@@ -23,9 +23,9 @@ def verify_sam(
 ) -> Verification:
     """Tell whether a training step really takes its gradient at the perturbed weights (SAM-14).
 
-    Works on any implementation, since it only watches the model and the optimizer. One step is taken
-    and undone on the weights; the optimizer's own state is left advanced, so probe a scratch copy or before
-    training.
+    Works on any implementation, since it only watches the model and the optimizer. One step is
+    taken and undone on the weights; the optimizer's own state is left advanced, so probe a scratch
+    copy or before training.
 
     Parameters
     ----------

@@ -1,7 +1,8 @@
 """Weights and gradients as the numerics see them: real, dense, and in this process.
 
 A complex tensor is seen as pairs of real numbers, a row-sparse gradient as the rows that it has, a
-``DTensor`` as the shard that this process holds. :mod:`agc_torch.clip` knows nothing of these differences.
+``DTensor`` as the shard that this process holds. :mod:`agc_torch.clip` knows nothing of these
+differences.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class View:
         self.home: Home = (tensor.device, None)
 
     def gather(self, norms: Tensor) -> Tensor:
-        """Return what the processes of a mesh add up, from the norms of ``source``; flat, one a unit."""
+        """Return what a mesh's processes add up, from the norms of ``source``; flat, one a unit."""
         return norms
 
     def spread(self, values: Tensor) -> Tensor:
@@ -130,8 +131,8 @@ class View:
 class ShardView(View):
     """The shard of a ``DTensor`` that this process holds, under any placements (AGC-8).
 
-    Squared norms of shards add up to those of the whole. Axes that a pattern splits are reduced only after
-    the shards are put at their indices: a group of units may go on in the next process.
+    Squared norms of shards add up to those of the whole. Axes that a pattern splits are reduced
+    only after the shards are put at their indices: a group of units may go on in the next process.
     """
 
     def __init__(self, tensor: Any, axes: UnitAxes) -> None:

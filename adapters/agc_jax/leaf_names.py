@@ -119,7 +119,7 @@ class LeafNames:
         for roles in _ATTENTION:
             if leaf != "kernel" or role not in roles:
                 continue
-            four = [self._shapes.get(f"{parent}{dot}{one}.kernel") for one in roles]
+            four = [self._shapes.get(f"{parent}{dot}{name}.kernel") for name in roles]
             if None not in four:
                 place = roles.index(role)
                 pairs = _projections(roles[0] == "query", *(shape or () for shape in four))
@@ -203,7 +203,7 @@ def _projections(
         stacks = [("lmnp"[:extra], "")] if 0 <= extra <= 4 else []
         stacks += [("", "l")] if extra == 1 else []
         for front, second in stacks:
-            to, back = (f"{front}{one[0]}{second}{one[1:]}" for one in (inward, outward))
+            to, back = (f"{front}{axes[0]}{second}{axes[1:]}" for axes in (inward, outward))
             sizes = dict(zip(to, query, strict=True))
             if all(
                 len(shape) == rank
@@ -251,8 +251,8 @@ def _agreed(meanings: Iterable[str], shape: Shape) -> Units | None:
     """
     given = list(meanings)
     kept = {
-        tuple(axis for axis, letter in enumerate(one) if letter != "i" and shape[axis] != 1)
-        for one in given
+        tuple(axis for axis, letter in enumerate(meaning) if letter != "i" and shape[axis] != 1)
+        for meaning in given
     }
     return _pattern(given[0]) if len(kept) == 1 else None
 

@@ -52,9 +52,10 @@ def verify_sam(
         return loss_fn(point, *rest)
 
     start = _flatten(weights)
+    before = np.asarray(start).tobytes()
     _, gradients = make(watched)(weights, *args)
     jax.effects_barrier()
-    after = _flatten(weights)  # NumPy's arrays can be written to
+    after = np.asarray(_flatten(weights)).tobytes()  # NumPy's arrays can be written to
     points = {np.asarray(point).tobytes(): point for point in visited}
     last = max(
         points.values(), key=lambda point: float(jnp.linalg.norm(point - start)), default=start
@@ -72,7 +73,7 @@ def verify_sam(
         gradient_error=float(
             jnp.linalg.norm(_flatten(gradients) - wanted) / jnp.linalg.norm(wanted)
         ),
-        restored=np.asarray(after).tobytes() == np.asarray(start).tobytes(),
+        restored=after == before,
     )
 
 

@@ -690,6 +690,19 @@ class TestVerify:
         assert not found.ok
         assert found.gradient_error > 1e-3
 
+    def test_weights_that_are_written_to(self):
+        def careless(f):
+            def function(w):
+                value, gradients = sam_value_and_grad(f, SAM())(w)
+                w += 0.01
+                return value, gradients
+
+            return function
+
+        found = verify_sam(careless, lambda w: jnp.sum(w**3), np.ones(3))
+        assert not found.restored
+        assert not found.ok
+
 
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np

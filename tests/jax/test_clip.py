@@ -31,6 +31,7 @@ from agc.errors import (
 from agc.reference import Result, adaptive_clip
 
 clip_module = importlib.import_module("agc_jax.clip")
+norms = importlib.import_module("agc_jax.norms")
 
 MODEL = {
     "conv.kernel": ((3, 3, 4, 5), "h w i o -> o"),
@@ -620,7 +621,7 @@ def test_runs_cover_every_element_once(shape: list[int], mask: int, data: st.Dat
     names = [f"a{axis}" for axis in range(len(shape))]
     kept = [name for axis, name in enumerate(names) if not mask >> axis & 1]
     axes = Units(f"{' '.join(names)} -> {' '.join(kept)}").bind(tuple(shape))
-    split = clip_module._split_into_runs(axes)
+    split = norms._split_into_runs(axes)
     if split is None:
         return
     found, inside, between = split
@@ -628,4 +629,4 @@ def test_runs_cover_every_element_once(shape: list[int], mask: int, data: st.Dat
     assert not set(inside) & set(between)
     rest = [found[a] for a in range(len(found)) if a not in (*inside, *between)]
     assert rest == [size for axis, size in enumerate(shape) if axis in axes.keep]
-    assert 4 <= np.prod([found[a] for a in inside]) <= clip_module._RUN
+    assert 4 <= np.prod([found[a] for a in inside]) <= norms._RUN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import doctest
 import importlib
 from collections import OrderedDict
@@ -346,7 +347,7 @@ class Weird(nnx.Module):
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = importlib.import_module("agc_jax.layers")
-    monkeypatch.setattr(layers, "_REGISTRY", dict(layers._REGISTRY))
+    monkeypatch.setattr(layers, "TABLE", copy.deepcopy(layers.TABLE))
 
 
 def test_an_own_layer_is_registered(registry: None) -> None:
@@ -541,7 +542,7 @@ def test_what_names_leave_open_is_asked_for_all_at_once(case: str) -> None:
     assert "For a Flax NNX or Equinox model give units=agc_jax.units(model)" in str(caught.value)
 
 
-LAYERS = {
+TABLE = {
     "mlp": ("io", "o"),
     "Dense_0": ("io", "o"),
     "DenseGeneral_0": ("ihd", "hd"),
@@ -577,9 +578,9 @@ def right_or_none(units: Any, name: str, axes: str, outputs: str) -> bool:
 
 
 @pytest.mark.parametrize("stack", STACKS)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", TABLE)
 def test_no_layer_of_any_size_is_taken_for_another(layer: str, stack: str) -> None:
-    axes, outputs = LAYERS[layer]
+    axes, outputs = TABLE[layer]
     kernel_axes, bias_axes = STACKS[stack](axes), STACKS[stack](outputs)
     letters = sorted({*kernel_axes})
     settled = 0

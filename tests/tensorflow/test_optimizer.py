@@ -558,7 +558,7 @@ class TestSaving:
                 loaded.build(variables[:2])
                 loaded = AdaptiveGradClip.from_config(config)
             loaded.build(variables)  # all of them: their order tells
-            stats = [entry.name for entry in loaded._seam.entries]
+            stats = [entry.name for entry in loaded._hook.entries]
             assert stats == ["dense.kernel", "dense_1.kernel", "dense_2.kernel"]
 
     def test_config_round_trip(self):

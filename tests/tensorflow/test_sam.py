@@ -12,7 +12,8 @@ from agc.config import AGC, SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, SelectorError
 from agc.reference import sharpness_aware_gradients
 from agc.schedule import Schedule
-from agc_tensorflow.sam import SharpnessAwareModel, sam_value_and_gradients, verify_sam
+from agc_tensorflow.sam import SharpnessAwareModel, sam_value_and_gradients
+from agc_tensorflow.verify import verify_sam
 
 
 def net(seed=0, dtype="float64", extra=(), regularizer=None):

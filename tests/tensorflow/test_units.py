@@ -26,15 +26,15 @@ from agc.errors import (
     UnitsWarning,
 )
 from agc_tensorflow import units as units_of
-from agc_tensorflow.layers import _REGISTRY
+from agc_tensorflow.layers import TABLE as LAYER_TABLE
 
 
 @pytest.fixture
 def registry() -> Iterator[None]:
-    before = dict(_REGISTRY)
+    before = dict(LAYER_TABLE._by_class)
     yield
-    _REGISTRY.clear()
-    _REGISTRY.update(before)
+    LAYER_TABLE._by_class.clear()
+    LAYER_TABLE._by_class.update(before)
 
 
 def built(layer: Any, *shape: int) -> Any:

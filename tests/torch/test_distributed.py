@@ -22,7 +22,8 @@ import agc_torch
 from agc import AGC, AGCError
 from agc_conformance.backends.torch.processes import leave
 from agc_torch import attach
-from agc_torch.parts import _rows, parts
+from agc_torch.shards import held_rows, shard_axes
+from agc_torch.views import views
 
 PROCESSES = 2
 RULE = AGC(clipping={"0.*": 0.02, "*": 0.01}, exclude=["3.bias"])
@@ -188,7 +189,7 @@ def case_mixed_kinds() -> Any:
     weight = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
     entry = agc_torch.plan({"w": torch.ones(4, 2)}, AGC(units={"w": "o i -> o"}))["w"]
     try:
-        parts(entry, weight, torch.ones(4, 2))
+        views(entry, weight, torch.ones(4, 2))
     except AGCError as error:
         return str(error)
 
@@ -451,10 +452,11 @@ def test_rows_of_fsdp2_over_tensor_parallelism(coordinate, size):
     expected = torch.arange(size)
     for mine in reversed(coordinate):
         expected = [*expected.chunk(2), expected[:0]][mine]
-    assert torch.equal(_rows(tensor, 0, torch.device("cpu")), expected)
+    assert torch.equal(held_rows(tensor, 0, torch.device("cpu")), expected)
     if size == 8 or PLACEMENTS_SPLIT_UNEVENLY:
         rows = torch.arange(size)
         for placement, mine in zip(placements, coordinate, strict=True):
             rows = placement._split_tensor(rows, 2, with_padding=False)[0][mine]
         assert torch.equal(rows, expected)
-    assert _rows(tensor, 1, torch.device("cpu")) is None
+    assert held_rows(tensor, 1, torch.device("cpu")) is None
+    assert shard_axes(tensor) == (0, 1)  # a strided shard is one, too

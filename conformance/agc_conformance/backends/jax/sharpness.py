@@ -92,7 +92,7 @@ def _sharpen(problem: SharpnessProblem, *, traced: bool = False) -> SharpnessOut
         problem.examples.curvatures
     ):
         raise Unsupported("JAX has no missing gradients, only zeros")
-    function = _value_and_grad(_loss, problem.rule, has_stats=True)
+    function = _value_and_grad(_loss, problem.rule, return_stats=True)
     step: dict[str, Any] = {"step": problem.step}
     if not traced:
         function, step = functools.partial(function, **step), {}

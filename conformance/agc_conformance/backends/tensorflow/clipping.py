@@ -20,8 +20,9 @@ from agc_conformance.backends.tensorflow.arrays import (
     to_tensor,
 )
 from agc_conformance.backends.tensorflow.device import Device
-from agc_tensorflow.clip import Stats, adaptive_clip_gradients
+from agc_tensorflow.clip import adaptive_clip_gradients
 from agc_tensorflow.optimizer import AdaptiveGradClip
+from agc_tensorflow.stats import Stats
 from agc_tensorflow.units import variable_key
 
 __all__ = ["Clipping"]

@@ -1,8 +1,8 @@
 """Run the documentation: every Python block of README.md and docs/ is a test.
 
-A block belongs to the framework whose adapter it mentions, and runs in that framework's test folder by
-asking for the fixture ``snippet``. Code that a block needs but a reader does not stands in an HTML comment
-right before it, starting with ``<!-- setup``.
+A block belongs to the framework whose adapter it mentions, and runs in that framework's test folder
+by asking for the fixture ``snippet``. Code that a block needs but a reader does not stands in an
+HTML comment right before it, starting with ``<!-- setup``.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def run_suite(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """Return a function that runs the suite on this folder's framework, in a process as a user's run is.
+    """Return a function that runs the suite on this folder's framework, in a process as a user's
+    run is.
 
     It takes more options, and returns the status of every result by ``id:dtype``.
     """
@@ -113,7 +114,9 @@ def neutral(tmp_path: Path, arrays: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="session")
 def check_refused() -> Callable[[Callable[[], Any], Callable[[Any], None]], None]:
-    """Return a function of a model's ``to_neutral`` and ``from_neutral``: wrong arrays change nothing."""
+    """Return a function of a model's ``to_neutral`` and ``from_neutral``: wrong arrays change
+    nothing.
+    """
 
     def check(read: Callable[[], Any], write: Callable[[Any], None]) -> None:
         before = read()
@@ -134,7 +137,9 @@ def check_refused() -> Callable[[Callable[[], Any], Callable[[Any], None]], None
 
 @pytest.fixture(scope="session")
 def check_golden() -> Callable[..., None]:
-    """Return a function that compares a model in float64, as arrays, with the numbers of DeepMind's code."""
+    """Return a function that compares a model in float64, as arrays, with the numbers of DeepMind's
+    code.
+    """
     exact = LIMITS["float64"]
 
     def same(found: float, expected: float, digits: float = 1e-12) -> None:
@@ -173,7 +178,9 @@ def check_golden() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def check_single() -> Callable[..., None]:
-    """Return a function that compares logits, loss and gradients in float32 with those in float64."""
+    """Return a function that compares logits, loss and gradients in float32 with those in
+    float64.
+    """
     limits = LIMITS["float32"]
 
     def check(found: tuple[Any, float, Mapping[str, Any]], exact: tuple[Any, Any, Any]) -> None:
@@ -197,7 +204,9 @@ def check_single() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def try_demo() -> Callable[[Any], None]:
-    """Return a function that tries a framework's ``demo.train``: it learns, clips, and stops when it must."""
+    """Return a function that tries a framework's ``demo.train``: it learns, clips, and stops when
+    it must.
+    """
 
     def run(train: Any, clipping: float | None, peak: float, steps: int = 6) -> list[Any]:
         random = np.random.default_rng(0)

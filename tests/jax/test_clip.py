@@ -1,4 +1,6 @@
-"""Clipping by hand, against the float64 reference: dtypes, layouts, policies, transformations, cost."""
+"""Clipping by hand, against the float64 reference: dtypes, layouts, policies, transformations,
+cost.
+"""
 
 from __future__ import annotations
 
@@ -594,7 +596,9 @@ arrays = st.integers(0, 2**32 - 1).map(
 @settings(max_examples=50, deadline=None)
 @given(arrays, st.floats(0.25, 4))
 def test_properties(pair: tuple[Any, Any], factor: float) -> None:
-    """No norm grows or exceeds its limit, directions are kept, columns do not mix, scales carry over."""
+    """No norm grows or exceeds its limit, directions are kept, columns do not mix, scales carry
+    over.
+    """
     gradient, weight = pair
 
     def run(gradient: Any, weight: Any) -> Any:

@@ -564,7 +564,9 @@ STACKS: dict[str, Callable[[str], str]] = {
 
 
 def right_or_none(units: Any, name: str, axes: str, outputs: str) -> bool:
-    """Check that the units of an array, if there are any, are the outputs and what stacks the layer."""
+    """Check that the units of an array, if there are any, are the outputs and what stacks the
+    layer.
+    """
     shape = units.shape(name)
     right = {
         axis for axis, letter in enumerate(axes) if letter in f"{outputs}lm" and shape[axis] > 1
@@ -871,7 +873,9 @@ def test_units_of_another_model() -> None:
 
 @pytest.mark.parametrize("profile", ["optax", "timm", "deepmind"])
 def test_profiles_read_flax_layouts(profile: str) -> None:
-    """A dense kernel 1->4 is one unit for optax, which squeezes, and four for timm, whose layout differs."""
+    """A dense kernel 1->4 is one unit for optax, which squeezes, and four for timm, whose layout
+    differs.
+    """
     model = nnx.Linear(1, 4, rngs=nnx.Rngs(0))
     rule = AGC.profile(profile, exclude=[])
     assert agc_jax.plan(model, rule)["kernel"].count == (4 if profile == "timm" else 1)

@@ -1,4 +1,6 @@
-"""AdaptiveGradClip: every optimizer, compile and fit, saving, accumulation, loss scaling, distribution."""
+"""AdaptiveGradClip: every optimizer, compile and fit, saving, accumulation, loss scaling,
+distribution.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,9 @@ def test_optimizer_receives_clipped_gradients(name):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_fit(mode):
-    """Training by fit is training by a loop that clips by hand; the norms are those before decay."""
+    """Training by fit is training by a loop that clips by hand; the norms are those before
+    decay.
+    """
     model = network()
     start = weights_of(model)
     rule = AGC(clipping=0.02, exclude=["head.*"])

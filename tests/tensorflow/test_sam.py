@@ -917,7 +917,8 @@ class Adversaries(keras.Model):
 def reads_and_writes_in_order():
     """In this pass of TensorFlow's, a read and a write of one variable may change places.
 
-    The tape alone, without SAM, then reads the judge's weights now and then before they are updated.
+    The tape alone, without SAM, then reads the judge's weights now and then before they are
+    updated.
     """
     tf.config.optimizer.set_experimental_options({"dependency_optimization": False})
     yield
@@ -986,7 +987,9 @@ class Counters(keras.layers.Layer):
 
 
 class MovingMean(keras.layers.Layer):
-    """Uses its state right after it has changed it: no gradient flows through a variable's value."""
+    """Uses its state right after it has changed it: no gradient flows through a variable's
+    value.
+    """
 
     def build(self, shape):
         self.mean = self.add_weight(shape=(shape[-1],), trainable=False, initializer="zeros")

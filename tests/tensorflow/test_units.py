@@ -383,7 +383,9 @@ def test_matrices_without_a_model_follow_the_layout_and_say_so():
 
 
 def test_kernels_without_a_model_are_all_named_in_one_error():
-    """Rank says nothing of a kernel: depthwise and transposed ones have the rank of a convolution's."""
+    """Rank says nothing of a kernel: depthwise and transposed ones have the rank of a
+    convolution's.
+    """
     model = keras.Sequential(
         [
             keras.Input((8, 8, 3)),

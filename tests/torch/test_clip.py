@@ -1,4 +1,6 @@
-"""Clipping by hand, against the float64 reference: dtypes, layouts, policies, sparsity, telemetry, cost."""
+"""Clipping by hand, against the float64 reference: dtypes, layouts, policies, sparsity, telemetry,
+cost.
+"""
 
 from __future__ import annotations
 
@@ -298,7 +300,9 @@ def test_every_element_a_unit(path):
 
 
 def test_huge_and_tiny_gradients_are_clipped_right():
-    """Squares that leave float32: 1e25 overflows, 1e-25 underflows, and the limit may be as tiny."""
+    """Squares that leave float32: 1e25 overflows, 1e-25 underflows, and the limit may be as
+    tiny.
+    """
     weight = torch.zeros(4, 600)
     weight[1] = 1e25
     weight[3] = 1e-25
@@ -550,7 +554,9 @@ def test_float8(dtype):
 
 
 class Quantised(Tensor):
-    """As torchao's: a wrapper around other tensors that looks like a float one, with few operations."""
+    """As torchao's: a wrapper around other tensors that looks like a float one, with few
+    operations.
+    """
 
     inner: tuple[str, ...] = ("codes", "scale")
     readable = True

@@ -1,4 +1,5 @@
-"""DTensor placements, FSDP2, DDP and FSDP1, with two processes: the sharded result is the unsharded one.
+"""DTensor placements, FSDP2, DDP and FSDP1, with two processes: the sharded result is the unsharded
+one.
 
 One pair of processes works off every case and writes down what it got; the tests read that.
 """
@@ -442,7 +443,9 @@ PLACEMENTS_SPLIT_UNEVENLY = TorchVersion(torch.__version__) >= (2, 13)
 @pytest.mark.parametrize("coordinate", [(0, 0), (0, 1), (1, 0), (1, 1)])
 @pytest.mark.parametrize("size", [3, 8, 9])
 def test_rows_of_fsdp2_over_tensor_parallelism(coordinate, size):
-    """One axis sharded twice: first by tensor parallelism, then each part by FSDP2, as PyTorch does it."""
+    """One axis sharded twice: first by tensor parallelism, then each part by FSDP2, as PyTorch does
+    it.
+    """
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 

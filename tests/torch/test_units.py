@@ -103,7 +103,9 @@ def test_lazy_layers_need_one_batch():
 
 
 def hf_conv1d() -> nn.Module:
-    """A class of the same name as Hugging Face's: it is recognised without importing transformers."""
+    """A class of the same name as Hugging Face's: it is recognised without importing
+    transformers.
+    """
 
     class Conv1D(nn.Module):
         def __init__(self) -> None:

@@ -64,9 +64,8 @@ def encode_numbers(values: Any) -> list[Any]:
             out.append("NaN")
         elif math.isinf(value):
             out.append("Infinity" if value > 0 else "-Infinity")
-        elif value == int(value) and abs(value) < 2**53 and math.copysign(1, value) * value >= 0:
-            # Whole numbers are written as integers, except -0.0, which would lose its sign.
-            out.append(int(value) if value or math.copysign(1, value) > 0 else value)
+        elif value == int(value) and abs(value) < 2**53 and str(value) != "-0.0":
+            out.append(int(value))  # -0.0 would lose its sign
         else:
             out.append(value)
     return out

@@ -91,12 +91,11 @@ def run_mutant(mutant: Mutant, vectors: Sequence[Vector]) -> list[str]:
         if mutant.wing == "nfnets":
             select = f"model-tiny-{mutant.select}"
             study = run_study(backend, "tiny", select=select, dtypes=("float32",))
-            caught = [r for r in study if r["type"] == "result" and r["status"] == "failed"]
+            records = [record for record in study if record["type"] == "result"]
         else:
             records = [
                 run_case(backend, vector, dtype)
                 for vector, dtype in cases(vectors)
                 if vector.kind in _KINDS[mutant.wing]
             ]
-            caught = [r for r in records if r["status"] in ("failed", "error")]
-    return [f"{r['id']}:{r['dtype']}" for r in caught]
+    return [f"{r['id']}:{r['dtype']}" for r in records if r["status"] in ("failed", "error")]

@@ -13,7 +13,7 @@ from typing import Final
 __all__ = ["GOLDEN", "LIMITS", "OPTIMIZER", "SMOOTHING", "Golden", "Limits", "OptimizerStep"]
 
 SMOOTHING: Final = 0.1
-"""Label smoothing of the loss."""
+"""Label smoothing of the loss; written again, so that a slip in the recipe shows."""
 
 
 @dataclass(frozen=True)

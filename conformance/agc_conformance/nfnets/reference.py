@@ -32,6 +32,7 @@ Arrays = Mapping[str, Array]
 
 RULE: Final = AGC.profile("deepmind")
 """Configuration of AGC in all questions about NFNets."""
+# Written again, not imported from the recipe: a slip there must show.
 MOMENTUM: Final = 0.9
 WEIGHT_DECAY: Final = 2e-5
 """Weight decay of DeepMind's optimizer."""

@@ -1,6 +1,7 @@
 """Everything this project runs. ``nox -l`` lists the sessions; each has an environment of its own.
 
-A framework's session installs that framework alone, so an adapter that secretly needs another one fails.
+A framework's session installs that framework alone, so an adapter that secretly needs another one
+fails.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ def install(session: nox.Session, *extras: str, groups: tuple[str, ...] = ()) ->
 
 
 def lowest(requirements: list[str]) -> list[str]:
-    """Turn each lower bound into exactly that version; what has no bound stays as it is."""
+    """Turn each lower bound into exactly that version; a requirement without one stays as it is."""
     return [re.sub(r">=([0-9.]+)", r"==\1", requirement) for requirement in requirements]
 
 
 def install_peers(session: nox.Session) -> None:
-    """Install the PyTorch peers without what they ask for: timm's torchvision brings another torch."""
+    """Install the PyTorch peers without dependencies: timm's torchvision brings another torch."""
     session.install("--no-deps", *nox.project.dependency_groups(PYPROJECT, "peers-torch"))
 
 
@@ -63,12 +64,14 @@ def conformance(session: nox.Session, framework: str) -> None:
     REPORT.mkdir(exist_ok=True)
     session.notify("report")
     run = ("agc", "conformance", "run", *session.posargs)
-    # A result of an earlier day must not stand in for one that fails to appear today.
+    # A failed run must not leave an older result in its place.
     for stale in REPORT.glob(f"{framework}-*.jsonl"):
         stale.unlink()
     for peer in PEERS[framework]:
         target = f"report/{framework}-peer-{peer}.jsonl"
-        session.run(*run, "--backend", f"agc_conformance.backends.peers.{peer}:backend", "--out", target)
+        session.run(
+            *run, "--backend", f"agc_conformance.backends.peers.{peer}:backend", "--out", target
+        )
     target = f"report/{framework}-cpu.jsonl"
     session.run(*run, "--backend", framework, "--device", "cpu", "--out", target, env=QUIET)
 
@@ -79,7 +82,7 @@ def report(session: nox.Session) -> None:
     install(session, "conformance")
     session.run("agc", "conformance", "teeth", "--out", "report/teeth.jsonl")
     results = sorted(str(path) for path in REPORT.glob("*.jsonl"))
-    # Committed results are those of devices that most machines lack.
+    # Results of devices that most machines lack are committed.
     committed = sorted(
         str(path)
         for pattern in ("*-cuda.jsonl", "tpu-aot.json")
@@ -131,7 +134,7 @@ def minimum(session: nox.Session, framework: str) -> None:
     session.install("-e", ".[conformance,weights]", *lowest(declared), *others)
     if framework == "torch":
         install_peers(session)
-    # Old releases warn of what they use of even older ones.
+    # Old releases use deprecated features of even older ones.
     deprecations = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
     quiet = [f"-Wdefault::{category}" for category in deprecations]
     session.run("pytest", *IN_PARALLEL, *quiet, *folders, *session.posargs, env=QUIET)
@@ -140,7 +143,7 @@ def minimum(session: nox.Session, framework: str) -> None:
 @nox.session(default=False)
 @nox.parametrize("framework", frameworks("core"))
 def newest(session: nox.Session, framework: str) -> None:
-    """Run the tests with the newest versions there are; to be looked at before a release."""
+    """Run the tests with the newest versions available; to be looked at before a release."""
     extra = () if framework == "core" else (framework,)
     groups = ("test", *(f"test-{name}" for name in extra))
     install(session, *extra, "conformance", "weights", groups=groups)
@@ -151,7 +154,7 @@ def newest(session: nox.Session, framework: str) -> None:
 @nox.session(default=False)
 @nox.parametrize("framework", [nox.param(name, id=name) for name in ("torch", "tensorflow")])
 def models(session: nox.Session, framework: str) -> None:
-    """Plan other people's models, judge each unit by what it feeds, and write docs/models."""
+    """Plan third-party models, judge each unit by the outputs it feeds, and write docs/models."""
     groups = (f"pinned-{framework}", f"models-{framework}")
     install(session, framework, "conformance", groups=groups)
     if framework == "torch":
@@ -216,7 +219,7 @@ def build(session: nox.Session) -> None:
     """Sdist, then wheel, then a clean environment that imports it from another folder."""
     session.install("build")
     with tempfile.TemporaryDirectory() as folder:
-        # Without flags, ``build`` makes the wheel from the sdist: what a user's machine would do.
+        # Without flags, ``build`` makes the wheel from the sdist, as a user's machine would.
         session.run("python", "-m", "build", "--outdir", folder, ".")
         (wheel,) = Path(folder).glob("*.whl")
         (sdist,) = Path(folder).glob("*.tar.gz")

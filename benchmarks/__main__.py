@@ -9,7 +9,7 @@ from benchmarks import report
 
 
 def main(arguments: list[str]) -> int:
-    """Measure each framework in a process of its own; return 1 if a test fails or a target is missed."""
+    """Measure each framework in its own process; return 1 if a test fails or a target is missed."""
     frameworks = arguments or list(report.FRAMEWORKS)
     unknown = sorted(set(frameworks) - set(report.FRAMEWORKS))
     if unknown:
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     failed = False
     for framework in frameworks:
         out = folder / f"{framework}.json"
-        out.unlink(missing_ok=True)  # an old result must not stand in for one that fails to appear
+        out.unlink(missing_ok=True)  # a failed run must not leave an older result in its place
         names = ("shapes", framework, f"sam_{framework}", f"nfnet_{framework}")
         files = (report.HERE / f"test_{name}.py" for name in names)
         tests = [f"benchmarks/{file.name}" for file in files if file.exists()]

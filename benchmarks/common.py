@@ -1,4 +1,4 @@
-"""What is common to the three frameworks: the numbers that are clipped, and the bound that memory sets."""
+"""Shared by the three frameworks: the numbers to clip, and the bound that memory sets."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ Measure = Callable[..., None]
 
 
 def draw(shape: tuple[int, ...], condition: str, seed: int) -> tuple[Any, Any]:
-    """Weights, and gradients that are far above every limit or far below."""
+    """Return a weight and a gradient that is far above every limit, or far below."""
     random = np.random.default_rng(seed)
     weight, gradient = (np.asarray(random.random(shape, np.float32)) for _ in range(2))
-    # Kept away from 0: a scalar near it would have another limit than its neighbours.
+    # Weights stay away from 0: the limit of a scalar near 0 would differ from its neighbours'.
     weight = np.float32(0.05) + np.float32(0.1) * weight
     gradient = np.float32(1e2 if condition == "all" else 1e-6) * (np.float32(0.5) + gradient)
     return np.asarray(weight), np.asarray(gradient)
 
 
 def bound(weights: Sequence[Any], gradients: Sequence[Any], condition: str) -> Callable[[], None]:
-    """Return a function that does what clipping cannot do without, with every core, and next to nothing else.
+    """Return a function that does the least that clipping must do, on every core.
 
-    It reads all float32 arrays once and, if everything is clipped, writes to copies of the gradients in place.
+    It reads all float32 arrays once and, if everything is clipped, writes to copies of the
+    gradients in place.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

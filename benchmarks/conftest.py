@@ -1,4 +1,4 @@
-"""The cases, the clock, and what a result file says."""
+"""The cases, the clock, and the contents of a result file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A run that fails before its first number is to show that failure, not this complaint."""
+    """Keep the warning that nothing is saved from becoming an error that hides the real failure."""
     config.addinivalue_line("filterwarnings", "default:Not saving anything")
 
 
@@ -57,7 +57,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    """Keep what a reader needs to judge the numbers; a machine's own name is not among it."""
+    """Keep what a reader needs to judge the numbers, without the machine's own name."""
     cpu = machine_info.get("cpu", {})
     kept = {
         "cpu": cpu.get("brand_raw"),
@@ -82,7 +82,7 @@ def _arguments() -> list[str]:
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Leave out every single round; the statistics stay."""
+    """Drop the times of single rounds; keep their statistics."""
     for one in output_json["benchmarks"]:
         one["stats"].pop("data", None)
         for key in ("fullname", "params", "param", "options"):

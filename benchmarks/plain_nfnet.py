@@ -1,4 +1,4 @@
-"""NFNet-F0's forward pass in plain JAX functions, formula by formula as DeepMind's released program has it."""
+"""NFNet-F0's forward pass in plain JAX, formula by formula as in DeepMind's released program."""
 
 from __future__ import annotations
 

@@ -56,14 +56,14 @@ TARGETS = (
 NOISE = 0.03
 """Two identical programs differ by this much from run to run, so a ratio this close to 1 is 1."""
 MEMORY = 0.05
-"""Largest peak of extra memory in PyTorch, as a share of the parameters."""
+"""Largest peak of extra memory allowed in PyTorch, as a share of the parameters."""
 
 PEERS = {"torch": "timm", "jax": "plain functions"}
-"""Whose NFNet-F0 ours is compared with."""
+"""Framework to the peer that our NFNet-F0 is compared with."""
 SAM_COSTS = {"sam": 2.1, "fraction": 1.3}
-"""Most that a training step may take, as a multiple of one without SAM."""
+"""Longest time allowed for a training step, as a multiple of one without SAM."""
 SAM_MEMORY = 1.0
-"""Largest peak of extra memory of SAM, in copies of the perturbed weights."""
+"""Largest peak of extra memory allowed for SAM, in copies of the perturbed weights."""
 
 Case = tuple[str, str, str]
 
@@ -117,7 +117,10 @@ class Results:
         return 1e3 * min(turn["min"] for turn in self._turns[case][contestant].values())
 
     def ratio(self, case: Case, peer: str, base: str = "ours") -> float:
-        """Return how many times the base's time a peer takes: fastest of a turn; then the median of turns."""
+        """Return a peer's time as a multiple of the base's.
+
+        The fastest rounds of each turn are compared; the result is the median over the turns.
+        """
         ours, theirs = self._turns[case][base], self._turns[case][peer]
         return statistics.median(theirs[turn]["min"] / ours[turn]["min"] for turn in ours)
 
@@ -126,19 +129,19 @@ class Results:
         return self.model_peaks.get((framework, contestant))
 
     def standardisation(self) -> float | None:
-        """Return the share of weight standardisation in a training step of PyTorch, where it was measured."""
+        """Return the share of weight standardisation in a training step of PyTorch, if measured."""
         case = ("torch", "F0 in training", "step")
         if case not in self._turns:
             return None
         return self.milliseconds(case, "standardisation") / self.milliseconds(case, "ours")
 
     def sam_cost(self, framework: str, contestant: str) -> float:
-        """Return what a training step takes, as a multiple of one without SAM."""
+        """Return the time of a training step, as a multiple of one without SAM."""
         return self.ratio(_step(framework), contestant, "plain")
 
 
 def _step(framework: str) -> Case:
-    """Return the case that SAM's cost is measured in."""
+    """Return the case in which SAM's cost is measured."""
     return framework, "convnet", "step"
 
 
@@ -154,9 +157,8 @@ def verdicts(results: Results) -> list[tuple[str, bool]]:
                     f"{_label(case)}: {target.peer} takes {ratio:.2f} times as long "
                     f"(at least {target.ratio:g}; at the memory bound {most:.2f})"
                 )
-                slack = (
-                    NOISE if target.ratio == 1 else 0.0
-                )  # of two equal programs one comes out slower
+                # Noise makes one of two equal programs slower.
+                slack = NOISE if target.ratio == 1 else 0.0
                 found.append((text, ratio >= target.ratio * (1 - slack)))
     for framework in results.machines:
         for contestant, most in SAM_COSTS.items():
@@ -208,7 +210,7 @@ def _label(case: Case) -> str:
 
 
 def table(results: Results, framework: str) -> str:
-    """Return a Markdown table: milliseconds, and in brackets how many times our time that is."""
+    """Return a Markdown table: milliseconds, and in brackets the multiple of our time."""
     cases = results.cases(framework)
     rows = [
         [TITLES[framework], *(f"{TITLES[model]}, {TITLES[c]}" for _, model, c in cases)],

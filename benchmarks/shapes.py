@@ -1,8 +1,8 @@
 """The tensors that are clipped: two real models, as names and shapes.
 
-Shapes are given out-first (``o i h w``, PyTorch's order); :func:`out_last` turns one into the order of
-Flax and Keras (``h w i o``). Every tensor of rank 2 and 4 is a matrix or convolution, or an embedding
-table; rank 0 and 1 are gains, biases and scalars.
+Shapes are given out-first (``o i h w``, PyTorch's order); :func:`out_last` turns one into the order
+of Flax and Keras (``h w i o``). Every tensor of rank 2 and 4 is a matrix or convolution, or an
+embedding table; rank 0 and 1 are gains, biases and scalars.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def out_last(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def declared(shapes: Shapes, kernel: str, leaf: str = "weight") -> dict[str, str]:
-    """Return the units of bare arrays, which no layer's type settles.
+    """Return the units of bare arrays, which have no layer type to tell them.
 
-    ``kernel`` is the pattern of matrices and convolutions, ``leaf`` what they are called.
+    ``kernel`` is the pattern of matrices and convolutions, ``leaf`` the last part of their names.
     """
     units = {f"*.{leaf}": kernel}
     if any(name.endswith(".embedding") for name in shapes):

@@ -1,4 +1,4 @@
-"""JAX: ours and ``optax.adaptive_grad_clip``, both under jit with the gradients donated, on the CPU."""
+"""JAX on the CPU: ours and ``optax.adaptive_grad_clip``, both jitted with donated gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONTESTANTS = ("ours", "optax", "bound")
 
 
 class Tensors:
-    """A model's parameters as a Flax tree, and the gradients that they get before every round."""
+    """A model's parameters as a Flax tree, and the gradients of every round."""
 
     def __init__(self, model: str, condition: str) -> None:
         self.parameters: dict[str, Any] = {}
@@ -46,7 +46,7 @@ class Tensors:
             self.steps[contestant] = step, clip.init(self.parameters)
 
     def fresh(self) -> Any:
-        """Return gradients that may be donated."""
+        """Return a copy of the gradients, which may be donated."""
         return jax.block_until_ready(jax.tree.map(lambda g: g.copy(), self.gradients))
 
     def run(self, contestant: str, gradients: Any) -> Any:

@@ -1,4 +1,4 @@
-"""NFNet-F0 in JAX: ours in Flax, and a program of plain functions as DeepMind's; both jitted."""
+"""NFNet-F0 in JAX: ours in Flax, and plain functions after DeepMind's program; both jitted."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_contestants_do_the_same_work(models: Models) -> None:
 
 @pytest.mark.parametrize("contestant", ["ours", "standardisation"])
 def test_share_of_standardisation(measure: Measure, models: Models, contestant: str) -> None:
-    """What weight standardisation takes of a step on a batch of the size that F0 is trained with."""
+    """Time a step and its weight standardisation, on images of the size that F0 is trained on."""
     models.images, models.labels = _batch(16, core.variant("F0").train_pixels)
     try:
         run = models.contestant(contestant, "step")
@@ -127,7 +127,7 @@ def test_share_of_standardisation(measure: Measure, models: Models, contestant: 
 
 @pytest.mark.parametrize("contestant", ["ours", "timm"])
 def test_peak_memory(benchmark: Any, models: Models, contestant: str) -> None:
-    """Largest sum of what is allocated and not yet freed in a step, in copies of the parameters."""
+    """Peak memory allocated during a step, in copies of the parameters."""
     run = models.contestant(contestant, "step")
     run()
     benchmark.group = "torch F0 peak memory"

@@ -1,4 +1,4 @@
-"""What SAM costs in JAX: a jitted training step of a small convolutional network."""
+"""Cost of SAM in JAX: a jitted training step of a small convolutional network."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ def test_cost(measure: Measure, training: Training, turn: int, contestant: str) 
 
 
 def test_peak_memory(benchmark: Any) -> None:
-    """Temporary memory that SAM adds to a compiled step whose parameters dominate, in their copies."""
+    """Temporary memory that SAM adds to a compiled step, in copies of the parameters.
+
+    The parameters are large beside everything else.
+    """
     width = 1024
     params = {name: jnp.ones((width, width)) for name in "abcd"}
     x = jnp.ones((8, width))

@@ -1,4 +1,4 @@
-"""What SAM costs in TensorFlow: ``train_on_batch`` of a small convolutional network, as a graph."""
+"""Cost of SAM in TensorFlow: ``train_on_batch`` of a small convolutional network, as a graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONTESTANTS = SAM_CONTESTANTS
 
 
 class Training:
-    """One network and optimizer for each contestant, since ``compile`` belongs to a model, and one batch."""
+    """One batch, and a network and optimizer for each contestant: ``compile`` binds them."""
 
     def __init__(self) -> None:
         self.batch = sam_batch()

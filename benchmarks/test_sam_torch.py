@@ -1,4 +1,4 @@
-"""What SAM costs in PyTorch: a training step of a small convolutional network."""
+"""Cost of SAM in PyTorch: a training step of a small convolutional network."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_cost(measure: Measure, training: Training, turn: int, contestant: str) 
 
 
 def test_peak_memory(benchmark: Any) -> None:
-    """Extra memory of SAM between its passes, as a share of the parameters: one copy of the weights."""
-    size = 1 << 22  # one parameter, so that the network's activations do not hide its copies
+    """Extra memory of SAM between its passes, in copies of the parameters; one is expected."""
+    size = 1 << 22  # one large parameter; activations would hide its copies
     weight = nn.Parameter(torch.randn(size))
     model = nn.Module()
     model.weight = weight

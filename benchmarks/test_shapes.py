@@ -1,4 +1,4 @@
-"""The shapes are those of the models they are named after."""
+"""Each set of shapes is that of the model it is named after."""
 
 from __future__ import annotations
 

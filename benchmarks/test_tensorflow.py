@@ -1,4 +1,4 @@
-"""TensorFlow: ours and a plain port of the JAX formulation, in graph mode and under XLA, on the CPU."""
+"""TensorFlow on the CPU: ours and a plain port of the JAX formulation, as a graph and under XLA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ CONTESTANTS = ("ours", "naive", "ours xla", "naive xla", "bound")
 
 
 def naive(gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-    """Clip as public TensorFlow ports do: axes by rank, one tensor after another, all written anew."""
+    """Clip as public TensorFlow ports do.
+
+    The axes follow from the rank; tensors are clipped one by one, and all of them are rewritten.
+    """
 
     def norm(x: Any) -> Any:
         axes = {2: 0, 3: 0, 4: (0, 1, 2)}.get(len(x.shape))

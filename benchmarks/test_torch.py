@@ -1,4 +1,4 @@
-"""PyTorch: ours, timm's ``agc.py`` and pytorch_optimizer's ``agc``, on the CPU."""
+"""PyTorch on the CPU: ours, timm's ``agc.py`` and pytorch_optimizer's ``agc``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ timm_agc = timm_peer.load()
 
 
 class Tensors:
-    """A model's parameters, and the gradients that they get before every round."""
+    """A model's parameters, and the gradients of every round."""
 
     def __init__(self, model: str, condition: str) -> None:
         self.parameters: dict[str, torch.nn.Parameter] = {}
@@ -85,7 +85,7 @@ def test_contestants_do_the_same_work(tensors: Tensors, condition: str) -> None:
 def test_peak_memory(
     benchmark: Any, tensors: Tensors, model: str, condition: str, contestant: str
 ) -> None:
-    """Largest sum of what is allocated and not yet freed, as a share of the parameters' bytes."""
+    """Peak memory allocated, as a share of the parameters' bytes."""
     benchmark.group = "torch peak memory"
     benchmark.extra_info.update(
         framework="torch", model=model, condition=condition, contestant=contestant

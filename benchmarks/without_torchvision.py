@@ -1,4 +1,4 @@
-"""Import timm's models where torchvision, which they name but do not use, has no build."""
+"""Import timm's models where torchvision has no build: they import it, but do not use it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Finder(MetaPathFinder, Loader):
         return _Module(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """There is nothing to run."""
+        """Run nothing: the module needs no code."""
 
 
 def timm_model(name: str) -> Any:

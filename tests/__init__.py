@@ -1,4 +1,6 @@
-"""Tests: ``contract`` is what holds for every framework, the other folders what is peculiar to one."""
+"""Tests: ``contract`` is what holds for every framework, the other folders what is peculiar to
+one.
+"""
 
 import pytest
 

@@ -1,8 +1,8 @@
 """Run the documentation: every Python block of README.md and docs/ is a test.
 
-A block belongs to the framework whose adapter it mentions, and runs in that framework's test folder by
-asking for the fixture ``snippet``. Code that a block needs but a reader does not stands in an HTML comment
-right before it, starting with ``<!-- setup``.
+A block belongs to the framework whose adapter it mentions, and runs in that framework's test folder
+by asking for the fixture ``snippet``. Code that a block needs but a reader does not stands in an
+HTML comment right before it, starting with ``<!-- setup``.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def run_suite(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """Return a function that runs the suite on this folder's framework, in a process as a user's run is.
+    """Return a function that runs the suite on this folder's framework, in a process as a user's
+    run is.
 
     It takes more options, and returns the status of every result by ``id:dtype``.
     """

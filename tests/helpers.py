@@ -31,7 +31,7 @@ def close(found: Any, expected: Any, limit: float) -> None:
 
 
 def uneven(random: Any, values: Any, spread: float = 1.0) -> Array:
-    """Return values times another scale at every index of every axis, so that a wrong axis shows."""
+    """Return values times a scale for each index of each axis, so that a wrong axis shows."""
     shape = np.shape(values)
     for axis, size in enumerate(shape):
         scales = np.exp(spread * random.standard_normal(size))

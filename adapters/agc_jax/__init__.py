@@ -20,16 +20,17 @@ from agc_jax.clip import adaptive_clip_gradients
 from agc_jax.nfnet import NFNet, nfnet
 from agc_jax.optimizer import AdaptiveGradClipState, adaptive_grad_clip, stats
 from agc_jax.recipe import sgd_nfnet
-from agc_jax.sam import SamStats, Verification, sam_value_and_grad, verify_sam
-from agc_jax.telemetry import Columns, Stats
+from agc_jax.sam import SamStats, sam_value_and_grad
+from agc_jax.stats import PerParameter, Stats
 from agc_jax.units import ModelUnits, plan, register_units, units
+from agc_jax.verify import Verification, verify_sam
 from agc_jax.weights import from_neutral, to_neutral
 
 __all__ = [
     "AdaptiveGradClipState",
-    "Columns",
     "ModelUnits",
     "NFNet",
+    "PerParameter",
     "SamStats",
     "Stats",
     "Verification",

@@ -1,22 +1,17 @@
 """The numerics: clip a tree of gradients by the norms of its parameters' units.
 
-Shapes are written as suffixes: ``_V`` a parameter's view with split axes taken apart, ``_U`` one number a unit,
-``_KU`` the same of K parameters with equally many units.
+Letters at the end of a name: V a parameter's view with split axes taken apart, U one number a unit,
+K one a parameter, KU units of K parameters that have equally many.
 
-The numbers of the units are float64 wherever that is cheap. JAX has no float64 unless it is switched on for
-the whole process, so it is switched on around these few operations; nothing of it is seen from outside. How
-the squares are added up depends on where the program runs, which is settled when it is lowered:
-
-* CPU: in float64, or where there are many, short runs in float32 and the sums of the runs in float64. That
-  goes as fast as memory does, and its error does not grow with the fan-in.
-* GPU: in float64; memory is the bound all the same.
-* TPU: in float32, the widest that the hardware has.
+The numbers of the units are float64 wherever that is cheap. JAX has no float64 unless it is
+switched on for the whole process, so it is switched on around these few operations; nothing of it
+is seen from outside. How squares are added up depends on where the program runs, which is settled
+when it is lowered: :mod:`agc_jax.norms`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -25,23 +20,18 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 from agc import AGC, Plan, PlanEntry, Schedule
-from agc.errors import (
-    ConfigError,
-    DTypeError,
-    MissingGradientError,
-    NonFiniteError,
-    ParameterError,
-    ShapeError,
-)
+from agc.errors import ConfigError, NonFiniteError, ParameterError
 from agc.units import UnitAxes
-from agc_jax.telemetry import Columns, Stats, no_stats
-from agc_jax.units import ModelUnits, PyTree, check_options, flatten, is_absent, plan_tree
+from agc_jax.norms import SAFE_EPS, sums_of_squares
+from agc_jax.schedules import value_at
+from agc_jax.stats import PerParameter, Stats, no_stats
+from agc_jax.units import ModelUnits, PyTree, check_options, flatten, plan_tree
+from agc_jax.views import Views, views
 
-__all__ = ["Clipper", "adaptive_clip_gradients", "call_schedule", "clipper"]
+__all__ = ["Clipper", "adaptive_clip_gradients", "clipper"]
 
 
 def adaptive_clip_gradients(
@@ -59,7 +49,8 @@ def adaptive_clip_gradients(
     gradients : tree of arrays
         Gradients. None, ``optax.MaskedNode`` and ``float0`` leaves are left alone.
     params : tree of arrays
-        Their parameters, with the same names and shapes; it may have more leaves than the gradients.
+        Their parameters, with the same names and shapes; it may have more leaves than the
+        gradients.
     rule : AGC
         The configuration.
     units : ModelUnits, optional
@@ -70,15 +61,16 @@ def adaptive_clip_gradients(
     Returns
     -------
     gradients : tree of arrays
-        The same tree, each array in the dtype it came in. Units that are not clipped keep their bits.
+        The same tree, each array in the dtype it came in. Units that are not clipped keep their
+        bits.
     stats : Stats
         Telemetry, on the device (AGC-11).
 
     Raises
     ------
     ConfigError
-        If ``rule`` is not an AGC, a schedule's value is known and is not a finite number above 0, or
-        ``nonfinite="raise"`` is compiled for several processes.
+        If ``rule`` is not an AGC, a schedule's value is known and is not a finite number above 0,
+        or ``nonfinite="raise"`` is compiled for several processes.
     ParameterError
         If ``params`` is None or lacks a parameter that has a gradient.
     ShapeError
@@ -88,17 +80,18 @@ def adaptive_clip_gradients(
     MissingGradientError
         If no leaf is a gradient, unless there are no parameters either.
     NonFiniteError
-        If ``rule.nonfinite`` is ``"raise"`` and a norm is not finite. Inside ``jax.jit`` the error surfaces
-        as JAX's own runtime error, whose message holds this one.
+        If ``rule.nonfinite`` is ``"raise"`` and a norm is not finite. Inside ``jax.jit`` the error
+        surfaces as JAX's own runtime error, whose message holds this one.
     SelectorError, AmbiguousUnitsError, UnitsError
         As :func:`agc.plan.make_plan`.
 
     Notes
     -----
-    Works inside and outside ``jax.jit``, ``vmap``, ``scan`` and ``grad``; the factor that a unit is scaled by
-    counts as a constant in derivatives: those *through* a clipping step, as meta-learning takes them, are
-    exact only where nothing is clipped. Outside it is compiled on first use, once for each rule: make the
-    rule, and callables in it, once as well, since a new ``lambda`` in each step is a new program.
+    Works inside and outside ``jax.jit``, ``vmap``, ``scan`` and ``grad``; the factor that a unit is
+    scaled by counts as a constant in derivatives: those *through* a clipping step, as meta-learning
+    takes them, are exact only where nothing is clipped. Outside it is compiled on first use, once
+    for each rule: make the rule, and callables in it, once as well, since a new ``lambda`` in each
+    step is a new program.
 
     Examples
     --------
@@ -134,12 +127,10 @@ class Clipper:
     def plan(self, params: PyTree) -> Plan:
         """Return the plan of a tree of parameters, made once for each structure."""
         _, leaves, structure = flatten(params)
-        kinds = tuple((np.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
-        key = (structure, kinds)
+        key = (structure, tuple((np.shape(x), getattr(x, "dtype", type(x))) for x in leaves))
         if key not in self._plans:
-            # Where there is nothing, as optax asks for the state of, no pattern can match.
-            known = plan_tree(params, self.rule, self.units) if leaves else Plan(())
-            self._plans[key] = known
+            # optax initialises state for empty trees; no pattern can match there.
+            self._plans[key] = plan_tree(params, self.rule, self.units) if leaves else Plan(())
         return self._plans[key]
 
     def __call__(
@@ -161,85 +152,41 @@ class Clipper:
                 "call update(gradients, state, params)"
             )
         plan = self.plan(params)
-        names, leaves, structure = flatten(gradients)
-        weights = dict(zip(*flatten(params)[:2], strict=True))
-        places = {entry.name: place for place, entry in enumerate(plan)}
-        work: dict[int, tuple[int, Any, Any]] = {}  # place in the plan -> (place in the tree, G, W)
-        present = False
-        for index, (name, gradient) in enumerate(zip(names, leaves, strict=True)):
-            if is_absent(gradient) or getattr(gradient, "dtype", None) == jax.dtypes.float0:
-                continue
-            present = True
-            if is_absent(weights.get(name)):
-                raise ParameterError(f"{name!r} has a gradient, but there is no such parameter")
-            gradient, weight = (
-                _array(name, "gradient", gradient),
-                _array(name, "weight", weights[name]),
-            )
-            if gradient.shape != weight.shape:
-                raise ShapeError(
-                    f"parameter {name!r} has shape {weight.shape}, its gradient {gradient.shape}"
-                )
-            if (place := places.get(name)) is None:
-                raise ParameterError(
-                    f"{name!r} has a gradient, but is a setting of an Equinox module"
-                )
-            if plan.entries[place].clipped:
-                work[place] = (index, gradient, weight)
-        masked = any(isinstance(leaf, optax.MaskedNode) for leaf in leaves)
-        if by_hand and weights and not present and not masked:
-            raise MissingGradientError(
-                "no parameter has a gradient; compute gradients before clipping them"
-            )
-        if not work:
+        pairs = views(plan, gradients, params, by_hand=by_hand)
+        if not pairs.places:
             return gradients, no_stats(len(plan))
-        clipped, stats = self._run(
-            plan,
-            tuple(work),
-            [gradient for _, gradient, _ in work.values()],
-            [weight for _, _, weight in work.values()],
-            step,
-            clipping,
-        )
-        for (index, _, _), gradient in zip(work.values(), clipped, strict=True):
-            leaves[index] = gradient
-        return jax.tree.unflatten(structure, leaves), stats
+        clipped, stats = self._run(plan, pairs, step, clipping)
+        return pairs.tree(clipped), stats
 
     def _run(
-        self,
-        plan: Plan,
-        places: tuple[int, ...],
-        gradients: list[jax.Array],
-        weights: list[jax.Array],
-        step: Any,
-        clipping: Any,
+        self, plan: Plan, pairs: Views, step: Any, clipping: Any
     ) -> tuple[list[jax.Array], Stats]:
-        """Clip the parameters at these places of the plan; compile that unless it is being traced."""
-        entries = [plan.entries[place] for place in places]
+        """Clip the parameters that have a gradient; compile that unless it is being traced."""
+        entries = [plan.entries[place] for place in pairs.places]
         scheduled = clipping is None and any(callable(entry.clipping) for entry in entries)
         if scheduled and not isinstance(step, jax.core.Tracer):
             # What is compiled cannot raise if a schedule returns nonsense.
             _call_schedules(entries, np.int32(step) if isinstance(step, int) else step)
         step = jax.device_put(np.int32(step)) if scheduled and isinstance(step, int) else step
-        arguments = (gradients, weights, step if scheduled else None, clipping)
-        program = partial(_clip_anywhere, self.rule, plan, places)
-        watch = self.rule.nonfinite == "raise"
+        arguments = (pairs.gradients, pairs.weights, step if scheduled else None, clipping)
+        program = partial(_clip_anywhere, self.rule, plan, pairs.places)
+        raises = self.rule.nonfinite == "raise"
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
-            if watch and jax.process_count() > 1:
+            if raises and jax.process_count() > 1:
                 raise ConfigError(
                     f"nonfinite='raise' inside compiled code of {jax.process_count()} processes would raise on "
                     "the first alone, and leave the others waiting; clip outside jit, or use "
                     "nonfinite='propagate' with optax.apply_if_finite"
                 )
             clipped, stats = program(*arguments)
-            if watch:
+            if raises:
                 jax.debug.callback(partial(_raise_if_any, plan), stats.columns.nonfinite)
             return clipped, stats
-        key = (id(plan), places)  # the plan is kept in self._plans
+        key = (id(plan), pairs.places)  # the plan is kept in self._plans
         if key not in self._programs:
             self._programs[key] = jax.jit(program)
         clipped, stats = self._programs[key](*arguments)
-        if watch:
+        if raises:
             _raise_if_any(plan, stats.columns.nonfinite)
         return clipped, stats
 
@@ -253,34 +200,21 @@ def clipper(rule: AGC, units: ModelUnits | None) -> Clipper:
 _clipper = lru_cache(maxsize=32)(Clipper)
 
 
-def _array(name: str, what: str, leaf: Any) -> jax.Array:
-    array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-    if not jnp.issubdtype(array.dtype, jnp.inexact):
-        raise DTypeError(
-            f"parameter {name!r}: the {what} has dtype {array.dtype}; "
-            "AGC needs floating point or complex"
-        )
-    return array
-
-
 def _raise_if_any(plan: Plan, nonfinite: Any) -> None:
     counts = jax.device_get(nonfinite)
-    if counts.ndim == 1 and (found := np.flatnonzero(counts)).size:
-        entry = plan.entries[found[0]]
-        others = f", and so of {found.size - 1} other parameters" if found.size > 1 else ""
+    if counts.ndim == 1 and (bad := np.flatnonzero(counts)).size:
+        entry = plan.entries[bad[0]]
+        others = f", and so of {bad.size - 1} other parameters" if bad.size > 1 else ""
         raise NonFiniteError(
-            f"parameter {entry.name!r}: {counts[found[0]]} of {entry.count} units have a norm "
+            f"parameter {entry.name!r}: {counts[bad[0]]} of {entry.count} units have a norm "
             f"that is not finite, or a threshold that is not a finite number above 0{others}"
         )
 
 
-# --- what is compiled --------------------------------------------------------------------------------
+# --- what is compiled -----------------------------------------------------------------------------
 
-_RUN: Final = 64  # squares added up in float32, which XLA does in vector lanes or in pairs
-_MANY: Final = 512  # squares in a unit from which on the errors of its runs average out
-_SMALL: Final = 1 << 12  # elements up to which a copy costs less than starting a kernel
-_LARGE: Final = 1 << 15  # squares in an array from which on their number matters at all
-_SAFE_EPS: Final = 1e-8  # floor from which on what float32 cannot hold does not matter
+_SMALL: Final = 1 << 12
+"""Elements up to which a copy costs less than starting a kernel."""
 
 
 def _clip_anywhere(
@@ -291,18 +225,20 @@ def _clip_anywhere(
     weights: list[jax.Array],
     *others: jax.Array | None,
 ) -> tuple[list[jax.Array], Stats]:
-    """Clip; where shardings are types, leave those inside to the compiler, as they are elsewhere (AGC-8)."""
+    """Clip; where shardings are types, leave those inside to the compiler (AGC-8)."""
     clip = partial(_clip, rule, plan, places)
-    kinds = [jax.typeof(array).sharding for array in (*gradients, *weights)]
-    mesh = next((kind.mesh for kind in kinds if kind.mesh.explicit_axes), None)
+    shardings = [jax.typeof(array).sharding for array in (*gradients, *weights)]
+    mesh = next((sharding.mesh for sharding in shardings if sharding.mesh.explicit_axes), None)
     if mesh is None:
         return clip(gradients, weights, *others)
     whole = jax.NamedSharding(mesh, jax.P())
-    stats = Stats(whole, whole, whole, whole, whole, Columns(whole, whole, whole, whole, whole))
+    stats = Stats(
+        whole, whole, whole, whole, whole, PerParameter(whole, whole, whole, whole, whole)
+    )
     clip = jax.sharding.auto_axes(
         clip,
         axes=mesh.explicit_axes,
-        out_sharding=(kinds[: len(gradients)], stats),
+        out_sharding=(shardings[: len(gradients)], stats),
     )
     return clip(gradients, weights, *others)  # type: ignore[no-any-return]
 
@@ -338,49 +274,26 @@ def _call_schedules(entries: Sequence[PlanEntry], step: jax.Array | None) -> lis
         value = entry.clipping
         if callable(value) and not isinstance(value, Schedule):
             if id(value) not in known:
-                known[id(value)] = call_schedule(f"clipping of {entry.name!r}", value, step)
+                known[id(value)] = value_at(f"clipping of {entry.name!r}", value, step)
             value = known[id(value)]
         values.append(value)
     return values
 
 
-def call_schedule(
-    what: str, schedule: Callable[[Any], Any], step: int | jax.Array | None
-) -> float | jax.Array:
-    """Return a schedule's value; raise ConfigError if it is known and not a finite number above 0."""
-    try:
-        value = schedule(step)
-        found = jnp.asarray(value, float)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{what}: the schedule {schedule!r} must return a number for a traced step: {error}"
-        ) from error
-    if found.shape != ():
-        raise ConfigError(
-            f"{what}: the schedule {schedule!r} must return a scalar, got the shape {found.shape}"
-        )
-    if isinstance(value, jax.core.Tracer):
-        return found
-    if not 0 < float(value) < math.inf:
-        raise ConfigError(
-            f"{what}: the schedule returned {value!r}; it must return a finite number > 0"
-        )
-    return float(value)
-
-
-def _columns(plan: Plan, places: tuple[int, ...], rows: Rows) -> Columns:
+def _columns(plan: Plan, places: tuple[int, ...], rows: Rows) -> PerParameter:
     """Put the numbers of the parameters that were clipped at their places in the plan."""
     units = np.zeros(len(plan), np.int32)
     units[list(places)] = [plan.entries[place].count for place in places]
     if places != tuple(range(len(plan))):
-        where = np.full(len(plan), len(places))  # the others take what is appended
+        # Parameters that were not clipped read the idle entry appended below.
+        where = np.full(len(plan), len(places))
         where[list(places)] = np.arange(len(places))
         clipped, nonfinite, max_ratio, min_scale = (
             jnp.append(column, np.array(idle, column.dtype))[where]
             for column, idle in zip(rows, (0, 0, 0, 1), strict=True)
         )
         rows = clipped, nonfinite, max_ratio, min_scale
-    return Columns(jnp.asarray(units), *rows)
+    return PerParameter(jnp.asarray(units), *rows)
 
 
 Rows: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -400,34 +313,35 @@ def _clip_in(
     """Clip with the numbers of the units in this precision, or float64 if an array is."""
     real = jnp.zeros((), float).dtype
     outputs: list[jax.Array] = list(gradients)
-    groups: dict[Any, tuple[_How, list[tuple[list[int], Any, Any, Any]]]] = {}
+    counted: dict[Any, tuple[_ClipSpec, list[tuple[list[int], Any, Any, Any]]]] = {}
     with nullcontext() if wide is np.float32 else jax.enable_x64(True):
-        for alike in _alike(entries, gradients, weights):
-            entry, gradient, weight = entries[alike[0]], gradients[alike[0]], weights[alike[0]]
+        for group in _group_small(entries, gradients, weights):
+            entry, gradient, weight = entries[group[0]], gradients[group[0]], weights[group[0]]
             double = any(array.dtype in (np.float64, np.complex128) for array in (gradient, weight))
-            how = _How(entry.axes, _Limits(double, rule.eps, rule.div_eps), rule.nonfinite)
+            spec = _ClipSpec(entry.axes, _Limits(double, rule.eps, rule.div_eps), rule.nonfinite)
             clipping_K = _thresholds(
-                [(fixed[i], traced[i]) for i in alike],
+                [(fixed[i], traced[i]) for i in group],
                 step,
                 np.dtype(np.float64 if double else wide),
             )
-            out_K, g_KU, w_KU = _clip_alike(
-                [gradients[i] for i in alike], [weights[i] for i in alike], clipping_K, how=how
+            out_K, g_KU, w_KU = _clip_group(
+                [gradients[i] for i in group], [weights[i] for i in group], clipping_K, spec=spec
             )
-            for index, out in zip(alike, out_K, strict=True):
+            for index, out in zip(group, out_K, strict=True):
                 outputs[index] = out
-            members = groups.setdefault((entry.count, double), (how, []))[1]
-            members.append((alike, g_KU, w_KU, clipping_K))
-        # Parameters with equally many units are counted together: few small operations for a whole model.
-        parts = []
-        for how, members in groups.values():
+            members = counted.setdefault((entry.count, double), (spec, []))[1]
+            members.append((group, g_KU, w_KU, clipping_K))
+        # Parameters with equally many units are counted together: few small operations for a whole
+        # model.
+        rows = []
+        for spec, members in counted.values():
             _, *columns = zip(*members, strict=True)
-            parts.append(_count(*map(jnp.concatenate, columns), how=how))
+            rows.append(_count_units(*map(jnp.concatenate, columns), limits=spec.limits))
         clipped, nonfinite, max_ratio, min_scale = (
-            jnp.concatenate(column) for column in zip(*parts, strict=True)
+            jnp.concatenate(column) for column in zip(*rows, strict=True)
         )
         order = np.argsort(
-            [i for _, members in groups.values() for alike, *_ in members for i in alike]
+            [i for _, members in counted.values() for group, *_ in members for i in group]
         )
         if (order != np.arange(len(order))).any():
             clipped, nonfinite, max_ratio, min_scale = (
@@ -441,10 +355,10 @@ def _clip_in(
         )
 
 
-def _alike(
+def _group_small(
     entries: Sequence[PlanEntry], gradients: Sequence[jax.Array], weights: Sequence[jax.Array]
 ) -> list[list[int]]:
-    """Group small parameters, such as biases, that can be clipped as one; each large one is alone."""
+    """Group small parameters, such as biases, that can be clipped as one; a large one is alone."""
     groups: dict[Any, list[int]] = {}
     for index, (entry, gradient, weight) in enumerate(
         zip(entries, gradients, weights, strict=True)
@@ -456,16 +370,16 @@ def _alike(
     return list(groups.values())
 
 
-def _count(g: jax.Array, w: jax.Array, clipping: jax.Array, *, how: _How) -> Rows:
+def _count_units(g: jax.Array, w: jax.Array, clipping: jax.Array, *, limits: _Limits) -> Rows:
     """Numbers of K parameters with U units each, from squared norms, all in one reduction."""
-    units = _compare(g, w, clipping, limits=how.limits)
+    units = _decide(g, w, clipping, limits=limits)
     wide = g.dtype.type
     one = lax.full_like(g, 1)
     rows = (
         lax.convert_element_type(units.clipped, np.int32),
         lax.convert_element_type(units.bad, np.int32),
         lax.div(units.norm, units.floor),
-        lax.select(units.clipped, lax.div(one, units.excess), one),
+        lax.select(units.clipped, lax.div(one, units.divisor), one),
     )
     start = (np.int32(0), np.int32(0), wide(0), wide(1))
     return lax.reduce(rows, start, _combine, (1,))  # type: ignore[no-any-return]
@@ -486,24 +400,23 @@ def _thresholds(
         if traced is not None:
             values.append(lax.convert_element_type(traced, wide))
         elif isinstance(fixed, Schedule):
-            steps, points = (np.array(column, wide) for column in zip(*fixed.points, strict=True))
-            values.append(jnp.interp(lax.convert_element_type(step, wide), steps, points))
+            values.append(value_at("clipping", fixed, step, wide))
         else:
             values.append(np.array(fixed, wide))
     known = all(isinstance(value, np.ndarray) for value in values)
     return np.stack(values) if known else jnp.stack(values)
 
 
-class _Units(NamedTuple):
-    """Squared norms of gradients, squared lower bounds of weights, and what follows from them; any shape."""
+class _Decision(NamedTuple):
+    """Squared norms of gradients, squared floors of weights, and what follows; of any shape."""
 
     norm: jax.Array
     floor: jax.Array
     bad: jax.Array
-    senseless: jax.Array
+    bad_threshold: jax.Array
     """Units whose threshold is not a finite number above 0; they are bad as well."""
     clipped: jax.Array
-    excess: jax.Array
+    divisor: jax.Array
     """What units that are clipped are divided by."""
 
 
@@ -518,7 +431,7 @@ class _Limits:
 
 
 @partial(jax.jit, static_argnames="limits")
-def _compare(g: jax.Array, w: jax.Array, clipping: jax.Array, *, limits: _Limits) -> _Units:
+def _decide(g: jax.Array, w: jax.Array, clipping: jax.Array, *, limits: _Limits) -> _Decision:
     """Compare squared norms with squared limits, so that only the factors need a root.
 
     A sum that float32 cannot hold counts as infinite on every platform.
@@ -536,12 +449,13 @@ def _compare(g: jax.Array, w: jax.Array, clipping: jax.Array, *, limits: _Limits
     floor = lax.select(lax.eq(norm, zero), one, lax.max(w, lax.full_like(w, least)))
     clipped = lax.gt(norm, lax.mul(lax.square(clipping_KU), floor))  # AGC-1, AGC-2: strictly
     divided = lax.max(norm, lax.full_like(norm, limits.div_eps**2))
-    excess = lax.div(lax.sqrt(lax.div(divided, floor)), clipping_KU)
-    return _Units(norm, floor, lax.bitwise_not(good), lax.bitwise_not(sensible_KU), clipped, excess)
+    divisor = lax.div(lax.sqrt(lax.div(divided, floor)), clipping_KU)
+    bad, bad_threshold = lax.bitwise_not(good), lax.bitwise_not(sensible_KU)
+    return _Decision(norm, floor, bad, bad_threshold, clipped, divisor)
 
 
 @dataclass(frozen=True)
-class _How:
+class _ClipSpec:
     """What is known of the arithmetic of one parameter before it is compiled."""
 
     axes: UnitAxes
@@ -549,19 +463,24 @@ class _How:
     nonfinite: str
 
 
-@partial(jax.jit, static_argnames="how")
-def _clip_alike(
-    gradients: list[jax.Array], weights: list[jax.Array], clipping: jax.Array, *, how: _How
+@partial(jax.jit, static_argnames="spec")
+def _clip_group(
+    gradients: list[jax.Array], weights: list[jax.Array], clipping: jax.Array, *, spec: _ClipSpec
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     """Clip K gradients of one kind; also the squared norms of all units, ``(K, U)``, of both."""
     clipping = lax.stop_gradient(clipping)
     g_KU, w_KU = (
-        _sums_of_squares([lax.stop_gradient(array) for array in arrays], how, clipping.dtype)
+        sums_of_squares(
+            [lax.stop_gradient(array) for array in arrays],
+            spec.axes,
+            clipping.dtype,
+            eps=spec.limits.eps,
+        )
         for arrays in (gradients, weights)
     )
-    factors = _factors(g_KU, w_KU, clipping, limits=how.limits, nonfinite=how.nonfinite)
+    factors = _factors(g_KU, w_KU, clipping, limits=spec.limits, nonfinite=spec.nonfinite)
     clipped = [
-        _scale(gradient, factor_U, how)
+        _scale(gradient, factor_U, spec)
         for gradient, factor_U in zip(gradients, factors, strict=True)
     ]
     return clipped, g_KU, w_KU
@@ -571,18 +490,19 @@ def _clip_alike(
 def _factors(
     g: jax.Array, w: jax.Array, clipping: jax.Array, *, limits: _Limits, nonfinite: str
 ) -> Sequence[jax.Array]:
-    """Return what the units of K gradients are multiplied by, a row for each; 1 for units to be kept."""
-    units = _compare(g, w, clipping, limits=limits)
+    """Return the factors of the units of K gradients, a row for each; 1 keeps a unit."""
+    units = _decide(g, w, clipping, limits=limits)
     poison = lax.full_like(g, np.nan)
     if nonfinite == "zero":
-        poison = lax.select(units.senseless, poison, lax.full_like(g, np.inf))
-    excess_KU = lax.select(
-        units.bad, poison, lax.select(units.clipped, units.excess, lax.full_like(g, 1))
+        poison = lax.select(units.bad_threshold, poison, lax.full_like(g, np.inf))
+    divisor_KU = lax.select(
+        units.bad, poison, lax.select(units.clipped, units.divisor, lax.full_like(g, 1))
     )
-    if limits.eps >= _SAFE_EPS and not limits.double:  # then float32 can hold every factor
-        excess_KU = lax.convert_element_type(excess_KU, np.float32)
-    # A division comes last: XLA fuses anything cheaper into all that follows, at worst into every element.
-    factor_KU = lax.div(lax.full_like(excess_KU, 1), excess_KU)
+    if limits.eps >= SAFE_EPS and not limits.double:  # then float32 can hold every factor
+        divisor_KU = lax.convert_element_type(divisor_KU, np.float32)
+    # A division comes last: XLA fuses anything cheaper into all that follows, at worst into every
+    # element.
+    factor_KU = lax.div(lax.full_like(divisor_KU, 1), divisor_KU)
     if len(factor_KU) == 1:
         return [lax.squeeze(factor_KU, (0,))]
     return lax.platform_dependent(factor_KU, cpu=_rows_by_sums, default=list)  # type: ignore[no-any-return]
@@ -591,8 +511,8 @@ def _factors(
 def _rows_by_sums(array: jax.Array) -> list[jax.Array]:
     """Take an array apart along its first axis, for a CPU.
 
-    There each slice is a program of its own, and so is what uses it. A reduction whose results are the rows
-    is one program, and what uses them is alike.
+    There each slice is a program of its own, and so is what uses it. A reduction whose results are
+    the rows is one program, and what uses them is alike.
     """
     index = lax.broadcasted_iota(np.int32, array.shape, 0)
     zero = lax.full_like(array, 0)
@@ -601,13 +521,13 @@ def _rows_by_sums(array: jax.Array) -> list[jax.Array]:
     return list(lax.reduce(alone, nothing, lambda a, b: list(map(lax.add, a, b)), (0,)))
 
 
-def _scale(gradient: jax.Array, factor: jax.Array, how: _How) -> jax.Array:
+def _scale(gradient: jax.Array, factor: jax.Array, spec: _ClipSpec) -> jax.Array:
     """Multiply every unit by its factor; units with the factor 1 keep their bits."""
-    g_V = lax.reshape(gradient, how.axes.view)
-    kept = [size for axis, size in enumerate(how.axes.view) if axis in how.axes.keep]
-    factor_V = lax.broadcast_in_dim(lax.reshape(factor, kept), how.axes.view, how.axes.keep)
+    g_V = lax.reshape(gradient, spec.axes.view)
+    kept = [size for axis, size in enumerate(spec.axes.view) if axis in spec.axes.keep]
+    factor_V = lax.broadcast_in_dim(lax.reshape(factor, kept), spec.axes.view, spec.axes.keep)
     out_V = _times(g_V, factor_V)
-    if how.nonfinite == "zero":
+    if spec.nonfinite == "zero":
         out_V = lax.select(
             lax.eq(factor_V, lax.full_like(factor_V, 0)), lax.full_like(out_V, 0), out_V
         )
@@ -620,71 +540,3 @@ def _times(array: jax.Array, factor: jax.Array) -> jax.Array:
         return lax.complex(_times(lax.real(array), factor), _times(lax.imag(array), factor))
     product = lax.mul(lax.convert_element_type(array, factor.dtype), factor)
     return lax.convert_element_type(product, array.dtype)
-
-
-def _sums_of_squares(arrays: Sequence[jax.Array], how: _How, wide: np.dtype[Any]) -> jax.Array:
-    """Return the sums of the squared magnitudes of every unit of K arrays, ``(K, U)`` (AGC-3)."""
-    if jnp.iscomplexobj(arrays[0]):
-        parts = [[part(array) for array in arrays] for part in (lax.real, lax.imag)]
-        return lax.add(*(_sums_of_squares(part, how, wide) for part in parts))
-    axes, count = how.axes, len(arrays)
-    if count > 1:
-        stacked = lax.concatenate([lax.reshape(array, (1, *axes.view)) for array in arrays], 0)
-        sums = _sum(stacked, wide, tuple(axis + 1 for axis in axes.reduce))
-        return lax.reshape(sums, (count, axes.count))
-    straight = partial(_sum, wide=wide, reduce=axes.reduce)
-    runs = how.limits.eps >= _SAFE_EPS and arrays[0].dtype != np.float64 and wide == np.float64
-    if runs and (split := _split_into_runs(axes)) is not None:
-        cpu = partial(_sum_of_runs, wide=wide, split=split)
-        sums = lax.platform_dependent(
-            arrays[0], cpu=cpu, default=lambda array: straight(lax.reshape(array, axes.view))
-        )
-    else:
-        sums = straight(lax.reshape(arrays[0], axes.view))
-    return lax.reshape(sums, (1, axes.count))
-
-
-def _sum(array: jax.Array, wide: np.dtype[Any], reduce: tuple[int, ...]) -> jax.Array:
-    return lax.reduce_sum(lax.square(lax.convert_element_type(array, wide)), reduce)
-
-
-def _sum_of_runs(array: jax.Array, wide: np.dtype[Any], split: _Split) -> jax.Array:
-    """Sum of squares in runs of float32, and of the runs in the wide dtype."""
-    shape, inside, between = split
-    # Without the barrier XLA moves the reshape behind the product, where its fused kernel for sums of
-    # squares no longer sees it.
-    pieces = lax.optimization_barrier(lax.reshape(array, shape))
-    sums = _sum(pieces, np.dtype(np.float32), inside)
-    left = [axis for axis in range(len(shape)) if axis not in inside]
-    return lax.reduce_sum(
-        lax.convert_element_type(sums, wide), [left.index(axis) for axis in between]
-    )
-
-
-_Split: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""A shape, its axes inside a run, and its axes from run to run."""
-
-
-@lru_cache(maxsize=4096)
-def _split_into_runs(axes: UnitAxes) -> _Split | None:
-    """Split the reduced axes into runs of elements that lie next to each other.
-
-    Returns None if the sizes leave only short runs, or there are too few to be worth it.
-    """
-    view, reduce = axes.view, axes.reduce
-    if axes.fan_in < _MANY or math.prod(view) < _LARGE:
-        return None
-    axis, length = max(reduce), 1
-    while axis in reduce and length * view[axis] <= _RUN:
-        length *= view[axis]
-        axis -= 1
-    part = 1
-    if axis in reduce:
-        part = max(size for size in range(1, _RUN // length + 1) if view[axis] % size == 0)
-    if part * length < _RUN // 4:
-        return None
-    if part == 1:
-        return view, tuple(a for a in reduce if a > axis), tuple(a for a in reduce if a <= axis)
-    shape = (*view[:axis], view[axis] // part, part, *view[axis + 1 :])
-    inside = (axis + 1, *(a + 1 for a in reduce if a > axis))
-    return shape, inside, tuple(a for a in reduce if a <= axis)

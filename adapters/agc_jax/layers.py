@@ -5,9 +5,8 @@ Equinox is only recognised, by the full names of its classes, never imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from itertools import combinations
 from typing import Any, Final, TypeAlias
@@ -16,15 +15,13 @@ from flax import nnx
 from jax.tree_util import tree_flatten_with_path
 
 from agc import Units
-from agc.errors import ParameterError
+from agc.layer_table import LayerRule, LayerTable, class_path, first_match
 from agc.layouts import Layout
 from agc.plan import WHOLE, Parameter
 
-__all__ = ["Layers", "dotted", "path_key", "register_units"]
+__all__ = ["TABLE", "Layers", "dotted", "path_key", "register_units"]
 
 Shape: TypeAlias = tuple[int, ...]
-LayerUnits: TypeAlias = Mapping[str, str | Units]
-LayerRule: TypeAlias = LayerUnits | Callable[[Any], LayerUnits]
 
 
 def register_units(layer: type | str, units: LayerRule) -> None:
@@ -33,12 +30,12 @@ def register_units(layer: type | str, units: LayerRule) -> None:
     Parameters
     ----------
     layer : type, or str
-        The layer's class; its subclasses follow it unless they are registered themselves. A string is the
-        full path of a class that need not be imported, ``"package.module.Name"``.
+        The layer's class; its subclasses follow it unless they are registered themselves. A string
+        is the full path of a class that need not be imported, ``"package.module.Name"``.
     units : mapping of str to str or Units, or callable
-        Name of the parameter below the layer (a glob, the first that matches decides) to units; or a
-        function of the layer that returns such a mapping, where the units depend on its sizes. A parameter
-        that matches nothing is taken by its name.
+        Name of the parameter below the layer (a glob, the first that matches decides) to units; or
+        a function of the layer that returns such a mapping, where the units depend on its sizes. A
+        parameter that matches nothing is taken by its name.
 
     Raises
     ------
@@ -57,14 +54,7 @@ def register_units(layer: type | str, units: LayerRule) -> None:
     >>> agc_jax.plan(Table(), agc.AGC())["table"].count
     2
     """
-    if isinstance(units, Mapping):
-        units = {name: Units(str(pattern)) for name, pattern in units.items()}
-    elif not callable(units):
-        raise ParameterError(
-            f"units of {layer!r} must be a mapping such as {{'kernel': 'i o -> o'}}, "
-            f"or a function of the layer that returns one, got {units!r}"
-        )
-    _REGISTRY[_path(layer) if isinstance(layer, type) else layer] = units
+    TABLE.register(layer, units)
 
 
 class Layers:
@@ -93,8 +83,8 @@ class Layers:
 
         Notes
         -----
-        Where the sizes allow several axes to be those that ``vmap`` or ``scan`` added, the axes in front are
-        taken only if other parameters show that the model stacks in front.
+        Where the sizes allow several axes to be those that ``vmap`` or ``scan`` added, the axes in
+        front are taken only if other parameters show that the model stacks in front.
         """
         spoken = [
             (name, shape, *known)
@@ -112,7 +102,7 @@ class Layers:
             if isinstance(declared, _Expected) and len(shape) > len(declared.shape)
         ]
         usual = True in stacks and False not in stacks
-        found = {}
+        parameters = {}
         for name, shape, owner, declared in spoken:
             units: Units | None
             if isinstance(declared, _Expected):
@@ -121,13 +111,13 @@ class Layers:
             else:
                 units = declared
             layout = None if units is None else _layout(owner)
-            found[name] = Parameter(name, shape, units, layout, type(owner).__name__)
-        return found
+            parameters[name] = Parameter(name, shape, units, layout, type(owner).__name__)
+        return parameters
 
     def in_equinox(self, keys: tuple[Any, ...]) -> bool:
         """Tell whether the leaf on this path belongs to an Equinox module."""
         return any(
-            _path(kind).startswith("equinox.")
+            class_path(kind).startswith("equinox.")
             for owner, _ in self._owners(keys)
             for kind in type(owner).__mro__
         )
@@ -138,15 +128,13 @@ class Layers:
         Of layers that share a variable, one that is registered speaks for one that is not.
         """
         for owner, rest in self._speakers(keys):
-            below = dotted(rest)
-            for glob, declared in _table(owner).items():
-                if fnmatchcase(below, glob):
-                    known = isinstance(declared, _Expected)
-                    return owner, declared if known else Units(str(declared))
+            declared = first_match(TABLE.of(owner), dotted(rest))
+            if declared is not None:
+                return owner, declared
         return None
 
     def _owners(self, keys: tuple[Any, ...]) -> list[tuple[Any, tuple[Any, ...]]]:
-        """Return what holds a leaf, outermost first, each with the keys that lead from there to the leaf."""
+        """Return what holds a leaf, outermost first, each with the keys from there to the leaf."""
         owners = [(self._model, keys)]
         for place, key in enumerate(keys[:-1], start=1):
             owners.append((self._child(owners[-1][0], key), keys[place:]))
@@ -159,12 +147,12 @@ class Layers:
         if isinstance(node, nnx.Module):
             return getattr(node, str(key), None)
         if id(node) not in self._children:
-            below, _ = tree_flatten_with_path(node, is_leaf=lambda one: one is not node)
+            below, _ = tree_flatten_with_path(node, is_leaf=lambda inner: inner is not node)
             self._children[id(node)] = {path_key(path[0]): child for path, child in below if path}
         return self._children[id(node)].get(key)
 
     def _speakers(self, keys: tuple[Any, ...]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-        """Yield what holds a leaf, innermost first, then the NNX modules that share its variable."""
+        """Yield what holds a leaf, innermost first, then NNX modules that share its variable."""
         owners = self._owners(keys)
         yield from reversed(owners)
         if isinstance(self._model, nnx.Module):
@@ -172,27 +160,27 @@ class Layers:
 
     @cached_property
     def _holders(self) -> dict[int, list[tuple[Any, tuple[Any, ...]]]]:
-        found: dict[int, list[tuple[Any, tuple[Any, ...]]]] = {}
+        holders: dict[int, list[tuple[Any, tuple[Any, ...]]]] = {}
         modules = (node for _, node in nnx.iter_graph(self._model) if isinstance(node, nnx.Module))
         for module in modules:
             for key, value in vars(module).items():
                 if isinstance(value, nnx.Variable):
-                    found.setdefault(id(value), []).append((module, (key,)))
-        return found
+                    holders.setdefault(id(value), []).append((module, (key,)))
+        return holders
 
 
-def path_key(part: Any) -> Any:
+def path_key(entry: Any) -> Any:
     """Return the key in one entry of a path of JAX's."""
     for attribute in ("key", "idx", "name"):
-        if hasattr(part, attribute):
-            return getattr(part, attribute)
-    return str(part)
+        if hasattr(entry, attribute):
+            return getattr(entry, attribute)
+    return str(entry)
 
 
 def dotted(keys: Iterable[Any]) -> str:
     """Return keys with dots between them; a key that is a tuple counts as its members."""
-    parts = (part for key in keys for part in (key if isinstance(key, tuple) else (key,)))
-    return ".".join(map(str, parts))
+    flat = (word for key in keys for word in (key if isinstance(key, tuple) else (key,)))
+    return ".".join(map(str, flat))
 
 
 @dataclass(frozen=True)
@@ -206,7 +194,7 @@ class _Expected:
     shape: tuple[int | None, ...]
 
     def in_front(self, shape: Shape) -> bool | None:
-        """Tell whether the axes that stack the layer are those in front; None if others could be as well.
+        """Tell whether the axes in front are those that stack the layer; None if others could be.
 
         False also if the layer cannot explain the shape. Axes of length 1 make no difference.
         """
@@ -234,26 +222,18 @@ class _Expected:
         return Units(f"{front} {left}-> {front} {right}")
 
 
-def _table(layer: Any) -> Mapping[str, Any]:
-    for kind in type(layer).__mro__:
-        rule = _REGISTRY.get(_path(kind))
-        if rule is not None:
-            return rule if isinstance(rule, Mapping) else rule(layer)
-    return {}
+TABLE: Final = LayerTable({"kernel": "i o -> o"}, keep=_Expected)
+"""Everything that is known of layer types."""
 
 
 def _layout(layer: Any) -> Layout | None:
     """Which way round the framework of a layer stores dense and convolution weights."""
     if isinstance(layer, nnx.Module):
         return "out-last"
-    return "out-first" if _path(type(layer)).startswith("equinox.") else None
+    return "out-first" if class_path(type(layer)).startswith("equinox.") else None
 
 
-def _path(layer: type) -> str:
-    return f"{layer.__module__}.{layer.__qualname__}"
-
-
-# --- Flax NNX: out last ------------------------------------------------------------------------------
+# --- Flax NNX: out last ---------------------------------------------------------------------------
 
 
 def _linear(layer: nnx.Linear) -> Mapping[str, Any]:
@@ -289,7 +269,7 @@ def _conv(layer: nnx.Conv | nnx.ConvTranspose) -> Mapping[str, Any]:
 
 
 def _einsum(layer: nnx.Einsum) -> Mapping[str, Any]:
-    """Take the kernel axes that are in the result as unit axes; a bias has them in the result's order."""
+    """Take the kernel's axes that are in the result as unit axes; a bias has the result's order."""
     if layer.einsum_str is None:
         return {"*": _Expected(WHOLE, (-1,))}  # decided at each call: nothing fits
     operands, _, result = layer.einsum_str.replace(" ", "").partition("->")
@@ -333,7 +313,7 @@ def _group_norm(layer: nnx.GroupNorm) -> Mapping[str, Any]:
     return {"scale": vector, "bias": vector}
 
 
-# --- Equinox: out first ------------------------------------------------------------------------------
+# --- Equinox: out first ---------------------------------------------------------------------------
 
 
 def _eqx_linear(layer: Any) -> Mapping[str, Any]:
@@ -376,7 +356,7 @@ def _eqx_norm(size: str, layer: Any) -> Mapping[str, Any]:
 
 def _eqx_weight_norm(layer: Any) -> Mapping[str, Any]:
     """Take the lengths as a gain; each has the size of the weight's axis that it is for."""
-    weight = _table(layer.layer).get(layer.weight_name)
+    weight = TABLE.of(layer.layer).get(layer.weight_name)
     if not isinstance(weight, _Expected):
         return {}
     kept = None if layer.axis is None else range(len(weight.shape))[layer.axis]
@@ -384,7 +364,6 @@ def _eqx_weight_norm(layer: Any) -> Mapping[str, Any]:
     return {"g": _Expected(WHOLE, tuple(shape))}
 
 
-_REGISTRY: Final[dict[str, LayerRule]] = {}
 _BUILT_IN: Final[dict[type | str, LayerRule]] = {
     nnx.Linear: _linear,
     nnx.LinearGeneral: _linear_general,

@@ -1,13 +1,13 @@
-"""What the name of a leaf says of it in trees without layer types: Flax Linen, Haiku, ``nnx.State``.
+"""What leaf names say in trees without layer types: Flax Linen, Haiku, ``nnx.State``.
 
-JAX has no layout convention, and ``vmap`` and ``scan`` put further axes in front of a layer's own, or second.
-So every meaning that a kernel of some rank can have is written as one letter an axis:
+JAX has no layout convention, and ``vmap`` and ``scan`` put further axes in front of a layer's own,
+or second. So every meaning that a kernel of some rank can have is written as one letter an axis:
 
     ``i`` an input, ``o`` an output, ``l`` an axis that stacks layers
 
-The layer's name leaves some of them out, and so does the bias beside the kernel, whose shape is that of the
-outputs. What all that are left agree on is settled; where they differ there are no units, and the plan asks
-to declare them.
+The layer's name leaves some of them out, and so does the bias beside the kernel, whose shape is
+that of the outputs. What all that are left agree on is settled; where they differ there are no
+units, and the plan asks to declare them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class LeafNames:
         owner, dot, leaf = name.rpartition(".")
         if leaf in _BIAS_OF:
             units = self._kernel(owner + dot, leaf)[0]
-            # Published rank rules need the layout. Where nothing settles two axes it would count as settling.
+            # Published rank rules need the layout. Where nothing settles two axes it would count as
+            # settling.
             layout: Layout | None = "out-last" if units is not None or len(shape) > 2 else None
             return Parameter(name, shape, units, layout, source="name")
         if leaf in _KERNELS_OF:
@@ -96,10 +97,10 @@ class LeafNames:
         return None
 
     def _may_be_stacked(self, prefix: str, kind: Kind, kernel: Shape, bias: Shape | None) -> bool:
-        """Tell whether a kernel may be that of stacked layers, which only a convolution's name can deny.
+        """Tell whether a kernel may be of stacked layers, which only a convolution's name denies.
 
-        Without a bias a kernel of a convolution over one axis, or over two that are equally long, is one
-        layer's, unless something around it speaks of stacked layers.
+        Without a bias a kernel of a convolution over one axis, or over two that are equally long,
+        is one layer's, unless something around it speaks of stacked layers.
         """
         if kind not in ("conv", "transposed") or bias is not None or len(kernel) > 4:
             return True
@@ -113,12 +114,12 @@ class LeafNames:
         )
 
     def _attention(self, prefix: str, leaf: str, bias: Shape | None) -> list[str] | None:
-        """Return the meanings of a projection that fit an attention's other projections; None if it is none."""
+        """Return the meanings of a projection that fit the others of its attention, or None."""
         parent, dot, role = prefix[:-1].rpartition(".")
         for roles in _ATTENTION:
             if leaf != "kernel" or role not in roles:
                 continue
-            four = [self._shapes.get(f"{parent}{dot}{one}.kernel") for one in roles]
+            four = [self._shapes.get(f"{parent}{dot}{name}.kernel") for name in roles]
             if None not in four:
                 place = roles.index(role)
                 pairs = _projections(roles[0] == "query", *(shape or () for shape in four))
@@ -136,10 +137,10 @@ class LeafNames:
             return _ROWS
         if leaf == "embeddings" and layer.startswith("vector_quantizer"):
             return _COLUMNS
-        if (found := _LORA.fullmatch(leaf)) is not None:
-            first, second = (self._shapes.get(f"{prefix}{found['base']}_{side}") for side in "ab")
+        if (lora := _LORA.fullmatch(leaf)) is not None:
+            first, second = (self._shapes.get(f"{prefix}{lora['base']}_{side}") for side in "ab")
             if first is None or second is None or first[-1:] == second[:1]:
-                return Units("i r -> r") if found["side"] == "a" else Units("r o -> o")
+                return Units("i r -> r") if lora["side"] == "a" else Units("r o -> o")
         return None
 
 
@@ -148,9 +149,8 @@ def _kind(prefix: str, leaf: str) -> Kind:
     name = prefix[:-1].rpartition(".")[2]
     layer = name.lower()
     if "einsum" in layer or ("conv" in layer and "local" in layer):
-        return (
-            "einsum"  # any axis may be an output; without shared weights the places of an image are
-        )
+        # Any axis may be an output; without shared weights the pixels are.
+        return "einsum"
     if leaf == "w" and "transpose" in layer:
         return "transposed"  # Haiku swaps the last two axes
     if "conv" in layer:
@@ -162,15 +162,15 @@ def _kind(prefix: str, leaf: str) -> Kind:
 
 @lru_cache(maxsize=256)
 def _meanings(rank: int, kind: Kind, stackable: bool) -> tuple[str, ...]:
-    """Return every meaning of a kernel's axes, what is stacked last; none for more axes than layers have."""
+    """Return every meaning of a kernel's axes, stacked ones last; none for more than 8 axes."""
     if rank > 8:
         return ()
-    found = list(_layers(rank, kind))
+    meanings = list(_layers(rank, kind))
     if stackable:
         for count in range(1, rank - 1):
-            found += ["l" * count + layer for layer in _layers(rank - count, kind)]
-        found += [f"{layer[0]}l{layer[1:]}" for layer in _layers(rank - 1, kind)]
-    return tuple(dict.fromkeys(found))
+            meanings += ["l" * count + layer for layer in _layers(rank - count, kind)]
+        meanings += [f"{layer[0]}l{layer[1:]}" for layer in _layers(rank - 1, kind)]
+    return tuple(dict.fromkeys(meanings))
 
 
 def _layers(rank: int, kind: Kind) -> Iterator[str]:
@@ -194,15 +194,16 @@ def _projections(
 ) -> tuple[tuple[str, str], ...]:
     """Return the meanings of the projections to heads and from them that fit each other.
 
-    With ``apart`` heads are an axis of their own. Keys and values may have fewer heads and other inputs.
+    With ``apart`` heads are an axis of their own. Keys and values may have fewer heads and other
+    inputs.
     """
-    rank, found = len(query), []
+    rank, pairs = len(query), []
     for inward, outward in _PROJECTIONS[: 1 if apart else 2]:
         extra = rank - len(inward)
         stacks = [("lmnp"[:extra], "")] if 0 <= extra <= 4 else []
         stacks += [("", "l")] if extra == 1 else []
         for front, second in stacks:
-            to, back = (f"{front}{one[0]}{second}{one[1:]}" for one in (inward, outward))
+            to, back = (f"{front}{axes[0]}{second}{axes[1:]}" for axes in (inward, outward))
             sizes = dict(zip(to, query, strict=True))
             if all(
                 len(shape) == rank
@@ -212,8 +213,8 @@ def _projections(
                 )
                 for axes, shape, free in ((to, key, "ihe"), (to, value, "ihe"), (back, out, "o"))
             ):
-                found.append((to, back))
-    return tuple(found)
+                pairs.append((to, back))
+    return tuple(pairs)
 
 
 def _as_meaning(axes: str) -> str:
@@ -250,15 +251,15 @@ def _agreed(meanings: Iterable[str], shape: Shape) -> Units | None:
     """
     given = list(meanings)
     kept = {
-        tuple(axis for axis, letter in enumerate(one) if letter != "i" and shape[axis] != 1)
-        for one in given
+        tuple(axis for axis, letter in enumerate(meaning) if letter != "i" and shape[axis] != 1)
+        for meaning in given
     }
     return _pattern(given[0]) if len(kept) == 1 else None
 
 
 @lru_cache(maxsize=256)
 def _pattern(meaning: str) -> Units:
-    """Write a meaning as a pattern: "iiio" as ``... i o -> o``, "lioo" as ``l i o0 o1 -> l o0 o1``."""
+    """Write a meaning as a pattern: "iiio" is ``... i o -> o``, "lio" is ``l i o -> l o``."""
     if set(meaning) == {"i"}:
         return WHOLE
     parts = re.fullmatch("(l*)(i*)(io|oi)", meaning)

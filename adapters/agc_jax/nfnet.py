@@ -1,9 +1,10 @@
 """NFNets (arXiv:2102.06171) in Flax NNX.
 
-The shared facts are in :mod:`agc.nfnet`; this file is their JAX code, from the smallest part to the whole:
-convolution, activation, squeeze and excite, stem, block, model. Images are ``(n, h, w, c)``. Parameters are
-called by their canonical names, so the model's ``nnx.state`` has them too, and JAX's layout is the neutral
-one; :mod:`agc_jax.weights` translates. ``flax.nnx.bridge.to_linen(nfnet, "F0")`` is the same in Flax Linen.
+The shared facts are in :mod:`agc.nfnet`; this file is their JAX code, from the smallest part to the
+whole: convolution, activation, squeeze and excite, stem, block, model. Images are ``(n, h, w, c)``.
+Parameters are called by their canonical names, so the model's ``nnx.state`` has them too, and JAX's
+layout is the neutral one; :mod:`agc_jax.weights` translates.
+``flax.nnx.bridge.to_linen(nfnet, "F0")`` is the same in Flax Linen.
 """
 
 from __future__ import annotations
@@ -58,9 +59,8 @@ _FUNCTIONS: Final[Mapping[str, Callable[[jax.Array], jax.Array]]] = {
     "log_sigmoid": nn.log_sigmoid,
     "identity": lambda x: x,
 }
-_List: Final = getattr(
-    nnx, "List", list
-)  # before Flax 0.12 a module may have plain lists of modules
+_List: Final = getattr(nnx, "List", list)
+"""A list of modules; before Flax 0.12 a module may have plain ones."""
 
 
 def nfnet(
@@ -81,11 +81,13 @@ def nfnet(
     Parameters
     ----------
     variant : str or Variant
-        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first steps.
+        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first
+        steps.
     num_classes : int, optional
         1000 if None, and 10 for ``tiny``.
     rngs : nnx.Rngs
-        Random numbers: ``params`` for the initial values, ``dropout`` for dropout and stochastic depth.
+        Random numbers: ``params`` for the initial values, ``dropout`` for dropout and stochastic
+        depth.
     dropout : float, optional
         Rate before the classifier; the variant's own (0.2 to 0.5) if None.
     stochastic_depth : float, optional
@@ -93,12 +95,13 @@ def nfnet(
     in_channels : int
         Channels of the images.
     activation : str
-        A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want ``"gelu_erf"``.
+        A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want
+        ``"gelu_erf"``.
     ws_eps : {"deepmind", "timm"}
         Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
     dtype, param_dtype
-        What is computed in, and how parameters are stored, as in any Flax layer. Without ``dtype`` it is what
-        images and parameters promote to.
+        What is computed in, and how parameters are stored, as in any Flax layer. Without ``dtype``
+        it is what images and parameters promote to.
 
     Returns
     -------
@@ -124,20 +127,24 @@ def nfnet(
     >>> sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     499504088
     """
-    chosen = options(
-        variant,
-        num_classes,
-        dropout=dropout,
-        stochastic_depth=stochastic_depth,
-        in_channels=in_channels,
-        activation=activation,
-        ws_eps=ws_eps,
+    return NFNet(
+        options(
+            variant,
+            num_classes,
+            dropout=dropout,
+            stochastic_depth=stochastic_depth,
+            in_channels=in_channels,
+            activation=activation,
+            ws_eps=ws_eps,
+        ),
+        rngs=rngs,
+        dtype=dtype,
+        param_dtype=param_dtype,
     )
-    return NFNet(chosen, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
 
 class SameConv2d(nnx.Module):  # type: ignore[misc]
-    """A convolution with a bias that pads as XLA's SAME does: an even axis under stride 2 only at its end."""
+    """A convolution with a bias that pads as XLA's SAME: even axes under stride 2 at their end."""
 
     def __init__(self, conv: Conv, param_dtype: Any = jnp.float32) -> None:
         self.conv = conv
@@ -182,7 +189,7 @@ def _scale(centred: jax.Array, ws_eps: WsEps) -> jax.Array:
 
 
 class WSConv2d(SameConv2d):
-    """A convolution whose weight is standardised: each filter has mean 0 and, times its gain, norm 1.
+    """A convolution with a standardised weight: a filter has mean 0 and its gain as norm.
 
     Parameters
     ----------
@@ -206,7 +213,7 @@ class WSConv2d(SameConv2d):
         self.gain = nnx.Param(jnp.ones(conv.outputs, param_dtype))
 
     def standardised(self) -> jax.Array:
-        """Return the weight that is convolved with, worked out in at least float32, in its own dtype."""
+        """Return the standardised weight: computed in at least float32, in the weight's dtype."""
         weight, gain = self.weight[...], self.gain[...]
         wide = jnp.promote_types(weight.dtype, jnp.float32)
         return _standardise(weight.astype(wide), gain.astype(wide), self.ws_eps).astype(
@@ -257,7 +264,8 @@ class SqueezeExcite(nnx.Module):  # type: ignore[misc]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return gates of shape (n, 1, 1, c) for images of shape (n, h, w, c)."""
-        # ReLU, without a factor, is what the released weights were trained with; the paper says GELU.
+        # ReLU, without a factor, is what the released weights were trained with; the paper says
+        # GELU.
         hidden = nn.relu(self.fc0(x.mean((1, 2))))
         return 2 * nn.sigmoid(self.fc1(hidden))[:, None, None, :]
 
@@ -265,13 +273,13 @@ class SqueezeExcite(nnx.Module):  # type: ignore[misc]
 class Stem(nnx.Module):  # type: ignore[misc]
     """Four convolutions, a quarter of the size; no activation after the last."""
 
-    def __init__(self, chosen: Options, param_dtype: Any) -> None:
-        conv0, conv1, conv2, conv3 = stem(chosen.variant, chosen.in_channels)
-        self.conv0 = WSConv2d(conv0, chosen.ws_eps, param_dtype)
-        self.conv1 = WSConv2d(conv1, chosen.ws_eps, param_dtype)
-        self.conv2 = WSConv2d(conv2, chosen.ws_eps, param_dtype)
-        self.conv3 = WSConv2d(conv3, chosen.ws_eps, param_dtype)
-        self.activation = Activation(chosen.activation)
+    def __init__(self, options: Options, param_dtype: Any) -> None:
+        conv0, conv1, conv2, conv3 = stem(options.variant, options.in_channels)
+        self.conv0 = WSConv2d(conv0, options.ws_eps, param_dtype)
+        self.conv1 = WSConv2d(conv1, options.ws_eps, param_dtype)
+        self.conv2 = WSConv2d(conv2, options.ws_eps, param_dtype)
+        self.conv3 = WSConv2d(conv3, options.ws_eps, param_dtype)
+        self.activation = Activation(options.activation)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Take images of shape (n, h, w, c) to (n, h / 4, w / 4, widths[0] / 2)."""
@@ -284,12 +292,12 @@ class Stem(nnx.Module):  # type: ignore[misc]
 class NFBlock(nnx.Module):  # type: ignore[misc]
     """A residual block without normalisation."""
 
-    def __init__(self, block: Block, chosen: Options, param_dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, block: Block, options: Options, param_dtype: Any, rngs: nnx.Rngs) -> None:
         self.block = block
-        self.drop_rate = chosen.stochastic_depth * block.stochastic_depth
+        self.drop_rate = options.stochastic_depth * block.stochastic_depth
         self.deterministic = False  # True in evaluation mode
         self.rngs = rngs["dropout"].fork()
-        convs = {conv.name: WSConv2d(conv, chosen.ws_eps, param_dtype) for conv in block.convs}
+        convs = {conv.name: WSConv2d(conv, options.ws_eps, param_dtype) for conv in block.convs}
         self.conv0 = convs["conv0"]
         self.conv1 = convs["conv1"]
         self.conv1b = convs["conv1b"]
@@ -297,7 +305,7 @@ class NFBlock(nnx.Module):  # type: ignore[misc]
         self.shortcut = convs.get("shortcut")
         self.se = SqueezeExcite(block, param_dtype)
         self.skip_gain = nnx.Param(jnp.zeros((), param_dtype))
-        self.activation = Activation(chosen.activation)
+        self.activation = Activation(options.activation)
 
     def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """Take images of shape (n, h, w, inputs) to (n, h / stride, w / stride, outputs)."""
@@ -324,7 +332,7 @@ class NFBlock(nnx.Module):  # type: ignore[misc]
         return self.se(out) * out, shortcut
 
     def kept(self, residual: jax.Array) -> jax.Array:
-        """Draw stochastic depth: 1 for the images that keep the residual branch, 0 for the others."""
+        """Draw stochastic depth: 1 for images that keep the residual branch, 0 for the others."""
         uniform = jax.random.uniform(self.rngs(), (len(residual), 1, 1, 1))
         return jnp.floor(1 - self.drop_rate + uniform).astype(residual.dtype)
 
@@ -342,7 +350,7 @@ class NFNet(nnx.Module):  # type: ignore[misc]
 
     Parameters
     ----------
-    chosen : Options
+    options : Options
         What to build.
     rngs : nnx.Rngs
         Random numbers.
@@ -359,33 +367,33 @@ class NFNet(nnx.Module):  # type: ignore[misc]
 
     def __init__(
         self,
-        chosen: Options,
+        options: Options,
         *,
         rngs: nnx.Rngs,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
     ) -> None:
-        self.options = chosen
+        self.options = options
         self.dtype = dtype
         self.agc_head = HEAD
-        self.stem = Stem(chosen, param_dtype)
-        stages: list[list[NFBlock]] = [[] for _ in chosen.variant.depths]
-        for block in blocks(chosen.variant):
-            stages[block.stage].append(NFBlock(block, chosen, param_dtype, rngs))
+        self.stem = Stem(options, param_dtype)
+        stages: list[list[NFBlock]] = [[] for _ in options.variant.depths]
+        for block in blocks(options.variant):
+            stages[block.stage].append(NFBlock(block, options, param_dtype, rngs))
         self.stages = _List([_List(stage) for stage in stages])
-        last = final_conv(chosen.variant)
-        self.final_conv = WSConv2d(last, chosen.ws_eps, param_dtype)
-        self.activation = Activation(chosen.activation)
-        self.dropout = nnx.Dropout(chosen.dropout, rngs=rngs)
-        self.head = Dense(last.outputs, chosen.num_classes, param_dtype)
+        last = final_conv(options.variant)
+        self.final_conv = WSConv2d(last, options.ws_eps, param_dtype)
+        self.activation = Activation(options.activation)
+        self.dropout = nnx.Dropout(options.dropout, rngs=rngs)
+        self.head = Dense(last.outputs, options.num_classes, param_dtype)
         self.reset_parameters(rngs)
 
     def reset_parameters(self, rngs: nnx.Rngs) -> None:
         """Draw all parameters anew, as DeepMind's code does."""
         names, leaves, structure = flatten(nnx.state(self, nnx.Param))
         places = {name: place for place, name in enumerate(names)}
-        chosen, key = self.options, rngs["params"]()
-        specs = parameters(chosen.variant, chosen.num_classes, chosen.in_channels)
+        options, key = self.options, rngs["params"]()
+        specs = parameters(options.variant, options.num_classes, options.in_channels)
         for number, spec in enumerate(specs):
             place = places[spec.name]
             given = jax.random.fold_in(key, number)
@@ -400,7 +408,8 @@ class NFNet(nnx.Module):  # type: ignore[misc]
         x : array, shape (n, h, w, in_channels)
             Normalised images of any size.
         deterministic : bool, optional
-            Whether dropout and stochastic depth are off; the mode that ``train()`` and ``eval()`` set if None.
+            Whether dropout and stochastic depth are off; the mode that ``train()`` and ``eval()``
+            set if None.
 
         Returns
         -------
@@ -424,19 +433,19 @@ class NFNet(nnx.Module):  # type: ignore[misc]
         Returns
         -------
         dict of str to array
-            ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the size,
-            ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features), which is what
-            the classifier is given.
+            ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the
+            size, ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features),
+            which is what the classifier is given.
         """
-        found = {}
-        x = found["stem"] = self.stem(self._check(x))
+        outputs = {}
+        x = outputs["stem"] = self.stem(self._check(x))
         for number, stage in enumerate(self.stages):
             for block in stage:
                 x = block(x, deterministic)
-            found[f"stages.{number}"] = x
-        x = found["final_conv"] = self._finish(x)
-        found["pooled"] = self._pool(x)
-        return found
+            outputs[f"stages.{number}"] = x
+        x = outputs["final_conv"] = self._finish(x)
+        outputs["pooled"] = self._pool(x)
+        return outputs
 
     def signals(self, x: jax.Array) -> dict[str, jax.Array]:
         """Return how signals propagate, for the images that :meth:`__call__` takes.
@@ -444,10 +453,10 @@ class NFNet(nnx.Module):  # type: ignore[misc]
         Returns
         -------
         dict of str to array
-            ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased variance of
-            each channel over images and pixels, averaged over channels, after the stem and each block.
-            ``"res_avg_var"``, shape (blocks,): the same variance of each residual branch after its gates.
-            Stochastic depth is off. float32, or float64 for float64.
+            ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased
+            variance of each channel over images and pixels, averaged over channels, after the stem
+            and each block. ``"res_avg_var"``, shape (blocks,): the same variance of each residual
+            branch after its gates. Stochastic depth is off. float32, or float64 for float64.
         """
         x = self.stem(self._check(x))
         residuals = []
@@ -470,8 +479,9 @@ class NFNet(nnx.Module):  # type: ignore[misc]
         Returns
         -------
         NFNet
-            In evaluation mode, with plain convolutions and without gains. Outputs are the same up to
-            rounding. It is not for training: without standardisation, DeepMind's recipe does not apply.
+            In evaluation mode, with plain convolutions and without gains. Outputs are the same up
+            to rounding. It is not for training: without standardisation, DeepMind's recipe does not
+            apply.
         """
         graph, state = nnx.split(self)
         folded: NFNet = nnx.merge(graph, jax.tree.map(jnp.copy, state))
@@ -513,9 +523,8 @@ def _draw(initial: Initial, shape: tuple[int, ...], dtype: Any, key: jax.Array) 
     if initial.distribution == "constant":
         return jnp.full(shape, initial.value, dtype)
     size = math.prod(shape)
-    enough = (
-        1 << (size - 1).bit_length()
-    )  # there are few powers of two to compile for, and many shapes
+    # Rounded up, because there are few powers of two to compile for, and many shapes.
+    enough = 1 << (size - 1).bit_length()
     drawn = _standard(initial.distribution, enough, jnp.promote_types(dtype, jnp.float32), key)
     return (initial.value * drawn[:size].reshape(shape)).astype(dtype)
 

@@ -14,7 +14,7 @@ from agc import AGC
 from agc.config import Clipping
 from agc.errors import ParameterError
 from agc_jax.clip import clipper
-from agc_jax.telemetry import Stats, no_stats
+from agc_jax.stats import Stats, no_stats
 from agc_jax.units import ModelUnits, PyTree, check_options
 
 __all__ = ["AdaptiveGradClipState", "adaptive_grad_clip", "stats"]
@@ -33,12 +33,13 @@ def adaptive_grad_clip(
     rule : AGC
         The configuration.
     units : ModelUnits, optional
-        What ``agc_jax.units(model)`` returned. Without it the types or names in the parameters decide.
+        What ``agc_jax.units(model)`` returned. Without it the types or names in the parameters
+        decide.
     clipping : float, scalar array or callable, optional
         Takes the place of every threshold of the rule that is not None, so that it can be a
         hyper-parameter of ``optax.inject_hyperparams``. With parameters in low precision give that
-        ``hyperparam_dtype=jnp.float32``: it has the thresholds in the parameters' dtype otherwise, and 0.01
-        in bfloat16 is 0.0100098.
+        ``hyperparam_dtype=jnp.float32``: it has the thresholds in the parameters' dtype otherwise,
+        and 0.01 in bfloat16 is 0.0100098.
 
     Returns
     -------
@@ -58,24 +59,26 @@ def adaptive_grad_clip(
 
     Notes
     -----
-    *Order* (AGC-7). Put it first in ``optax.chain``: after gradients are averaged and unscaled, before
-    ``optax.add_decayed_weights`` and the optimizer. ``optax.MultiSteps`` and ``optax.apply_if_finite``
-    go around the chain.
+    *Order* (AGC-7). Put it first in ``optax.chain``: after gradients are averaged and unscaled,
+    before ``optax.add_decayed_weights`` and the optimizer. ``optax.MultiSteps`` and
+    ``optax.apply_if_finite`` go around the chain.
 
-    *Sharding* (AGC-8). Under ``jax.jit`` the result does not depend on how arrays are sharded. Inside
-    ``shard_map`` and ``pmap`` code sees one shard: average the gradients first (``lax.pmean``), and keep the
-    parameters whole there; a parameter that is split is an error if ``units`` is given.
+    *Sharding* (AGC-8). Under ``jax.jit`` the result does not depend on how arrays are sharded.
+    Inside ``shard_map`` and ``pmap`` code sees one shard: average the gradients first
+    (``lax.pmean``), and keep the parameters whole there; a parameter that is split is an error if
+    ``units`` is given.
 
-    *Schedules* (AGC-10). ``agc.Schedule`` is evaluated on the device; any other callable is given the step,
-    traced under ``jit``. A threshold that is not a finite number above 0 is an error where its value is known,
-    as it is outside ``jit``. Inside, which cannot raise, every unit it belongs to becomes NaN under every policy
-    and counts as non-finite; ``nonfinite="raise"`` reports it, too.
+    *Schedules* (AGC-10). ``agc.Schedule`` is evaluated on the device; any other callable is given
+    the step, traced under ``jit``. A threshold that is not a finite number above 0 is an error
+    where its value is known, as it is outside ``jit``. Inside, which cannot raise, every unit it
+    belongs to becomes NaN under every policy and counts as non-finite; ``nonfinite="raise"``
+    reports it, too.
 
-    *Gradients that are missing* (AGC-5). None and ``optax.MaskedNode`` are left alone; a step without any
-    gradient clips nothing, and its telemetry is empty.
+    *Gradients that are missing* (AGC-5). None and ``optax.MaskedNode`` are left alone; a step
+    without any gradient clips nothing, and its telemetry is empty.
 
-    *Masks*. What ``optax.masked`` and ``optax.partition`` leave out is left alone. Give ``units`` there, so
-    that the name patterns of the rule are verified with the whole model.
+    *Masks*. What ``optax.masked`` and ``optax.partition`` leave out is left alone. Give ``units``
+    there, so that the name patterns of the rule are verified with the whole model.
 
     Examples
     --------
@@ -117,8 +120,8 @@ def adaptive_grad_clip(
         updates: PyTree, state: AdaptiveGradClipState, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, AdaptiveGradClipState]:
         del extra
-        clipped, found = clip(updates, params, state.steps, dynamic)
-        return clipped, AdaptiveGradClipState(_increment(state.steps), found)
+        clipped, stats = clip(updates, params, state.steps, dynamic)
+        return clipped, AdaptiveGradClipState(_increment(state.steps), stats)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -175,13 +178,13 @@ def stats(opt_state: PyTree) -> Stats:
     2 2 1.0
     """
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AdaptiveGradClipState))
-    found = [node for node in nodes if isinstance(node, AdaptiveGradClipState)]
-    if len(found) != 1:
+    states = [node for node in nodes if isinstance(node, AdaptiveGradClipState)]
+    if len(states) != 1:
         raise ParameterError(
-            f"this optimizer state holds {len(found)} states of adaptive_grad_clip; with several, "
+            f"this optimizer state holds {len(states)} states of adaptive_grad_clip; with several, "
             "give the part that belongs to one of them"
         )
-    return found[0].stats
+    return states[0].stats
 
 
 def _with_clipping(rule: AGC, clipping: Clipping) -> AGC:

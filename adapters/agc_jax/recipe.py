@@ -21,10 +21,11 @@ def sgd_nfnet(
     weight_decay: float = WEIGHT_DECAY,
     rule: AGC | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return DeepMind's optimizer for NFNets: AGC, weight decay and ``optax.sgd`` in a chain (AGC-7).
+    """Return DeepMind's optimizer for NFNets: AGC, weight decay, ``optax.sgd`` (AGC-7).
 
-    In each step, gradients are clipped, then weight decay is added to those of matrices and kernels (not of
-    gains and biases), then comes Nesterov's momentum, whose trace does not contain the learning rate.
+    In each step, gradients are clipped, then weight decay is added to those of matrices and kernels
+    (not of gains and biases), then comes Nesterov's momentum, whose trace does not contain the
+    learning rate.
 
     Parameters
     ----------
@@ -38,13 +39,14 @@ def sgd_nfnet(
     weight_decay : float
         Coupled, as in the paper. Parameters of rank 0 and 1 are not decayed.
     rule : AGC, optional
-        ``AGC.profile("deepmind")`` if None: clipping 0.01, and all but the classifier's weight is clipped.
+        ``AGC.profile("deepmind")`` if None: clipping 0.01, and all but the classifier's weight is
+        clipped.
 
     Returns
     -------
     optax.GradientTransformationExtraArgs
-        For the model's parameters: ``nnx.Optimizer(model, tx, wrt=nnx.Param)``. :func:`agc_jax.stats` finds the
-        telemetry in its state.
+        For the model's parameters: ``nnx.Optimizer(model, tx, wrt=nnx.Param)``.
+        :func:`agc_jax.stats` finds the telemetry in its state.
 
     Raises
     ------

@@ -1,9 +1,9 @@
 """Sharpness-aware minimization as an ordinary ``value_and_grad``.
 
 ``sam_value_and_grad`` is called like :func:`jax.value_and_grad` and as pure: it computes the
-gradient at the weights, moves to ``w + e``, and returns the gradient there. The weights given are never
-changed, so there is nothing to restore; the optimizer, and AGC in front of it, see that one gradient and
-the original weights.
+gradient at the weights, moves to ``w + e``, and returns the gradient there. The weights given are
+never changed, so there is nothing to restore; the optimizer, and AGC in front of it, see that one
+gradient and the original weights.
 """
 
 from __future__ import annotations
@@ -12,26 +12,23 @@ import functools
 import inspect
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from agc.checks import check_rule
+from agc.checks import check_batch_given, check_distinct, check_microbatches, check_rule
 from agc.config import SAM
 from agc.errors import ConfigError, DTypeError, NonFiniteError, ParameterError
-from agc.schedule import Schedule
 from agc.selectors import perturbed_names
-from agc_jax.clip import call_schedule
 from agc_jax.layers import Layers
+from agc_jax.schedules import value_at
 from agc_jax.units import flatten, is_absent
 
-__all__ = ["SamStats", "Verification", "sam_value_and_grad", "verify_sam"]
+__all__ = ["SamStats", "sam_value_and_grad"]
 
 Tree = Any
 
@@ -69,7 +66,7 @@ def sam_value_and_grad(
     has_aux: bool = False,
     batch_argnums: int | Sequence[int] | None = None,
     axis_name: str | Sequence[str] | None = None,
-    has_stats: bool = False,
+    return_stats: bool = False,
 ) -> Callable[..., Any]:
     """Return a function that computes the clean loss and the sharpness-aware gradient.
 
@@ -82,36 +79,36 @@ def sam_value_and_grad(
     argnums : int or sequence of int, default 0
         Which positional arguments are the weights.
     has_aux : bool, default False
-        Whether ``loss_fn`` returns auxiliary data, such as updated normalisation statistics. What is
-        returned comes from the clean pass, or with ``fraction`` below 1 from the pass that saw the
-        whole batch (SAM-12); with ``microbatches``, stacked along a new first axis.
+        Whether ``loss_fn`` returns auxiliary data, such as updated normalisation statistics. What
+        is returned comes from the clean pass, or with ``fraction`` below 1 from the pass that saw
+        the whole batch (SAM-12); with ``microbatches``, stacked along a new first axis.
     batch_argnums : int or sequence of int, optional
         Which positional arguments are the batch (pytrees of arrays that share their first axis).
-        Needed for ``fraction`` below 1 and ``microbatches`` above 1; the loss must be a mean. What is not
-        split by example, a scalar or a random key, belongs in another argument; each part is given the
-        same.
+        Needed for ``fraction`` below 1 and ``microbatches`` above 1; the loss must be a mean. What
+        is not split by example, a scalar or a random key, belongs in another argument, which each
+        part of the batch is given whole.
     axis_name : str or sequence of str, optional
         Mesh axes to average over inside ``shard_map`` (or ``pmap``). The descent gradient always is
-        averaged, the ascent gradient if ``rule.scope`` is ``"global"`` (SAM-9). Outside, leave it out:
-        under GSPMD the gradient is that of the whole batch, which is the global scope.
-    has_stats : bool, default False
+        averaged, the ascent gradient if ``rule.scope`` is ``"global"`` (SAM-9). Outside, leave it
+        out: under GSPMD the gradient is that of the whole batch, which is the global scope.
+    return_stats : bool, default False
         Whether to return :class:`SamStats` as a third item.
 
     Returns
     -------
     callable
-        Takes ``loss_fn``'s arguments, and ``step=`` (an integer, traced or not) if ``rho`` is a schedule
-        or ``every`` is above 1. A loss with a parameter ``step``, or with ``**kwargs``, is given it as
-        well. Returns ``(value, gradients)``, ``((value, aux), gradients)`` with
-        ``has_aux``, and the stats behind them with ``has_stats``.
+        Takes ``loss_fn``'s arguments, and ``step=`` (an integer, traced or not) if ``rho`` is a
+        schedule or ``every`` is above 1. A loss with a parameter ``step``, or with ``**kwargs``, is
+        given it as well. Returns ``(value, gradients)``, ``((value, aux), gradients)`` with
+        ``has_aux``, and the stats behind them with ``return_stats``.
 
     Raises
     ------
     ConfigError
-        If ``rule`` is not a SAM, ``fraction`` or ``microbatches`` is given without ``batch_argnums``, a
-        step is missing, an argument is not there, or a schedule of rho returns what is known not to be a
-        finite number above 0. By the function also if the arrays of the batch do not share their first
-        axis.
+        If ``rule`` is not a SAM, ``fraction`` or ``microbatches`` is given without
+        ``batch_argnums``, a step is missing, an argument is not there, or a schedule of rho returns
+        what is known not to be a finite number above 0. By the function also if the arrays of the
+        batch do not share their first axis.
     DTypeError
         If a weight is neither floating point nor complex, or no array.
     ParameterError
@@ -124,15 +121,16 @@ def sam_value_and_grad(
     Every argument, random keys among them, is the same in both passes (SAM-12). If the norm of the
     ascent gradient is not finite, ``nonfinite="skip_step"`` returns gradients of NaN, for
     :func:`optax.apply_if_finite` to skip the step; ``"raise"`` works outside ``jit`` only (SAM-5).
-    A schedule of rho is called with the step as it is given. Traced, it cannot raise: where it returns
-    nonsense the gradients are NaN under every policy (SAM-11).
+    A schedule of rho is called with the step as it is given. Traced, it cannot raise: where it
+    returns nonsense the gradients are NaN under every policy (SAM-11).
 
-    A model is split first, so that the first argument is its weights alone: ``nnx.split(model, nnx.Param,
-    ...)`` for Flax NNX, ``eqx.partition(model, eqx.is_inexact_array)`` for Equinox. ``exclude`` and ``only``
-    take the names that ``agc_jax.plan`` prints.
+    A model is split first, so that the first argument is its weights alone:
+    ``nnx.split(model, nnx.Param, ...)`` for Flax NNX,
+    ``eqx.partition(model, eqx.is_inexact_array)`` for Equinox. ``exclude`` and ``only`` take the
+    names that ``agc_jax.plan`` prints.
 
-    The gradients of complex weights are those of :func:`jax.grad`, conjugates of the steepest ascent;
-    the perturbation goes uphill.
+    The gradients of complex weights are those of :func:`jax.grad`, conjugates of the steepest
+    ascent; the perturbation goes uphill.
 
     Examples
     --------
@@ -143,11 +141,12 @@ def sam_value_and_grad(
     check_rule(rule, SAM)
     weights_at = _positions("argnums", argnums)
     batch_at = () if batch_argnums is None else _positions("batch_argnums", batch_argnums)
-    if (rule.fraction != 1 or rule.microbatches != 1) and not batch_at:
-        raise ConfigError(
-            f"fraction={rule.fraction} and microbatches={rule.microbatches} take parts of the batch: "
-            "say which arguments are the batch, for example batch_argnums=(1, 2)"
-        )
+    check_batch_given(
+        rule.fraction,
+        rule.microbatches,
+        given=bool(batch_at),
+        cure="say which arguments are the batch, for example batch_argnums=(1, 2)",
+    )
     _check_apart(weights_at, batch_at)
     gradient_fn = (
         jax.value_and_grad(loss_fn, argnums=weights_at, has_aux=True)
@@ -198,12 +197,12 @@ def sam_value_and_grad(
             value, gradients, stats = jax.lax.pmean((value, gradients, stats), axes)
         gradients = gradients[0] if isinstance(argnums, int) else gradients
         result = ((value, aux) if has_aux else value, gradients)
-        return (*result, stats) if has_stats else result
+        return (*result, stats) if return_stats else result
 
     return value_and_grad
 
 
-# --- one step, part by part -------------------------------------------------------------------------
+# --- the stages of one step -----------------------------------------------------------------------
 
 
 def _gradients(
@@ -218,11 +217,10 @@ def _gradients(
     if rule.microbatches == 1:
         return _two_passes(compute, weights, batch, rule, rho, axes)
     examples = len(jax.tree.leaves(batch)[0])
-    if examples < rule.microbatches:
-        raise ConfigError(f"microbatches={rule.microbatches} is more than the {examples} examples")
+    check_microbatches(rule.microbatches, examples)
 
-    def run(part: tuple[Tree, ...]) -> Any:
-        return _two_passes(compute, weights, part, rule, rho, axes)
+    def run(micro: tuple[Tree, ...]) -> Any:
+        return _two_passes(compute, weights, micro, rule, rho, axes)
 
     if examples % rule.microbatches == 0:
         size = examples // rule.microbatches
@@ -232,11 +230,11 @@ def _gradients(
     else:
         bounds = [_boundary(examples, i, rule.microbatches) for i in range(rule.microbatches + 1)]
         lengths = [high - low for low, high in itertools.pairwise(bounds)]
-        parts = [
-            run(jax.tree.map(lambda leaf, a=low, b=high: _part(leaf, a, b), batch))
+        separate = [
+            run(jax.tree.map(lambda leaf, a=low, b=high: _examples(leaf, a, b), batch))
             for low, high in itertools.pairwise(bounds)
         ]
-        results = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+        results = jax.tree.map(lambda *leaves: jnp.stack(leaves), *separate)
     values, aux, gradients, stats = results
     ascents = [math.ceil(rule.fraction * length) for length in lengths]
     gradients = jax.tree.map(lambda leaf: _average(leaf, lengths), gradients)
@@ -245,9 +243,9 @@ def _gradients(
     return value, aux, gradients, stats
 
 
-def _boundary(examples: int, index: int, parts: int) -> int:
-    """Return where part ``index`` begins: contiguous parts, the longer ones first (SAM-8)."""
-    size, longer = divmod(examples, parts)
+def _boundary(examples: int, index: int, count: int) -> int:
+    """Return where micro-batch ``index`` of several begins; the longer ones come first (SAM-8)."""
+    size, longer = divmod(examples, count)
     return index * size + min(index, longer)
 
 
@@ -268,20 +266,22 @@ def _two_passes(
     first = batch
     if rule.fraction < 1:
         first = jax.tree.map(
-            lambda leaf: _part(leaf, 0, math.ceil(rule.fraction * len(leaf))), batch
+            lambda leaf: _examples(leaf, 0, math.ceil(rule.fraction * len(leaf))), batch
         )
     (value, clean_aux), ascent = compute(weights, first)
     if axes is not None and rule.scope == "global":
         ascent = _varying(jax.lax.pmean(ascent, axes), axes)
     moved, norm = _perturb(weights, ascent, rule, rho)
     (perturbed_value, aux), descent = compute(moved, batch)
-    sound = jnp.isfinite(norm)
+    usable = jnp.isfinite(norm)
     if rule.nonfinite == "raise":
-        _raise_unless(sound, norm)
+        _raise_unless(usable, norm)
     if rule.nonfinite == "skip_perturb":
-        sound = jnp.ones_like(sound)
-    sound &= jnp.isfinite(rho)
-    descent = jax.tree.map(lambda leaf: jnp.where(sound, leaf, jnp.nan).astype(leaf.dtype), descent)
+        usable = jnp.ones_like(usable)
+    usable &= jnp.isfinite(rho)
+    descent = jax.tree.map(
+        lambda leaf: jnp.where(usable, leaf, jnp.nan).astype(leaf.dtype), descent
+    )
     kept = clean_aux if rule.fraction == 1 else aux
     stats = SamStats(norm.astype(_norm_dtype(weights)), value, perturbed_value)
     return value, kept, descent, stats
@@ -290,14 +290,14 @@ def _two_passes(
 def _perturb(
     weights: tuple[Tree, ...], ascent: tuple[Tree, ...], rule: SAM, rho: float | jax.Array
 ) -> tuple[tuple[Tree, ...], jax.Array]:
-    """Return the weights at ``w + e`` and the norm of the ascent gradient (SAM-1, SAM-2, SAM-10)."""
-    names, leaves, structure = flatten(_one(weights))
-    chosen = set(perturbed_names(_distinct(names, leaves), rule))
+    """Return ``w + e`` and the norm of the ascent gradient (SAM-1, SAM-2, SAM-10)."""
+    names, leaves, structure = flatten(_as_one_tree(weights))
+    selected = set(perturbed_names(_distinct(names, leaves), rule))
     gradients = iter(jax.tree.leaves(ascent))
     directions = {}
     for name, w in _named_arrays(names, leaves):
         g = next(gradients)
-        if name in chosen:
+        if name in selected:
             # JAX's gradient of a complex weight is the conjugate of the steepest ascent.
             directions[name] = jnp.conj(g.astype(_wide(g.dtype))) * _scale(w, rule)
     nothing = jnp.zeros((), jnp.float32)
@@ -322,7 +322,7 @@ def _perturb(
     return ((out,) if len(weights) == 1 else out), norm
 
 
-def _one(weights: tuple[Tree, ...]) -> Tree:
+def _as_one_tree(weights: tuple[Tree, ...]) -> Tree:
     """Return the only tree of weights, or all of them as one tree."""
     return weights[0] if len(weights) == 1 else weights
 
@@ -334,11 +334,9 @@ def _named_arrays(names: Sequence[str], leaves: Sequence[Any]) -> list[tuple[str
 
 
 def _distinct(names: Sequence[str], leaves: Sequence[Any]) -> list[str]:
-    found = [name for name, _ in _named_arrays(names, leaves)]
-    for name, count in Counter(found).items():
-        if count > 1:
-            raise ParameterError(f"two parameters are called {name!r}")
-    return found
+    distinct = [name for name, _ in _named_arrays(names, leaves)]
+    check_distinct(distinct)
+    return distinct
 
 
 def _scale(w: jax.Array, rule: SAM) -> Any:
@@ -349,14 +347,7 @@ def _scale(w: jax.Array, rule: SAM) -> Any:
 
 def _radius(rule: SAM, step: Any) -> float | jax.Array:
     """Rho at a step; NaN if it is traced and not a finite number above 0."""
-    if isinstance(rule.rho, Schedule):
-        steps, values = zip(*rule.rho.points, strict=True)
-        return jnp.interp(
-            jnp.asarray(step, float), jnp.asarray(steps, float), jnp.asarray(values, float)
-        )
-    if not callable(rule.rho):
-        return rule.rho
-    rho = call_schedule("rho", rule.rho, step)
+    rho = value_at("rho", rule.rho, step)
     return rho if isinstance(rho, float) else jnp.where((rho > 0) & (rho < jnp.inf), rho, jnp.nan)
 
 
@@ -372,100 +363,12 @@ def _raise_unless(finite: jax.Array, norm: jax.Array) -> None:
         )
 
 
-# --- probe ------------------------------------------------------------------------------------------
-
-
-class Verification(NamedTuple):
-    """What :func:`verify_sam` saw.
-
-    Attributes
-    ----------
-    passes : int
-        Different points at which the loss was evaluated.
-    perturbation : float
-        Distance of the last point from the weights; should be rho.
-    cosine : float
-        Cosine between that displacement and the gradient at the weights; should be 1 (for ASAM: above
-        0).
-    gradient_error : float
-        Relative distance between the gradient returned and the gradient at the last point.
-    """
-
-    passes: int
-    perturbation: float
-    cosine: float
-    gradient_error: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether this was SAM: two points, moved uphill, right gradient."""
-        moved = self.passes >= 2 and self.perturbation > 0 and self.cosine > 0
-        return moved and self.gradient_error < 1e-3
-
-
-def verify_sam(
-    make: Callable[[Callable[..., jax.Array]], Callable[..., Any]],
-    loss_fn: Callable[..., jax.Array],
-    weights: Tree,
-    *args: Any,
-) -> Verification:
-    """Tell whether a gradient function really is taken at the perturbed weights (SAM-14).
-
-    Parameters
-    ----------
-    make : callable
-        Builds the gradient function under test from a loss function, for example
-        ``lambda f: sam_value_and_grad(f, SAM())``. It must take the weights first and return
-        ``(value, gradients)``.
-    loss_fn : callable
-        ``loss_fn(weights, *args)``, a scalar.
-    weights : pytree
-        The weights.
-    *args
-        The batch and whatever else the loss needs.
-
-    Returns
-    -------
-    Verification
-        ``.ok``, and the numbers behind it.
-    """
-    visited: list[jax.Array] = []
-
-    def watched(point: Tree, *rest: Any) -> jax.Array:
-        jax.debug.callback(
-            lambda flat: visited.append(flat), jax.lax.stop_gradient(_flatten(point))
-        )
-        return loss_fn(point, *rest)
-
-    start = _flatten(weights)
-    _, gradients = make(watched)(weights, *args)
-    jax.effects_barrier()
-    points = {np.asarray(point).tobytes(): point for point in visited}
-    last = max(
-        points.values(), key=lambda point: float(jnp.linalg.norm(point - start)), default=start
-    )
-    unflatten = jax.flatten_util.ravel_pytree(weights)[1]
-    uphill = _flatten(jax.grad(loss_fn)(weights, *args))
-    wanted = _flatten(jax.grad(loss_fn)(unflatten(last), *args))
-    moved = last - start
-    length = float(jnp.linalg.norm(moved) * jnp.linalg.norm(uphill))
-    return Verification(
-        passes=len(points),
-        perturbation=float(jnp.linalg.norm(moved)),
-        # JAX's gradient of complex weights is the conjugate of the direction uphill.
-        cosine=float((moved @ uphill).real) / length if length else 0.0,
-        gradient_error=float(
-            jnp.linalg.norm(_flatten(gradients) - wanted) / jnp.linalg.norm(wanted)
-        ),
-    )
-
-
-# --- helpers ----------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _positions(name: str, given: int | Sequence[int]) -> tuple[int, ...]:
     positions = given if isinstance(given, Sequence) else (given,)
-    if not all(isinstance(one, int) for one in positions):
+    if not all(isinstance(position, int) for position in positions):
         raise ConfigError(
             f"{name} must be positions of arguments, such as 0 or (0, 2), got {given!r}"
         )
@@ -494,10 +397,12 @@ def _takes_step(loss_fn: Callable[..., Any], given: int) -> bool:
         parameters = list(inspect.signature(loss_fn).parameters.values())
     except (TypeError, ValueError):  # a callable that does not say
         return False
-    for position, one in enumerate(parameters):
-        if one.kind is one.VAR_KEYWORD or (one.name == "step" and one.kind is one.KEYWORD_ONLY):
+    for position, parameter in enumerate(parameters):
+        if parameter.kind is parameter.VAR_KEYWORD or (
+            parameter.name == "step" and parameter.kind is parameter.KEYWORD_ONLY
+        ):
             return True
-        if one.name == "step" and one.kind is one.POSITIONAL_OR_KEYWORD:
+        if parameter.name == "step" and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             return position >= given
     return False
 
@@ -524,8 +429,8 @@ def _check_batch(batch: tuple[Tree, ...], batch_at: Sequence[int]) -> None:
         raise ConfigError("the arguments in batch_argnums hold no array")
 
 
-def _part(leaf: Any, low: int, high: int) -> jax.Array:
-    """Return some examples."""
+def _examples(leaf: Any, low: int, high: int) -> jax.Array:
+    """Return the examples from ``low`` to ``high``."""
     return _placed(lambda array: array[low:high], leaf, (high - low,))
 
 
@@ -542,23 +447,23 @@ def _placed(take: Callable[[jax.Array], jax.Array], leaf: Any, front: tuple[int,
     Where shardings are types, examples stay split over the devices if their number allows it.
     """
     array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-    kind = jax.typeof(array).sharding
-    axes: list[Any] = [*kind.spec, *[None] * (array.ndim - len(kind.spec))]
+    sharding = jax.typeof(array).sharding
+    axes: list[Any] = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
     first, others = axes[0], axes[1:]
     names = first if isinstance(first, tuple) else (first,) if first else ()
-    if not set(names) & set(kind.mesh.explicit_axes):
+    if not set(names) & set(sharding.mesh.explicit_axes):
         return take(array)
-    split = math.prod(kind.mesh.shape[name] for name in names)
+    split = math.prod(sharding.mesh.shape[name] for name in names)
     stays = first if front[-1] % split == 0 else None
     spec = jax.P(*(None,) * (len(front) - 1), stays, *others)
-    place = jax.NamedSharding(kind.mesh, spec)
-    automatic = jax.sharding.auto_axes(take, axes=kind.mesh.explicit_axes, out_sharding=place)
+    place = jax.NamedSharding(sharding.mesh, spec)
+    automatic = jax.sharding.auto_axes(take, axes=sharding.mesh.explicit_axes, out_sharding=place)
     return automatic(array)
 
 
 def _arrays(weights: tuple[Tree, ...]) -> tuple[Tree, ...]:
-    """Return the weights as JAX's arrays, as ``jit`` makes them of NumPy's and of Python's numbers."""
-    names, leaves, _ = flatten(_one(weights))
+    """Return weights as JAX's arrays, as ``jit`` makes them of NumPy's and Python's numbers."""
+    names, leaves, _ = flatten(_as_one_tree(weights))
     for name, leaf in _named_arrays(names, leaves):
         try:
             dtype = jnp.result_type(leaf)
@@ -606,10 +511,6 @@ def _norm_dtype(weights: tuple[Tree, ...]) -> Any:
     return jnp.finfo(jnp.result_type(jnp.float32, *jax.tree.leaves(weights))).dtype
 
 
-def _flatten(tree: Tree) -> jax.Array:
-    return jax.flatten_util.ravel_pytree(tree)[0]
-
-
 def _with_aux(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         value, gradients = function(*args, **kwargs)
@@ -623,10 +524,9 @@ def _varying(tree: Tree, axes: Any) -> Tree:
     names = (axes,) if isinstance(axes, str) else tuple(axes)
 
     def cast(leaf: jax.Array) -> jax.Array:
-        kind = jax.typeof(
-            leaf
-        )  # where it says which axes a value varies over depends on the version
-        known = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+        aval = jax.typeof(leaf)
+        # The attribute moved between JAX versions.
+        known = aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
         missing = tuple(name for name in names if name not in known)
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 

@@ -1,12 +1,14 @@
-"""Units by layer type or leaf name: what every leaf of a parameter tree means, and the plan made from it.
+"""Units by layer type or leaf name: what every leaf of a tree means, and the plan of it.
 
-JAX has no single layout: Flax and Haiku put the output last, Equinox first. So the units of a leaf come from
-the module that owns it (Flax NNX, Equinox; :mod:`agc_jax.layers`), or from its name in the tree (Flax Linen,
-Haiku: ``kernel``, ``w``, ``embedding``, ``bias``; :mod:`agc_jax.leaf_names`), never from its rank alone. The types
-are a registry, looked up along the class hierarchy; :func:`register_units` adds a layer of your own.
+JAX has no single layout: Flax and Haiku put the output last, Equinox first. So the units of a leaf
+come from the module that owns it (Flax NNX, Equinox; :mod:`agc_jax.layers`), or from its name in
+the tree (Flax Linen, Haiku: ``kernel``, ``w``, ``embedding``, ``bias``; :mod:`agc_jax.leaf_names`),
+never from its rank alone. The types are a registry, looked up along the class hierarchy;
+:func:`register_units` adds a layer of your own.
 
-A parameter is called by the keys on its path with dots between them: ``conv1.kernel``, ``layers.0.weight``.
-The boxes that Flax puts around an array (``nnx.Variable``, ``nn.Partitioned``) are not part of the name.
+A parameter is called by the keys on its path with dots between them: ``conv1.kernel``,
+``layers.0.weight``. The boxes that Flax puts around an array (``nnx.Variable``, ``nn.Partitioned``)
+are not part of the name.
 """
 
 from __future__ import annotations
@@ -71,8 +73,9 @@ def plan(model: PyTree, rule: AGC, *, units: ModelUnits | None = None) -> Plan:
     Raises
     ------
     SelectorError, AmbiguousUnitsError, UnitsError
-        As :func:`agc.plan.make_plan`; the message names the parameter. Also if the parameters are one array
-        without a name, which is what ``optax.flatten`` makes of a model, and the rule declares nothing for it.
+        As :func:`agc.plan.make_plan`; the message names the parameter. Also if the parameters are
+        one array without a name, which is what ``optax.flatten`` makes of a model, and the rule
+        declares nothing for it.
     ConfigError
         If ``rule`` is not an AGC.
     ParameterError, ShapeError
@@ -80,13 +83,14 @@ def plan(model: PyTree, rule: AGC, *, units: ModelUnits | None = None) -> Plan:
 
     Notes
     -----
-    A model declares its classifier by an attribute: ``model.agc_head = "fc"``. The selector ``"@head"``
-    then excludes it.
+    A model declares its classifier by an attribute: ``model.agc_head = "fc"``. The selector
+    ``"@head"`` then excludes it.
 
     Examples
     --------
     >>> up = dict(kernel_size=(2, 2), use_bias=False, transpose_kernel=True, rngs=nnx.Rngs(0))
-    >>> model = nnx.Sequential(nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0)), nnx.ConvTranspose(8, 4, **up))
+    >>> conv = nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0))
+    >>> model = nnx.Sequential(conv, nnx.ConvTranspose(8, 4, **up))
     >>> print(plan(model, AGC(exclude=["*.bias"])))
     parameter        shape    units         source  count  clipping
     ---------------  -------  ------------  ------  -----  --------
@@ -122,11 +126,12 @@ def units(model: PyTree, *, wrt: Any = nnx.Param) -> ModelUnits:
 
     Notes
     -----
-    NNX and Equinox layers that ``vmap`` or ``scan`` stacked are told by their sizes: the axes in front
-    become unit axes. In Linen and Haiku trees the shape of a layer's bias tells stacked layers and
-    transposed kernels from plain ones. Without a bias a ``kernel`` or ``w`` of two axes is a dense layer's,
-    and one of three, or of four with a square window, a convolution's if the layer's name has ``conv`` in
-    it. Where doubt is left there are no units, and the plan asks to declare them.
+    NNX and Equinox layers that ``vmap`` or ``scan`` stacked are told by their sizes: the axes in
+    front become unit axes. In Linen and Haiku trees the shape of a layer's bias tells stacked
+    layers and transposed kernels from plain ones. Without a bias a ``kernel`` or ``w`` of two axes
+    is a dense layer's, and one of three, or of four with a square window, a convolution's if the
+    layer's name has ``conv`` in it. Where doubt is left there are no units, and the plan asks to
+    declare them.
 
     Examples
     --------
@@ -190,7 +195,7 @@ class ModelUnits(Mapping[str, Units | None]):
     def __len__(self) -> int:
         return len(self._by_name)
 
-    # Equal by identity, so that what was prepared for a model is found again without comparing it.
+    # Identity equality: cache lookups must not compare whole models.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -205,16 +210,16 @@ class ModelUnits(Mapping[str, Units | None]):
 def plan_tree(model: PyTree, rule: AGC, units: ModelUnits | None) -> Plan:
     """Make the plan of a model or of a tree of parameters, some of which may be masked out.
 
-    With ``units``, the patterns of the rule are matched with all of the model's parameters. Without them, a
-    pattern that can only mean what ``optax.masked`` left out is passed over.
+    With ``units``, the patterns of the rule are matched with all of the model's parameters. Without
+    them, a pattern that can only mean what ``optax.masked`` left out is passed over.
     """
     check_options(rule, units)
     if units is None:
-        found = _units(model)
+        units = _units(model)
         masked = [name for name, _, leaf in _named(model) if isinstance(leaf, optax.MaskedNode)]
-        typed = any(parameter.source == "layer" for parameter in found.parameters)
-        rule = _without(rule, masked, found)
-        plan = make_plan(found.parameters, rule, head=found.head, cure="" if typed else _CURE)
+        typed = any(parameter.source == "layer" for parameter in units.parameters)
+        rule = _without(rule, masked, units)
+        plan = make_plan(units.parameters, rule, head=units.head, cure="" if typed else _CURE)
         for entry in plan:
             _check_name(entry)
         return plan
@@ -236,7 +241,7 @@ def plan_tree(model: PyTree, rule: AGC, units: ModelUnits | None) -> Plan:
 
 
 def _check_name(entry: PlanEntry) -> None:
-    """Raise if this is an array without a name that nothing declares to be one parameter (AGC-5)."""
+    """Raise for an array without a name that nothing declares to be one parameter (AGC-5)."""
     if not entry.name and entry.clipped and entry.source == "vector" and math.prod(entry.shape) > 1:
         raise AmbiguousUnitsError(
             f"the parameters are one array without a name, of shape {entry.shape}. If optax.flatten or "
@@ -253,7 +258,7 @@ def check_options(rule: AGC, units: ModelUnits | None) -> None:
 
 
 def flatten(tree: PyTree) -> tuple[tuple[str, ...], list[Any], Any]:
-    """Return the names, the leaves and the structure of a tree; None and ``MaskedNode`` are leaves."""
+    """Return names, leaves and structure of a tree; None and ``MaskedNode`` are leaves."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_absent)
     names = _NAMES.get(structure)
     if names is None:
@@ -278,7 +283,7 @@ def _named(tree: PyTree) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
         inside = jax.tree_util.tree_flatten_with_path(leaf, is_leaf=is_absent)[0]
         for inner, value in inside:
-            keys = tuple(path_key(part) for part in (path if len(inside) == 1 else path + inner))
+            keys = tuple(path_key(key) for key in (path if len(inside) == 1 else path + inner))
             yield canonical_name(dotted(keys)), keys, value
 
 
@@ -287,27 +292,27 @@ def _is_leaf(node: Any) -> bool:
 
 
 def _is_inexact(leaf: Any) -> bool:
-    """Tell whether a leaf is a parameter. A Python float is one, as it is an array under ``jit``."""
+    """Tell whether a leaf is a parameter, as Python's floats are: arrays under ``jit``."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None:
         return isinstance(leaf, float | complex)
     return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
-def _without(rule: AGC, masked: list[str], found: ModelUnits) -> AGC:
+def _without(rule: AGC, masked: list[str], known: ModelUnits) -> AGC:
     """Drop the patterns of a rule that match nothing but what was masked out."""
     if not masked:
         return rule
-    head = rule.head or found.head
+    head = rule.head or known.head
 
     def means_masked(pattern: str) -> bool:
         wanted = canonical_name(f"{head}.*" if pattern.startswith("@") and head else pattern)
-        left = matching_names(wanted, found)
-        if any(pattern != "@head.weight" or len(found.shape(name)) >= 2 for name in left):
+        left = matching_names(wanted, known)
+        if any(pattern != "@head.weight" or len(known.shape(name)) >= 2 for name in left):
             return False
-        parts = wanted.split(".")  # a whole subtree may be masked, under the name of its root
+        words = wanted.split(".")  # a whole subtree may be masked, under the name of its root
         return any(
-            fnmatchcase(name, wanted) or fnmatchcase(name, ".".join(parts[: name.count(".") + 1]))
+            fnmatchcase(name, wanted) or fnmatchcase(name, ".".join(words[: name.count(".") + 1]))
             for name in masked
         )
 

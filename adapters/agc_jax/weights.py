@@ -1,4 +1,4 @@
-"""Parameters of NFNets to and from the neutral form: NumPy arrays by canonical name (:mod:`agc.nfnet`)."""
+"""Parameters of NFNets to and from the neutral form: arrays by name (:mod:`agc.nfnet`)."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def to_neutral(model: nnx.Module) -> dict[str, Array]:
     Returns
     -------
     dict of str to array
-        By canonical name, in the neutral layout and in the model's order; C-contiguous. float16, float32 and
-        float64 stay what they are, bfloat16 becomes float32, which holds the same numbers.
+        By canonical name, in the neutral layout and in the model's order; C-contiguous. float16,
+        float32 and float64 stay what they are, bfloat16 becomes float32, which holds the same
+        numbers.
 
     Raises
     ------
@@ -62,8 +63,8 @@ def from_neutral(model: nnx.Module, arrays: Mapping[str, Any]) -> None:
     Raises
     ------
     ParameterError
-        If a tensor is missing, unknown or of another shape; the message names them, and the model is as it
-        was. Also as :func:`to_neutral`.
+        If a tensor is missing, unknown or of another shape; the message names them, and the model
+        is as it was. Also as :func:`to_neutral`.
     """
     pairs = _pairs(model)
     check_arrays((spec for spec, _ in pairs), arrays)
@@ -81,8 +82,8 @@ def _pairs(model: nnx.Module) -> list[tuple[ParameterSpec, jax.Array]]:
         raise ParameterError(f"this needs a model made by nfnet(...), got {type(model).__name__}")
     names, leaves, _ = flatten(nnx.state(model, nnx.Param))
     named = dict(zip(names, leaves, strict=True))
-    chosen = model.options
-    specs = parameters(chosen.variant, chosen.num_classes, chosen.in_channels)
+    options = model.options
+    specs = parameters(options.variant, options.num_classes, options.in_channels)
     for spec in specs:
         if spec.name not in named:
             raise ParameterError(

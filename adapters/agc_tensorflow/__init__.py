@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping for TensorFlow and Keras 3: in ``compile`` and ``fit``, and in loops of your own."""
+"""Adaptive gradient clipping for TensorFlow and Keras 3: in ``fit`` and in your own loops."""
 
 import os as _os
 
@@ -21,18 +21,14 @@ except ImportError as error:
 if (_backend := _keras.config.backend()) != "tensorflow":
     raise ImportError(_WRONG_BACKEND.format(_backend))
 
-from agc_tensorflow.clip import Stats, adaptive_clip_gradients
+from agc_tensorflow.clip import adaptive_clip_gradients
 from agc_tensorflow.nfnet import NFNet, nfnet
 from agc_tensorflow.optimizer import AdaptiveGradClip
 from agc_tensorflow.recipe import CoupledSGD, sgd_nfnet
-from agc_tensorflow.sam import (
-    SamStats,
-    SharpnessAwareModel,
-    Verification,
-    sam_value_and_gradients,
-    verify_sam,
-)
+from agc_tensorflow.sam import SamStats, SharpnessAwareModel, sam_value_and_gradients
+from agc_tensorflow.stats import Stats
 from agc_tensorflow.units import plan, register_units, units
+from agc_tensorflow.verify import Verification, verify_sam
 from agc_tensorflow.weights import from_neutral, to_neutral
 
 __all__ = [

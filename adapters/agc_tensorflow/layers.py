@@ -1,25 +1,21 @@
 """What the layer types of Keras and KerasHub say of their parameters.
 
-Keras stores weights out-last, so most rows of the table say ``... i o -> o``. A layer is looked up along its
-class hierarchy. KerasHub is only recognised, by the full names of its classes, never imported.
+Keras stores weights out-last, so most rows of the table say ``... i o -> o``. A layer is looked up
+along its class hierarchy. KerasHub is only recognised, by the full names of its classes, never
+imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
-from typing import Any, Final, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Final
 
 import keras
 
-from agc import Units
-from agc.errors import ParameterError
+from agc.layer_table import LayerRule, LayerTable, LayerUnits
 from agc.plan import WHOLE
 
-__all__ = ["by_type", "changes", "register_units"]
-
-LayerUnits: TypeAlias = Mapping[str, str | Units]
-LayerRule: TypeAlias = LayerUnits | Callable[[Any], LayerUnits]
+__all__ = ["TABLE", "register_units"]
 
 
 def register_units(layer: type | str, units: LayerRule) -> None:
@@ -28,12 +24,13 @@ def register_units(layer: type | str, units: LayerRule) -> None:
     Parameters
     ----------
     layer : type of keras.Layer or tf.Module, or str
-        The layer's class; its subclasses follow it unless they are registered themselves. A string is the
-        full path of a class that need not be imported, ``"package.module.Name"``.
+        The layer's class; its subclasses follow it unless they are registered themselves. A string
+        is the full path of a class that need not be imported, ``"package.module.Name"``.
     units : mapping of str to str or Units, or callable
-        Variable name (a glob, the first that matches decides) to units; or a function of the layer that
-        returns such a mapping, where the units depend on the layer. A variable that matches nothing is one
-        unit if it is a vector, is left to the layout convention at rank 2, and has to be declared otherwise.
+        Variable name (a glob, the first that matches decides) to units; or a function of the layer
+        that returns such a mapping, where the units depend on the layer. A variable that matches
+        nothing is one unit if it is a vector, is left to the layout convention at rank 2, and has
+        to be declared otherwise.
 
     Raises
     ------
@@ -54,40 +51,14 @@ def register_units(layer: type | str, units: LayerRule) -> None:
     >>> agc_tensorflow.plan(layer, agc.AGC())["table"].count
     2
     """
-    global _changes
-    if isinstance(units, Mapping):
-        units = {name: Units(str(pattern)) for name, pattern in units.items()}
-    elif not callable(units):
-        raise ParameterError(
-            f"units of {layer!r} must be a mapping such as {{'kernel': 'i o -> o'}}, "
-            f"or a function of the layer that returns one, got {units!r}"
-        )
-    _REGISTRY[_path(layer) if isinstance(layer, type) else layer] = units
-    _changes += 1
+    TABLE.register(layer, units)
 
 
-def changes() -> int:
-    """Return how often the table was changed, so that what was made from it can be made again."""
-    return _changes
+TABLE: Final = LayerTable({"kernel": "i o -> o"})
+"""Everything that is known of layer types."""
 
 
-def by_type(layer: Any) -> Callable[[str], Units | None]:
-    """Return a function that says what a layer's type says of a variable, by the variable's name."""
-    table: LayerUnits = {}
-    for kind in type(layer).__mro__:
-        rule = _REGISTRY.get(_path(kind))
-        if rule is not None:
-            table = rule if isinstance(rule, Mapping) else rule(layer)
-            break
-    known = {name: Units(str(pattern)) for name, pattern in table.items()}
-    return lambda name: next((u for glob, u in known.items() if fnmatchcase(name, glob)), None)
-
-
-def _path(layer: type) -> str:
-    return f"{layer.__module__}.{layer.__qualname__}"
-
-
-# --- Keras -------------------------------------------------------------------------------------------
+# --- Keras ----------------------------------------------------------------------------------------
 
 
 def _einsum(layer: Any) -> LayerUnits:
@@ -148,11 +119,11 @@ _KERAS: Final[Mapping[str, LayerRule]] = {
     "AdditiveAttention": _ONE,
 }
 
-# --- KerasHub: what is not made of Keras' own layers -------------------------------------------------
+# --- KerasHub: what is not made of Keras' own layers ----------------------------------------------
 
 _ROWS: Final = "n d -> n"
 _BATCHED_ROWS: Final = "one n d -> n"
-"""A table of positions or queries with a batch axis: every position is a row, as in an embedding."""
+"""A table of positions or queries with a batch axis: a row each, as in an embedding."""
 _EXPERTS: Final = {"expert_feedforward_*": "e i o -> e o"}
 _HUB: Final[Mapping[str, LayerRule]] = {
     "layers.modeling.masked_lm_head.MaskedLMHead": {"output_kernel": _IO},
@@ -198,8 +169,6 @@ _HUB: Final[Mapping[str, LayerRule]] = {
     },
 }
 
-_changes = 0
-_REGISTRY: Final[dict[str, LayerRule]] = {}
 for _name, _rule in _KERAS.items():
     if hasattr(keras.layers, _name):  # a layer that an older Keras lacks
         register_units(getattr(keras.layers, _name), _rule)

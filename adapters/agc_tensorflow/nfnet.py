@@ -1,11 +1,12 @@
 """NFNets (arXiv:2102.06171) in TensorFlow and Keras 3.
 
-The shared facts are in :mod:`agc.nfnet`; this file is their TensorFlow code, from the smallest part to the whole:
-convolution, activation, squeeze and excite, stem, block, model. Images are ``(n, h, w, c)``. Parameters are
-called by their canonical names and have the neutral layout; :mod:`agc_tensorflow.weights` reads and writes them.
+The shared facts are in :mod:`agc.nfnet`; this file is their TensorFlow code, from the smallest part
+to the whole: convolution, activation, squeeze and excite, stem, block, model. Images are
+``(n, h, w, c)``. Parameters are called by their canonical names and have the neutral layout;
+:mod:`agc_tensorflow.weights` reads and writes them.
 
-Constants are Python floats, which take the dtype of the tensor that they meet. ``tf.cast`` of a float, and
-``tf.nn.gelu``, go through float32.
+Constants are Python floats, which take the dtype of the tensor that they meet. ``tf.cast`` of a
+float, and ``tf.nn.gelu``, go through float32.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from agc.nfnet import (
     options,
     stem,
 )
-from agc_tensorflow.kernels import splits_groups
+from agc_tensorflow.devices import splits_groups
 from agc_tensorflow.units import named_variables, register_units
 
 __all__ = ["NFNet", "nfnet"]
@@ -83,7 +84,8 @@ def nfnet(
     Parameters
     ----------
     variant : str or Variant
-        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first steps.
+        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first
+        steps.
     num_classes : int, optional
         1000 if None, and 10 for ``tiny``.
     dropout : float, optional
@@ -93,11 +95,13 @@ def nfnet(
     in_channels : int
         Channels of the images.
     activation : str
-        A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want ``"gelu_erf"``.
+        A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want
+        ``"gelu_erf"``.
     ws_eps : {"deepmind", "timm"}
         Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
     dtype : str or keras.DTypePolicy, optional
-        As in any Keras layer: ``"float64"``, ``"mixed_bfloat16"`` and so on; Keras' global policy if None.
+        As in any Keras layer: ``"float64"``, ``"mixed_bfloat16"`` and so on; Keras' global policy
+        if None.
     name : str, optional
         The model's name.
 
@@ -117,20 +121,23 @@ def nfnet(
     >>> model(tf.zeros((2, 32, 32, 3))).shape
     TensorShape([2, 10])
     """
-    chosen = options(
-        variant,
-        num_classes,
-        dropout=dropout,
-        stochastic_depth=stochastic_depth,
-        in_channels=in_channels,
-        activation=activation,
-        ws_eps=ws_eps,
+    return NFNet(
+        options(
+            variant,
+            num_classes,
+            dropout=dropout,
+            stochastic_depth=stochastic_depth,
+            in_channels=in_channels,
+            activation=activation,
+            ws_eps=ws_eps,
+        ),
+        dtype=dtype,
+        name=name,
     )
-    return NFNet(chosen, dtype=dtype, name=name)
 
 
 class _Layer(keras.layers.Layer):  # type: ignore[misc]
-    """A layer whose variables stay in the dtype they are stored in until the layer itself casts them."""
+    """A layer whose variables keep their stored dtype until the layer itself casts them."""
 
     def add(self, name: str, shape: tuple[int, ...], kind: Kind) -> Any:
         """Add a parameter that starts as :class:`agc.nfnet.ParameterSpec` says."""
@@ -146,7 +153,7 @@ class _Layer(keras.layers.Layer):  # type: ignore[misc]
 
 
 class SameConv2D(_Layer):
-    """A convolution with a bias that pads as XLA's SAME does: an even axis under stride 2 only at its end."""
+    """A convolution with a bias that pads as XLA's SAME: even axes under stride 2 at their end."""
 
     def __init__(self, conv: Conv, **layer: Any) -> None:
         super().__init__(name=conv.name.rpartition(".")[2], **layer)
@@ -168,7 +175,7 @@ class SameConv2D(_Layer):
             x = tf.nn.conv2d(x, weight, stride, "SAME")
         else:
             pairs = zip(tf.split(x, groups, 3), tf.split(weight, groups, 3), strict=True)
-            x = tf.concat([tf.nn.conv2d(part, w, stride, "SAME") for part, w in pairs], 3)
+            x = tf.concat([tf.nn.conv2d(group, w, stride, "SAME") for group, w in pairs], 3)
         return x + tf.cast(self.bias, x.dtype)
 
 
@@ -187,7 +194,7 @@ def _standardise(weight: tf.Tensor, gain: tf.Tensor, ws_eps: WsEps) -> tf.Tensor
 
 
 class WSConv2D(SameConv2D):
-    """A convolution whose weight is standardised: each filter has mean 0 and, times its gain, norm 1.
+    """A convolution with a standardised weight: a filter has mean 0 and its gain as norm.
 
     Parameters
     ----------
@@ -215,7 +222,7 @@ class WSConv2D(SameConv2D):
         self.gain = self.add("gain", (self.conv.outputs,), "gain")
 
     def standardised(self) -> tf.Tensor:
-        """Return the weight that is convolved with, worked out in at least float32, in its own dtype."""
+        """Return the standardised weight: computed in at least float32, in the weight's dtype."""
         dtype = tf.as_dtype(self.variable_dtype)
         at_least = tf.float32 if dtype in (tf.bfloat16, tf.float16) else dtype
         weight, gain = tf.cast(self.weight, at_least), tf.cast(self.gain, at_least)
@@ -272,7 +279,8 @@ class SqueezeExcite(_Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Return gates of shape (n, 1, 1, c) for images of shape (n, h, w, c)."""
-        # ReLU, without a factor, is what the released weights were trained with; the paper says GELU.
+        # ReLU, without a factor, is what the released weights were trained with; the paper says
+        # GELU.
         hidden = tf.nn.relu(self.fc0(tf.reduce_mean(x, (1, 2))))
         return 2 * tf.sigmoid(self.fc1(hidden))[:, None, None, :]
 
@@ -280,14 +288,14 @@ class SqueezeExcite(_Layer):
 class Stem(_Layer):
     """Four convolutions, a quarter of the size; no activation after the last."""
 
-    def __init__(self, chosen: Options, convolution: Callable[[Conv], SameConv2D], **layer: Any):
+    def __init__(self, options: Options, convolution: Callable[[Conv], SameConv2D], **layer: Any):
         super().__init__(name="stem", **layer)
-        conv0, conv1, conv2, conv3 = stem(chosen.variant, chosen.in_channels)
+        conv0, conv1, conv2, conv3 = stem(options.variant, options.in_channels)
         self.conv0 = convolution(conv0)
         self.conv1 = convolution(conv1)
         self.conv2 = convolution(conv2)
         self.conv3 = convolution(conv3)
-        self.activation = Activation(chosen.activation)
+        self.activation = Activation(options.activation)
 
     def build(self, _input_shape: Any) -> None:
         """Create the variables."""
@@ -307,13 +315,13 @@ class NFBlock(_Layer):
     def __init__(
         self,
         block: Block,
-        chosen: Options,
+        options: Options,
         convolution: Callable[[Conv], SameConv2D],
         **layer: Any,
     ) -> None:
         super().__init__(name=str(block.place), **layer)
         self.block = block
-        self.drop_rate = chosen.stochastic_depth * block.stochastic_depth
+        self.drop_rate = options.stochastic_depth * block.stochastic_depth
         convs = {conv.name: convolution(conv) for conv in block.convs}
         self.conv0 = convs["conv0"]
         self.conv1 = convs["conv1"]
@@ -321,7 +329,7 @@ class NFBlock(_Layer):
         self.conv2 = convs["conv2"]
         self.shortcut = convs.get("shortcut")
         self.se = SqueezeExcite(block, **layer)
-        self.activation = Activation(chosen.activation)
+        self.activation = Activation(options.activation)
         self.seed = keras.random.SeedGenerator() if self.drop_rate > 0 else None
 
     def build(self, _input_shape: Any) -> None:
@@ -352,7 +360,7 @@ class NFBlock(_Layer):
         return self.se(out) * out, shortcut
 
     def kept(self, residual: tf.Tensor) -> tf.Tensor:
-        """Draw stochastic depth: 1 for the images that keep the residual branch, 0 for the others."""
+        """Draw stochastic depth: 1 for images that keep the residual branch, 0 for the others."""
         shape = (tf.shape(residual)[0], 1, 1, 1)
         uniform = keras.random.uniform(shape, dtype="float32", seed=self.seed)
         return tf.cast(tf.floor(1 - self.drop_rate + uniform), residual.dtype)
@@ -386,7 +394,7 @@ class NFNet(keras.Model):  # type: ignore[misc]
 
     Parameters
     ----------
-    chosen : Options
+    options : Options
         What to build.
     folded : bool
         Whether convolutions are plain ones; see :meth:`fold`.
@@ -404,28 +412,28 @@ class NFNet(keras.Model):  # type: ignore[misc]
     """
 
     def __init__(
-        self, chosen: Options, *, folded: bool = False, trainable: bool = True, **layer: Any
+        self, options: Options, *, folded: bool = False, trainable: bool = True, **layer: Any
     ) -> None:
         super().__init__(**layer)
         inner = {"dtype": self.dtype_policy}
 
         def convolution(conv: Conv) -> SameConv2D:
-            return SameConv2D(conv, **inner) if folded else WSConv2D(conv, chosen.ws_eps, **inner)
+            return SameConv2D(conv, **inner) if folded else WSConv2D(conv, options.ws_eps, **inner)
 
-        self.options = chosen
+        self.options = options
         self.folded = folded
         self.agc_head = HEAD
-        self.stem = Stem(chosen, convolution, **inner)
-        stages: list[list[NFBlock]] = [[] for _ in chosen.variant.depths]
-        for block in blocks(chosen.variant):
-            stages[block.stage].append(NFBlock(block, chosen, convolution, **inner))
+        self.stem = Stem(options, convolution, **inner)
+        stages: list[list[NFBlock]] = [[] for _ in options.variant.depths]
+        for block in blocks(options.variant):
+            stages[block.stage].append(NFBlock(block, options, convolution, **inner))
         self.stages = [Stage(f"stages.{s}", stage, **inner) for s, stage in enumerate(stages)]
-        last = final_conv(chosen.variant)
+        last = final_conv(options.variant)
         self.final_conv = convolution(last)
-        self.activation = Activation(chosen.activation)
-        self.dropout = keras.layers.Dropout(chosen.dropout, **inner)
-        self.head = Dense(HEAD, last.outputs, chosen.num_classes, "head", **inner)
-        self.build((None, None, None, chosen.in_channels))
+        self.activation = Activation(options.activation)
+        self.dropout = keras.layers.Dropout(options.dropout, **inner)
+        self.head = Dense(HEAD, last.outputs, options.num_classes, "head", **inner)
+        self.build((None, None, None, options.in_channels))
         self.trainable = trainable
 
     def build(self, _input_shape: Any) -> None:
@@ -465,18 +473,18 @@ class NFNet(keras.Model):  # type: ignore[misc]
         Returns
         -------
         dict of str to tensor
-            ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the size,
-            ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features), which is what
-            the classifier is given. Dropout and stochastic depth are off.
+            ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the
+            size, ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features),
+            which is what the classifier is given. Dropout and stochastic depth are off.
         """
         x = self._check(x)
-        found = {}
-        x = found["stem"] = self.stem(x)
+        outputs = {}
+        x = outputs["stem"] = self.stem(x)
         for stage in self.stages:
-            x = found[stage.name] = stage(x, training=False)
-        x = found["final_conv"] = self._finish(x)
-        found["pooled"] = self._pool(x)
-        return found
+            x = outputs[stage.name] = stage(x, training=False)
+        x = outputs["final_conv"] = self._finish(x)
+        outputs["pooled"] = self._pool(x)
+        return outputs
 
     def signals(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
         """Return how signals propagate, for the images that :meth:`call` takes.
@@ -484,10 +492,10 @@ class NFNet(keras.Model):  # type: ignore[misc]
         Returns
         -------
         dict of str to tensor
-            ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased variance of
-            each channel over images and pixels, averaged over channels, after the stem and each block.
-            ``"res_avg_var"``, shape (blocks,): the same variance of each residual branch after its gates.
-            Stochastic depth is off. float32, or float64 for float64.
+            ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased
+            variance of each channel over images and pixels, averaged over channels, after the stem
+            and each block. ``"res_avg_var"``, shape (blocks,): the same variance of each residual
+            branch after its gates. Stochastic depth is off. float32, or float64 for float64.
         """
         x = self._check(x)
         residuals = []
@@ -510,8 +518,8 @@ class NFNet(keras.Model):  # type: ignore[misc]
         Returns
         -------
         NFNet
-            With plain convolutions and without gains; its parameters are frozen. Outputs are the same up to
-            rounding. It can be saved and exported as any model.
+            With plain convolutions and without gains; its parameters are frozen. Outputs are the
+            same up to rounding. It can be saved and exported as any model.
         """
         folded = NFNet(self.options, folded=True, trainable=False, dtype=self.dtype_policy)
         convs = [layer for layer in self._flatten_layers() if isinstance(layer, WSConv2D)]
@@ -535,12 +543,12 @@ class NFNet(keras.Model):  # type: ignore[misc]
     def from_config(cls, config: Mapping[str, Any]) -> NFNet:
         """Build a model from :meth:`get_config`'s data."""
         config = dict(config)
-        chosen = keras.saving.deserialize_keras_object(config.pop("options"))
-        variant = chosen.pop("variant")
+        data = keras.saving.deserialize_keras_object(config.pop("options"))
+        variant = data.pop("variant")
         for field in ("depths", "widths"):
             variant[field] = tuple(variant[field])
         dtype = keras.dtype_policies.deserialize(config.pop("dtype"))
-        return cls(Options(variant=Variant(**variant), **chosen), dtype=dtype, **config)
+        return cls(Options(variant=Variant(**variant), **data), dtype=dtype, **config)
 
     def _finish(self, x: tf.Tensor) -> tf.Tensor:
         return self.activation(self.final_conv(x))

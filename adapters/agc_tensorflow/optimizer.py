@@ -1,9 +1,10 @@
 """AGC in front of any Keras optimizer, in ``compile`` and ``fit``.
 
-Keras computes an update in fixed order: drop missing gradients, unscale, accumulate, ``_clip_gradients``, weight
-decay, reduce across replicas, update. AGC takes the place in front of ``_clip_gradients``, so it sees the
-accumulated mean and the weights before their decay; the reduction is moved in front of it (AGC-7). The inner
-optimizer keeps its state, its learning rate and its counter, and the wrapper shows them as its own.
+Keras computes an update in fixed order: drop missing gradients, unscale, accumulate,
+``_clip_gradients``, weight decay, reduce across replicas, update. AGC takes the place in front of
+``_clip_gradients``, so it sees the accumulated mean and the weights before their decay; the
+reduction is moved in front of it (AGC-7). The inner optimizer keeps its state, its learning rate
+and its counter, and the wrapper shows them as its own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import tensorflow as tf
 from agc import AGC, Plan, PlanEntry
 from agc.checks import check_rule
 from agc.errors import ConfigError, FormatError, ParameterError
-from agc_tensorflow.clip import IDLE, Gradient, Stats, clip
+from agc_tensorflow.clip import clip
+from agc_tensorflow.stats import IDLE, Stats
 from agc_tensorflow.units import (
     Model,
     Variable,
@@ -30,6 +32,7 @@ from agc_tensorflow.units import (
     variable_key,
     variable_path,
 )
+from agc_tensorflow.views import Gradient
 
 __all__ = ["AdaptiveGradClip"]
 
@@ -41,13 +44,15 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
     Parameters
     ----------
     optimizer : keras.optimizers.Optimizer or str
-        Any optimizer. It becomes a part of this one until :meth:`detach`: use it through the wrapper only.
+        Any optimizer. It becomes a part of this one until :meth:`detach`: use it through the
+        wrapper only.
     rule : AGC
         The configuration.
     model : keras.Model, optional
         The model to train, built: its layer types settle the units, its layers' names the names of
-        parameters. Without it, of the variables that the optimizer is built with, vectors are one unit,
-        matrices follow the layout convention with a warning, and the rest has to be declared in the rule.
+        parameters. Without it, of the variables that the optimizer is built with, vectors are one
+        unit, matrices follow the layout convention with a warning, and the rest has to be declared
+        in the rule.
     name : str, optional
         The optimizer's name.
 
@@ -58,30 +63,36 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
     rule : AGC
         The configuration.
     plan : Plan
-        What happens to every parameter; there once the optimizer is built, or from the start with a model.
+        What happens to every parameter; there once the optimizer is built, or from the start with a
+        model.
 
     Raises
     ------
     ConfigError
-        If ``optimizer`` is not a Keras optimizer, is clipped by AGC already, or is one that hands gradients
-        on to others, ``LossScaleOptimizer`` or ``MultiOptimizer``: wrap each optimizer inside it instead.
+        If ``optimizer`` is not a Keras optimizer, is clipped by AGC already, or is one that hands
+        gradients on to others, ``LossScaleOptimizer`` or ``MultiOptimizer``: wrap each optimizer
+        inside it instead.
     SelectorError, AmbiguousUnitsError, ParameterError
         As :func:`agc_tensorflow.plan`; from ``build`` also if the variables are not the model's.
 
     Notes
     -----
-    * Order: loss scale, accumulation, reduction across replicas, AGC, the inner optimizer's own ``clipnorm``,
-      ``clipvalue`` or ``global_clipnorm``, weight decay, update. (AGC-7)
-    * Schedules of ``clipping`` count updates: with ``gradient_accumulation_steps=4``, one for four batches.
-    * Learning rate, weight decay, moving averages, accumulation and every other setting are those of the
-      inner optimizer; reading or setting them here reaches it.
-    * An optimizer that overrides ``apply_gradients``, ``apply``, ``update_step`` or ``_clip_gradients`` does
-      what it does without the wrapper, and AGC too. As in Keras, ``apply`` does not call ``apply_gradients``.
-    * Row-sparse gradients stay sparse where rows are units (AGC-9), and are made dense where they are not.
+    * Order: loss scale, accumulation, reduction across replicas, AGC, the inner optimizer's own
+      ``clipnorm``, ``clipvalue`` or ``global_clipnorm``, weight decay, update. (AGC-7)
+    * Schedules of ``clipping`` count updates: with ``gradient_accumulation_steps=4``, one for four
+      batches.
+    * Learning rate, weight decay, moving averages, accumulation and every other setting are those
+      of the inner optimizer; reading or setting them here reaches it.
+    * An optimizer that overrides ``apply_gradients``, ``apply``, ``update_step`` or
+      ``_clip_gradients`` does what it does without the wrapper, and AGC too. As in Keras, ``apply``
+      does not call ``apply_gradients``.
+    * Row-sparse gradients stay sparse where rows are units (AGC-9), and are made dense where they
+      are not.
     * A step in which no variable has a gradient is the ValueError that it is in Keras.
-    * ``model.save`` keeps the configuration and the plan of every parameter, frozen ones too, by the names of
-      layers, so a loaded model needs nothing else. A new number behind a layer's name does no harm; where
-      it leaves doubt which parameter is which, and that matters, loading is an error.
+    * ``model.save`` keeps the configuration and the plan of every parameter, frozen ones too, by
+      the names of layers, so a loaded model needs nothing else. A new number behind a layer's name
+      does no harm; where it leaves doubt which parameter is which, and that matters, loading is an
+      error.
 
     References
     ----------
@@ -111,39 +122,39 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         for state in _STATE:
             self.__dict__.pop(state, None)
         self.rule = rule
-        self._seam = _Seam(inner, rule)
+        self._hook = ClippingHook(inner, rule)
         if model is not None:
-            self._seam.follow(model)
+            self._hook.take_plan_of(model)
         if inner.built:
-            self._seam.build(inner._trainable_variables)
-        self._seam.attach()  # when nothing can fail any more
+            self._hook.build(inner._trainable_variables)
+        self._hook.attach()  # when nothing can fail any more
         self.inner_optimizer = inner
 
     @property
     def plan(self) -> Plan:
-        """What happens to every parameter; those that the optimizer does not have are marked as inactive.
+        """What happens to every parameter; those that the optimizer lacks are marked as inactive.
 
         Raises
         ------
         ParameterError
             If there is no model and the optimizer is not built yet.
         """
-        if self._seam.plan is None:
+        if self._hook.plan is None:
             raise ParameterError(
                 "the optimizer is not built yet, so its parameters are unknown; give "
                 "AdaptiveGradClip(..., model=model), or call build(model.trainable_variables)"
             )
-        return self._seam.plan.marked(self._seam.inactive())
+        return self._hook.plan.marked(self._hook.inactive())
 
     def stats(self) -> Stats:
         """Return the telemetry of the last update, on the device (AGC-11)."""
-        if self._seam.table is None:
+        if self._hook.table is None:
             raise ParameterError("the optimizer is not built yet, so there is no telemetry")
-        return Stats(tuple(entry.name for entry in self._seam.entries), self._seam.table)
+        return Stats(tuple(entry.name for entry in self._hook.entries), self._hook.table)
 
     def build(self, variables: Sequence[Variable]) -> None:
         """Create the inner optimizer's state and settle what happens to every variable."""
-        self._seam.build(variables)
+        self._hook.build(variables)
         self.inner_optimizer.build(variables)
 
     def apply(
@@ -156,15 +167,15 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         ValueError
             If no variable has a gradient, as Keras does.
         ConfigError
-            If the inner optimizer changes its variables without Keras' ``_clip_gradients``, so that AGC
-            cannot act: outside graphs the step is undone. Or after :meth:`detach`.
+            If the inner optimizer changes its variables without Keras' ``_clip_gradients``, so that
+            AGC cannot act: outside graphs the step is undone. Or after :meth:`detach`.
         """
         grads = list(grads)
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
             if not self.built:
                 self.build(trainable_variables)
-        self._seam.watch(grads, lambda: self.inner_optimizer.apply(grads, trainable_variables))
+        self._hook.watch(grads, lambda: self.inner_optimizer.apply(grads, trainable_variables))
 
     def apply_gradients(
         self, grads_and_vars: Iterable[tuple[Gradient, Variable]], *args: Any, **kwargs: Any
@@ -184,13 +195,13 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         if not self.built:
             self.build([variable for _, variable in pairs])
         grads = [gradient for gradient, _ in pairs]
-        return self._seam.watch(grads, lambda: inner.apply_gradients(pairs, *args, **kwargs))
+        return self._hook.watch(grads, lambda: inner.apply_gradients(pairs, *args, **kwargs))
 
     def detach(self) -> Any:
         """Take the inner optimizer out again: it keeps its state and no longer clips.
 
-        A model that was compiled with the wrapper has to be compiled again, with what is returned here;
-        this wrapper is of no further use.
+        A model that was compiled with the wrapper has to be compiled again, with what is returned
+        here; this wrapper is of no further use.
 
         Returns
         -------
@@ -203,7 +214,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         >>> optimizer.detach().name
         'mine'
         """
-        self._seam.detach()
+        self._hook.detach()
         return self.inner_optimizer
 
     def scale_loss(self, loss: Any) -> Any:
@@ -211,7 +222,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         return self.inner_optimizer.scale_loss(loss)
 
     def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
-        """Set the final values of variables, such as moving averages, as the inner optimizer does."""
+        """Set final values of variables, such as moving averages, as the inner optimizer does."""
         self.inner_optimizer.finalize_variable_values(var_list)
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
@@ -232,7 +243,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         ConfigError
             If the rule holds a callable that is not an ``agc.Schedule``.
         """
-        saved = self._seam.saved()
+        saved = self._hook.saved()
         return {
             "name": self.name,
             "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
@@ -248,7 +259,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         inner = keras.saving.deserialize_keras_object(config["optimizer"], custom_objects)
         made = cls(inner, AGC.from_dict(config["rule"]), name=config["name"])
         if config["plan"] is not None:
-            made._seam.restore(_Saved.from_dict(config["plan"]))
+            made._hook.restore(_Saved.from_dict(config["plan"]))
         return made
 
     def __getattr__(self, name: str) -> Any:
@@ -284,11 +295,11 @@ _STATE: Final = frozenset(
         "weight_decay",
     }
 )
-"""What an optimizer keeps about itself: here the inner one's, so that methods inherited from Keras see it."""
+"""Attributes that are read from and written to the inner optimizer."""
 
 
-class _Seam:
-    """The place inside the inner optimizer where AGC acts; a plain object, which Keras does not track."""
+class ClippingHook:
+    """AGC inside the inner optimizer; a plain object, which Keras does not track."""
 
     def __init__(self, inner: Any, rule: AGC) -> None:
         self.inner = inner
@@ -299,14 +310,14 @@ class _Seam:
         self.attached = False
         self._restored: _Saved | None = None
         self._named: dict[str, Variable] = {}  # of the plan, as far as they are known
-        self._of_model: dict[object, PlanEntry] | None = None
+        self._entry_of_variable: dict[object, PlanEntry] | None = None
         self._model: weakref.ref[Any] | None = None
         self._root = ""
         self._variables: list[Variable] = []
         self._places: dict[object, int] = {}  # of the variables
         self._current: list[int] = []  # places of the gradients under way
-        self._passed = False  # in this step
-        self._proven = False  # in some step
+        self._reached = False  # in this step
+        self._reached_once = False  # in some step
         self._inner_apply = inner._backend_apply_gradients
         self._inner_clip = inner._clip_gradients
         self._reduce = inner._all_reduce_sum_gradients
@@ -326,18 +337,18 @@ class _Seam:
             self.inner._all_reduce_sum_gradients = self._reduce
             self.attached = False
 
-    def follow(self, model: Model) -> None:
+    def take_plan_of(self, model: Model) -> None:
         """Take the plan of a model."""
         self._named = named_variables(model)
         self.plan, entries = resolve(list(self._named.values()), self.rule, model=model)
         keys = map(variable_key, self._named.values())
-        self._of_model = dict(zip(keys, entries, strict=True))
+        self._entry_of_variable = dict(zip(keys, entries, strict=True))
         if isinstance(model, keras.Layer):
             self._model = weakref.ref(model)
             self._root = model.name
 
     def inactive(self) -> Callable[[str], str | None]:
-        """Return a function that says why a parameter has no gradient at present, if it has none."""
+        """Return a function that says why a parameter has no gradient now; None if it has one."""
         frozen = {name for name, variable in self._named.items() if not variable.trainable}
         built = {entry.name for entry in self.entries} if self.table is not None else None
 
@@ -355,9 +366,9 @@ class _Seam:
         paths = {name: variable_path(variable) for name, variable in self._named.items()}
         trainable = [name for name, variable in self._named.items() if variable.trainable]
         model = self._model() if self._model else None
-        if model is not None and self._of_model is not None:
-            found = map(self._of_model.get, map(variable_key, model.trainable_variables))
-            trainable = [entry.name for entry in found if entry is not None]
+        if model is not None and self._entry_of_variable is not None:
+            entries = map(self._entry_of_variable.get, map(variable_key, model.trainable_variables))
+            trainable = [entry.name for entry in entries if entry is not None]
         built = [entry.name for entry in self.entries]
         return _Saved(self.plan, self._root, paths, trainable, built)
 
@@ -371,7 +382,7 @@ class _Seam:
         if self.table is not None:
             return
         variables = [v for v in variables if not getattr(v, "overwrite_with_gradient", False)]
-        if self._of_model is not None:
+        if self._entry_of_variable is not None:
             self.entries = [self._entry(variable) for variable in variables]
         elif self._restored is not None:
             self.entries = self._restored.pair(variables)
@@ -398,14 +409,14 @@ class _Seam:
                 f"{self.inner.name!r} was detached from this AdaptiveGradClip; use it by itself, or make a new "
                 "AdaptiveGradClip(optimizer, rule, model=model), and compile the model again"
             )
-        self._passed = False
+        self._reached = False
         eager = tf.executing_eagerly()
-        state = [] if self._proven or not eager else [*self._variables, *self.inner.variables]
+        state = [] if self._reached_once or not eager else [*self._variables, *self.inner.variables]
         before = [(variable, tf.identity(_tensor(variable))) for variable in state]
         result = step()
-        self._proven = self._proven or self._passed
+        self._reached_once = self._reached_once or self._reached
         count = len(self._variables)
-        if not self._proven and (_undo(before, count) if eager else count and gradients):
+        if not self._reached_once and (_undo(before, count) if eager else count and gradients):
             raise ConfigError(
                 f"{type(self.inner).__name__} updates its variables without Keras' "
                 "_backend_apply_gradients and _clip_gradients, so AGC cannot act inside it; wrap an optimizer "
@@ -414,15 +425,15 @@ class _Seam:
         return result
 
     def apply(self, gradients: Sequence[Gradient], variables: Sequence[Variable]) -> None:
-        """Stand in for ``_backend_apply_gradients``: note which variables the gradients belong to."""
+        """Stand in for ``_backend_apply_gradients``: note whose gradients these are."""
         self.build(self.inner._trainable_variables)  # if the optimizer is used without the wrapper
         self._current = [self._places[variable_key(variable)] for variable in variables]
         self._inner_apply(gradients, variables)
 
     def clip(self, gradients: Sequence[Gradient]) -> list[Gradient]:
-        """Stand in for ``_clip_gradients``: reduce, clip by AGC, then as the inner optimizer does."""
+        """Stand in for ``_clip_gradients``: reduce, clip by AGC, then call the inner one."""
         assert self.table is not None
-        self._passed = True
+        self._reached = True
         current = [self._variables[place] for place in self._current]
         every: list[Gradient] = [None] * len(self._variables)
         for place, (gradient, _) in zip(
@@ -442,8 +453,8 @@ class _Seam:
         return done
 
     def _entry(self, variable: Variable) -> PlanEntry:
-        assert self._of_model is not None
-        entry = self._of_model.get(variable_key(variable))
+        assert self._entry_of_variable is not None
+        entry = self._entry_of_variable.get(variable_key(variable))
         if entry is not None:
             return entry
         what = f"variable {variable_path(variable)!r} of shape {tuple(variable.shape)}"
@@ -510,7 +521,7 @@ class _Saved:
         return cls(plan, data["root"], paths, list(data["trainable"]), list(data["built"]))
 
     def pair(self, variables: Sequence[Variable]) -> list[PlanEntry]:
-        """Return the entries of variables: what names and order leave in doubt is refused if it matters.
+        """Return the entries of variables; refuse what is left in doubt, if it matters.
 
         Raises
         ------
@@ -519,7 +530,7 @@ class _Saved:
         """
         paths = [variable_path(variable) for variable in variables]
         ways = [self._pair([_without(path, self.root) for path in paths]), self._pair(paths)]
-        found = [
+        fitting = [
             names
             for number, names in enumerate(ways)
             if names is not None
@@ -529,7 +540,7 @@ class _Saved:
                 for name, variable in zip(names, variables, strict=True)
             )
         ]
-        if len(found) != 1:
+        if len(fitting) != 1:
             given = ", ".join(
                 f"{path} {tuple(variable.shape)}"
                 for path, variable in zip(paths[:8], variables[:8], strict=True)
@@ -540,18 +551,18 @@ class _Saved:
                 "names, or others are trainable; load the model with compile=False, and compile it with a new "
                 "AdaptiveGradClip(..., model=model)"
             )
-        return [self.plan[name] for name in found[0]]
+        return [self.plan[name] for name in fitting[0]]
 
     def _pair(self, paths: list[str]) -> list[str] | None:
         """Return the names in the plan of variables with these paths, or None."""
         names: list[str | None] = [None] * len(paths)
-        for kind in {_unnumbered(path) for path in paths}:
-            places = [place for place, path in enumerate(paths) if _unnumbered(path) == kind]
-            alike = [name for name, path in self.paths.items() if _unnumbered(path) == kind]
-            found = self._among(alike, [paths[place] for place in places])
-            if found is None:
+        for stem in {_unnumbered(path) for path in paths}:
+            places = [place for place, path in enumerate(paths) if _unnumbered(path) == stem]
+            alike = [name for name, path in self.paths.items() if _unnumbered(path) == stem]
+            paired = self._among(alike, [paths[place] for place in places])
+            if paired is None:
                 return None
-            for place, name in zip(places, found, strict=True):
+            for place, name in zip(places, paired, strict=True):
                 names[place] = name
         return [name for name in names if name is not None]
 
@@ -592,7 +603,7 @@ def _unnumbered(path: str) -> str:
 
 
 def _common_root(paths: Iterable[str]) -> str:
-    """Return the first part that all paths of layers share, as the name of a Sequential model; "" if none."""
+    """Return the first name that all paths share, as a Sequential model's; "" if none."""
     parts = [path.split("/") for path in paths]
     shared = len({part[0] for part in parts}) == 1 and all(len(part) > 2 for part in parts)
     return parts[0][0] if shared else ""
@@ -605,7 +616,7 @@ def _tensor(variable: Variable) -> tf.Tensor:
 
 
 def _undo(before: Sequence[tuple[Variable, tf.Tensor]], weights: int) -> bool:
-    """Tell whether one of the first variables has changed, and if so set all back to what they were."""
+    """Tell whether one of the first variables has changed; if so, set all of them back."""
     bits = [(_tensor(v).numpy().tobytes(), old.numpy().tobytes()) for v, old in before[:weights]]
     changed = any(now != old for now, old in bits)
     if changed:
@@ -634,7 +645,7 @@ def _check_inner(optimizer: Any) -> Any:
             "model=model), {...}))"
         )
     if isinstance(inner, AdaptiveGradClip) or isinstance(
-        getattr(inner._clip_gradients, "__self__", None), _Seam
+        getattr(inner._clip_gradients, "__self__", None), ClippingHook
     ):
         raise ConfigError(
             f"{inner.name!r} is clipped by AGC already; give each AdaptiveGradClip an optimizer of its own, or "

@@ -18,7 +18,7 @@ __all__ = ["CoupledSGD", "sgd_nfnet"]
 
 def sgd_nfnet(
     model: Model,
-    learning_rate: Any,
+    lr: Any,
     *,
     momentum: float = MOMENTUM,
     weight_decay: float = WEIGHT_DECAY,
@@ -27,21 +27,23 @@ def sgd_nfnet(
 ) -> AdaptiveGradClip:
     """Return DeepMind's optimizer for NFNets: :class:`CoupledSGD` with AGC in front of it (AGC-7).
 
-    In each step, gradients are clipped, then weight decay is added to those of matrices and kernels (not of
-    gains and biases), then comes Nesterov's momentum, whose buffer does not contain the learning rate.
+    In each step, gradients are clipped, then weight decay is added to those of matrices and kernels
+    (not of gains and biases), then comes Nesterov's momentum, whose buffer does not contain the
+    learning rate.
 
     Parameters
     ----------
     model : keras.Model
         An NFNet, or any built model that declares its classifier by ``agc_head``.
-    learning_rate : float or keras.optimizers.schedules.LearningRateSchedule
-        Learning rate; the recipe has 0.1 for each 256 images of a batch.
+    lr : float or keras.optimizers.schedules.LearningRateSchedule
+        Learning rate, Keras' ``learning_rate``; the recipe has 0.1 for each 256 images of a batch.
     momentum : float
         0 switches momentum off.
     weight_decay : float
         Coupled, as in the paper. Parameters of rank 0 and 1 are not decayed.
     rule : AGC, optional
-        ``AGC.profile("deepmind")`` if None: clipping 0.01, and all but the classifier's weight is clipped.
+        ``AGC.profile("deepmind")`` if None: clipping 0.01, and all but the classifier's weight is
+        clipped.
     **options
         Of any Keras optimizer, such as ``use_ema=True``.
 
@@ -62,19 +64,20 @@ def sgd_nfnet(
     Examples
     --------
     >>> from agc_tensorflow import nfnet
-    >>> sgd_nfnet(nfnet("tiny"), learning_rate=0.1).plan.count
+    >>> sgd_nfnet(nfnet("tiny"), lr=0.1).plan.count
     4855
     """
-    inner = CoupledSGD(learning_rate, momentum=momentum, weight_decay=weight_decay, **options)
+    inner = CoupledSGD(lr, momentum=momentum, weight_decay=weight_decay, **options)
     return AdaptiveGradClip(inner, AGC.profile("deepmind") if rule is None else rule, model=model)
 
 
 @keras.saving.register_keras_serializable(package="agc")
 class CoupledSGD(keras.optimizers.Optimizer):  # type: ignore[misc]
-    r"""Gradient descent with coupled weight decay, and momentum that does not contain the learning rate.
+    r"""Gradient descent with coupled weight decay, and momentum without the learning rate.
 
-    ``keras.optimizers.SGD`` is another optimizer: its velocity contains the learning rate of every step it
-    remembers, which is different as soon as that changes, and its weight decay is decoupled.
+    ``keras.optimizers.SGD`` is another optimizer: its velocity contains the learning rate of every
+    step it remembers, which is different as soon as that changes, and its weight decay is
+    decoupled.
 
     Parameters
     ----------
@@ -85,7 +88,8 @@ class CoupledSGD(keras.optimizers.Optimizer):  # type: ignore[misc]
     nesterov : bool
         Whether the step looks ahead.
     weight_decay : float
-        At least 0; multiplies matrices and kernels (rank 2 and above) and is added to their gradients.
+        At least 0; multiplies matrices and kernels (rank 2 and above) and is added to their
+        gradients.
     **options
         Of any Keras optimizer.
 

@@ -1,10 +1,11 @@
 """Sharpness-aware minimization for Keras models and GradientTape loops.
 
-Each pass runs in a stateless scope of Keras, where variables read as the values that the scope gives them and
-assignments are noted, not carried out. In the second pass the weights read as ``w + e``: the weights themselves
-are never written, so there is nothing to restore, whatever happens in between. Of the two passes' updates of
-state only one's are carried out at the end, and both passes start from the same state. The optimizer, with AGC
-if it is wrapped in it, sees one gradient and the original weights.
+Each pass runs in a stateless scope of Keras, where variables read as the values that the scope
+gives them and assignments are noted, not carried out. In the second pass the weights read as
+``w + e``: the weights themselves are never written, so there is nothing to restore, whatever
+happens in between. Of the two passes' updates of state only one's are carried out at the end, and
+both passes start from the same state. The optimizer, with AGC if it is wrapped in it, sees one
+gradient and the original weights.
 """
 
 from __future__ import annotations
@@ -18,20 +19,14 @@ from typing import Any, Final, NamedTuple
 import keras
 import tensorflow as tf
 
-from agc.checks import check_rule
+from agc.checks import check_batch_given, check_microbatches, check_rule
 from agc.config import SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, ParameterError
-from agc.schedule import Schedule
 from agc.selectors import perturbed_names
+from agc_tensorflow.schedules import value_at
 from agc_tensorflow.units import named_variables, refuse_keras_2, variable_key
 
-__all__ = [
-    "SamStats",
-    "SharpnessAwareModel",
-    "Verification",
-    "sam_value_and_gradients",
-    "verify_sam",
-]
+__all__ = ["SamStats", "SharpnessAwareModel", "sam_value_and_gradients"]
 
 Loss = Callable[..., Any]
 
@@ -64,25 +59,29 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
     Parameters
     ----------
     model : keras.Model
-        The model, built or not; it stays usable by itself and shares its weights. Its own ``compute_loss``,
-        ``compute_metrics``, ``compile``, ``metrics``, ``test_step`` and ``predict_step`` are used.
+        The model, built or not; it stays usable by itself and shares its weights. Its own
+        ``compute_loss``, ``compute_metrics``, ``compile``, ``metrics``, ``test_step`` and
+        ``predict_step`` are used.
     rule : SAM or dict
-        The configuration (a dict as :meth:`agc.SAM.to_dict` writes it, when a saved model is loaded).
+        The configuration (a dict as :meth:`agc.SAM.to_dict` writes it, when a saved model is
+        loaded).
 
     Raises
     ------
     ConfigError
-        If ``model`` is no Keras model, takes training steps of its own, or is sharpness-aware already.
+        If ``model`` is no Keras model, takes training steps of its own, or is sharpness-aware
+        already.
 
     Notes
     -----
-    Compile this model with any optimizer, loss and metrics; the inner model is compiled with them. Losses that
-    layers add and regularisation losses are in both passes; metrics and the reported loss come from the clean
-    pass; both passes are in training mode, start from the same state and use the same random numbers;
-    statistics and every other state are updated once (SAM-12). The metric ``sharpness`` is the mean
-    difference between the perturbed and the clean loss. ``nonfinite="raise"`` works only with
-    ``run_eagerly=True``. With ``every`` above 1 the other steps take one pass; on several replicas they still take
-    two, and neither ``fraction`` nor ``microbatches`` is possible.
+    Compile this model with any optimizer, loss and metrics; the inner model is compiled with them.
+    Losses that layers add and regularisation losses are in both passes; metrics and the reported
+    loss come from the clean pass; both passes are in training mode, start from the same state and
+    use the same random numbers; statistics and every other state are updated once (SAM-12). The
+    metric ``sharpness`` is the mean difference between the perturbed and the clean loss.
+    ``nonfinite="raise"`` works only with ``run_eagerly=True``. With ``every`` above 1 the other
+    steps take one pass; on several replicas they still take two, and neither ``fraction`` nor
+    ``microbatches`` is possible.
 
     Examples
     --------
@@ -223,20 +222,21 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         last: list[Any] = []
 
-        def loss_fn(*part: Any) -> Any:
-            xs, ys, weights = keras.tree.pack_sequence_as((x, y, sample_weight), list(part))
+        def loss_fn(*tensors: Any) -> Any:
+            xs, ys, weights = keras.tree.pack_sequence_as((x, y, sample_weight), list(tensors))
             # Keras' own step says "training" only to a model that asks.
             predicted = model(xs, training=True) if model._call_has_training_arg else model(xs)
-            last[:] = xs, ys, predicted, weights, tf.shape(_first(part))[0]
+            last[:] = xs, ys, predicted, weights, tf.shape(_first(tensors))[0]
             return self.compute_loss(xs, ys, predicted, weights, training=True)
 
         def report(loss: Any) -> Any:
             *given, count = last
-            # Keras divides each replica's loss by their number; its own tracker undoes that as well.
+            # Keras divides each replica's loss by their number; its own tracker undoes that as
+            # well.
             model._loss_tracker.update_state(loss * replicas, sample_weight=count)
             return model.compute_metrics(*given)
 
-        passes = _Passes(
+        passes = LossPasses(
             loss_fn,
             variables,
             scale=self.optimizer.scale_loss,
@@ -267,23 +267,26 @@ def sam_value_and_gradients(
     Parameters
     ----------
     loss_fn : callable
-        Computes the loss, a scalar; with ``batch``, from the tensors it is given. Called twice; needs no
-        GradientTape. Losses that layers add belong into it: ``+ sum(model.losses)``.
+        Computes the loss, a scalar; with ``batch``, from the tensors it is given. Called twice;
+        needs no GradientTape. Losses that layers add belong into it: ``+ sum(model.losses)``.
     variables : sequence of keras.Variable
-        The weights, for example ``model.trainable_variables``. Those that are frozen are not perturbed.
+        The weights, for example ``model.trainable_variables``. Those that are frozen are not
+        perturbed.
     rule : SAM
         The configuration.
     batch : sequence of Tensor, each of shape (examples, ...), optional
-        The batch; needed for ``fraction`` below 1 and ``microbatches`` above 1. The loss must be a mean.
+        The batch; needed for ``fraction`` below 1 and ``microbatches`` above 1. The loss must be a
+        mean.
     step : int or Tensor, optional
         The optimizer's step; needed if ``rho`` is a schedule or ``every`` is above 1.
     model : keras.Model, optional
-        The model that the variables belong to: patterns of ``only`` and ``exclude`` are compared with the names in
-        its :func:`agc_tensorflow.plan`, and its metrics are those of the clean pass.
+        The model that the variables belong to: patterns of ``only`` and ``exclude`` are compared
+        with the names in its :func:`agc_tensorflow.plan`, and its metrics are those of the clean
+        pass.
     state : sequence of tf.Variable, optional
-        Variables outside Keras that the loss function assigns to, such as a counter or the state of a
-        ``tf.random.Generator``. Keras variables (statistics, recurrent states, seeds) need not be named:
-        both passes start from the same state, and it is updated once (SAM-12).
+        Variables outside Keras that the loss function assigns to, such as a counter or the state of
+        a ``tf.random.Generator``. Keras variables (statistics, recurrent states, seeds) need not be
+        named: both passes start from the same state, and it is updated once (SAM-12).
     return_stats : bool, default False
         Whether to return :class:`SamStats` as a third item.
 
@@ -292,18 +295,20 @@ def sam_value_and_gradients(
     loss : Tensor
         Clean loss, at the weights.
     gradients : list of Tensor, IndexedSlices or None
-        One per variable. All NaN under ``nonfinite="skip_step"`` if the ascent norm is not finite: do
-        not apply them.
+        One per variable. All NaN under ``nonfinite="skip_step"`` if the ascent norm is not finite:
+        do not apply them.
 
     Raises
     ------
     ConfigError
-        If ``fraction`` or ``microbatches`` is given without a batch, a step is missing, a variable is not
-        a Keras variable, the loss is not a scalar, a weight is read around Keras in the second pass (SAM-15), or
-        a schedule of rho returns nonsense (inside a graph, which cannot raise, the gradients are NaN then).
+        If ``fraction`` or ``microbatches`` is given without a batch, a step is missing, a variable
+        is not a Keras variable, the loss is not a scalar, a weight is read around Keras in the
+        second pass (SAM-15), or a schedule of rho returns nonsense (inside a graph, which cannot
+        raise, the gradients are NaN then).
     SelectorError
-        If a pattern of ``only`` or ``exclude`` matches no parameter of the model; without a model, none of the
-        variables, which are called as :func:`agc_tensorflow.plan` calls plain variables.
+        If a pattern of ``only`` or ``exclude`` matches no parameter of the model; without a model,
+        none of the variables, which are called as :func:`agc_tensorflow.plan` calls plain
+        variables.
     ParameterError
         If a variable is not a parameter of the model.
     MissingGradientError
@@ -320,7 +325,7 @@ def sam_value_and_gradients(
                 f"{variable!r} is not a Keras variable; SAM needs variables whose value can be "
                 "replaced for one pass, such as model.trainable_variables"
             )
-    passes = _Passes(
+    passes = LossPasses(
         loss_fn,
         variables,
         reported=lambda: () if model is None else model.metrics_variables,
@@ -330,11 +335,11 @@ def sam_value_and_gradients(
     loss, gradients, stats, _ = _gradients(passes, rule, named, batch=batch, step=step)
     if rule.nonfinite == "skip_step":
         poison = tf.where(tf.math.is_finite(stats.norm), 0.0, float("nan"))
-        gradients = [_add(g, poison) for g in gradients]
+        gradients = [_poisoned(g, poison) for g in gradients]
     return (loss, gradients, stats) if return_stats else (loss, gradients)
 
 
-# --- one step, part by part -------------------------------------------------------------------------
+# --- the stages of one step -----------------------------------------------------------------------
 
 
 def _identity(value: Any) -> Any:
@@ -346,15 +351,15 @@ def _nothing(_loss: Any) -> dict[str, Any]:
 
 
 def _gradients(
-    passes: _Passes, rule: SAM, named: Any, *, batch: Sequence[Any] | None, step: Any
+    passes: LossPasses, rule: SAM, named: Any, *, batch: Sequence[Any] | None, step: Any
 ) -> tuple[Any, list[Any], SamStats, Any]:
-    """Clean loss, gradients of the scaled loss at ``w + e``, stats, and what the last clean pass reported."""
-    needs = rule.fraction != 1 or rule.microbatches != 1
-    if batch is None and needs:
-        raise ConfigError(
-            f"fraction={rule.fraction} and microbatches={rule.microbatches} take parts of the batch: "
-            "give batch=(inputs, targets) and a loss function that uses the tensors it is given"
-        )
+    """Clean loss, gradients of the scaled loss at ``w + e``, stats, and the last clean report."""
+    check_batch_given(
+        rule.fraction,
+        rule.microbatches,
+        given=batch is not None,
+        cure="give batch=(inputs, targets) and a loss function that uses the tensors it is given",
+    )
     perturbs = _perturbs(passes.variables, named, rule)
     if rule.every == 1:
         return _sharpness_aware(passes, perturbs, rule, batch, step)
@@ -364,20 +369,21 @@ def _gradients(
             return _sharpness_aware(passes, perturbs, rule, batch, step)
         return _plain(passes, perturbs, batch)
     if tf.distribute.get_strategy().num_replicas_in_sync == 1:
-        return _either(passes, perturbs, rule, batch, step)
-    if needs:
+        return _choose_step(passes, perturbs, rule, batch, step)
+    if rule.fraction != 1 or rule.microbatches != 1:
         raise ConfigError(
             "every above 1 with fraction or microbatches on several replicas needs run_eagerly=True"
         )
-    # Replicas cannot talk inside a condition, so both passes run; the perturbation of a plain step is zero.
+    # Replicas cannot talk inside a condition, so both passes run; the perturbation of a plain step
+    # is zero.
     return _sharpness_aware(passes, perturbs, rule, batch, step)
 
 
 def _perturbs(variables: Sequence[Any], named: Any, rule: SAM) -> list[bool]:
-    """Tell which variables are perturbed, by AGC's names: what is selected and trainable now (SAM-4)."""
+    """Tell which variables are perturbed: what is selected and trainable now (SAM-4)."""
     names = {variable_key(v): name for name, v in named_variables(named).items()}
-    chosen = set(perturbed_names(names.values(), rule))
-    found = []
+    selected = set(perturbed_names(names.values(), rule))
+    flags = []
     for variable in variables:
         name = names.get(variable_key(variable))
         # A scale of float8 training is overwritten by its gradient: no parameter.
@@ -387,8 +393,8 @@ def _perturbs(variables: Sequence[Any], named: Any, rule: SAM) -> list[bool]:
                 f"variable {variable.path!r} of shape {tuple(variable.shape)} is not a parameter of the "
                 "model; give the model that the variables belong to, after it is built"
             )
-        found.append(name in chosen and variable.trainable and not scale)
-    return found
+        flags.append(name in selected and variable.trainable and not scale)
+    return flags
 
 
 @dataclass(frozen=True)
@@ -398,7 +404,8 @@ class _Pass:
     Attributes
     ----------
     weights, reported, state : lists of (variable, value)
-        What the pass would have written: into the weights themselves, into metrics, and anything else.
+        What the pass would have written: into the weights themselves, into metrics, and anything
+        else.
     """
 
     loss: Any
@@ -408,7 +415,7 @@ class _Pass:
     state: list[tuple[Any, Any]]
 
 
-class _Passes:
+class LossPasses:
     """Runs the loss function at the weights, or with the variables reading as other values."""
 
     def __init__(
@@ -451,15 +458,18 @@ class _Passes:
                 scaled = self.scale(loss)
         updates = scope.rewind()
         sources = [scope.sources[id(variable)] for variable in self.variables]
-        flat = iter(tape.gradient(scaled, [one for several in sources for one in several]))
-        gradients = [_sum([next(flat) for _ in several]) for several in sources]
+        flat = iter(tape.gradient(scaled, [value for values in sources for value in values]))
+        gradients = [_sum([next(flat) for _ in values]) for values in sources]
         reported = {id(variable) for variable in self.reported()}
-        kinds: dict[str, list[tuple[Any, Any]]] = {"weights": [], "reported": [], "state": []}
+        written = _Pass(loss, gradients, [], [], [])
         for variable, value in updates:
-            mine = id(variable) in scope.sources
-            kind = "weights" if mine else "reported" if id(variable) in reported else "state"
-            kinds[kind].append((variable, value))
-        return _Pass(loss, gradients, **kinds)
+            if id(variable) in scope.sources:
+                written.weights.append((variable, value))
+            elif id(variable) in reported:
+                written.reported.append((variable, value))
+            else:
+                written.state.append((variable, value))
+        return written
 
 
 def _carry_out(updates: Iterable[tuple[Any, Any]]) -> None:
@@ -470,8 +480,8 @@ def _carry_out(updates: Iterable[tuple[Any, Any]]) -> None:
 class _Scope(keras.StatelessScope):  # type: ignore[misc]
     """Where weights read as given values, and what is assigned is noted, not carried out.
 
-    A value that is noted cannot leave a loop or a condition of a graph. State that is used inside one stays in its
-    variable, and is put back when the pass is over.
+    A value that is noted cannot leave a loop or a condition of a graph. State that is used inside
+    one stays in its variable, and is put back when the pass is over.
     """
 
     def __init__(
@@ -489,7 +499,7 @@ class _Scope(keras.StatelessScope):  # type: ignore[misc]
         self.entered: Any = None  # the frame of whoever runs the pass
         self.weights = variables
         self.sources = {id(v): [value] for v, value in zip(variables, values, strict=True)}
-        self.state_mapping = {key: several[0] for key, several in self.sources.items()}
+        self.state_mapping = {key: values[0] for key, values in self.sources.items()}
         self.written: dict[int, Any] = {}  # variables that were assigned to
         self.before: dict[int, Any] = {}  # values of those that are written in place
         tape.watch(list(values))
@@ -507,7 +517,7 @@ class _Scope(keras.StatelessScope):  # type: ignore[misc]
         super().__exit__(*error)
 
     def get_current_value(self, variable: Any) -> Any:
-        """Return what the variable reads as; Keras asks for every variable, those not mapped too."""
+        """Return what a variable reads as; Keras asks for every one, those not mapped too."""
         key = id(variable)
         if key in self.sources:
             if self.moved and _escapes(self.entered):
@@ -586,8 +596,9 @@ def _in_tensorflow(variable: Any) -> Any:
 def _escapes(end: Any) -> bool:
     """Tell whether a weight is read where TensorFlow would take only a tf.Variable for one.
 
-    That is in a function with a gradient of its own (which loses that of a tensor that is no argument), and in
-    somebody's tf.function (which keeps the tensor of its first call). The frame ``end`` and those above do not count.
+    That is in a function with a gradient of its own (which loses that of a tensor that is no
+    argument), and in somebody's tf.function (which keeps the tensor of its first call). The frame
+    ``end`` and those above do not count.
     """
     frame: Any = sys._getframe(2)
     foreign = False  # seen code that is no conversion of a variable to a tensor
@@ -620,23 +631,24 @@ _LIBRARIES: Final = (
 
 
 def _plain(
-    passes: _Passes, perturbs: list[bool], batch: Sequence[Any] | None
+    passes: LossPasses, perturbs: list[bool], batch: Sequence[Any] | None
 ) -> tuple[Any, list[Any], SamStats, Any]:
     done, report = passes.clean(batch)
     _carry_out(done.state)
-    stats = SamStats(tf.zeros((), _top(passes.variables, perturbs)), done.loss, done.loss)
+    stats = SamStats(tf.zeros((), _norm_dtype(passes.variables, perturbs)), done.loss, done.loss)
     return done.loss, done.gradients, stats, report
 
 
-def _either(
-    passes: _Passes, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
+def _choose_step(
+    passes: LossPasses, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
 ) -> tuple[Any, list[Any], SamStats, Any]:
     """Choose inside a graph: of the two kinds of step, only one is carried out (SAM-11)."""
-    there: list[bool] = []
+    has_gradient: list[bool] = []
 
     def flat(loss: Any, gradients: list[Any], stats: SamStats, report: Any) -> Any:
-        # Branches return the same structure: no None, and no sparse gradient that is dense in the other.
-        there[:] = [gradient is not None for gradient in gradients]
+        # Branches return the same structure: no None, and no sparse gradient that is dense in the
+        # other.
+        has_gradient[:] = [gradient is not None for gradient in gradients]
         return loss, [_dense(g) for g in gradients if g is not None], stats, report
 
     loss, dense, stats, report = tf.cond(
@@ -645,18 +657,19 @@ def _either(
         lambda: flat(*_plain(passes, perturbs, batch)),
     )
     remaining = iter(dense)
-    gradients = [next(remaining) if present else None for present in there]
+    gradients = [next(remaining) if present else None for present in has_gradient]
     return loss, gradients, stats, report
 
 
 def _sharpness_aware(
-    passes: _Passes, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
+    passes: LossPasses, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
 ) -> tuple[Any, list[Any], SamStats, Any]:
     if rule.microbatches == 1:
         return _two_passes(passes, perturbs, rule, batch, step)[:4]
     assert batch is not None
     results = [
-        _two_passes(passes, perturbs, rule, part, step) for part in _split(batch, rule.microbatches)
+        _two_passes(passes, perturbs, rule, micro, step)
+        for micro in _split(batch, rule.microbatches)
     ]
     ascents = [result[4] for result in results]
     sizes = [result[5] for result in results]
@@ -665,24 +678,24 @@ def _sharpness_aware(
         for i in range(len(passes.variables))
     ]
     stats = [result[2] for result in results]
-    loss = _weighted([one.loss for one in stats], ascents)
-    norm = tf.reduce_max(tf.stack([one.norm for one in stats]))
-    perturbed = _weighted([one.perturbed_loss for one in stats], sizes)
+    loss = _weighted([micro.loss for micro in stats], ascents)
+    norm = tf.reduce_max(tf.stack([micro.norm for micro in stats]))
+    perturbed = _weighted([micro.perturbed_loss for micro in stats], sizes)
     return loss, gradients, SamStats(norm, loss, perturbed), results[-1][3]
 
 
 def _two_passes(
-    passes: _Passes, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
+    passes: LossPasses, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
 ) -> tuple[Any, list[Any], SamStats, Any, Any, Any]:
     sizes: tuple[Any, Any] = (1, 1)
     first = batch
     if batch is not None:
         examples = tf.shape(_first(batch))[0]
         # ceil(fraction * examples), in float64 as the specification computes it
-        part = tf.cast(tf.math.ceil(rule.fraction * tf.cast(examples, tf.float64)), tf.int32)
-        sizes = (part, examples)
+        ascents = tf.cast(tf.math.ceil(rule.fraction * tf.cast(examples, tf.float64)), tf.int32)
+        sizes = (ascents, examples)
         if rule.fraction < 1:
-            first = [None if a is None else a[:part] for a in batch]
+            first = [None if a is None else a[:ascents] for a in batch]
     clean, report = passes.clean(first)
     ascent = clean.gradients
     if rule.scope == "global" and tf.distribute.get_strategy().num_replicas_in_sync > 1:
@@ -715,15 +728,15 @@ def _perturbed_values(
             "no perturbed variable has a gradient after the first pass; only/exclude must leave "
             "variables that take part in the loss"
         )
-    top = _top(variables, perturbs)
-    sizes = [tf.cast(tf.abs(d), top) for d in directions.values()]
+    dtype = _norm_dtype(variables, perturbs)
+    sizes = [tf.cast(tf.abs(d), dtype) for d in directions.values()]
     largest = tf.reduce_max(tf.stack([tf.reduce_max(size) for size in sizes]))
     safe = tf.where((largest > 0) & tf.math.is_finite(largest), largest, 1)
     norm = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(size / safe)) for size in sizes])) * safe
     usable = (norm > 0) & tf.math.is_finite(norm)
     if rule.every != 1:
         usable &= tf.equal(tf.cast(step, tf.int64) % rule.every, 0)
-    factor = _radius(rule, step, top) / (norm + rule.eps)
+    factor = value_at("rho", rule.rho, step, dtype) / (norm + rule.eps)
     out = []
     for i, value in enumerate(values):
         if i not in directions:
@@ -740,39 +753,17 @@ _WIDE = {dtype: dtype for dtype in (tf.float64, tf.complex64, tf.complex128)}
 """In what the perturbation is computed; everything else in float32."""
 
 
-def _top(variables: list[Any], perturbs: list[bool]) -> Any:
+def _norm_dtype(variables: list[Any], perturbs: list[bool]) -> Any:
     """Return the dtype of the norm."""
     double = {"float64", "complex128"}
-    there = any(p and v.dtype in double for v, p in zip(variables, perturbs, strict=True))
-    return tf.float64 if there else tf.float32
+    is_double = any(p and v.dtype in double for v, p in zip(variables, perturbs, strict=True))
+    return tf.float64 if is_double else tf.float32
 
 
 def _scale(value: Any, rule: SAM, dtype: Any) -> Any:
     if rule.adaptive and len(value.shape) >= 2:
         return tf.cast(tf.abs(tf.cast(value, dtype)), dtype) + tf.constant(rule.eta, dtype)
     return tf.ones((), dtype)
-
-
-def _radius(rule: SAM, step: Any, dtype: Any) -> Any:
-    """Rho in the given dtype; tf.cast would round a Python number to float32 first."""
-    now = None if step is None else tf.get_static_value(tf.convert_to_tensor(step))
-    if not callable(rule.rho) or now is not None:
-        return tf.constant(rule.radius(0 if now is None else int(now)), dtype)
-    if isinstance(rule.rho, Schedule):
-        return _interpolate(rule.rho, tf.cast(step, dtype))
-    rho = rule.rho(step)
-    rho = tf.cast(rho, dtype) if tf.is_tensor(rho) else tf.constant(rho, dtype)
-    return tf.where((rho > 0) & tf.math.is_finite(rho), rho, float("nan"))  # a graph cannot raise
-
-
-def _interpolate(schedule: Schedule, now: Any) -> Any:
-    (start, low), *rest = schedule.points
-    value = tf.constant(low, now.dtype)
-    for end, high in rest:
-        part = tf.clip_by_value((now - start) / (end - start), 0, 1)
-        value = value + (high - low) * part
-        start, low = end, high
-    return value
 
 
 def _apply(
@@ -785,12 +776,12 @@ def _apply(
     poison = tf.where(tf.math.is_finite(norm), 0.0, float("nan"))
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         # It skips poisoned steps itself, and lowers its scale.
-        optimizer.apply([_add(g, poison) for g in gradients], variables)
+        optimizer.apply([_poisoned(g, poison) for g in gradients], variables)
         return
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     if replicas == 1:
         finite = tf.math.is_finite(norm)
-        tf.cond(finite, lambda: _done(optimizer.apply(gradients, variables)), lambda: _done(None))
+        tf.cond(finite, lambda: _true(optimizer.apply(gradients, variables)), _true)
         return
     context = tf.distribute.get_replica_context()
     poison = context.all_reduce("sum", poison)  # one replica's failure is everyone's
@@ -803,14 +794,15 @@ def _apply(
             distribution.extended.call_for_each_replica(
                 lambda g: optimizer.apply(list(g), variables), args=(gradients,)
             )
-            return _done(None)
+            return _true()
 
-        tf.cond(tf.equal(first, 0.0), apply, lambda: _done(None))
+        tf.cond(tf.equal(first, 0.0), apply, _true)
 
     context.merge_call(across, args=(poison, tuple(gradients)))
 
 
-def _done(_: Any) -> Any:
+def _true(_: Any = None) -> Any:
+    """Return what both branches of a condition have to return, whatever was done: one tensor."""
     return tf.constant(True)
 
 
@@ -827,120 +819,7 @@ def _raise_unless_finite(norm: Any) -> None:
         )
 
 
-# --- probe ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What :func:`verify_sam` saw.
-
-    Attributes
-    ----------
-    passes : int
-        Different points at which the loss was evaluated.
-    perturbation : float
-        Distance of the last point from the weights; should be rho.
-    cosine : float
-        Cosine between that displacement and the gradient at the weights; should be 1 (for ASAM: above
-        0).
-    gradient_error : float
-        Relative distance between the gradients returned and those at the last point.
-    restored : bool
-        Whether the variables hold, bit for bit, what they held before.
-    """
-
-    passes: int
-    perturbation: float
-    cosine: float
-    gradient_error: float
-    restored: bool
-
-    @property
-    def ok(self) -> bool:
-        """Whether this was SAM: two points, moved uphill, right gradient, weights restored."""
-        moved = self.passes >= 2 and self.perturbation > 0 and self.cosine > 0
-        return moved and self.gradient_error < 1e-3 and self.restored
-
-
-def verify_sam(
-    gradients_of: Callable[[Loss], Sequence[Any]], loss_fn: Loss, variables: Sequence[Any]
-) -> Verification:
-    """Tell whether gradients really are taken at the perturbed weights (SAM-14).
-
-    Parameters
-    ----------
-    gradients_of : callable
-        Computes the gradients under test from a loss function, for example
-        ``lambda f: sam_value_and_gradients(f, variables, SAM())[1]``. Runs eagerly.
-    loss_fn : callable
-        ``loss_fn()``, a scalar; deterministic.
-    variables : sequence of keras.Variable
-        The weights.
-
-    Returns
-    -------
-    Verification
-        ``.ok``, and the numbers behind it.
-    """
-    visited: list[Any] = []
-
-    def watched() -> Any:
-        visited.append(_flatten([tf.convert_to_tensor(v) for v in variables]))
-        return loss_fn()
-
-    before = [tf.identity(tf.convert_to_tensor(v)) for v in variables]
-    start = _flatten(before)
-    found = _flatten_gradients(gradients_of(watched), before)
-    after = _flatten([tf.convert_to_tensor(v) for v in variables])
-
-    def gradient_at(values: list[Any]) -> Any:
-        # By TensorFlow alone: the weights are really there.
-        _carry_out(zip(variables, values, strict=True))
-        try:
-            with tf.GradientTape() as tape:
-                loss = loss_fn()
-            gradients = tape.gradient(loss, [variable.value for variable in variables])
-        finally:
-            _carry_out(zip(variables, before, strict=True))
-        return _flatten_gradients(gradients, before)
-
-    last = max(visited, key=lambda point: float(tf.norm(point - start)), default=start)
-    pieces, offset = [], 0
-    for value in before:
-        size = int(tf.size(value))
-        parts = []
-        for _ in range(1 + value.dtype.is_complex):
-            parts.append(tf.reshape(last[offset : offset + size], value.shape))
-            offset += size
-        whole = tf.complex(*parts) if value.dtype.is_complex else parts[0]
-        pieces.append(tf.cast(whole, value.dtype))
-    uphill, wanted = gradient_at(before), gradient_at(pieces)
-    moved = last - start
-    length = float(tf.norm(moved) * tf.norm(uphill))
-    return Verification(
-        passes=len({point.numpy().tobytes() for point in visited}),
-        perturbation=float(tf.norm(moved)),
-        cosine=float(tf.tensordot(moved, uphill, 1)) / length if length else 0.0,
-        gradient_error=float(tf.norm(found - wanted) / tf.norm(wanted)),
-        restored=bool(tf.reduce_all(after == start)),
-    )
-
-
-# --- helpers ----------------------------------------------------------------------------------------
-
-
-def _flatten(tensors: Sequence[Any]) -> Any:
-    parts = [
-        part
-        for t in tensors
-        for part in ([tf.math.real(t), tf.math.imag(t)] if t.dtype.is_complex else [t])
-    ]
-    return tf.concat([tf.reshape(tf.cast(part, tf.float64), [-1]) for part in parts], 0)
-
-
-def _flatten_gradients(gradients: Sequence[Any], like: Sequence[Any]) -> Any:
-    pairs = zip(gradients, like, strict=True)
-    return _flatten([tf.zeros_like(value) if g is None else _dense(g) for g, value in pairs])
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _check_model(model: Any) -> Any:
@@ -971,13 +850,13 @@ def _symbolic(tensor: Any) -> Any:
 
 
 def _outside_keras(model: Any) -> list[Any]:
-    """Return variables of TensorFlow's own that layers hold and may assign to: counters, random generators."""
+    """Return TensorFlow's variables that layers may assign to: counters, random generators."""
     if tf.distribute.get_strategy().num_replicas_in_sync > 1:
         return []  # replicas cannot put back what only some of them may assign
     held = [value for layer in model._flatten_layers() for value in vars(layer).values()]
     states = [v.state if isinstance(v, tf.random.Generator) else v for v in held]
-    found = {id(v): v for v in states if isinstance(v, tf.Variable)}
-    return [v for v in found.values() if not (v.trainable and v.dtype.is_floating)]
+    distinct = {id(v): v for v in states if isinstance(v, tf.Variable)}
+    return [v for v in distinct.values() if not (v.trainable and v.dtype.is_floating)]
 
 
 def _first(batch: Sequence[Any]) -> Any:
@@ -996,7 +875,8 @@ def _dense(gradient: Any) -> Any:
     return tf.convert_to_tensor(gradient)
 
 
-def _add(gradient: Any, poison: Any) -> Any:
+def _poisoned(gradient: Any, poison: Any) -> Any:
+    """Return a gradient plus 0, or plus NaN."""
     if gradient is None:
         return None
     if isinstance(gradient, tf.IndexedSlices):
@@ -1005,19 +885,19 @@ def _add(gradient: Any, poison: Any) -> Any:
     return gradient + tf.cast(poison, gradient.dtype)
 
 
-def _split(batch: Sequence[Any], parts: int) -> list[list[Any]]:
-    """Split along the first axis into contiguous parts whose sizes differ by at most one (SAM-8)."""
+def _split(batch: Sequence[Any], count: int) -> list[list[Any]]:
+    """Split into micro-batches of neighbours whose sizes differ by at most one (SAM-8)."""
     size = _first(batch).shape[0]
-    if size is not None and size < parts:
-        raise ConfigError(f"microbatches={parts} is more than the {size} examples")
-    pieces: list[list[Any]] = []
+    if size is not None:
+        check_microbatches(count, size)
+    microbatches: list[list[Any]] = []
     examples = tf.shape(_first(batch))[0]
-    base, longer = examples // parts, examples % parts
-    for i in range(parts):
+    base, longer = examples // count, examples % count
+    for i in range(count):
         low = i * base + tf.minimum(i, longer)
         high = (i + 1) * base + tf.minimum(i + 1, longer)
-        pieces.append([None if a is None else a[low:high] for a in batch])
-    return pieces
+        microbatches.append([None if a is None else a[low:high] for a in batch])
+    return microbatches
 
 
 def _weighted(values: Sequence[Any], counts: Sequence[Any]) -> Any:

@@ -1,11 +1,13 @@
 """Units by layer type: what every parameter of a Keras model means, and the plan made from it.
 
-The table of layer types is in :mod:`agc_tensorflow.layers`; :func:`register_units` adds a layer of your own.
+The table of layer types is in :mod:`agc_tensorflow.layers`; :func:`register_units` adds a layer of
+your own.
 
-A parameter is called by the names of the layers it lies in, below the model itself, and its own name:
-``conv2d.kernel``, ``backbone.dense.bias``, ``bidirectional.forward_lstm.lstm_cell.kernel``. This is Keras'
-``variable.path`` with dots and without the model's own name in front. Layers that share a parent and a name
-are told apart by ``_1``, ``_2`` behind it; in a ``tf.Module``, attribute names take the place of layer names.
+A parameter is called by the names of the layers it lies in, below the model itself, and its own
+name: ``conv2d.kernel``, ``backbone.dense.bias``, ``bidirectional.forward_lstm.lstm_cell.kernel``.
+This is Keras' ``variable.path`` with dots and without the model's own name in front. Layers that
+share a parent and a name are told apart by ``_1``, ``_2`` behind it; in a ``tf.Module``, attribute
+names take the place of layer names.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ import tensorflow as tf
 from agc import AGC, Plan, PlanEntry, Units
 from agc.checks import check_rule
 from agc.errors import ParameterError
+from agc.layer_table import first_match
 from agc.plan import Parameter, make_plan
 from agc.selectors import canonical_name
-from agc_tensorflow.layers import by_type, changes, register_units
+from agc_tensorflow.layers import TABLE, register_units
 
 __all__ = [
     "Model",
@@ -40,7 +43,7 @@ __all__ = [
 Variable: TypeAlias = Any
 """A ``keras.Variable`` or ``tf.Variable``."""
 Model: TypeAlias = Any
-"""A Keras layer or model, a ``tf.Module``, a mapping of name to variable, (name, variable) pairs, or variables."""
+"""A Keras layer, a ``tf.Module``, a mapping of name to variable, such pairs, or variables."""
 
 
 def plan(model: Model, rule: AGC) -> Plan:
@@ -48,9 +51,11 @@ def plan(model: Model, rule: AGC) -> Plan:
 
     Parameters
     ----------
-    model : keras.Layer, tf.Module, mapping of name to variable, (name, variable) pairs, or variables
-        The layer types of a model settle the units. Plain variables have no layer types: vectors are one
-        unit, matrices are taken as out-last with a warning, the rest has to be declared in the rule.
+    model : keras.Layer, tf.Module, mapping of name to variable, (name, variable) pairs, or
+    variables
+        The layer types of a model settle the units. Plain variables have no layer types: vectors
+        are one unit, matrices are taken as out-last with a warning, the rest has to be declared in
+        the rule.
     rule : AGC
         The configuration.
 
@@ -73,9 +78,9 @@ def plan(model: Model, rule: AGC) -> Plan:
 
     Notes
     -----
-    A model declares its classifier by an attribute: ``model.agc_head = "fc"``. The selector ``"@head"`` then
-    excludes it. Plain variables are called by their ``path``; a first part that all of them share, as the
-    name of a Sequential model, is left out.
+    A model declares its classifier by an attribute: ``model.agc_head = "fc"``. The selector
+    ``"@head"`` then excludes it. Plain variables are called by their ``path``; a first part that
+    all of them share, as the name of a Sequential model, is left out.
 
     Examples
     --------
@@ -95,7 +100,7 @@ def plan(model: Model, rule: AGC) -> Plan:
 
 
 def units(model: Model) -> dict[str, Units | None]:
-    """Return the units that the layer types settle, by parameter name; None where they do not (AGC-5).
+    """Return the units that layer types settle, by parameter name; None elsewhere (AGC-5).
 
     Parameters
     ----------
@@ -137,11 +142,11 @@ def resolve(
         known = None
     if (
         known is None
-        or (known.rule, known.changes) != (rule, changes())
+        or (known.rule, known.changes) != (rule, TABLE.changes)
         or not set(keys) <= set(known.entries)
     ):
         made = plan(model, rule)
-        known = _Known(rule, changes(), made, _by_key(model, made))
+        known = _Known(rule, TABLE.changes, made, _by_key(model, made))
         if isinstance(model, (keras.layers.Layer, tf.Module)):
             _RESOLVED[model] = known
     for key, variable in zip(keys, variables, strict=True):
@@ -199,7 +204,7 @@ class _Known(NamedTuple):
 
 _RESOLVED: Final[WeakKeyDictionary[Any, _Known]] = WeakKeyDictionary()
 
-Found: TypeAlias = tuple[Parameter, Variable]
+Surveyed: TypeAlias = tuple[Parameter, Variable]
 
 
 def _plan(model: Model, rule: AGC, cure: str) -> Plan:
@@ -216,8 +221,8 @@ def _by_key(model: Model, plan: Plan) -> dict[object, PlanEntry]:
     return {variable_key(v): entries[name] for name, v in named_variables(model).items()}
 
 
-def _survey(model: Model) -> list[Found]:
-    """List every parameter: its name, what its layer's type says, which layer that is, whether it is frozen."""
+def _survey(model: Model) -> list[Surveyed]:
+    """List every parameter: name, what its layer's type says, the layer, whether it is frozen."""
     refuse_keras_2(model)
     model = getattr(model, "agc_bare", model)
     if isinstance(model, keras.layers.Layer) and not model.built:
@@ -237,21 +242,21 @@ def _survey(model: Model) -> list[Found]:
         items = list(model)
         pairs = all(isinstance(item, tuple) and len(item) == 2 for item in items)
         named = items if pairs else list(zip(_names(items), items, strict=True))
-    found: dict[object, Found] = {}
+    parameters: dict[object, Surveyed] = {}
     for name, variable in named:
         if not isinstance(variable, (keras.Variable, tf.Variable)):
             refuse_keras_2(variable)
         parameter = _parameter(canonical_name(name), variable, None, None, frozen=False)
-        found.setdefault(variable_key(variable), (parameter, variable))
-    return list(found.values())
+        parameters.setdefault(variable_key(variable), (parameter, variable))
+    return list(parameters.values())
 
 
 def _walk(
     owner: Any, prefix: str, seen: set[object], names: set[str], *, frozen: bool
-) -> Iterator[Found]:
+) -> Iterator[Surveyed]:
     """Go through a layer and the layers in it; each variable belongs to the layer that made it."""
     refuse_keras_2(owner)
-    units_of = by_type(owner)
+    table = TABLE.of(owner)
     frozen = frozen or not getattr(owner, "trainable", True)
     used: set[str] = set()
     for name, child in _children(owner):
@@ -263,8 +268,11 @@ def _walk(
         unique = _unused(name, used)
         if variable:
             full = _unused(prefix + unique, names)
-            label = f"{type(owner).__name__} {_label(owner)!r}"
-            yield _parameter(full, child, units_of(name), label, frozen=frozen), child
+            owner_name = f"{type(owner).__name__} {_layer_name(owner)!r}"
+            yield (
+                _parameter(full, child, first_match(table, name), owner_name, frozen=frozen),
+                child,
+            )
         else:
             yield from _walk(child, f"{prefix}{unique}.", seen, names, frozen=frozen)
 
@@ -279,7 +287,7 @@ def _parameter(
 def _children(owner: Any) -> Iterator[tuple[str, Any]]:
     """Yield the parameters of a layer or module, then the layers in it, with their names."""
     if isinstance(owner, keras.layers.Layer):
-        # A wrapper may hold a variable of the layer in it, which alone knows what it means.
+        # A wrapper may list its inner layer's variables; the inner layer's table decides.
         below = owner._flatten_layers(include_self=False)
         taken = {id(variable) for layer in below for variable in layer._trainable_variables}
         # Frozen parameters stay in this list; statistics and seeds are in another.
@@ -325,7 +333,7 @@ def _names(variables: Iterable[Variable]) -> list[str]:
     return [names[variable_key(variable)] for variable in variables]
 
 
-def _label(owner: Any) -> str:
+def _layer_name(owner: Any) -> str:
     return str(getattr(owner, "name", None) or type(owner).__name__)
 
 

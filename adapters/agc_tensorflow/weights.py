@@ -1,4 +1,4 @@
-"""Parameters of NFNets to and from the neutral form: NumPy arrays by canonical name (:mod:`agc.nfnet`)."""
+"""Parameters of NFNets to and from the neutral form: arrays by name (:mod:`agc.nfnet`)."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def to_neutral(model: Model) -> dict[str, Array]:
     Returns
     -------
     dict of str to array
-        By canonical name, in the neutral layout, which is Keras' own, and in the order of the forward pass;
-        C-contiguous. float16, float32 and float64 stay what they are, bfloat16 becomes float32, which holds
-        the same numbers.
+        By canonical name, in the neutral layout, which is Keras' own, and in the order of the
+        forward pass; C-contiguous. float16, float32 and float64 stay what they are, bfloat16
+        becomes float32, which holds the same numbers.
 
     Raises
     ------
@@ -62,8 +62,8 @@ def from_neutral(model: Model, arrays: Mapping[str, Any]) -> None:
     Raises
     ------
     ParameterError
-        If a tensor is missing, unknown or of another shape; the message names them, and the model is as it
-        was. Also as :func:`to_neutral`.
+        If a tensor is missing, unknown or of another shape; the message names them, and the model
+        is as it was. Also as :func:`to_neutral`.
     """
     pairs = _pairs(model)
     check_arrays((spec for spec, _ in pairs), arrays)
@@ -82,8 +82,8 @@ def _pairs(model: Model) -> list[tuple[ParameterSpec, Variable]]:
             "the model is folded and has no gains; use the model it was folded from"
         )
     named = named_variables(bare)
-    chosen = bare.options
-    specs = parameters(chosen.variant, chosen.num_classes, chosen.in_channels)
+    options = bare.options
+    specs = parameters(options.variant, options.num_classes, options.in_channels)
     return [(spec, named[spec.name]) for spec in specs]
 
 

@@ -1,8 +1,9 @@
 """Adaptive gradient clipping for PyTorch.
 
-``attach(optimizer, model, rule)`` clips inside every ``optimizer.step()``; ``adaptive_clip_grad_(model,
-rule)`` clips by hand, where ``clip_grad_norm_`` would stand; ``plan(model, rule)`` says beforehand what
-will be clipped, and by which units. ``nfnet("F0")`` is a model, ``sgd_nfnet(model, lr)`` its optimizer.
+``attach(optimizer, model, rule)`` clips inside every ``optimizer.step()``;
+``adaptive_clip_grad_(model, rule)`` clips by hand, where ``clip_grad_norm_`` would stand;
+``plan(model, rule)`` says beforehand what will be clipped, and by which units. ``nfnet("F0")`` is a
+model, ``sgd_nfnet(model, lr)`` its optimizer.
 """
 
 try:

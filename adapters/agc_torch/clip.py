@@ -1,10 +1,13 @@
 """The numerics: one norm per unit, one comparison for all units, scaling in place.
 
-The norms of all units stand in one flat buffer for the weights and one for the gradients, so limits,
-decisions and scales are a handful of small operations, whatever the number of parameters. Then
+The norms of all units stand in one flat buffer for the weights and one for the gradients, so
+limits, decisions and scales are a handful of small operations, whatever the number of parameters.
+Then
 
-* on the CPU, where looking at a value costs nothing, only tensors with a clipped unit are written;
-* elsewhere every gradient is multiplied by its scales (1 keeps its bits), and the host never waits.
+* on the CPU reading a value is free, so only tensors that contain a clipped unit are written;
+* elsewhere every gradient is multiplied by its scales (1 keeps its bits), without a host sync.
+
+Letters at the end of a name: U units.
 """
 
 from __future__ import annotations
@@ -12,32 +15,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import pairwise
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from agc import AGC, Plan, Schedule
+from agc import AGC, Plan
+from agc.checks import NO_GRADIENT
 from agc.config import Clipping
 from agc.errors import MissingGradientError, NonFiniteError
 from agc.plan import WHOLE, PlanEntry
-from agc_torch.norms import all_norms, on_host, wide
-from agc_torch.parts import Part, Place, check, is_dtensor, parts
-from agc_torch.stats import Numbers, Stats
+from agc_torch.norms import all_norms, on_host
+from agc_torch.schedules import Step, value_at
+from agc_torch.shards import is_dtensor
+from agc_torch.stats import Stats, UnitNumbers
 from agc_torch.units import Model, resolve
+from agc_torch.views import Home, View, check_pair, views
 
 __all__ = ["adaptive_clip_grad_", "clip_", "limit_norm_", "whole"]
 
-Step: TypeAlias = int | Tensor
-
-_CHUNK: Final = (
-    1 << 22
-)  # elements clipped at a time, which are read again while they are in the cache
-_PIECE: Final = 1 << 16  # elements that a CPU copies at a time
-_SMOOTH: Final = 1e-6  # what clip_grad_norm_ adds to a norm
-_SMALLEST: Final = 2.0**-100  # factors down to here are accurate in float32
+_CHUNK: Final = 1 << 22
+"""Elements clipped at a time, which are read again while they are in the cache."""
+_COPY_BLOCK: Final = 1 << 16
+"""Elements that a CPU copies at a time."""
+_SMOOTH: Final = 1e-6
+"""What clip_grad_norm_ adds to a norm."""
+_SMALLEST: Final = 2.0**-100
+"""Factors down to here are accurate in float32."""
 
 
 def adaptive_clip_grad_(
@@ -48,39 +53,39 @@ def adaptive_clip_grad_(
     Parameters
     ----------
     model : Module, mapping of name to tensor, or iterable of (name, tensor)
-        Whose ``.grad`` are clipped: dense, row-sparse (COO) or ``DTensor``; floating point or complex; in
-        the parameter's dtype or another. A parameter without a gradient is left alone.
+        Whose ``.grad`` are clipped: dense, row-sparse (COO) or ``DTensor``; floating point or
+        complex; in the parameter's dtype or another. A parameter without a gradient is left alone.
     rule : AGC
         The configuration.
     plan : Plan, optional
-        A plan made before, by :func:`agc_torch.plan`: its units, thresholds and exclusions take the place
-        of the rule's, and only ``eps``, ``div_eps`` and ``nonfinite`` are the rule's. A module's plan is
-        remembered anyway.
+        A plan made before, by :func:`agc_torch.plan`: its units, thresholds and exclusions take the
+        place of the rule's, and only ``eps``, ``div_eps`` and ``nonfinite`` are the rule's. A
+        module's plan is remembered anyway.
     step : int or integer tensor, default 0
-        The optimizer step, for schedules. Inside ``torch.compile`` give a tensor: it is traced, and does
-        not recompile.
+        The optimizer step, for schedules. Inside ``torch.compile`` give a tensor: it is traced, and
+        does not recompile.
 
     Returns
     -------
     Stats
-        Telemetry; reading it waits for the device, making it does not.
+        Telemetry; reading it is a host sync, making it is not.
 
     Raises
     ------
     MissingGradientError
         If no parameter has a gradient.
     ShapeError, DTypeError, UnitsError, NonFiniteError
-        If a gradient and its parameter differ in shape, have a dtype that AGC does not support, if a sparse
-        gradient does not fit its units, or if a norm is not finite and ``nonfinite="raise"``. The message
-        names the parameter; no gradient has been changed.
+        If a gradient and its parameter differ in shape, have a dtype that AGC does not support, if
+        a sparse gradient does not fit its units, or if a norm is not finite and
+        ``nonfinite="raise"``. The message names the parameter; no gradient has been changed.
     ConfigError, SelectorError, AmbiguousUnitsError, ParameterError
         As :func:`agc_torch.plan`.
 
     Notes
     -----
     Call it where ``clip_grad_norm_`` would stand: after ``GradScaler.unscale_``, accumulation and
-    reduction across replicas, before the optimizer's step (AGC-7). :func:`agc_torch.attach` does that
-    by itself.
+    reduction across replicas, before the optimizer's step (AGC-7). :func:`agc_torch.attach` does
+    that by itself.
 
     .. math:: G_i \leftarrow \lambda \frac{\max(\|W_i\|, \epsilon)}{\|G_i\|} G_i
         \quad\text{if}\quad \|G_i\| > \lambda \max(\|W_i\|, \epsilon)
@@ -103,14 +108,12 @@ def adaptive_clip_grad_(
     pairs = resolve(model, rule, plan)[1]
     stats = clip_(pairs, rule, step=step)
     if all(tensor.grad is None for _, tensor in pairs) and not _any_gradient(stats):
-        raise MissingGradientError(
-            "no parameter has a gradient; call backward() before clipping gradients"
-        )
+        raise MissingGradientError(NO_GRADIENT)
     return stats
 
 
 def _any_gradient(stats: Stats) -> bool:
-    """Tell whether another process has a gradient; waits for the device."""
+    """Tell whether another process has a gradient; a host sync."""
     total = stats.total()
     return total.max_ratio > 0 or total.nonfinite > 0
 
@@ -124,7 +127,7 @@ def clip_(
     found_inf: Tensor | None = None,
     missing: Callable[[PlanEntry, Tensor], None] | None = None,
 ) -> Stats:
-    """Clip parameters that are paired with their entries of a plan; see :func:`adaptive_clip_grad_`.
+    """Clip parameters paired with their entries of a plan; see :func:`adaptive_clip_grad_`.
 
     Parameters
     ----------
@@ -135,35 +138,36 @@ def clip_(
     grad_scale : scalar tensor, optional
         What the gradients are still multiplied by, if a fused optimizer is going to unscale them.
     found_inf : scalar tensor, optional
-        Not 0 if that optimizer is going to skip the step; then ``nonfinite="raise"`` does not raise.
+        Not 0 if that optimizer is going to skip the step; then ``nonfinite="raise"`` does not
+        raise.
     missing : callable, optional
         Called with what has no gradient.
 
     Notes
     -----
-    Whether a ``DTensor`` takes part is the same in all processes (AGC-5): where a trainable one has no
-    gradient in this process, it stands for zeros, and counts as looked at.
+    Whether a ``DTensor`` takes part is the same in all processes (AGC-5): where a trainable one has
+    no gradient in this process, it stands for zeros, and counts as looked at.
     """
     with torch.no_grad():
         jobs = _jobs(pairs, missing)
-        careful = rule.nonfinite == "raise" and not (found_inf is not None and found_inf.any())
-        work = []
-        for some in _chunks(jobs):
-            one = _decide(some, rule, step, grad_scale)
-            work.append((some, one))
-            if not careful:
-                _scale(some, one, zero=rule.nonfinite == "zero")
-        if careful:
-            _raise_nonfinite([one for _, one in work])
-            for some, one in work:
-                _scale(some, one, zero=False)
-    return Stats([job.entry.name for job in jobs], [one for _, one in work])
+        raises = rule.nonfinite == "raise" and not (found_inf is not None and found_inf.any())
+        results = []
+        for chunk in _chunks(jobs):
+            result = _decide(chunk, rule, step, grad_scale)
+            results.append((chunk, result))
+            if not raises:
+                _scale(chunk, result, zero=rule.nonfinite == "zero")
+        if raises:
+            _raise_nonfinite([result for _, result in results])
+            for chunk, result in results:
+                _scale(chunk, result, zero=False)
+    return Stats([job.entry.name for job in jobs], [result for _, result in results])
 
 
 def limit_norm_(
     pairs: Iterable[tuple[PlanEntry, Tensor]], max_norm: float, *, grad_scale: Tensor | None = None
 ) -> None:
-    """Scale all gradients together down to a norm of ``max_norm``, as ``clip_grad_norm_`` does (AGC-7).
+    """Scale all gradients together down to ``max_norm``, as ``clip_grad_norm_`` does (AGC-7).
 
     Parameters
     ----------
@@ -178,10 +182,10 @@ def limit_norm_(
         gradients = [job.gradient for job in _jobs(pairs, None)]
         if not gradients:
             return
-        groups: dict[Place, list[Part]] = {}
-        for part in gradients:
-            groups.setdefault(part.place, []).append(part)
-        device = gradients[0].place[0]
+        groups: dict[Home, list[View]] = {}
+        for gradient in gradients:
+            groups.setdefault(gradient.home, []).append(gradient)
+        device = gradients[0].home[0]
         norms = [vector_norm(all_norms(group, 0.0)).to(device) for group in groups.values()]
         norm = vector_norm(torch.stack(norms))
         if grad_scale is not None:
@@ -189,8 +193,8 @@ def limit_norm_(
         factor = (max_norm / (norm + _SMOOTH)).clamp(max=1.0)
         if on_host(device) and factor == 1:
             return
-        for part in gradients:
-            part.tensor.mul_(factor.to(part.tensor.device, non_blocking=True))
+        for gradient in gradients:
+            gradient.tensor.mul_(factor.to(gradient.tensor.device, non_blocking=True))
 
 
 def whole(entry: PlanEntry) -> PlanEntry:
@@ -204,8 +208,8 @@ class _Job(NamedTuple):
     """One gradient to clip."""
 
     entry: PlanEntry
-    weight: Part
-    gradient: Part
+    weight: View
+    gradient: View
 
 
 def _jobs(
@@ -222,25 +226,25 @@ def _jobs(
                 continue
             # Other processes may have one, and wait for this one.
             gradient = torch.zeros_like(parameter)
-        check(entry, parameter, gradient)
+        check_pair(entry, parameter, gradient)
         if entry.clipped:
             if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():
                 parameter.grad = gradient = gradient.coalesce()
-            jobs.append(_Job(entry, *parts(entry, parameter, gradient)))
+            jobs.append(_Job(entry, *views(entry, parameter, gradient)))
     return jobs
 
 
 def _chunks(jobs: list[_Job]) -> Iterable[list[_Job]]:
-    """Group jobs that are in one place and have one threshold; on a CPU, as many as its cache holds."""
-    groups: list[tuple[tuple[Place, Clipping], list[_Job]]] = []
+    """Group jobs that have one home and one threshold; on a CPU, as many as its cache holds."""
+    groups: list[tuple[tuple[Home, Clipping], list[_Job]]] = []
     for job in jobs:
-        kind = job.gradient.place, job.entry.clipping
+        key = job.gradient.home, job.entry.clipping
         # A list: torch.compile of older releases takes no next() with a default.
-        found = [group for one, group in groups if one == kind]
-        if found:
-            found[0].append(job)
+        same = [group for known, group in groups if known == key]
+        if same:
+            same[0].append(job)
         else:
-            groups.append((kind, [job]))
+            groups.append((key, [job]))
     for ((device, mesh), _), group in groups:
         if mesh is not None or not on_host(device):
             yield group
@@ -257,61 +261,45 @@ def _chunks(jobs: list[_Job]) -> Iterable[list[_Job]]:
         yield chunk
 
 
-def _decide(jobs: list[_Job], rule: AGC, step: Step, grad_scale: Tensor | None) -> Numbers:
+def _decide(jobs: list[_Job], rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
     """Norms and limits of all units of jobs that belong together (AGC-1)."""
-    threshold = _threshold(jobs[0].entry, step)
+    entry = jobs[0].entry
+    assert entry.clipping is not None  # only what is clipped becomes a job
+    threshold = value_at(f"clipping of {entry.name!r}", entry.clipping, step)
     least = threshold if isinstance(threshold, float) else 0.0
     both = [job.weight for job in jobs] + [job.gradient for job in jobs]
-    norms = all_norms(both, min(least, 1.0) * rule.eps)
-    floor, norm = norms.view(2, norms.numel() // 2)
-    floor = floor.clamp(min=rule.eps)
+    norms_U = all_norms(both, min(least, 1.0) * rule.eps)
+    floor_U, norm_U = norms_U.view(2, norms_U.numel() // 2)
+    floor_U = floor_U.clamp(min=rule.eps)
     if grad_scale is not None:
-        norm = norm / grad_scale.to(norm.device, non_blocking=True)
+        norm_U = norm_U / grad_scale.to(norm_U.device, non_blocking=True)
     counts = [(job.entry.name, job.gradient.count) for job in jobs]
-    return Numbers(counts, floor, floor * threshold, norm, rule.div_eps)
+    return UnitNumbers(counts, floor_U, floor_U * threshold, norm_U, rule.div_eps)
 
 
-def _threshold(entry: PlanEntry, step: Step) -> float | Tensor:
-    """Return the threshold at a step; a step on the device stays there if a schedule lets it."""
-    clipping = entry.clipping
-    if isinstance(step, Tensor) and callable(clipping):
-        compiling = torch.compiler.is_compiling()
-        if isinstance(clipping, Schedule) and (compiling or step.device.type != "cpu"):
-            now = step.to(wide(step.device))
-            value = torch.full_like(now, clipping.points[0][1])
-            for (start, low), (end, high) in pairwise(clipping.points):
-                value = value + (high - low) * ((now - start) / (end - start)).clamp(0, 1)
-            return value
-        if compiling:
-            return clipping(step)
-        step = int(step)
-    threshold = entry.threshold(step)
-    assert threshold is not None  # only what is clipped becomes a job
-    return threshold
-
-
-def _scale(jobs: list[_Job], numbers: Numbers, *, zero: bool) -> None:
+def _scale(jobs: list[_Job], numbers: UnitNumbers, *, zero: bool) -> None:
     """Multiply every gradient by its scales, in place and with one rounding (AGC-2 to AGC-4)."""
     sizes = [count for _, count in numbers.counts]
     touched: Iterable[int] = range(len(jobs))
     host = on_host(numbers.norm.device)
     if host:
-        calm = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
-        if calm.all():
+        untouched_U = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
+        if untouched_U.all():
             return
-        if calm.any():
-            touched = [index for index, units in enumerate(calm.split(sizes)) if not units.all()]
-    factors = narrow = numbers.factor
-    if host and not (factors < _SMALLEST).any():
-        # Float64 factors make a float64 copy of the gradient on a CPU. Only factors that float32 cannot
-        # hold are worth that: of gradients 1e30 times too large.
-        narrow = factors.float()
-    wide_factors, narrow_factors = factors.split(sizes), narrow.split(sizes)
+        if untouched_U.any():
+            split = untouched_U.split(sizes)
+            touched = [index for index, untouched in enumerate(split) if not untouched.all()]
+    factor_U = narrow_U = numbers.factor
+    if host and not (factor_U < _SMALLEST).any():
+        # Float64 factors make a float64 copy of the gradient on a CPU. Only factors that float32
+        # cannot hold are worth that: of gradients 1e30 times too large.
+        narrow_U = factor_U.float()
+    wide, narrow = factor_U.split(sizes), narrow_U.split(sizes)
     for index in touched:
         gradient = jobs[index].gradient
-        chosen = wide_factors if gradient.tensor.dtype == torch.float64 else narrow_factors
-        for piece, scale in _pieces(gradient.tensor, gradient.spread(chosen[index]), host):
-            piece.mul_(scale)
+        factors = wide if gradient.tensor.dtype == torch.float64 else narrow
+        for block, factor in _blocks(gradient.tensor, gradient.spread(factors[index]), host):
+            block.mul_(factor)
     if zero:
         bad = numbers.bad.split(sizes)
         for index in touched:
@@ -319,20 +307,20 @@ def _scale(jobs: list[_Job], numbers: Numbers, *, zero: bool) -> None:
             gradient.tensor.masked_fill_(gradient.spread(bad[index]), 0)
 
 
-def _pieces(tensor: Tensor, factor: Tensor, host: bool) -> Iterable[tuple[Tensor, Tensor]]:
+def _blocks(tensor: Tensor, factor: Tensor, host: bool) -> Iterable[tuple[Tensor, Tensor]]:
     """Cut a multiplication of two dtypes, for which a CPU copies the tensor, into small ones."""
-    if not host or tensor.dtype == factor.dtype or tensor.numel() <= _PIECE:
+    if not host or tensor.dtype == factor.dtype or tensor.numel() <= _COPY_BLOCK:
         return [(tensor, factor)]
-    rows = max(1, _PIECE * len(tensor) // tensor.numel())
+    rows = max(1, _COPY_BLOCK * len(tensor) // tensor.numel())
     factor = factor.expand(len(tensor), *factor.shape[1:])
     return zip(tensor.split(rows), factor.split(rows), strict=True)
 
 
-def _raise_nonfinite(numbers: list[Numbers]) -> None:
-    for one in numbers:
-        if one.bad.any():
-            sizes = [count for _, count in one.counts]
-            for (name, count), bad in zip(one.counts, one.bad.split(sizes), strict=True):
+def _raise_nonfinite(numbers: list[UnitNumbers]) -> None:
+    for group in numbers:
+        if group.bad.any():
+            sizes = [count for _, count in group.counts]
+            for (name, count), bad in zip(group.counts, group.bad.split(sizes), strict=True):
                 if bad.any():
                     raise NonFiniteError(
                         f"parameter {name!r}: {int(bad.sum())} of {count} units have a norm that is not "

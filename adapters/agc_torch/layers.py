@@ -1,35 +1,23 @@
-"""What layer types say of their parameters: PyTorch's own, and those of timm, transformers and PEFT.
+"""What layer types say of their parameters: PyTorch's, timm's, transformers' and PEFT's.
 
-PyTorch stores weights out-first, so most rows of the table say ``o ... -> o``. A layer is looked up along
-its class hierarchy by dotted name, so the packages that are known here are never imported. A table of
-positions, tokens or latents is read like an embedding: what one position uses is one unit.
+PyTorch stores weights out-first, so most rows of the table say ``o ... -> o``. A layer is looked up
+along its class hierarchy by dotted name, so the packages that are known here are never imported. A
+table of positions, tokens or latents is read like an embedding: what one position uses is one unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, Final, TypeAlias
 
 from torch import Tensor, nn
 
 from agc import Units
-from agc.errors import ParameterError
+from agc.layer_table import LayerRule, LayerTable, LayerUnits
 from agc.plan import WHOLE
 
-__all__ = [
-    "LayerRule",
-    "LayerUnits",
-    "Table",
-    "own_parameters",
-    "register_units",
-    "table_of",
-    "version",
-]
-
-LayerUnits: TypeAlias = Mapping[str, str | Units]
-LayerRule: TypeAlias = LayerUnits | Callable[[Any], LayerUnits]
-Table: TypeAlias = Mapping[str, Units]
+__all__ = ["TABLE", "LayerRule", "LayerUnits", "own_parameters", "register_units"]
 
 
 def register_units(layer: type[nn.Module] | str, units: LayerRule) -> None:
@@ -38,14 +26,14 @@ def register_units(layer: type[nn.Module] | str, units: LayerRule) -> None:
     Parameters
     ----------
     layer : type of Module, or str
-        The layer's class; its subclasses follow it unless they are registered themselves. A string is the
-        full path of a class that need not be imported, ``"package.module.Name"``, or a glob of paths,
-        ``"package.*"``, which speaks for what no class of its own speaks for.
+        The layer's class; its subclasses follow it unless they are registered themselves. A string
+        is the full path of a class that need not be imported, ``"package.module.Name"``, or a glob
+        of paths, ``"package.*"``, which speaks for what no class of its own speaks for.
     units : mapping of str to str or Units, or callable
-        Parameter name (a glob, the first that matches decides) to units; or a function of the layer that
-        returns such a mapping, where the units depend on the layer's sizes. Parameters in a
-        ``ParameterList`` or ``ParameterDict`` of the layer are called ``"weights.0"``. A parameter that
-        matches nothing is left to its shape and the layout convention.
+        Parameter name (a glob, the first that matches decides) to units; or a function of the layer
+        that returns such a mapping, where the units depend on the layer's sizes. Parameters in a
+        ``ParameterList`` or ``ParameterDict`` of the layer are called ``"weights.0"``. A parameter
+        that matches nothing is left to its shape and the layout convention.
 
     Raises
     ------
@@ -67,69 +55,35 @@ def register_units(layer: type[nn.Module] | str, units: LayerRule) -> None:
     >>> plan(Dense(3, 5), AGC())["kernel"].count
     5
     """
-    global _version
-    if isinstance(units, Mapping):
-        units = {name: Units(str(pattern)) for name, pattern in units.items()}
-    elif not callable(units):
-        raise ParameterError(
-            f"units of {layer!r} must be a mapping such as {{'weight': 'o i -> o'}}, "
-            f"or a function of the layer that returns one, got {units!r}"
-        )
-    _REGISTRY[_path(layer) if isinstance(layer, type) else layer] = units
-    _version += 1
+    TABLE.register(layer, units)
 
 
-def version() -> int:
-    """Return a number that grows whenever the table changes."""
-    return _version
+TABLE: Final = LayerTable({"weight": "o i -> o"})
+"""Everything that is known of layer types."""
 
 
-def table_of(layer: nn.Module) -> Table:
-    """Return parameter name (a glob, the first that matches decides) to units, as the layer's type says."""
-    paths = [_path(kind) for kind in type(layer).__mro__]
-    table: dict[str, Units] = {}
-    own = next((path for path in paths if path in _REGISTRY), None)
-    packages = [
-        key for key in _REGISTRY if "*" in key and any(fnmatchcase(path, key) for path in paths)
-    ]
-    for key in [own, *packages] if own else packages:
-        rule = _REGISTRY[key]
-        found = rule if isinstance(rule, Mapping) else rule(layer)
-        for name, pattern in found.items():
-            table.setdefault(name, Units(str(pattern)))
-    return table
-
-
-def _path(layer: type) -> str:
-    return f"{layer.__module__}.{layer.__qualname__}"
-
-
-_REGISTRY: Final[dict[str, LayerRule]] = {}
-_version = 0
-
-
-# --- PyTorch -----------------------------------------------------------------------------------------
+# --- PyTorch --------------------------------------------------------------------------------------
 
 
 def _transposed(layer: Any) -> LayerUnits:
     return {"weight": Units("(g i) o ... -> g o", g=int(layer.groups))}
 
 
-# --- Packages ----------------------------------------------------------------------------------------
+# --- Packages -------------------------------------------------------------------------------------
 
 _Row: TypeAlias = tuple[str, int, str | Units]  # name (a glob), number of axes, units
 
 
 def _by_rank(*rows: _Row) -> Callable[[nn.Module], LayerUnits]:
-    """Return a rule that decides by a parameter's name and number of axes; vectors are left alone."""
+    """Return a rule that decides by a parameter's name and rank; vectors are left alone."""
 
     def rule(layer: nn.Module) -> LayerUnits:
-        found: dict[str, str | Units] = {}
+        declared: dict[str, str | Units] = {}
         for name, tensor in own_parameters(layer):
             for glob, rank, units in rows:
                 if fnmatchcase(name, glob) and tensor.dim() == rank and not _is_vector(tensor):
-                    found.setdefault(name, units)
-        return found
+                    declared.setdefault(name, units)
+        return declared
 
     return rule
 
@@ -159,7 +113,7 @@ def _union(*rules: Callable[[nn.Module], LayerUnits]) -> Callable[[nn.Module], L
     """Return a rule that asks several; the first that knows a name decides."""
 
     def rule(layer: nn.Module) -> LayerUnits:
-        return {name: units for one in reversed(rules) for name, units in one(layer).items()}
+        return {name: units for ask in reversed(rules) for name, units in ask(layer).items()}
 
     return rule
 
@@ -273,7 +227,7 @@ _PEFT: Final = _union(
 
 
 def _low_rank(layer: Any) -> LayerUnits:
-    """Factors of LoHa and LoKr: stored ``(r, o)`` where a core tensor stands between them, else ``(o, r)``."""
+    """Factors of LoHa and LoKr: ``(r, o)`` around a core tensor, else ``(o, r)``."""
     units: dict[str, str] = {}
     for kind, core in (("hada_w1", "hada_t1"), ("hada_w2", "hada_t2"), ("lokr_w2", "lokr_t2")):
         for adapter in getattr(layer, f"{kind}_a", {}):
@@ -283,7 +237,7 @@ def _low_rank(layer: Any) -> LayerUnits:
     return units
 
 
-# --- The table ---------------------------------------------------------------------------------------
+# --- The table ------------------------------------------------------------------------------------
 
 _CONV: Final = {"weight": "o i ... -> o", "gain": "... ->"}  # subclasses of NFNets have a gain
 _RELATIVE: Final = {  # attention of XLNet and its kind, by einsum

@@ -1,9 +1,9 @@
 """NFNets (arXiv:2102.06171) in PyTorch.
 
-The shared facts are in :mod:`agc.nfnet`; this file is their PyTorch code, from the smallest part to the whole:
-convolution, activation, squeeze and excite, stem, block, model. Images are ``(n, c, h, w)``, in either memory
-format. Parameters are called by their canonical names, so the model's ``state_dict`` has them too, in
-PyTorch's layout; :mod:`agc_torch.weights` translates.
+The shared facts are in :mod:`agc.nfnet`; this file is their PyTorch code, from the smallest part to
+the whole: convolution, activation, squeeze and excite, stem, block, model. Images are
+``(n, c, h, w)``, in either memory format. Parameters are called by their canonical names, so the
+model's ``state_dict`` has them too, in PyTorch's layout; :mod:`agc_torch.weights` translates.
 """
 
 from __future__ import annotations
@@ -54,11 +54,8 @@ _FUNCTIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
     "log_sigmoid": F.logsigmoid,
     "identity": lambda x: x,
 }
-_REUSABLE: Final = (
-    "gelu",
-    "gelu_erf",
-    "silu",
-)  # the result is new, and the gradient does not need it
+_REUSABLE: Final = ("gelu", "gelu_erf", "silu")
+"""Functions whose result is new, and not needed for the gradient: it can be written to."""
 
 
 def nfnet(
@@ -78,7 +75,8 @@ def nfnet(
     Parameters
     ----------
     variant : str or Variant
-        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first steps.
+        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first
+        steps.
     num_classes : int, optional
         1000 if None, and 10 for ``tiny``.
     dropout : float, optional
@@ -88,7 +86,8 @@ def nfnet(
     in_channels : int
         Channels of the images.
     activation : str
-        A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want ``"gelu_erf"``.
+        A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want
+        ``"gelu_erf"``.
     ws_eps : {"deepmind", "timm"}
         Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
     device, dtype
@@ -110,20 +109,23 @@ def nfnet(
     >>> model(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    chosen = options(
-        variant,
-        num_classes,
-        dropout=dropout,
-        stochastic_depth=stochastic_depth,
-        in_channels=in_channels,
-        activation=activation,
-        ws_eps=ws_eps,
+    return NFNet(
+        options(
+            variant,
+            num_classes,
+            dropout=dropout,
+            stochastic_depth=stochastic_depth,
+            in_channels=in_channels,
+            activation=activation,
+            ws_eps=ws_eps,
+        ),
+        device=device,
+        dtype=dtype,
     )
-    return NFNet(chosen, device=device, dtype=dtype)
 
 
 class SameConv2d(nn.Conv2d):  # type: ignore[misc]
-    """A convolution with a bias that pads as XLA's SAME does: an even axis under stride 2 only at its end."""
+    """A convolution with a bias that pads as XLA's SAME: even axes under stride 2 at their end."""
 
     def __init__(self, conv: Conv, **factory: Any) -> None:
         super().__init__(
@@ -149,7 +151,8 @@ class SameConv2d(nn.Conv2d):  # type: ignore[misc]
         return F.conv2d(x, weight, self.bias, stride, groups=self.groups)
 
 
-_FILTER: Final = (1, 2, 3)  # the axes of a filter, of which a weight has one for each output
+_FILTER: Final = (1, 2, 3)
+"""Axes of a filter; a weight has one filter for each output."""
 
 
 def _standardise(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
@@ -166,9 +169,10 @@ def _standardise(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
 class _Standardise(torch.autograd.Function):  # type: ignore[misc]
     """The formula and its gradient by fused kernels: two passes over the weights each way.
 
-    A filter is a row of layer norm, normalised by ``r = 1 / std``; what is left is to scale rows by ``s / r``. A
-    filter below the floor of epsilon is scaled by a constant ``s``, so that its gradient is ``a s (g - mean(g))``
-    with the gain ``a``, without what normalisation takes off along the filter.
+    A filter is a row of layer norm, normalised by ``r = 1 / std``; what is left is to scale rows by
+    ``s / r``. A filter below the floor of epsilon is scaled by a constant ``s``, so that its
+    gradient is ``a s (g - mean(g))`` with the gain ``a``, without what normalisation takes off
+    along the filter.
     """
 
     generate_vmap_rule = True
@@ -176,7 +180,7 @@ class _Standardise(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> tuple[Tensor, Tensor, Tensor]:
         rows = _rows(weight)
-        # DeepMind's epsilon is a floor; here there only is enough of one for filters without any variance.
+        # The floor only guards filters of zero variance; `factor` applies DeepMind's.
         eps = _LEAST if ws_eps == "deepmind" else WS_EPS[ws_eps]
         out, mean, r = torch.native_layer_norm(rows, rows.shape[1:], None, None, eps)
         factor, _ = _Standardise.factor(r, rows.shape[1], ws_eps)
@@ -206,13 +210,16 @@ class _Standardise(torch.autograd.Function):  # type: ignore[misc]
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted
             with_respect_to = [x for x in (weight, gain) if x.requires_grad]
             result = _standardise(weight, gain, ctx.ws_eps)
-            found = iter(torch.autograd.grad(result, with_respect_to, gradient, create_graph=True))
-            ours, gains = (next(found) if x.requires_grad else None for x in (weight, gain))
+            gradients = iter(
+                torch.autograd.grad(result, with_respect_to, gradient, create_graph=True)
+            )
+            ours, gains = (next(gradients) if x.requires_grad else None for x in (weight, gain))
             return ours, gains, None
         rows, g = _rows(weight), _rows(gradient, weight)
         factor, low = _Standardise.factor(r, rows.shape[1], ctx.ws_eps)
         scale = factor * gain[:, None]
-        # As batch norm of one image with a channel for each filter, whose kernel adds up along filters too.
+        # As batch norm of one image with a channel for each filter, whose kernel adds up along
+        # filters too.
         for_rows, along, _ = torch.ops.aten.native_batch_norm_backward(
             g[None], rows[None], scale[:, 0], None, None, mean[:, 0], r[:, 0], True, 0.0, _WANTED
         )
@@ -224,7 +231,9 @@ class _Standardise(torch.autograd.Function):  # type: ignore[misc]
 
 
 _WANTED: Final = [True, True, False]
-_LEAST: Final = 1e-30  # variance that float32 can hold, far below any that matters
+"""Gradients that are asked for: of rows and of their scale, not of a bias."""
+_LEAST: Final = 1e-30
+"""A variance that float32 can hold, far below any that matters."""
 
 
 def _rows(tensor: Tensor, like: Tensor | None = None) -> Tensor:
@@ -247,7 +256,7 @@ def _channels_last(weight: Tensor) -> bool:
 
 
 class WSConv2d(SameConv2d):
-    """A convolution whose weight is standardised: each filter has mean 0 and, times its gain, norm 1.
+    """A convolution with a standardised weight: a filter has mean 0 and its gain as norm.
 
     Parameters
     ----------
@@ -271,7 +280,7 @@ class WSConv2d(SameConv2d):
         self.gain = nn.Parameter(torch.empty(conv.outputs, **factory))
 
     def standardised(self) -> Tensor:
-        """Return the weight that is convolved with, worked out in at least float32, in its own dtype."""
+        """Return the standardised weight: computed in at least float32, in the weight's dtype."""
         weight, gain = self.weight, self.gain
         if weight.dtype in (torch.bfloat16, torch.float16):
             weight, gain = weight.float(), gain.float()
@@ -328,7 +337,8 @@ class SqueezeExcite(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return gates of shape (n, c, 1, 1) for images of shape (n, c, h, w)."""
-        # ReLU, without a factor, is what the released weights were trained with; the paper says GELU.
+        # ReLU, without a factor, is what the released weights were trained with; the paper says
+        # GELU.
         hidden = F.relu(self.fc0(x.mean((2, 3))))
         return 2 * torch.sigmoid(self.fc1(hidden))[:, :, None, None]
 
@@ -336,14 +346,14 @@ class SqueezeExcite(nn.Module):  # type: ignore[misc]
 class Stem(nn.Module):  # type: ignore[misc]
     """Four convolutions, a quarter of the size; no activation after the last."""
 
-    def __init__(self, chosen: Options, **factory: Any) -> None:
+    def __init__(self, options: Options, **factory: Any) -> None:
         super().__init__()
-        conv0, conv1, conv2, conv3 = stem(chosen.variant, chosen.in_channels)
-        self.conv0 = WSConv2d(conv0, chosen.ws_eps, **factory)
-        self.conv1 = WSConv2d(conv1, chosen.ws_eps, **factory)
-        self.conv2 = WSConv2d(conv2, chosen.ws_eps, **factory)
-        self.conv3 = WSConv2d(conv3, chosen.ws_eps, **factory)
-        self.activation = Activation(chosen.activation)
+        conv0, conv1, conv2, conv3 = stem(options.variant, options.in_channels)
+        self.conv0 = WSConv2d(conv0, options.ws_eps, **factory)
+        self.conv1 = WSConv2d(conv1, options.ws_eps, **factory)
+        self.conv2 = WSConv2d(conv2, options.ws_eps, **factory)
+        self.conv3 = WSConv2d(conv3, options.ws_eps, **factory)
+        self.activation = Activation(options.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Take images of shape (n, c, h, w) to (n, widths[0] / 2, h / 4, w / 4)."""
@@ -356,11 +366,11 @@ class Stem(nn.Module):  # type: ignore[misc]
 class NFBlock(nn.Module):  # type: ignore[misc]
     """A residual block without normalisation."""
 
-    def __init__(self, block: Block, chosen: Options, **factory: Any) -> None:
+    def __init__(self, block: Block, options: Options, **factory: Any) -> None:
         super().__init__()
         self.block = block
-        self.drop_rate = chosen.stochastic_depth * block.stochastic_depth
-        convs = {conv.name: WSConv2d(conv, chosen.ws_eps, **factory) for conv in block.convs}
+        self.drop_rate = options.stochastic_depth * block.stochastic_depth
+        convs = {conv.name: WSConv2d(conv, options.ws_eps, **factory) for conv in block.convs}
         self.conv0 = convs["conv0"]
         self.conv1 = convs["conv1"]
         self.conv1b = convs["conv1b"]
@@ -368,7 +378,7 @@ class NFBlock(nn.Module):  # type: ignore[misc]
         self.shortcut = convs.get("shortcut")
         self.se = SqueezeExcite(block, **factory)
         self.skip_gain = nn.Parameter(torch.empty((), **factory))
-        self.activation = Activation(chosen.activation)
+        self.activation = Activation(options.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Take images of shape (n, inputs, h, w) to (n, outputs, h / stride, w / stride)."""
@@ -393,7 +403,7 @@ class NFBlock(nn.Module):  # type: ignore[misc]
         return self.se(out) * out, shortcut
 
     def kept(self, residual: Tensor) -> Tensor:
-        """Draw stochastic depth: 1 for the images that keep the residual branch, 0 for the others."""
+        """Draw stochastic depth: 1 for images that keep the residual branch, 0 for the others."""
         shape = (len(residual), 1, 1, 1)
         uniform = torch.rand(shape, dtype=torch.float32, device=residual.device)
         return torch.floor(1 - self.drop_rate + uniform).to(residual.dtype)
@@ -408,7 +418,7 @@ class NFNet(nn.Module):  # type: ignore[misc]
 
     Parameters
     ----------
-    chosen : Options
+    options : Options
         What to build.
     device, dtype
         Where and how parameters are stored.
@@ -423,31 +433,31 @@ class NFNet(nn.Module):  # type: ignore[misc]
 
     def __init__(
         self,
-        chosen: Options,
+        options: Options,
         *,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.options = chosen
+        self.options = options
         self.agc_head = HEAD
-        self.stem = Stem(chosen, **factory)
-        stages: list[list[NFBlock]] = [[] for _ in chosen.variant.depths]
-        for block in blocks(chosen.variant):
-            stages[block.stage].append(NFBlock(block, chosen, **factory))
+        self.stem = Stem(options, **factory)
+        stages: list[list[NFBlock]] = [[] for _ in options.variant.depths]
+        for block in blocks(options.variant):
+            stages[block.stage].append(NFBlock(block, options, **factory))
         self.stages = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
-        last = final_conv(chosen.variant)
-        self.final_conv = WSConv2d(last, chosen.ws_eps, **factory)
-        self.activation = Activation(chosen.activation)
-        self.head = Dense(last.outputs, chosen.num_classes, **factory)
+        last = final_conv(options.variant)
+        self.final_conv = WSConv2d(last, options.ws_eps, **factory)
+        self.activation = Activation(options.activation)
+        self.head = Dense(last.outputs, options.num_classes, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, as DeepMind's code does; also what fills a model after ``to_empty``."""
+        """Draw all parameters anew, as DeepMind's code does, also after ``to_empty``."""
         named = dict(self.named_parameters())
-        chosen = self.options
-        for spec in parameters(chosen.variant, chosen.num_classes, chosen.in_channels):
+        options = self.options
+        for spec in parameters(options.variant, options.num_classes, options.in_channels):
             tensor, initial = named[spec.name], spec.initial
             match initial.distribution:
                 case "constant":
@@ -485,18 +495,18 @@ class NFNet(nn.Module):  # type: ignore[misc]
         Returns
         -------
         dict of str to Tensor
-            ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the size,
-            ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features), which is what
-            the classifier is given.
+            ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the
+            size, ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features),
+            which is what the classifier is given.
         """
         self._check(x)
-        found = {}
-        x = found["stem"] = self.stem(x)
+        outputs = {}
+        x = outputs["stem"] = self.stem(x)
         for number, stage in enumerate(self.stages):
-            x = found[f"stages.{number}"] = stage(x)
-        x = found["final_conv"] = self._finish(x)
-        found["pooled"] = self._pool(x)
-        return found
+            x = outputs[f"stages.{number}"] = stage(x)
+        x = outputs["final_conv"] = self._finish(x)
+        outputs["pooled"] = self._pool(x)
+        return outputs
 
     def signals(self, x: Tensor) -> dict[str, Tensor]:
         """Return how signals propagate, for the images that :meth:`forward` takes.
@@ -504,10 +514,10 @@ class NFNet(nn.Module):  # type: ignore[misc]
         Returns
         -------
         dict of str to Tensor
-            ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased variance of
-            each channel over images and pixels, averaged over channels, after the stem and each block.
-            ``"res_avg_var"``, shape (blocks,): the same variance of each residual branch after its gates.
-            Stochastic depth is off. float32, or float64 for float64.
+            ``"avg_sq_mean"`` and ``"avg_var"``, shape (blocks + 1,): squared mean and biased
+            variance of each channel over images and pixels, averaged over channels, after the stem
+            and each block. ``"res_avg_var"``, shape (blocks,): the same variance of each residual
+            branch after its gates. Stochastic depth is off. float32, or float64 for float64.
         """
         self._check(x)
         residuals = []
@@ -531,8 +541,8 @@ class NFNet(nn.Module):  # type: ignore[misc]
         Returns
         -------
         NFNet
-            In evaluation mode, with plain convolutions and without gains; its parameters are frozen. Outputs
-            are the same up to rounding.
+            In evaluation mode, with plain convolutions and without gains; its parameters are
+            frozen. Outputs are the same up to rounding.
         """
         folded: NFNet = copy.deepcopy(self)
         for parent in list(folded.modules()):

@@ -1,11 +1,11 @@
 """Norms of units: accurate, as fast as memory, and all in one flat buffer (AGC-3).
 
 Eager PyTorch on a CPU has no kernel that reads float32 and adds in float64 without a copy, and its
-float32 norm adds up a whole row in one chain. So a CPU sums the squares of long float32 rows in blocks
-of 64 and adds the blocks in float64: rounding of many blocks averages out. A row that is mostly a few
-blocks is taken once more in float64, as is everything else, a piece that fits its cache at a time.
-Accelerators reduce in trees and take the norm as it is. Compiled code is fused, and adds in float64
-right away.
+float32 norm adds up a whole row in one chain. So a CPU sums the squares of long float32 rows in
+blocks of 64 and adds the blocks in float64: rounding of many blocks averages out. A row that is
+mostly a few blocks is summed again in float64, as is everything else, as much as fits the cache at
+a time. Accelerators reduce in trees and take the norm as it is. Compiled code is fused, and adds in
+float64 right away.
 """
 
 from __future__ import annotations
@@ -20,20 +20,27 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from agc.units import UnitAxes
-from agc_torch.parts import Part, sum_over
+from agc_torch.shards import norm_over
+from agc_torch.views import View
 
 __all__ = ["all_norms", "on_host", "wide"]
 
 _BLOCK: Final = 64
-_FEW: Final = 4  # blocks that as good as all of a row is in, up to which their rounding shows
-_LONG: Final = 512  # elements of a row from which rounding in its blocks averages out
-_SMALL: Final = 4096  # elements of a tensor up to which a copy of it is nothing
-_PIECE: Final = 1 << 16  # elements, which in float64 fill half a megabyte
-_TINY: Final = 1e-12  # norm below which squares leave float32
+"""Elements whose squares are added in float32."""
+_FEW: Final = 4
+"""A row whose energy sits in at most this many blocks is summed again in float64."""
+_LONG: Final = 512
+"""Elements of a row from which rounding in its blocks averages out."""
+_SMALL: Final = 4096
+"""Tensors up to this size are cheap to copy."""
+_CACHE_BLOCK: Final = 1 << 16
+"""Elements that fill half a megabyte in float64."""
+_TINY: Final = 1e-12
+"""Norm below which squares leave float32."""
 
 
 def on_host(device: torch.device) -> bool:
-    """Tell whether looking at a value is free: on the CPU, outside compiled code."""
+    """Tell whether reading a value is free: on the CPU, outside compiled code."""
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -42,12 +49,12 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def all_norms(parts: list[Part], lower: float) -> Tensor:
-    """Norms of all units of tensors that are in one place, flat.
+def all_norms(views: list[View], lower: float) -> Tensor:
+    """Norms of all units of tensors that have one home, flat.
 
     Parameters
     ----------
-    parts : list of Part
+    views : list of View
         Weights or gradients or both, not empty.
     lower : float
         The least that any norm is going to be compared with; what is less need not be accurate.
@@ -55,25 +62,27 @@ def all_norms(parts: list[Part], lower: float) -> Tensor:
     Returns
     -------
     Tensor of float64, shape (units,)
-        Unit after unit, part after part.
+        Unit after unit, view after view.
     """
-    device, mesh = parts[0].place
+    device, mesh = views[0].home
     host = on_host(device)
-    found = {} if host else _whole_norms(parts)
-    for group in _groups(parts) if host else []:
+    norms_by_view = {} if host else _whole_norms(views)
+    for group in _groups(views) if host else []:
         norms = _row_norms(list(group.values()))
-        if len(group) == len(parts) and mesh is None:
-            return _repair(norms, parts, lower)  # as it stands: the usual case of large tensors
-        found.update(zip(group, norms.split([rows.units for rows in group.values()]), strict=True))
+        if len(group) == len(views) and mesh is None:
+            # As it stands: the usual case of large tensors.
+            return _redo_out_of_range(norms, views, lower)
+        split = norms.split([rows.units for rows in group.values()])
+        norms_by_view.update(zip(group, split, strict=True))
     flat = torch.cat(
         [
-            part.gather(found[index] if index in found else _unit_norms(part))
-            for index, part in enumerate(parts)
+            view.gather(norms_by_view[index] if index in norms_by_view else _unit_norms(view))
+            for index, view in enumerate(views)
         ]
     ).to(wide(device))
     if mesh is not None:
-        return sum_over(mesh, flat)
-    return _repair(flat, parts, lower) if host and flat.numel() else flat
+        return norm_over(mesh, flat, range(mesh.ndim))
+    return _redo_out_of_range(flat, views, lower) if host and flat.numel() else flat
 
 
 class _Rows(NamedTuple):
@@ -91,28 +100,30 @@ class _Rows(NamedTuple):
         return self.tensor.as_strided(self.shape, self.strides).reshape(-1)
 
     def exact(self, mask: Tensor) -> Tensor:
-        """Return the norms of the rows that a flat mask chooses, in float64."""
+        """Return the norms of the rows in a flat mask, in float64."""
         rows = self.tensor.as_strided(self.shape, self.strides)
         length = self.shape[-1]
-        chosen = (rows if mask.all() else rows[mask.view(self.shape[:-1])]).reshape(-1, length)
+        masked = (rows if mask.all() else rows[mask.view(self.shape[:-1])]).reshape(-1, length)
         norms = [
-            torch.stack([vector_norm(p.double(), 2, -1) for p in some.split(_PIECE, -1)], -1)
-            for some in chosen.split(max(1, _PIECE // length))
+            torch.stack(
+                [vector_norm(block.double(), 2, -1) for block in chunk.split(_CACHE_BLOCK, -1)], -1
+            )
+            for chunk in masked.split(max(1, _CACHE_BLOCK // length))
         ]
         return vector_norm(torch.cat(norms), 2, -1)
 
 
-def _groups(parts: list[Part]) -> list[dict[int, _Rows]]:
-    """Find tensors on the host whose norms are taken together, by place in the list."""
+def _groups(views: list[View]) -> list[dict[int, _Rows]]:
+    """Group tensors on the host whose norms are taken together, by index in the list."""
     groups: dict[int, dict[int, _Rows]] = {}
-    for index, part in enumerate(parts):
-        tensor = part.source
-        layout = _layout(part.axes, tensor.stride())
+    for index, view in enumerate(views):
+        tensor = view.source
+        layout = _layout(view.axes, tensor.stride())
         if layout is not None:
             length = layout[0][-1]
             if 0 < tensor.numel() <= _SMALL:
                 groups.setdefault(-length, {})[index] = _Rows(tensor, *layout)
-            elif length >= _LONG and tensor.dtype == torch.float32 and not part.exact:
+            elif length >= _LONG and tensor.dtype == torch.float32 and not view.exact:
                 groups.setdefault(_blocks(length), {})[index] = _Rows(tensor, *layout)
     return list(groups.values())
 
@@ -136,14 +147,14 @@ def _blocks(length: int) -> int:
     return -(-length // _BLOCK)
 
 
-def _unit_norms(part: Part) -> Tensor:
+def _unit_norms(view: View) -> Tensor:
     """L2 norm of every unit of a tensor, flat."""
-    tensor, axes = part.source, part.axes
+    tensor, axes = view.source, view.axes
     if on_host(tensor.device):
         return _exact_norms(tensor, axes)
     if not axes.reduce:  # an empty tuple would mean all axes
         return tensor.abs().flatten()
-    return vector_norm(tensor, 2, axes.reduce, dtype=_accumulator(part)).flatten()
+    return vector_norm(tensor, 2, axes.reduce, dtype=_accumulator(view)).flatten()
 
 
 def _row_norms(group: list[_Rows]) -> Tensor:
@@ -155,20 +166,22 @@ def _row_norms(group: list[_Rows]) -> Tensor:
     counts = [rows.units for rows in group]
     table = group[0].tensor.new_empty(sum(counts), _blocks(length))
     for rows, norms in zip(group, table.split(counts), strict=True):
-        _fill(norms, rows)
+        _block_norms_(norms, rows)
     squares = table.double().square_()
     whole = squares.sum(-1)
-    # As many equal blocks as these would have the same ratio of the two sums.
-    doubt = vector_norm(squares, 2, -1) > whole / math.sqrt(_FEW)
+    # True if the energy is spread over fewer than _FEW equal blocks (participation ratio).
+    inexact_U = vector_norm(squares, 2, -1) > whole / math.sqrt(_FEW)
     whole.sqrt_()
-    if doubt.any():
-        for rows, norms, again in zip(group, whole.split(counts), doubt.split(counts), strict=True):
-            if again.any():
-                norms[again] = rows.exact(again)
+    if inexact_U.any():
+        for rows, norms, redo in zip(
+            group, whole.split(counts), inexact_U.split(counts), strict=True
+        ):
+            if redo.any():
+                norms[redo] = rows.exact(redo)
     return whole
 
 
-def _fill(norms: Tensor, rows: _Rows) -> None:
+def _block_norms_(norms: Tensor, rows: _Rows) -> None:
     """Write the norms of all blocks, a row of them for a row."""
     (*sizes, length), (*strides, _) = rows.shape, rows.strides
     blocks, rest = divmod(length, _BLOCK)
@@ -185,23 +198,23 @@ def _fill(norms: Tensor, rows: _Rows) -> None:
 
 def _exact_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:
     """Norms of units of any dtype and layout, in float64."""
-    pieces: Sequence[Tensor] = [tensor]
+    blocks: Sequence[Tensor] = [tensor]
     outer = 0
-    if tensor.numel() > _PIECE:
+    if tensor.numel() > _CACHE_BLOCK:
         distances = [
             stride * (size > 1) for size, stride in zip(axes.view, tensor.stride(), strict=True)
         ]
-        outer = distances.index(max(distances))  # pieces lie together in memory
-        pieces = tensor.split(max(1, _PIECE * axes.view[outer] // tensor.numel()), outer)
-    # One kernel that converts and adds, but in one chain, and fast along memory only.
-    inner = tensor.dtype != torch.float64 and bool(axes.reduce)
-    inner = inner and min(range(tensor.dim()), key=tensor.stride) in axes.reduce
+        outer = distances.index(max(distances))  # a block is contiguous in memory
+        blocks = tensor.split(max(1, _CACHE_BLOCK * axes.view[outer] // tensor.numel()), outer)
+    # Fused convert-and-sum; sequential, and fast only if the innermost axis is reduced.
+    fused = tensor.dtype != torch.float64 and bool(axes.reduce)
+    fused = fused and min(range(tensor.dim()), key=tensor.stride) in axes.reduce
     norms = []
-    for piece in pieces:
-        if inner:
-            norms.append(vector_norm(piece, 2, axes.reduce, keepdim=True, dtype=torch.float64))
+    for block in blocks:
+        if fused:
+            norms.append(vector_norm(block, 2, axes.reduce, keepdim=True, dtype=torch.float64))
         else:
-            squares = piece.double().square()
+            squares = block.double().square()
             norms.append(
                 squares.sum(axes.reduce, keepdim=True).sqrt() if axes.reduce else squares.sqrt()
             )
@@ -212,37 +225,37 @@ def _exact_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:
     ).flatten()
 
 
-def _whole_norms(parts: list[Part]) -> dict[int, Tensor]:
-    """Norms of tensors that are one unit, such as biases, by place in the list: one call for all."""
+def _whole_norms(views: list[View]) -> dict[int, Tensor]:
+    """Norms of tensors that are one unit, such as biases, by index: one call for all."""
     batches: dict[torch.dtype, list[int]] = {}
     if torch.compiler.is_compiling():
         return {}
-    for index, part in enumerate(parts):
-        if not part.axes.keep:
-            batches.setdefault(_accumulator(part), []).append(index)
-    found: dict[int, Tensor] = {}
+    for index, view in enumerate(views):
+        if not view.axes.keep:
+            batches.setdefault(_accumulator(view), []).append(index)
+    norms_by_view: dict[int, Tensor] = {}
     for dtype, batch in batches.items():
-        norms = torch._foreach_norm([parts[index].source for index in batch], 2, dtype)
-        found.update(zip(batch, (norm.view(1) for norm in norms), strict=True))
-    return found
+        norms = torch._foreach_norm([views[index].source for index in batch], 2, dtype)
+        norms_by_view.update(zip(batch, (norm.view(1) for norm in norms), strict=True))
+    return norms_by_view
 
 
-def _accumulator(part: Part) -> torch.dtype:
+def _accumulator(view: View) -> torch.dtype:
     """Return the dtype to add squares in, where that is not done in blocks."""
-    tensor = part.source
+    tensor = view.source
     # An accelerator would make a float64 copy of the whole tensor first; compiled code does not.
-    if part.exact or tensor.dtype == torch.float64 or tensor.device.type == "cpu":
+    if view.exact or tensor.dtype == torch.float64 or tensor.device.type == "cpu":
         return torch.float64
     return wide(tensor.device) if torch.compiler.is_compiling() else torch.float32
 
 
-def _repair(flat: Tensor, parts: list[Part], lower: float) -> Tensor:
+def _redo_out_of_range(flat: Tensor, views: list[View], lower: float) -> Tensor:
     """Take once more, in float64, norms whose squares float32 could not hold."""
     if flat.max() < torch.inf and (lower >= _TINY or flat.min() >= _TINY):
         return flat
-    doubt = ~((flat < torch.inf) & (flat.clamp(min=lower) >= _TINY))
-    sizes = [part.count for part in parts]
-    for part, norms, again in zip(parts, flat.split(sizes), doubt.split(sizes), strict=True):
-        if again.any():
-            norms.copy_(_exact_norms(part.source, part.axes))
+    inexact_U = ~((flat < torch.inf) & (flat.clamp(min=lower) >= _TINY))
+    sizes = [view.count for view in views]
+    for view, norms, redo in zip(views, flat.split(sizes), inexact_U.split(sizes), strict=True):
+        if redo.any():
+            norms.copy_(_exact_norms(view.source, view.axes))
     return flat

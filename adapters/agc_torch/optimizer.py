@@ -1,9 +1,9 @@
 """Clipping inside ``optimizer.step()``: the optimizer stays the user's own object.
 
-:func:`attach` registers hooks on the optimizer, and nothing else changes: its class, its state and its
-``state_dict`` are as they were. The hooks clip right before the update, so everything that PyTorch does
-earlier (unscaling, accumulation, reduction across replicas) is done, and everything that the optimizer
-does (weight decay, momentum) comes after (AGC-7).
+:func:`attach` registers hooks on the optimizer, and nothing else changes: its class, its state and
+its ``state_dict`` are as they were. The hooks clip right before the update, so everything that
+PyTorch does earlier (unscaling, accumulation, reduction across replicas) is done, and everything
+that the optimizer does (weight decay, momentum) comes after (AGC-7).
 """
 
 from __future__ import annotations
@@ -35,42 +35,48 @@ def attach(
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        Any optimizer: foreach, fused, with closures, inside LR schedulers, behind a ``GradScaler``. It
-        may have some of the model's parameters only (one optimizer for matrices, one for the rest). Of a
-        wrapper (Accelerate's, Lookahead, SAM, ``PostLocalSGDOptimizer``), AGC takes the optimizer inside.
+        Any optimizer: foreach, fused, with closures, inside LR schedulers, behind a ``GradScaler``.
+        It may have some of the model's parameters only (one optimizer for matrices, one for the
+        rest). Of a wrapper (Accelerate's, Lookahead, SAM, ``PostLocalSGDOptimizer``), AGC takes the
+        optimizer inside.
     model : Module, mapping of name to tensor, or iterable of (name, tensor)
         Whose parameters these are; a module's layer types settle the units.
     rule : AGC
         The configuration.
     max_norm : float, optional
-        After AGC, scale all gradients of the optimizer together down to this norm, as ``clip_grad_norm_``
-        does. That one called before the step would come before AGC, which AGC-7 forbids.
+        After AGC, scale all gradients of the optimizer together down to this norm, as
+        ``clip_grad_norm_`` does. That one called before the step would come before AGC, which AGC-7
+        forbids.
 
     Returns
     -------
     Handle
-        Removes the hooks, shows the plan, reads the telemetry, and keeps the step count of schedules.
+        Removes the hooks, shows the plan, reads the telemetry, and keeps the step count of
+        schedules.
 
     Raises
     ------
     ParameterError
-        If the optimizer has a parameter that is not the model's, AGC is attached to it already, or its
-        ``step()`` would never run the hooks.
+        If the optimizer has a parameter that is not the model's, AGC is attached to it already, or
+        its ``step()`` would never run the hooks.
     ConfigError, SelectorError, AmbiguousUnitsError, UnitsError
         As :func:`agc_torch.plan`; ConfigError also if ``max_norm`` is not a finite number above 0.
 
     Notes
     -----
-    * A closure is wrapped: the gradients of each evaluation are clipped (LBFGS evaluates it many times).
-    * Behind a ``GradScaler``, a fused optimizer receives gradients that are still scaled; the scale is
-      taken into account. Every other optimizer receives unscaled ones.
-    * A parameter that joins by ``add_param_group`` is clipped if it is the model's; otherwise the next
-      step raises ParameterError.
-    * A step in which no parameter has a gradient clips nothing, and counts as the optimizer counts it.
+    * A closure is wrapped: the gradients of each evaluation are clipped (LBFGS evaluates it many
+      times).
+    * Behind a ``GradScaler``, a fused optimizer receives gradients that are still scaled; the scale
+      is taken into account. Every other optimizer receives unscaled ones.
+    * A parameter that joins by ``add_param_group`` is clipped if it is the model's; otherwise the
+      next step raises ParameterError.
+    * A step in which no parameter has a gradient clips nothing, and counts as the optimizer counts
+      it.
     * One step counts once, also of an optimizer whose ``step()`` calls that of its parent class.
-    * Copying or pickling an optimizer drops its hooks, in PyTorch as such. Copy or pickle the handle
-      together with the model and the optimizer, as in ``copy.deepcopy((model, optimizer, handle))``, or
-      attach anew; :func:`attached` tells which optimizer clips. A model may keep its handle.
+    * Copying or pickling an optimizer drops its hooks, in PyTorch as such. Copy or pickle the
+      handle together with the model and the optimizer, as in
+      ``copy.deepcopy((model, optimizer, handle))``, or attach anew; :func:`attached` tells which
+      optimizer clips. A model may keep its handle.
 
     Examples
     --------
@@ -86,12 +92,12 @@ def attach(
 
 
 def attached(optimizer: Optimizer) -> Handle | None:
-    """Return the handle of the AGC that clips inside an optimizer, or inside what it wraps; None if none does.
+    """Return the handle of the AGC that clips inside an optimizer or what it wraps, or None.
 
     A copy of an optimizer has no hooks, so this is None for it.
     """
-    for one in _chain(optimizer):
-        for hook in getattr(one, "_optimizer_step_pre_hooks", {}).values():
+    for inner in _chain(optimizer):
+        for hook in getattr(inner, "_optimizer_step_pre_hooks", {}).values():
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, Handle):
                 return owner
@@ -101,9 +107,9 @@ def attached(optimizer: Optimizer) -> Handle | None:
 class Handle:
     """AGC attached to an optimizer; made by :func:`attach`.
 
-    As a context manager it removes the hooks at the end of the block. ``copy.deepcopy`` and ``pickle`` of
-    the handle, in one go with its model and optimizer, attach AGC to the copies; they look at the model at
-    their first step.
+    As a context manager it removes the hooks at the end of the block. ``copy.deepcopy`` and
+    ``pickle`` of the handle, in one go with its model and optimizer, attach AGC to the copies; they
+    look at the model at their first step.
 
     Attributes
     ----------
@@ -145,7 +151,7 @@ class Handle:
 
     @property
     def plan(self) -> Plan:
-        """What happens to every parameter of the model; those that the optimizer lacks are marked."""
+        """What happens to every parameter; those that the optimizer lacks are marked."""
         if isinstance(self.model, torch.nn.Module) or not self._parameters:
             self._match()  # what is frozen may have changed
         mine = {entry.name for entry, _ in self._pairs}
@@ -156,7 +162,7 @@ class Handle:
 
     @property
     def steps(self) -> int:
-        """Steps taken: what schedules are evaluated at. Steps that a loss scaler skipped do not count."""
+        """Steps taken, without those that a loss scaler skipped: what schedules go by."""
         return int(self._steps)
 
     def stats(self) -> Stats | None:
@@ -197,7 +203,8 @@ class Handle:
         return {**kept, "steps": self.steps, "attached": bool(self._hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # The model that holds this handle may be half made as yet: it is looked at in the first step.
+        # The model that holds this handle may be half made as yet: it is looked at in the first
+        # step.
         state = dict(state)
         hooked = state.pop("attached")
         steps = state.pop("steps")
@@ -271,7 +278,7 @@ class Handle:
         return stats
 
     def _check_place(self, entry: PlanEntry, tensor: Tensor) -> None:
-        """Refuse a parameter without a gradient if the model has put another, with one, in its place."""
+        """Refuse a parameter without a gradient that the model replaced by one with a gradient."""
         holder, key = self._places.get(id(tensor), ({}, ""))
         now = holder.get(key)
         if now is not None and now is not tensor and now.grad is not None:
@@ -308,7 +315,7 @@ class Handle:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None:
             self._steps += 1
-        else:  # where the flag is, so that nobody waits for it
+        else:  # on the flag's device: no host sync
             self._steps = self._steps.to(found_inf.device) + (found_inf == 0).long().view(())
 
 
@@ -317,42 +324,42 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in groups for parameter in group["params"]]
 
 
-# Which optimizer steps
+# --- which optimizer steps ------------------------------------------------------------------------
 
 _INNER: Final = ("optimizer", "base_optimizer", "_base_optimizer", "optim", "_optimizer")
 
 
 def _chain(optimizer: Any) -> list[Any]:
-    """Return an optimizer and those that it wraps and that have all of its parameters, outermost first."""
+    """Return an optimizer and those inside that have all of its parameters, outermost first."""
     chain: list[Any] = []
     wanted = {id(p) for p in _parameters(optimizer)}
     inner = optimizer
-    while inner is not None and all(inner is not one for one in chain):
+    while inner is not None and all(inner is not outer for outer in chain):
         if wanted <= {id(p) for p in _parameters(inner)}:
             chain.append(inner)
-        found = (getattr(inner, name, None) for name in _INNER)
-        inner = next((one for one in found if isinstance(one, Optimizer)), None)
+        candidates = (getattr(inner, name, None) for name in _INNER)
+        inner = next((value for value in candidates if isinstance(value, Optimizer)), None)
     return chain
 
 
 def _stepping(optimizer: Any) -> Optimizer:
-    """Return the innermost optimizer that has all the parameters and runs hooks in its step (AGC-7).
+    """Return the innermost optimizer with all parameters whose step runs hooks (AGC-7).
 
     What a wrapper does before that one's step, such as the ascent of SAM, is no business of AGC.
     """
-    kind = type(optimizer).__name__
+    name = type(optimizer).__name__
     if not (hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")):
         raise ParameterError(
-            f"attach needs a torch.optim.Optimizer, got {kind}; "
+            f"attach needs a torch.optim.Optimizer, got {name}; "
             "give the optimizer inside a wrapper, or clip with adaptive_clip_grad_"
         )
     if not getattr(optimizer, "_overlap_with_ddp", False):  # then it steps inside backward()
-        for one in reversed(_chain(optimizer)):
-            if _runs_hooks(one):
-                return one
+        for inner in reversed(_chain(optimizer)):
+            if _runs_hooks(inner):
+                return inner
     raise ParameterError(
-        f"{kind}.step() does not run the step hooks of torch.optim.Optimizer, so AGC would never act; give "
-        f"the optimizer inside {kind}, attach before its step is replaced, or clip by hand with "
+        f"{name}.step() does not run the step hooks of torch.optim.Optimizer, so AGC would never act; give "
+        f"the optimizer inside {name}, attach before its step is replaced, or clip by hand with "
         "adaptive_clip_grad_(model, rule) before each step"
     )
 
@@ -365,7 +372,7 @@ def _runs_hooks(optimizer: Any) -> bool:
 
 
 def _reaches_hooks(step: Any, depth: int = 4) -> bool:
-    """Tell whether a step, which somebody may have wrapped and put on the instance, is a hooked one."""
+    """Tell whether a step, maybe wrapped and put on the instance, runs the hooks."""
     if getattr(step, "hooked", False):
         return True
     inner = [getattr(step, name, None) for name in ("__func__", "__wrapped__", "func")]
@@ -376,11 +383,11 @@ def _reaches_hooks(step: Any, depth: int = 4) -> bool:
             inner.append(cell.cell_contents)
         except ValueError:  # a variable that has no value as yet
             continue
-    return depth > 0 and any(_reaches_hooks(one, depth - 1) for one in inner if callable(one))
+    return depth > 0 and any(_reaches_hooks(step, depth - 1) for step in inner if callable(step))
 
 
 def _inside_step(optimizer: Optimizer) -> bool:
-    """Tell whether the step whose hook is running was called by another step of the same optimizer."""
+    """Tell whether the running step was called by another step of the same optimizer."""
     frame = sys._getframe(2)  # the wrapper that PyTorch puts around every step
     code, outer = frame.f_code, frame.f_back
     while outer is not None:
@@ -391,10 +398,10 @@ def _inside_step(optimizer: Optimizer) -> bool:
 
 
 def _check_in_backward(optimizer: Optimizer) -> None:
-    """Refuse parameters that other optimizers update inside backward(), before any step of this one."""
+    """Refuse parameters that other optimizers update inside backward(), before a step."""
     for parameter in _parameters(optimizer):
         others = getattr(parameter, "_in_backward_optimizers", [])
-        if others and all(one is not optimizer for one in others):
+        if others and all(other is not optimizer for other in others):
             raise ParameterError(
                 f"a parameter of shape {tuple(parameter.shape)} is updated inside backward() by a "
                 f"{type(others[0]).__name__} of its own, so {type(optimizer).__name__}.step() never sees its "

@@ -26,8 +26,9 @@ def sgd_nfnet(
 ) -> torch.optim.SGD:
     """Return DeepMind's optimizer for NFNets: ``torch.optim.SGD`` with AGC attached (AGC-7).
 
-    In each step, gradients are clipped, then weight decay is added to those of matrices and kernels (not of
-    gains and biases), then comes Nesterov's momentum, whose buffer does not contain the learning rate.
+    In each step, gradients are clipped, then weight decay is added to those of matrices and kernels
+    (not of gains and biases), then comes Nesterov's momentum, whose buffer does not contain the
+    learning rate.
 
     Parameters
     ----------
@@ -40,15 +41,16 @@ def sgd_nfnet(
     weight_decay : float
         Coupled, as in the paper. Parameters of rank 0 and 1 are not decayed.
     rule : AGC, optional
-        ``AGC.profile("deepmind")`` if None: clipping 0.01, and all but the classifier's weight is clipped.
+        ``AGC.profile("deepmind")`` if None: clipping 0.01, and all but the classifier's weight is
+        clipped.
     **options
         Of ``torch.optim.SGD``, such as ``fused=True``.
 
     Returns
     -------
     torch.optim.SGD
-        Two parameter groups: what is decayed, and what is not. :func:`agc_torch.attached` returns the handle,
-        with the plan and the telemetry.
+        Two parameter groups: what is decayed, and what is not. :func:`agc_torch.attached` returns
+        the handle, with the plan and the telemetry.
 
     Raises
     ------

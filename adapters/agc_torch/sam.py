@@ -25,7 +25,7 @@ from typing import Any, Final, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from agc.checks import check_rule
+from agc.checks import check_batch_given, check_microbatches, check_rule
 from agc.config import SAM
 from agc.errors import (
     ConfigError,
@@ -40,14 +40,18 @@ from agc_torch.passes import (
     Closure,
     call,
     forget_weights,
-    is_sharded,
     random_state,
+    refuse_static_graph,
     remember,
     remember_buffers,
+    replicas_of,
     set_random_state,
+    unsynchronized,
     watch,
+    worst,
 )
-from agc_torch.replicas import refuse_static_graph, replicas_of, unsynchronized, worst
+from agc_torch.schedules import value_at
+from agc_torch.shards import is_dtensor, local, norm_over, shard_axes
 from agc_torch.units import named_parameters, unwrap
 
 __all__ = ["SamStats", "SharpnessAware"]
@@ -85,8 +89,9 @@ class SharpnessAware:
     Parameters
     ----------
     model : nn.Module
-        The model, bare or wrapped (``DistributedDataParallel``, ``torch.compile``), or a module sharded with
-        ``fully_shard``. Patterns of the rule mean the names that AGC's plan shows, those of the bare model.
+        The model, bare or wrapped (``DistributedDataParallel``, ``torch.compile``), or a module
+        sharded with ``fully_shard``. Patterns of the rule mean the names that AGC's plan shows,
+        those of the bare model.
     rule : SAM
         The configuration.
 
@@ -97,19 +102,20 @@ class SharpnessAware:
     SelectorError
         If a name pattern matches nothing, or nothing is left to perturb.
     ConfigError
-        If ``rule`` is not a SAM, or ``scope="local"`` is asked of a fully sharded model, whose gradients
-        are always reduced, or of DistributedDataParallel with a static graph.
+        If ``rule`` is not a SAM, or ``scope="local"`` is asked of a fully sharded model, whose
+        gradients are always reduced, or of DistributedDataParallel with a static graph.
 
     Notes
     -----
-    Memory: one copy of the perturbed weights, and two of the buffers, during the second pass; nothing between
-    steps. The state is one counter (SAM-13).
+    Memory: one copy of the perturbed weights, and two of the buffers, during the second pass;
+    nothing between steps. The state is one counter (SAM-13).
 
-    The perturbed set of a step is what the rule selects, is not frozen, is held by the step's optimizer, and
-    has a gradient after the first pass (SAM-4).
+    The perturbed set of a step is what the rule selects, is not frozen, is held by the step's
+    optimizer, and has a gradient after the first pass (SAM-4).
 
-    The model refuses to be saved, copied and pickled while its weights are perturbed. Otherwise it can be,
-    also by a module that keeps its SharpnessAware as an attribute: the copy has its own, with the same count.
+    The model refuses to be saved, copied and pickled while its weights are perturbed. Otherwise it
+    can be, also by a module that keeps its SharpnessAware as an attribute: the copy has its own,
+    with the same count.
 
     Examples
     --------
@@ -134,7 +140,7 @@ class SharpnessAware:
         self.__setstate__({"model": model, "rule": rule, "count": 0})
         self._select()
         if rule.scope == "local":
-            if any(map(is_sharded, self._chosen)):
+            if any(map(is_dtensor, self._selected)):
                 raise ConfigError(
                     "scope='local' needs gradients that are not reduced, and the gradients of a fully "
                     "sharded model always are; use SAM(scope='global')"
@@ -145,12 +151,13 @@ class SharpnessAware:
         return {"model": self.model, "rule": self.rule, "count": self._count}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        # A model that keeps this object is half built when a copy comes here: it is looked at later.
+        # A model that keeps this object is half built when a copy comes here: it is looked at
+        # later.
         self.model: nn.Module = state["model"]
         self.rule: SAM = state["rule"]
         self._count: int = state["count"]
         self._parameters: list[Tensor] = []
-        self._chosen: list[Tensor] = []
+        self._selected: list[Tensor] = []
         self._replicas: tuple[Any, ...] | None = None
         self._backup: list[tuple[Tensor, Tensor]] | None = None
         self._refusal: Any = None
@@ -184,18 +191,18 @@ class SharpnessAware:
         Parameters
         ----------
         optimizer : torch.optim.Optimizer, or sequence of them
-            Any optimizer of the model's parameters, or several that share them. What none of them holds is
-            not perturbed.
+            Any optimizer of the model's parameters, or several that share them. What none of them
+            holds is not perturbed.
         closure : callable
-            PyTorch's contract: ``zero_grad``, forward, backward, return the loss. Called twice, each time
-            without gradients from before. With ``batch``, it is given the tensors to use:
+            PyTorch's contract: ``zero_grad``, forward, backward, return the loss. Called twice,
+            each time without gradients from before. With ``batch``, it is given the tensors to use:
             ``closure(inputs, targets)``.
         batch : sequence of Tensor, each of shape (examples, ...), optional
-            The batch; needed for ``fraction`` below 1 and for ``microbatches`` above 1. The loss must
-            be a mean over examples.
+            The batch; needed for ``fraction`` below 1 and for ``microbatches`` above 1. The loss
+            must be a mean over examples.
         scaler : torch.amp.GradScaler, optional
-            If given, the closure calls ``scaler.scale(loss).backward()`` and returns the unscaled loss;
-            this method calls ``scaler.step(optimizer)`` and ``scaler.update()``.
+            If given, the closure calls ``scaler.scale(loss).backward()`` and returns the unscaled
+            loss; this method calls ``scaler.step(optimizer)`` and ``scaler.update()``.
 
         Returns
         -------
@@ -205,30 +212,30 @@ class SharpnessAware:
         Raises
         ------
         ConfigError
-            If ``fraction`` or ``microbatches`` needs a batch and there is none, or the closure takes none;
-            if the closure does not return a loss; if ``scope="local"`` meets
+            If ``fraction`` or ``microbatches`` needs a batch and there is none, or the closure
+            takes none; if the closure does not return a loss; if ``scope="local"`` meets
             DistributedDataParallel with a static graph.
         ShapeError
             If the closure returns more than one number.
         ParameterError
             If the optimizer holds none of the model's parameters, or none of those to perturb.
         MissingGradientError
-            If the closure leaves no gradient on any perturbed parameter; with local scope on all processes,
-            if it does so on one.
+            If the closure leaves no gradient on any perturbed parameter; with local scope on all
+            processes, if it does so on one.
         NonFiniteError
             If ``rule.nonfinite`` is ``"raise"`` and the norm of an ascent gradient is not finite.
         OrderError
-            If a step is under way, in this thread or another, or the optimizer accumulates gradients at
-            present, so that its ``step`` does nothing.
+            If a step is under way, in this thread or another, or the optimizer accumulates
+            gradients at present, so that its ``step`` does nothing.
 
         Notes
         -----
-        The policies ``skip_step`` and ``raise`` read one number from the device after both passes were
-        queued (SAM-5); with a scaler, ``skip_step`` leaves the decision to the scaler and reads nothing,
-        unless replicas have perturbations of their own.
+        The policies ``skip_step`` and ``raise`` read one number from the device after both passes
+        were queued (SAM-5); with a scaler, ``skip_step`` leaves the decision to the scaler and
+        reads nothing, unless replicas have perturbations of their own.
 
-        Afterwards every parameter of the model has the gradient of the descent pass alone, also those that
-        the optimizer does not hold; what they had before is cleared (SAM-4).
+        Afterwards every parameter of the model has the gradient of the descent pass alone, also
+        those that the optimizer does not hold; what they had before is cleared (SAM-4).
         """
         optimizers = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
         if not optimizers:
@@ -247,11 +254,11 @@ class SharpnessAware:
             _refuse_accumulating(optimizers)
             poison = scaler is not None or any(map(_scales, optimizers))
             if ascent is None or self._may_step(ascent, reach, poison=poison):
-                for one in optimizers:
+                for acting in optimizers:
                     if scaler is None:
-                        one.step()
+                        acting.step()
                     else:
-                        scaler.step(one)
+                        scaler.step(acting)
             if scaler is not None:
                 scaler.update()
             self._count += 1
@@ -264,17 +271,17 @@ class SharpnessAware:
         """Hold the weights at ``w + e``, from the gradients that are there now, inside the block.
 
         The gradients are cleared at the start, so that the block's backward leaves the descent
-        gradient; the weights are restored bit for bit at the end, also after an exception, and so are the
-        model's buffers, whose update of the clean pass is the only one (SAM-12). The random numbers are the
-        block's own.
+        gradient; the weights are restored bit for bit at the end, also after an exception, and so
+        are the model's buffers, whose update of the clean pass is the only one (SAM-12). The random
+        numbers are the block's own.
 
         Clear all gradients before the first pass: here nobody can tell what was left over.
 
         Parameters
         ----------
         *optimizers : torch.optim.Optimizer
-            Those that will act. What none of them holds is not perturbed; without any, everything is that the
-            rule selects, is not frozen, and has a gradient (SAM-4).
+            Those that will act. What none of them holds is not perturbed; without any, everything
+            is that the rule selects, is not frozen, and has a gradient (SAM-4).
 
         Raises
         ------
@@ -285,17 +292,17 @@ class SharpnessAware:
         OrderError
             If the weights are already perturbed, or an optimizer accumulates gradients at present.
         ConfigError
-            If the rule has ``fraction`` or ``microbatches``, which only :meth:`step` can do; or if the scope
-            is local, and the last pass through DistributedDataParallel was reduced.
+            If the rule has ``fraction`` or ``microbatches``, which only :meth:`step` can do; or if
+            the scope is local, and the last pass through DistributedDataParallel was reduced.
         ParameterError
             If the optimizers hold none of the model's parameters, or none of those to perturb.
 
         Notes
         -----
         If the norm of the ascent gradient is not finite, ``nonfinite="skip_step"`` cannot keep the
-        optimizer from acting: all gradients are NaN after the block, as a GradScaler and other code that
-        skips bad steps looks for. Without such code, check them before ``optimizer.step()``, or use
-        :meth:`step`, ``"skip_perturb"`` or ``"raise"``.
+        optimizer from acting: all gradients are NaN after the block, as a GradScaler and other code
+        that skips bad steps looks for. Without such code, check them before ``optimizer.step()``,
+        or use :meth:`step`, ``"skip_perturb"`` or ``"raise"``.
         """
         if self.rule.fraction != 1 or self.rule.microbatches != 1:
             raise ConfigError(
@@ -307,7 +314,7 @@ class SharpnessAware:
         _refuse_accumulating(optimizers)
         reach = self._reach(optimizers)
         # DistributedDataParallel keeps this flag of its last forward pass.
-        if any(getattr(one, "require_forward_param_sync", False) for one in self._local_replicas()):
+        if any(getattr(ddp, "require_forward_param_sync", False) for ddp in self._local_replicas()):
             raise ConfigError(
                 "scope='local', and the gradients that are there were reduced by DistributedDataParallel; "
                 "run the first forward and backward inside 'with model.no_sync():', or use "
@@ -349,7 +356,7 @@ class SharpnessAware:
             raise FormatError(f"this is not a state of SharpnessAware: {state!r}")
         self._count = count
 
-    # --- one step, part by part -----------------------------------------------------------------
+    # --- the stages of one step -----------------------------------------------------------------
 
     def _select(self) -> None:
         """Find the model's parameters as they are now, whatever was replaced or converted since."""
@@ -360,30 +367,30 @@ class SharpnessAware:
         ):
             return
         named = named_parameters(self.model)
-        self._chosen = [named[name] for name in perturbed_names(named, self.rule)]
+        self._selected = [named[name] for name in perturbed_names(named, self.rule)]
         self._parameters = parameters
 
     def _reach(self, optimizers: tuple[Any, ...]) -> _Reach:
         """Tell which parameters a step may perturb, and whose gradients are its own (SAM-4)."""
         self._select()
         held = _held(optimizers)
-        chosen, everything = self._chosen, {id(p): p for p in self._parameters}
+        selected, everything = self._selected, {id(p): p for p in self._parameters}
         if held is not None:
-            kinds = ", ".join(type(one).__name__ for one in optimizers)
+            names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             if everything.keys().isdisjoint(held):
                 raise ParameterError(
-                    f"{kinds} holds none of the model's parameters; make it from those of "
+                    f"{names} holds none of the model's parameters; make it from those of "
                     "the model that SharpnessAware was given"
                 )
-            chosen = [p for p in chosen if id(p) in held]
-            if not chosen:
+            selected = [p for p in selected if id(p) in held]
+            if not selected:
                 raise ParameterError(
-                    f"{kinds} holds none of the parameters that the rule perturbs: "
+                    f"{names} holds none of the parameters that the rule perturbs: "
                     f"only={list(self.rule.only)}, exclude={list(self.rule.exclude)}; "
                     "select some that this optimizer moves"
                 )
             everything |= held
-        return _Reach([p for p in chosen if p.requires_grad], list(everything.values()))
+        return _Reach([p for p in selected if p.requires_grad], list(everything.values()))
 
     def _gradients(
         self, closure: Closure, batch: Sequence[Tensor] | None, reach: _Reach
@@ -393,13 +400,13 @@ class SharpnessAware:
         if not self.rule.perturbs(self._count):
             reach.clear()
             return call(closure, batch), None
-        parts = _split(batch, self.rule.microbatches)
-        sizes = [1 if part is None else len(part[0]) for part in parts]
-        passes = [self._two_passes(closure, parts[0], reach)]
-        if len(parts) > 1:
+        microbatches = _split(batch, self.rule.microbatches)
+        sizes = [1 if micro is None else len(micro[0]) for micro in microbatches]
+        passes = [self._two_passes(closure, microbatches[0], reach)]
+        if len(microbatches) > 1:
             sums = reach.weighted(sizes[0] / sum(sizes))
-            for part, size in zip(parts[1:], sizes[1:], strict=True):
-                passes.append(self._two_passes(closure, part, reach))
+            for micro, size in zip(microbatches[1:], sizes[1:], strict=True):
+                passes.append(self._two_passes(closure, micro, reach))
                 for index, gradient in reach.weighted(size / sum(sizes)).items():
                     sums[index] = sums[index] + gradient if index in sums else gradient
             for index, parameter in enumerate(reach.everything):
@@ -422,8 +429,8 @@ class SharpnessAware:
         first = batch
         if batch is not None and self.rule.fraction < 1:
             first = [tensor[: self._ascent_size(len(tensor))] for tensor in batch]
-        # Both passes start from the same buffers and draw the same random numbers. What remains of the
-        # buffers is the clean pass's, unless that saw only a part of the batch (SAM-12).
+        # Both passes start from the same buffers and draw the same random numbers. What remains of
+        # the buffers is the clean pass's, unless that saw only a part of the batch (SAM-12).
         random = random_state(self._parameters)
         put_back = remember_buffers(self.model)
         written = watch(self._parameters)
@@ -456,13 +463,13 @@ class SharpnessAware:
         """Take the gradients that are there for the direction uphill."""
         direction = [(p, _placed(p.grad, p)) for p in reach.candidates if p.grad is not None]
         norm = self._norm(direction, reach.candidates)
-        # Nobody waits for the device unless nothing is here; other processes may hold what has a gradient.
+        # No host sync unless there is no gradient here; other processes may have one.
         missing = not direction and (norm is None or norm.item() == 0)
         if missing:
             if not self._local_replicas():
                 raise MissingGradientError(_MISSING)
             # Replicas raise together, after the descent pass that all of them take part in.
-            home = _local(self._parameters[0]).device
+            home = local(self._parameters[0]).device
             norm = torch.tensor(torch.nan, dtype=torch.float64, device=home)
         return _Ascent(direction, norm, missing)
 
@@ -481,8 +488,8 @@ class SharpnessAware:
             for parameter, gradient in direction:
                 shards = _shards(parameter)
                 norms = groups[shards] if shards else whole
-                norms.append(_norm_of(self._pieces(parameter, gradient)))
-            norms = whole + [_sum_over(*shards, parts) for shards, parts in groups.items()]
+                norms.append(_norm_of(self._scaled_blocks(parameter, gradient)))
+            norms = whole + [_norm_over(*shards, held) for shards, held in groups.items()]
         if not norms:
             return None
         home = norms[0].device
@@ -493,25 +500,25 @@ class SharpnessAware:
         return torch.linalg.vector_norm(stacked / safe) * safe
 
     def _perturb(self, ascent: _Ascent) -> None:
-        """Copy the weights aside and move them to ``w + e``; not at all if the norm is 0 or not finite."""
+        """Copy the weights aside and move them to ``w + e``, unless the norm is 0 or not finite."""
         norm = ascent.norm
-        factor = self.rule.radius(self._count) / (norm + self.rule.eps)
+        factor = value_at("rho", self.rule.rho, self._count) / (norm + self.rule.eps)
         factor = factor.clamp(max=torch.finfo(torch.float32).max)  # the norm may be subnormal
         usable = (norm > 0) & norm.isfinite()
         factor = torch.where(usable, factor, 0.0)
         # Detached tensors throughout, so autograd does not record this.
-        self._backup = [(_local(p), _local(p).clone()) for p, _ in ascent.direction]
-        self._refusal = unwrap(self.model).register_state_dict_pre_hook(_Refusal())
+        self._backup = [(local(p), local(p).clone()) for p, _ in ascent.direction]
+        self._refusal = unwrap(self.model).register_state_dict_pre_hook(_RefuseToSave())
         for parameter, gradient in ascent.direction:
-            weight, local = _local(parameter), _local(gradient)
-            # 0 * inf is NaN: a poisoned gradient must not reach the weights even for one pass.
-            local.masked_fill_(~usable.to(local.device), 0)
+            weight, direction = local(parameter), local(gradient)
+            # 0 * inf is NaN: a gradient that is not finite must not reach the weights for one pass.
+            direction.masked_fill_(~usable.to(direction.device), 0)
             scale = factor.to(weight.device)
             if not self._is_scaled(parameter) and weight.dtype in (torch.float32, torch.float64):
-                weight.addcmul_(local.to(weight.dtype), scale.to(weight.dtype))
+                weight.addcmul_(direction.to(weight.dtype), scale.to(weight.dtype))
                 continue
             wide = _wide(weight.dtype)
-            for w, g in _pieces(weight, local):
+            for w, g in _blocks(weight, direction):
                 e = g.to(wide) * scale.to(wide)
                 if self._is_scaled(parameter):
                     e = e * (w.abs().to(e.real.dtype) + self.rule.eta) ** 2
@@ -519,10 +526,9 @@ class SharpnessAware:
         ascent.direction.clear()  # the second pass needs the memory
         forget_weights(self.model)
 
-    def _pieces(self, parameter: Tensor, gradient: Tensor) -> Iterator[Tensor]:
-        """Yield numbers that have the norm of this process's part of ``T g``, in pieces."""
-        weight, local = _local(parameter), _local(gradient)
-        for w, g in _pieces(weight, local):
+    def _scaled_blocks(self, parameter: Tensor, gradient: Tensor) -> Iterator[Tensor]:
+        """Yield blocks of numbers that have the norm of this process's shard of ``T g``."""
+        for w, g in _blocks(local(parameter), local(gradient)):
             if self._is_scaled(parameter):
                 # As wide as the norm: in half precision the product would leave the range.
                 size = g.abs() if g.is_complex() else g
@@ -572,9 +578,10 @@ class SharpnessAware:
         return False
 
     def _everywhere(self, ascent: _Ascent) -> Tensor:
-        """Return the norm, or what all replicas with norms of their own have to act on alike (SAM-5).
+        """Return the norm, or what all replicas with their own norms act on alike (SAM-5).
 
-        That is NaN if one of their norms is not finite, and minus infinity if one has no gradient at all.
+        That is NaN if one of their norms is not finite, and minus infinity if one has no gradient
+        at all.
         """
         norm, replicas = ascent.norm, self._local_replicas()
         if not replicas:
@@ -585,7 +592,7 @@ class SharpnessAware:
         return torch.where(bad == 2, -torch.inf, norm)
 
     def _local_replicas(self) -> tuple[Any, ...]:
-        """Return the wrappers that must not reduce the ascent gradient; none if the scope is global (SAM-9)."""
+        """Return the wrappers that must not reduce the ascent gradient (SAM-9)."""
         if self.rule.scope != "local":
             return ()
         if self._replicas is None:
@@ -597,12 +604,12 @@ class SharpnessAware:
         self, optimizers: tuple[Any, ...], closure: Closure, batch: Any, scaler: Any, reach: _Reach
     ) -> Tensor:
         """Drive an optimizer such as LBFGS, which evaluates the closure itself."""
-        kinds = ", ".join(type(one).__name__ for one in optimizers)
+        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
         if scaler is not None or any(map(_scales, optimizers)):
-            raise ConfigError(f"{kinds} evaluates the closure itself, which no GradScaler supports")
+            raise ConfigError(f"{names} evaluates the closure itself, which no GradScaler supports")
         if len(optimizers) > 1:
             raise ConfigError(
-                f"{kinds}: an optimizer that evaluates the closure itself has to be the only one"
+                f"{names}: an optimizer that evaluates the closure itself has to be the only one"
             )
         losses: list[Tensor] = []
 
@@ -611,7 +618,7 @@ class SharpnessAware:
             losses.append(loss)
             if ascent is not None and not self._may_step(ascent, reach):
                 raise NonFiniteError(
-                    f"{kinds} cannot skip a step from inside its closure, and the "
+                    f"{names} cannot skip a step from inside its closure, and the "
                     "norm of the ascent gradient is not finite; the weights are unchanged"
                 )
             return loss
@@ -621,14 +628,15 @@ class SharpnessAware:
         return losses[0]
 
     def _check_batch(self, closure: Closure, batch: Sequence[Tensor] | None) -> None:
-        needs = self.rule.fraction != 1 or self.rule.microbatches != 1
+        rule = self.rule
+        check_batch_given(
+            rule.fraction,
+            rule.microbatches,
+            given=batch is not None,
+            cure="call step(optimizer, closure, batch=(inputs, targets)) with a closure that uses the "
+            "tensors it is given",
+        )
         if batch is None:
-            if needs:
-                raise ConfigError(
-                    f"fraction={self.rule.fraction} and microbatches={self.rule.microbatches} take "
-                    "parts of the batch: call step(optimizer, closure, batch=(inputs, targets)) with "
-                    "a closure that uses the tensors it is given"
-                )
             return
         try:
             inspect.signature(closure).bind(*batch)
@@ -642,10 +650,7 @@ class SharpnessAware:
             raise ConfigError(
                 f"the tensors of batch must share their first axis, got {[len(t) for t in batch]}"
             )
-        if min(sizes) < self.rule.microbatches:
-            raise ConfigError(
-                f"microbatches={self.rule.microbatches} is more than the {min(sizes)} examples"
-            )
+        check_microbatches(rule.microbatches, min(sizes))
 
 
 @dataclass(frozen=True)
@@ -664,7 +669,7 @@ class _Reach:
     everything: list[Tensor]
 
     def clear(self) -> None:
-        """Drop all gradients, so that a pass starts without any, whoever forgot to clear them (SAM-4)."""
+        """Drop all gradients, so that a pass starts without any (SAM-4)."""
         for parameter in self.everything:
             parameter.grad = None
 
@@ -677,18 +682,18 @@ class _Reach:
         }
 
     def poison(self, norm: Tensor) -> None:
-        """Make all gradients NaN if the norm is not finite, without waiting for the device."""
+        """Make all gradients NaN if the norm is not finite, without a host sync."""
         bad = ~norm.isfinite()
         for parameter in self.everything:
             if parameter.grad is not None:
-                gradient = _local(parameter.grad)
+                gradient = local(parameter.grad)
                 values = gradient._values() if gradient.is_sparse else gradient
                 values.masked_fill_(bad.to(values.device), torch.nan)
 
 
 @dataclass(frozen=True)
 class _Ascent:
-    """The direction uphill: parameters with their gradients, placed alike, and the norm of all of them.
+    """The direction uphill: parameters with gradients, sharded alike, and the norm of all.
 
     ``missing`` says that this replica has no gradient at all; the norm is NaN then.
     """
@@ -698,8 +703,8 @@ class _Ascent:
     missing: bool = False
 
 
-class _Refusal:
-    """What a model holds while its weights are perturbed: it can be neither saved nor copied."""
+class _RefuseToSave:
+    """State-dict hook that refuses to save, copy or pickle a model with perturbed weights."""
 
     def __call__(self, *_: Any) -> NoReturn:
         raise OrderError(_PERTURBED)
@@ -715,7 +720,7 @@ _MISSING: Final = (
 )
 
 
-# --- helpers ----------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _chain(optimizer: Any) -> Iterator[Any]:
@@ -728,11 +733,12 @@ def _chain(optimizer: Any) -> Iterator[Any]:
 
 
 def _held(optimizers: Iterable[Any]) -> dict[int, Tensor] | None:
-    """Return the parameters that optimizers hold, by id; None if there is none, or one does not say."""
+    """Return the parameters that optimizers hold, by id; None if there are none, or unknown."""
     held: dict[int, Tensor] = {}
     for optimizer in optimizers:
         groups = next(
-            (one.param_groups for one in _chain(optimizer) if hasattr(one, "param_groups")), None
+            (inner.param_groups for inner in _chain(optimizer) if hasattr(inner, "param_groups")),
+            None,
         )
         if groups is None:
             return None
@@ -741,11 +747,11 @@ def _held(optimizers: Iterable[Any]) -> dict[int, Tensor] | None:
 
 
 def _refuse_accumulating(optimizers: Iterable[Any]) -> None:
-    """Raise OrderError while a wrapper makes ``zero_grad`` and ``step`` do nothing, as Accelerate's does."""
-    for one in (inner for optimizer in optimizers for inner in _chain(optimizer)):
-        if getattr(getattr(one, "gradient_state", None), "sync_gradients", True) is False:
+    """Raise OrderError while a wrapper, as Accelerate's, makes ``step`` do nothing."""
+    for inner in (inner for optimizer in optimizers for inner in _chain(optimizer)):
+        if getattr(getattr(inner, "gradient_state", None), "sync_gradients", True) is False:
             raise OrderError(
-                f"{type(one).__name__} accumulates gradients at present, so its zero_grad() and step() do "
+                f"{type(inner).__name__} accumulates gradients at present, so its zero_grad() and step() do "
                 "nothing, and both passes of SAM have to see all micro-batches: call step() outside "
                 "accumulate(), once for all of them, with a closure that goes over them"
             )
@@ -753,25 +759,25 @@ def _refuse_accumulating(optimizers: Iterable[Any]) -> None:
 
 def _scales(optimizer: Any) -> bool:
     """Tell whether a wrapper steps through a GradScaler of its own, as Accelerate's does."""
-    scalers: list[Any] = [getattr(one, "scaler", None) for one in _chain(optimizer)]
+    scalers: list[Any] = [getattr(inner, "scaler", None) for inner in _chain(optimizer)]
     return any(hasattr(scaler, "unscale_") and scaler.is_enabled() for scaler in scalers)
 
 
-def _split(batch: Sequence[Tensor] | None, parts: int) -> list[Sequence[Tensor] | None]:
-    """Split along the first axis into contiguous parts whose sizes differ by at most one (SAM-8)."""
-    if batch is None or parts == 1:
+def _split(batch: Sequence[Tensor] | None, count: int) -> list[Sequence[Tensor] | None]:
+    """Split into micro-batches of neighbours whose sizes differ by at most one (SAM-8)."""
+    if batch is None or count == 1:
         return [batch]
-    pieces = [torch.tensor_split(tensor, parts) for tensor in batch]
-    return [list(piece) for piece in zip(*pieces, strict=True)]
+    columns = [torch.tensor_split(tensor, count) for tensor in batch]
+    return [list(micro) for micro in zip(*columns, strict=True)]
 
 
 def _needs_closure(optimizer: Any) -> bool:
     """Tell whether ``optimizer.step`` cannot be called without a closure, as LBFGS's cannot."""
-    for one in _chain(optimizer):
-        if isinstance(one, torch.optim.LBFGS):
+    for inner in _chain(optimizer):
+        if isinstance(inner, torch.optim.LBFGS):
             return True
         try:
-            inspect.signature(one.step).bind()
+            inspect.signature(inner.step).bind()
         except TypeError:
             return True
     return False
@@ -782,63 +788,51 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-_PIECE = 1 << 20
+_COPY_BLOCK: Final = 1 << 20
 """Elements that may be copied at a time."""
 
 
-def _pieces(weight: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut two tensors of one shape into pieces along their first axis, so that temporaries stay small."""
-    if weight.dim() == 0 or weight.numel() <= _PIECE:
+def _blocks(weight: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut two tensors of one shape into blocks of rows, so that temporaries stay small."""
+    if weight.dim() == 0 or weight.numel() <= _COPY_BLOCK:
         yield weight, gradient
         return
-    rows = max(1, _PIECE * len(weight) // weight.numel())
+    rows = max(1, _COPY_BLOCK * len(weight) // weight.numel())
     yield from zip(weight.split(rows), gradient.split(rows), strict=True)
 
 
-def _norm_of(pieces: Iterator[Tensor]) -> Tensor:
-    """Norm of a tensor that comes in pieces, in float64."""
+def _norm_of(blocks: Iterator[Tensor]) -> Tensor:
+    """Norm of a tensor that comes in blocks, in float64."""
     norms = []
-    for piece in pieces:
-        real = torch.view_as_real(piece) if piece.is_complex() else piece
+    for block in blocks:
+        real = torch.view_as_real(block) if block.is_complex() else block
         norms.append(torch.linalg.vector_norm(real, dtype=torch.float64))
     return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
 
 
 def _shards(parameter: Any) -> Shards | None:
     """Return the mesh, and its axes, that a parameter is cut along; None if all of it is here."""
-    if not is_sharded(parameter):
-        return None
-    axes = tuple(i for i, placement in enumerate(parameter.placements) if placement.is_shard())
+    axes = shard_axes(parameter) if is_dtensor(parameter) else ()
     return (parameter.device_mesh, axes) if axes else None
 
 
-def _sum_over(mesh: Any, axes: Sequence[int], norms: Sequence[Tensor]) -> Tensor:
-    """Norm of DTensors from those of this process's parts; replicas hold the same numbers."""
-    import torch.distributed as dist  # here, because most programs are not distributed
-
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
+def _norm_over(mesh: Any, axes: Sequence[int], norms: Sequence[Tensor]) -> Tensor:
+    """Norm of DTensors from those of this process's shards; replicas hold the same numbers."""
+    squares = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
     if norms:
-        total = torch.linalg.vector_norm(torch.stack(list(norms))).square().to(mesh.device_type)
-    for axis in axes:
-        dist.all_reduce(total, group=mesh.get_group(axis))
-    return total.sqrt()
+        squares = torch.linalg.vector_norm(torch.stack(list(norms))).square()
+    return norm_over(mesh, squares.to(mesh.device_type), axes)
 
 
 def _placed(gradient: Any, parameter: Any) -> Tensor:
-    """Return a gradient as dense as its parameter, and cut along the same axes: summed, if it is a share."""
-    if is_sharded(gradient) != is_sharded(parameter):
+    """Return a gradient dense, and sharded as its parameter; partial sums are added up."""
+    if is_dtensor(gradient) != is_dtensor(parameter):
         raise ParameterError(
             f"of a parameter of shape {tuple(parameter.shape)} and its gradient one is a DTensor and the other "
             "is not; make both DTensors on the same mesh"
         )
     if gradient.is_sparse:
         return gradient.to_dense()
-    if is_sharded(gradient) and gradient.placements != parameter.placements:
+    if is_dtensor(gradient) and gradient.placements != parameter.placements:
         return gradient.redistribute(parameter.device_mesh, parameter.placements)
     return gradient
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a DTensor; any other tensor, detached, as it is."""
-    detached = tensor.detach()
-    return detached.to_local() if is_sharded(detached) else detached

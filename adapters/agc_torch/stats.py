@@ -10,12 +10,12 @@ from torch import Tensor
 
 from agc import reference
 
-__all__ = ["Numbers", "Stats"]
+__all__ = ["Stats", "UnitNumbers"]
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """The numbers behind a clipping, one a unit, of all parameters that are in one place.
+class UnitNumbers:
+    """The numbers behind a clipping, one a unit, of all parameters that have one home.
 
     Attributes
     ----------
@@ -60,14 +60,14 @@ class Numbers:
 
     @property
     def ratio(self) -> Tensor:
-        """``norm(G_i) / max(norm(W_i), eps)``; 0 for a zero gradient and for units that are not finite."""
+        """``norm(G_i) / max(norm(W_i), eps)``; 0 if the gradient is 0 or the unit not finite."""
         return torch.where(self.bad | (self.norm == 0), 0.0, self.norm / self.floor)
 
 
 class Stats:
     """What one clipping did (AGC-11).
 
-    The four properties are scalars on the device: they cost a few small kernels, and nobody waits.
+    The four properties are scalars on the device: a few small kernels, no host sync.
     :meth:`total` and :meth:`parameters` bring the numbers to the host.
 
     Attributes
@@ -76,30 +76,30 @@ class Stats:
         Units looked at.
     """
 
-    def __init__(self, names: Sequence[str], numbers: Sequence[Numbers]) -> None:
+    def __init__(self, names: Sequence[str], numbers: Sequence[UnitNumbers]) -> None:
         self._names = names
         self._numbers = numbers
-        self.units = sum(count for one in numbers for _, count in one.counts)
+        self.units = sum(count for group in numbers for _, count in group.counts)
 
     @property
     def clipped(self) -> Tensor:
         """Number of units that were scaled down."""
-        return _over(torch.sum, [one.clipped for one in self._numbers], 0)
+        return _over(torch.sum, [group.clipped for group in self._numbers], 0)
 
     @property
     def nonfinite(self) -> Tensor:
         """Number of units that fell under the non-finite policy (AGC-4)."""
-        return _over(torch.sum, [one.bad for one in self._numbers], 0)
+        return _over(torch.sum, [group.bad for group in self._numbers], 0)
 
     @property
     def max_ratio(self) -> Tensor:
         """Largest ``norm(G_i) / max(norm(W_i), eps)`` of the finite units; 0 if there are none."""
-        return _over(torch.amax, [one.ratio for one in self._numbers], 0.0)
+        return _over(torch.amax, [group.ratio for group in self._numbers], 0.0)
 
     @property
     def min_scale(self) -> Tensor:
         """Smallest factor applied to a finite unit; 1 if none was clipped."""
-        return _over(torch.amin, [one.scale for one in self._numbers], 1.0)
+        return _over(torch.amin, [group.scale for group in self._numbers], 1.0)
 
     def total(self) -> reference.Stats:
         """Return the numbers of all parameters together."""
@@ -114,22 +114,23 @@ class Stats:
     def parameters(self) -> dict[str, reference.Stats]:
         """Return the numbers of every parameter that AGC acts on and that had a gradient.
 
-        A trainable ``DTensor`` is among them in any case: no process knows alone whether it had one.
+        A trainable ``DTensor`` is among them in any case: no process knows alone whether it had
+        one.
         """
-        found = {}
-        for one in self._numbers:
-            sizes = [count for _, count in one.counts]
-            columns = (one.clipped, one.bad, one.ratio, one.scale)
+        stats = {}
+        for group in self._numbers:
+            sizes = [count for _, count in group.counts]
+            columns = (group.clipped, group.bad, group.ratio, group.scale)
             rows = zip(*(column.cpu().split(sizes) for column in columns), strict=True)
-            for (name, count), (clipped, bad, ratio, scale) in zip(one.counts, rows, strict=True):
-                found[name] = reference.Stats(
+            for (name, count), (clipped, bad, ratio, scale) in zip(group.counts, rows, strict=True):
+                stats[name] = reference.Stats(
                     units=count,
                     clipped=int(clipped.sum()),
                     nonfinite=int(bad.sum()),
                     max_ratio=float(_over(torch.amax, [ratio], 0.0)),
                     min_scale=float(_over(torch.amin, [scale], 1.0)),
                 )
-        return {name: found[name] for name in self._names}
+        return {name: stats[name] for name in self._names}
 
     def __repr__(self) -> str:
         return f"<Stats of {len(self._names)} parameters, {self.units} units; total() reads it>"
@@ -137,7 +138,7 @@ class Stats:
 
 def _over(reduce: Callable[[Tensor], Tensor], columns: list[Tensor], empty: float) -> Tensor:
     """Reduce over all columns, on the device of the first."""
-    found = [reduce(column) for column in columns if column.numel()]
-    if not found:
+    values = [reduce(column) for column in columns if column.numel()]
+    if not values:
         return torch.tensor(empty)
-    return reduce(torch.stack([value.to(found[0].device) for value in found]))
+    return reduce(torch.stack([value.to(values[0].device) for value in values]))

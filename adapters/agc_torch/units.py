@@ -1,13 +1,12 @@
 """Units of a PyTorch model: which layer every parameter belongs to, and the plan made from it.
 
-:mod:`agc_torch.layers` says what a layer type's parameters mean. Names are those of the bare model: the
-modules that wrappers put around it, at the top or anywhere inside, are left out of them.
+:mod:`agc_torch.layers` says what a layer type's parameters mean. Names are those of the bare model:
+the modules that wrappers put around it, at the top or anywhere inside, are left out of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, Final, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -17,11 +16,12 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from agc import AGC, Plan, Units
-from agc.checks import check_rule
+from agc.checks import check_distinct, check_rule
 from agc.errors import ParameterError
+from agc.layer_table import first_match
 from agc.plan import WHOLE, Parameter, PlanEntry, make_plan
 from agc.selectors import canonical_name
-from agc_torch.layers import Table, own_parameters, register_units, table_of, version
+from agc_torch.layers import TABLE, own_parameters, register_units
 
 __all__ = [
     "Model",
@@ -43,19 +43,19 @@ def plan(model: Model, rule: AGC) -> Plan:
     Parameters
     ----------
     model : Module, mapping of name to tensor, or iterable of (name, tensor)
-        A module's layer types settle the units (see :mod:`agc_torch.layers`). Plain tensors have no layer
-        types: ranks 2, 4 and 5 are taken as out-first, with one warning, and rank 3 has to be declared in
-        the rule. Parameters stacked by ``torch.func.stack_module_state`` are such tensors: declare
-        ``"e o i ... -> e o"`` for them.
+        A module's layer types settle the units (see :mod:`agc_torch.layers`). Plain tensors have no
+        layer types: ranks 2, 4 and 5 are taken as out-first, with one warning, and rank 3 has to be
+        declared in the rule. Parameters stacked by ``torch.func.stack_module_state`` are such
+        tensors: declare ``"e o i ... -> e o"`` for them.
     rule : AGC
         The configuration.
 
     Returns
     -------
     Plan
-        One entry a parameter in the model's order, tied parameters once, under their first name. The names
-        are those of the bare model, whatever wraps it or its parts (see :func:`unwrap`). Frozen
-        parameters are marked, and not counted.
+        One entry a parameter in the model's order, tied parameters once, under their first name.
+        The names are those of the bare model, whatever wraps it or its parts (see :func:`unwrap`).
+        Frozen parameters are marked, and not counted.
 
     Raises
     ------
@@ -64,8 +64,8 @@ def plan(model: Model, rule: AGC) -> Plan:
     ConfigError
         If ``rule`` is not an AGC.
     ParameterError
-        If ``model`` is none of these, a parameter is lazy and not yet initialised, or the model holds FSDP1's
-        flat parameters.
+        If ``model`` is none of these, a parameter is lazy and not yet initialised, or the model
+        holds FSDP1's flat parameters.
 
     Warns
     -----
@@ -74,8 +74,8 @@ def plan(model: Model, rule: AGC) -> Plan:
 
     Notes
     -----
-    A model declares its classifier by an attribute: ``model.agc_head = "fc"``. The selector ``"@head"``
-    then excludes it. Of timm's models, ``model.pretrained_cfg["classifier"]`` is taken.
+    A model declares its classifier by an attribute: ``model.agc_head = "fc"``. The selector
+    ``"@head"`` then excludes it. Of timm's models, ``model.pretrained_cfg["classifier"]`` is taken.
 
     Examples
     --------
@@ -98,20 +98,20 @@ def plan(model: Model, rule: AGC) -> Plan:
                 f"parameter {name!r} is not initialised yet, so it has no shape; "
                 "run the model once on an example batch first"
             )
-        found, owner = survey.get(name, (None, None))
+        declared, owner = survey.get(name, (None, None))
         inactive = "frozen" if _frozen(tensor) else None
         shape = tuple(tensor.shape)
-        parameters.append(Parameter(name, shape, found, "out-first", owner, inactive=inactive))
+        parameters.append(Parameter(name, shape, declared, "out-first", owner, inactive=inactive))
     head = _head(unwrap(model)) if isinstance(model, nn.Module) else None
     cure = "" if module else "give the module instead of its tensors"
     made = make_plan(parameters, rule, head=head, cure=cure)
     for entry in made:
-        _ = entry.axes  # remembered, because torch.compile cannot work them out
+        _ = entry.axes  # computed and kept now: torch.compile cannot trace it
     return made
 
 
 def units(model: nn.Module) -> dict[str, Units | None]:
-    """Return the units that the layer types settle, by parameter name; None where they do not (AGC-5).
+    """Return the units that layer types settle, by parameter name; None elsewhere (AGC-5).
 
     Parameters
     ----------
@@ -134,8 +134,8 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
     Raises
     ------
     ParameterError
-        If ``model`` is neither a module nor named tensors, or holds flat parameters of FSDP1, whose units are
-        cut apart (AGC-8).
+        If ``model`` is neither a module nor named tensors, or holds flat parameters of FSDP1, whose
+        units are cut apart (AGC-8).
     """
     if isinstance(model, nn.Module):
         named: Iterable[tuple[str, Tensor]] = (
@@ -143,7 +143,8 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
         )
     else:
         named = _named_tensors(model)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    names: list[str] = []
     seen: set[int] = set()
     for name, tensor in named:
         if id(tensor) in seen:
@@ -155,14 +156,15 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
                 f"parameter {name!r} is flattened by FullyShardedDataParallel (FSDP1), which cuts units "
                 "apart; shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
             )
-        if name in found:
-            raise ParameterError(f"two parameters are called {name!r}")
-        found[name] = tensor
-    return found
+        names.append(name)
+        tensors[name] = tensor
+    if len(names) > len(tensors):
+        check_distinct(names)
+    return tensors
 
 
 def places(model: Model) -> dict[int, tuple[Mapping[str, Tensor | None], str]]:
-    """Return where each parameter is kept: the mapping that holds it and its key, by the tensor's id."""
+    """Return the mapping that holds each parameter, and its key there, by the tensor's id."""
     if isinstance(model, nn.Module):
         return {
             id(tensor): (layer._parameters, name.rpartition(".")[2])
@@ -174,8 +176,9 @@ def places(model: Model) -> dict[int, tuple[Mapping[str, Tensor | None], str]]:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the bare model inside wrappers.
 
-    They are DDP, DataParallel, ``torch.compile``, activation checkpointing and Lightning Fabric's module.
-    A module of one's own that merely calls a child ``module`` or ``_forward_module`` is none of them.
+    They are DDP, DataParallel, ``torch.compile``, activation checkpointing and Lightning Fabric's
+    module. A module of one's own that merely calls a child ``module`` or ``_forward_module`` is
+    none of them.
     """
     while (inner := _inner(model)) is not None:
         model = inner
@@ -207,7 +210,7 @@ def resolve(
         plan_ = plan(named, rule)
         return plan_, _pair(plan_, named)
     known = _RESOLVED.get(model)
-    asked = (rule, version())
+    asked = (rule, TABLE.changes)
     if known is None or known[0] != asked or not _same(known[2], named):
         made = plan(model, rule)
         known = _RESOLVED[model] = (asked, made, _pair(made, named))
@@ -234,9 +237,9 @@ def _named_tensors(model: object) -> list[tuple[str, Tensor]]:
     for pair in named:
         shown = list(pair) if isinstance(pair, (tuple, list)) else [pair]
         if not (len(shown) == 2 and isinstance(shown[0], str) and isinstance(shown[1], Tensor)):
-            kinds = ", ".join(type(part).__name__ for part in shown)
+            types = ", ".join(type(item).__name__ for item in shown)
             raise ParameterError(
-                f"model must be a module or pairs (name, tensor), got ({kinds}); "
+                f"model must be a module or pairs (name, tensor), got ({types}); "
                 "give the module, or model.named_parameters()"
             )
     return named
@@ -281,7 +284,7 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield bare modules, each once and before what it contains, with their names, "a.b." for one."""
+    """Yield bare modules, each once and before what it contains, with prefixes such as "a.b."."""
     seen: set[nn.Module] = set()
     stack = [("", model)]
     while stack:
@@ -299,7 +302,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
-    """Yield name, parameter and the module that holds it, in the model's order; tied ones repeatedly."""
+    """Yield name, parameter and its module, in the model's order; tied ones repeatedly."""
     for prefix, module in _walk(model):
         for name, tensor in module._parameters.items():
             if tensor is not None:
@@ -307,7 +310,7 @@ def _own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]
 
 
 def _head(model: nn.Module) -> str | None:
-    """Return the classifier's name: as the model declares it, or as timm's models tell of theirs."""
+    """Return the classifier's name, as the model declares it or timm's configuration has it."""
     declared = getattr(model, "agc_head", None)
     if declared is not None:
         return str(declared)
@@ -324,51 +327,48 @@ def _head(model: nn.Module) -> str | None:
 
 def _survey(model: nn.Module) -> dict[str, tuple[Units | None, str]]:
     """Return what the layer types say of every parameter, and which layer it belongs to."""
-    found: dict[str, tuple[Units | None, str]] = {}
+    survey: dict[str, tuple[Units | None, str]] = {}
     seen: set[int] = set()
 
     def add(name: str, tensor: Tensor, units: Units | None, layer: nn.Module) -> None:
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[name] = (units, type(layer).__name__)
+            survey[name] = (units, type(layer).__name__)
 
-    # A layer comes before what it contains, so it speaks for the tensors behind its parametrised weights.
+    # A layer comes before what it contains, so it speaks for the tensors behind its parametrised
+    # weights.
     for prefix, layer in _walk(model):
-        table = table_of(layer)
+        table = TABLE.of(layer)
         for name, tensor in own_parameters(layer):
-            add(f"{prefix}{name}", tensor, _of(layer, table, name), layer)
+            add(f"{prefix}{name}", tensor, _units_of_weight(layer, table, name), layer)
         if parametrize.is_parametrized(layer):
             for name, chain in layer.parametrizations.items():
-                for part, tensor in chain.named_parameters(recurse=False):
-                    behind = _behind(tensor, chain, _match(table, name))
-                    add(f"{prefix}parametrizations.{name}.{part}", tensor, behind, layer)
-    return found
+                for inner, tensor in chain.named_parameters(recurse=False):
+                    behind = _units_behind_parametrization(tensor, chain, first_match(table, name))
+                    add(f"{prefix}parametrizations.{name}.{inner}", tensor, behind, layer)
+    return survey
 
 
-def _match(table: Table, name: str) -> Units | None:
-    return next((found for glob, found in table.items() if fnmatchcase(name, glob)), None)
-
-
-def _of(layer: nn.Module, table: Table, name: str) -> Units | None:
-    """Units of a layer's parameter, also where pruning or an old-style hook moved the weight aside."""
+def _units_of_weight(layer: nn.Module, table: Mapping[str, Units], name: str) -> Units | None:
+    """Units of a layer's parameter, also of a weight that pruning or a hook moved aside."""
     base, _, suffix = name.rpartition("_")
-    if suffix == "g" and hasattr(layer, f"{base}_v") and _match(table, base):
+    if suffix == "g" and hasattr(layer, f"{base}_v") and first_match(table, base) is not None:
         return WHOLE  # the gain of weight_norm
     if (suffix == "v" and hasattr(layer, f"{base}_g")) or (
         suffix == "orig" and hasattr(layer, base)
     ):
-        return _match(table, base)
-    return _match(table, name)
+        return first_match(table, base)
+    return first_match(table, name)
 
 
-def _behind(
+def _units_behind_parametrization(
     tensor: Tensor, chain: parametrize.ParametrizationList, weight: Units | None
 ) -> Units | None:
     """Units of a tensor that a parametrisation computes a weight from."""
     if weight is None or tensor.dim() <= 1:
         return None
     modes = {module: module.training for module in chain.modules()}
-    chain.eval()  # so that looking does not change what is looked at: no power iteration, no dropout
+    chain.eval()  # computing the weight must not advance power iteration or dropout
     try:
         with torch.no_grad():
             shape = chain().shape

@@ -4,52 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from agc.verification import Verification
 from agc_torch.passes import forget_weights
 
 __all__ = ["Verification", "verify_sam"]
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What :func:`verify_sam` saw.
-
-    Attributes
-    ----------
-    passes : int
-        Forward passes of the model in one step.
-    perturbation : float
-        Distance of the weights in the last pass from those in the first; should be rho.
-    cosine : float
-        Cosine between that displacement and the first gradient; should be 1 (for ASAM: above 0).
-    gradient_error : float
-        Relative distance between the gradient that the optimizer received and the gradient at the
-        displaced weights; should be about rounding error.
-    restored : bool
-        Whether the optimizer saw the weights that the step began with, bit for bit.
-    """
-
-    passes: int
-    perturbation: float
-    cosine: float
-    gradient_error: float
-    restored: bool
-
-    @property
-    def ok(self) -> bool:
-        """Whether this was SAM: two passes, moved uphill, right gradient, weights restored."""
-        return (
-            self.passes >= 2
-            and self.perturbation > 0
-            and self.cosine > 0
-            and self.gradient_error < 1e-3
-            and self.restored
-        )
 
 
 def verify_sam(
@@ -60,9 +23,9 @@ def verify_sam(
 ) -> Verification:
     """Tell whether a training step really takes its gradient at the perturbed weights (SAM-14).
 
-    Works on any implementation, since it only watches the model and the optimizer. One step is taken
-    and undone on the weights; the optimizer's own state is left advanced, so probe a scratch copy or before
-    training.
+    Works on any implementation, since it only watches the model and the optimizer. One step is
+    taken and undone on the weights; the optimizer's own state is left advanced, so probe a scratch
+    copy or before training.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Parameters of NFNets to and from the neutral form: NumPy arrays by canonical name (:mod:`agc.nfnet`)."""
+"""Parameters of NFNets to and from the neutral form: arrays by name (:mod:`agc.nfnet`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from agc.errors import ParameterError
+from agc.layouts import out_first_axes, out_last_axes
 from agc.nfnet import ParameterSpec, check_arrays, parameters
 from agc_torch.nfnet import NFNet
 from agc_torch.units import named_parameters, unwrap
@@ -31,8 +32,9 @@ def to_neutral(model: nn.Module) -> dict[str, Array]:
     Returns
     -------
     dict of str to array
-        By canonical name, in the neutral layout and in the model's order; C-contiguous. float16, float32 and
-        float64 stay what they are, bfloat16 becomes float32, which holds the same numbers.
+        By canonical name, in the neutral layout and in the model's order; C-contiguous. float16,
+        float32 and float64 stay what they are, bfloat16 becomes float32, which holds the same
+        numbers.
 
     Raises
     ------
@@ -61,8 +63,8 @@ def from_neutral(model: nn.Module, arrays: Mapping[str, Any]) -> None:
     Raises
     ------
     ParameterError
-        If a tensor is missing, unknown or of another shape; the message names them, and the model is as it
-        was. Also as :func:`to_neutral`.
+        If a tensor is missing, unknown or of another shape; the message names them, and the model
+        is as it was. Also as :func:`to_neutral`.
     """
     pairs = _pairs(model)
     check_arrays((spec for spec, _ in pairs), arrays)
@@ -73,7 +75,7 @@ def from_neutral(model: nn.Module, arrays: Mapping[str, Any]) -> None:
         # Nor does it read another byte order, or strides that run backwards.
         array = np.asarray(array, array.dtype.newbyteorder("="), order="C")
         with torch.no_grad():
-            tensor.copy_(torch.tensor(array).permute(_axes(array.ndim, out_first=True)))
+            tensor.copy_(torch.tensor(array).permute(out_first_axes(array.ndim)))
 
 
 def _pairs(model: nn.Module) -> list[tuple[ParameterSpec, Tensor]]:
@@ -81,8 +83,8 @@ def _pairs(model: nn.Module) -> list[tuple[ParameterSpec, Tensor]]:
     if not isinstance(bare, NFNet):
         raise ParameterError(f"this needs a model made by nfnet(...), got {type(bare).__name__}")
     named = named_parameters(bare)
-    chosen = bare.options
-    specs = parameters(chosen.variant, chosen.num_classes, chosen.in_channels)
+    options = bare.options
+    specs = parameters(options.variant, options.num_classes, options.in_channels)
     for spec in specs:
         if spec.name not in named:
             raise ParameterError(
@@ -100,11 +102,4 @@ def _array(tensor: Tensor) -> Array:
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
-    return np.array(tensor.permute(_axes(tensor.dim(), out_first=False)).numpy(), order="C")
-
-
-def _axes(rank: int, *, out_first: bool) -> tuple[int, ...]:
-    """Permutation that takes a layout to the other: convolutions HWIO and OIHW, dense layers IO and OI."""
-    if rank == 4:
-        return (3, 2, 0, 1) if out_first else (2, 3, 1, 0)
-    return tuple(reversed(range(rank)))
+    return np.array(tensor.permute(out_last_axes(tensor.dim())).numpy(), order="C")

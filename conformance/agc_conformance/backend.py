@@ -1,10 +1,13 @@
-"""What a conformance backend is: an implementation of AGC, SAM or both, asked in NumPy arrays.
+"""The protocol of conformance backends: implementations of AGC, SAM or both, asked in NumPy arrays.
 
-The suite hands a backend *problems* and compares its *outcomes* with :mod:`agc.reference`. Every question is a
-method of :class:`Backend`: AGC asks :meth:`Backend.clip` first, SAM :meth:`Backend.sharpen`. A method that a
-backend does not define raises :class:`Unsupported`, and the report says so. Backends register in the entry-point group ``agc.backends`` or are
-named on the command line as ``package.module:object``, where the object is a subclass of :class:`Backend`,
-any callable that takes ``device=`` and returns one, or an instance.
+The suite hands a backend *problems* and compares its *outcomes* with :mod:`agc.reference`. Every
+question is a method of :class:`Backend`: AGC asks :meth:`Backend.clip` first, SAM
+:meth:`Backend.sharpen`. A method that a backend does not define raises :class:`Unsupported`, and
+the report says so.
+
+Backends register in the entry-point group ``agc.backends`` or are named on the command line as
+``package.module:object``, where the object is a subclass of :class:`Backend`, any callable that
+takes ``device=`` and returns one, or an instance.
 """
 
 from __future__ import annotations
@@ -46,11 +49,11 @@ Gradient = Array | RowSparse | None
 
 
 class Unsupported(Exception):
-    """The backend does not offer what was asked; the reason is reported, never counted as passed."""
+    """The backend does not support the question; this is reported and never counts as passed."""
 
 
 class Unavailable(Exception):
-    """The backend or the device is not there on this machine."""
+    """The backend or the device is not available on this machine."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Problem:
     rule : AGC
         The configuration, without the units of this problem.
     parameters : mapping of name to array
-        Weights, in the backend's layout and the dtype to compute in (bfloat16 is ml_dtypes').
+        Weights, in the backend's layout and the dtype to compute in; bfloat16 is that of ml_dtypes.
     gradients : mapping of name to array, RowSparse or None
         Their gradients.
     units : mapping of name to Units
@@ -85,14 +88,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a backend made of a problem.
+    """A backend's answer to a :class:`Problem`.
 
     Attributes
     ----------
     gradients : mapping of name to array, RowSparse or None
-        Clipped gradients in the dtype they came in.
+        Clipped gradients, each in the dtype of the raw one.
     stats : mapping of name to Stats, optional
-        Telemetry per parameter, if the backend has it.
+        Telemetry of each parameter, if the backend has it.
     """
 
     gradients: Mapping[str, Gradient]
@@ -103,15 +106,15 @@ class Outcome:
 class Examples:
     """A batch for SAM, and with it the loss.
 
-    Example ``b`` has the loss ``sum over parameters p of 0.5 * sum(a_b * (w_p - c_b)**2)``, where ``a_b``
-    is row ``b`` of the parameter's curvatures and ``c_b`` of its centers; the loss of a batch is the mean
-    over its examples. It is computed in the dtype of these arrays, float32 or float64, to which weights in
-    float16 and bfloat16 are cast.
+    Example ``b`` has the loss ``sum over parameters p of 0.5 * sum(a_b * (w_p - c_b)**2)``, where
+    ``a_b`` is row ``b`` of the parameter's curvatures and ``c_b`` of its centers; the loss of a
+    batch is the mean over its examples. It is computed in the dtype of these arrays, float32 or
+    float64, to which weights in float16 and bfloat16 are cast.
 
     Attributes
     ----------
     curvatures, centers : mapping of name to array, shape (examples, *shape of the parameter)
-        In the backend's layout. A parameter that is not here takes part in no loss.
+        In the backend's layout. The loss does not depend on parameters that are missing here.
     """
 
     curvatures: Mapping[str, Array]
@@ -123,7 +126,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class SharpnessProblem:
-    """Weights and a batch whose sharpness-aware gradient is asked for.
+    """Weights and a batch, for one sharpness-aware gradient.
 
     Attributes
     ----------
@@ -148,19 +151,20 @@ class SharpnessProblem:
 
 @dataclass(frozen=True)
 class SharpnessOutcome:
-    """What a backend made of a :class:`SharpnessProblem`.
+    """A backend's answer to a :class:`SharpnessProblem`.
 
     Attributes
     ----------
     gradients : mapping of name to array or None
-        What the optimizer receives, in the dtype of the weights. For a parameter in no loss None, or
-        zeros where the framework knows no missing gradients. Empty if the step is skipped.
+        Gradients as the optimizer receives them, in the dtype of the weights. A parameter that the
+        loss does not depend on has None, or zeros if the framework has no missing gradients. Empty
+        if the step is skipped.
     weights : mapping of name to array
-        The weights afterwards, which must have the bits they had before.
+        The weights afterwards, which must have the same bits as before.
     loss, perturbed_loss, norm : float, optional
-        Clean loss of the ascent pass, loss at the perturbed weights, and norm of the ascent gradient (the
-        largest, if there were several); None if the implementation does not tell. In a plain step only
-        the loss is compared.
+        Clean loss of the ascent pass, loss at the perturbed weights, and norm of the ascent
+        gradient (the largest, if there were several); None if the implementation does not report
+        it. In a plain step only the loss is compared.
     skipped : bool
         Whether the policy for non-finite norms skips the optimizer's step.
     """
@@ -183,15 +187,17 @@ class Layer:
         ``dense``, ``conv1d``, ``conv2d``, ``conv3d``, ``grouped_conv2d``, ``depthwise_conv2d``,
         ``conv_transpose1d``, ``conv_transpose2d``, ``grouped_conv_transpose2d``, ``embedding``,
         ``attention``, ``einsum``, ``lstm``, ``gru``, ``rnn``, ``bilinear``, ``hf_conv1d``,
-        ``layer_norm``, ``stacked_dense``; ``class_token``, ``temperature`` and ``unknown``: a layer of a
-        type that nobody knows, with one parameter called ``token``, ``temperature`` or ``table``.
+        ``layer_norm``, ``stacked_dense``. For ``class_token``, ``temperature`` and ``unknown`` the
+        layer's type is in no table; its one parameter is called ``token``, ``temperature`` or
+        ``table``.
     sizes : mapping of str to int
         Sizes by axis name: ``i`` inputs and ``o`` outputs of the layer (all groups together), ``g``
         groups, and the kernel's ``w`` (1-D), ``h w`` (2-D) or ``t h w`` (3-D). Depthwise: ``c``
         channels, ``m`` multiplier. Embedding: ``v d``. Attention: ``i`` and ``o`` (both ``h * d``),
         ``h`` heads of ``d``. Einsum: ``i`` inputs to ``h d`` outputs (``...i,ihd->...hd``).
         Recurrent: ``o`` is the hidden size. Bilinear: ``i j o``. Layer norm: ``o``. Stacked:
-        ``l`` layers of ``i o``. Class token: shape ``1 1 d``. Temperature: ``h 1 1``. Unknown: ``a b c``.
+        ``l`` layers of ``i o``. Class token: shape ``1 1 d``. Temperature: ``h 1 1``. Unknown:
+        ``a b c``.
     """
 
     kind: str
@@ -200,7 +206,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optimizer that every framework has and that means the same in each.
+    """SGD, defined so that it means the same in every framework.
 
     ``sgd``: ``u = g + weight_decay * w`` (if coupled), ``m = momentum * m + u``,
     ``w -= lr * (u + momentum * m if nesterov else m)``; decoupled decay subtracts
@@ -220,10 +226,12 @@ class TrainingTask:
     """Training of the suite's small convolutional classifier on real images.
 
     The network, in the order of its parameters; weights are given out-first, ``(o, i, h, w)``:
-    ``conv1`` (3x3, stride 1, zero padding 1 on every side), SiLU (``x * sigmoid(x)``), ``conv2`` (3x3,
-    stride 2, zero padding 1 on every side), SiLU, mean over height and width, ``head`` (dense). Each has
-    ``weight`` and ``bias``. The loss is the mean softmax cross-entropy. (SiLU, because its slope is
-    continuous: with ReLU, rounding decides which pixels near zero count, and runs part for no fault.)
+    ``conv1`` (3x3, stride 1, zero padding 1 on every side), SiLU (``x * sigmoid(x)``), ``conv2``
+    (3x3, stride 2, zero padding 1 on every side), SiLU, mean over height and width, ``head``
+    (dense). Each layer has ``weight`` and ``bias``. The loss is the mean softmax cross-entropy.
+
+    The activation is SiLU because its slope is continuous. With ReLU, rounding decides which pixels
+    near zero count, so that two right implementations drift apart.
 
     Attributes
     ----------
@@ -236,8 +244,8 @@ class TrainingTask:
     batches : sequence of (images, labels)
         float32 images of shape ``(n, channels, height, width)`` and int64 labels; one batch a step.
     sharpness : SAM, optional
-        SAM in front of AGC and the optimizer, without micro-batches; the parts of a batch are its images
-        and its labels. A backend that has none raises :class:`Unsupported`.
+        SAM in front of AGC and the optimizer, without micro-batches; a batch consists of its images
+        and its labels. A backend without SAM raises :class:`Unsupported`.
     """
 
     rule: AGC
@@ -256,8 +264,8 @@ class TrainStep:
     loss : float
         Mean loss of the batch before the step; with SAM the clean loss, of the ascent pass.
     before, gradients, clipped, after : mapping of name to array
-        Weights before the step, raw gradients (with SAM those at the perturbed weights), gradients as
-        the optimizer received them, and weights after the step.
+        Weights before the step, raw gradients (with SAM those at the perturbed weights), gradients
+        as the optimizer received them, and weights after the step.
     plan : Plan, optional
         The plan that the step was clipped by, under the task's names; its units are in the
         framework's own layout.
@@ -279,15 +287,16 @@ class TrainStep:
 class ModelProblem:
     """An NFNet with given parameters on a batch.
 
-    The activation is ``gelu``, the epsilon of weight standardisation DeepMind's, and there is no dropout.
+    The activation is ``gelu``, weight standardisation has DeepMind's epsilon, and there is no
+    dropout.
 
     Attributes
     ----------
     variant : str or Variant
         As :func:`agc.nfnet.variant` takes it.
     parameters : mapping of name to array
-        Every parameter by canonical name, in the neutral layout (:mod:`agc.nfnet`) and in the dtype to
-        compute in (float32, float64, or ml_dtypes' bfloat16).
+        Every parameter by canonical name, in the neutral layout (:mod:`agc.nfnet`) and in the dtype
+        to compute in (float32, float64, or ml_dtypes' bfloat16).
     images : array, shape (n, height, width, 3)
         In the same dtype.
     labels : array of int64, shape (n,)
@@ -297,7 +306,7 @@ class ModelProblem:
     stochastic_depth : float, optional
         None for evaluation mode. A rate for training mode.
     outputs : bool
-        Whether a forward pass is asked for the blocks' outputs and the signals, and not for the logits alone.
+        Whether a forward pass returns the blocks' outputs and the signals besides the logits.
     """
 
     variant: str | Variant
@@ -316,7 +325,7 @@ class ModelProblem:
 
 @dataclass(frozen=True)
 class ModelForward:
-    """What a forward pass of a :class:`ModelProblem` gives.
+    """Results of a forward pass of a :class:`ModelProblem`.
 
     Attributes
     ----------
@@ -324,8 +333,8 @@ class ModelForward:
     outputs : mapping of name to array, shape (n, h, w, c)
         After the stem and after each block: ``"stem"``, ``"stages.0.0"`` and so on.
     signals : mapping of str to array
-        ``"avg_sq_mean"``, ``"avg_var"`` and ``"res_avg_var"``, as :class:`agc.reference.nfnet.NFNetPass`
-        describes them.
+        ``"avg_sq_mean"``, ``"avg_var"`` and ``"res_avg_var"``, as
+        :class:`agc.reference.nfnet.NFNetPass` describes them.
     """
 
     logits: Array
@@ -335,7 +344,7 @@ class ModelForward:
 
 @dataclass(frozen=True)
 class ModelGradients:
-    """What a backward pass of a :class:`ModelProblem` gives.
+    """Results of a backward pass of a :class:`ModelProblem`.
 
     Attributes
     ----------
@@ -343,8 +352,8 @@ class ModelGradients:
     gradients, clipped : mapping of name to array
         By canonical name, in the neutral layout; ``clipped`` by ``AGC.profile("deepmind")``.
     plan : Plan
-        The plan that they were clipped by, under canonical names; its units are in the framework's own
-        layout.
+        The plan that they were clipped by, under canonical names; its units are in the framework's
+        own layout.
     """
 
     loss: float
@@ -360,13 +369,13 @@ class ModelRecipe:
     Attributes
     ----------
     optimizer : {"nfnet", "sgd"}
-        ``nfnet``: the adapter's ``sgd_nfnet`` with its defaults (``AGC.profile("deepmind")``, momentum 0.9
-        by Nesterov, coupled weight decay 2e-5 of matrices and kernels). ``sgd``: AGC with the same profile
-        in front of the framework's own SGD, without Nesterov and decay.
+        ``nfnet``: the adapter's ``sgd_nfnet`` with its defaults (``AGC.profile("deepmind")``,
+        Nesterov momentum 0.9, coupled weight decay 2e-5 of matrices and kernels). ``sgd``: AGC with
+        the same profile in front of the framework's own SGD, without Nesterov and decay.
     rates : sequence of float
         The learning rate of each step; for ``sgd`` always the same.
     momentum : float
-        Of ``sgd``.
+        Momentum of ``sgd``.
     """
 
     optimizer: Literal["nfnet", "sgd"]
@@ -391,12 +400,12 @@ class ModelStep:
 
 
 class Backend:
-    """Base class of conformance backends; override what your implementation has.
+    """Base class of conformance backends; override the methods that your implementation supports.
 
     Parameters
     ----------
     device : str, default "cpu"
-        ``"cpu"``, ``"cuda"`` or ``"tpu"``. Raise :class:`Unavailable` if it is not there.
+        ``"cpu"``, ``"cuda"`` or ``"tpu"``. Raise :class:`Unavailable` if the machine has none.
 
     Attributes
     ----------
@@ -426,7 +435,10 @@ class Backend:
         return self.device
 
     def clip(self, problem: Problem) -> Outcome:
-        """Clip a problem's gradients. Errors of :mod:`agc.errors` are expected where AGC defines them."""
+        """Clip a problem's gradients.
+
+        Errors of :mod:`agc.errors` are expected where AGC defines them.
+        """
         raise Unsupported(f"{self.name} does not clip")
 
     def layer_plan(self, layer: Layer, rule: AGC) -> Plan:
@@ -438,8 +450,8 @@ class Backend:
     ) -> list[Mapping[str, Array]]:
         """Return the weights after each step, clipping inside the framework's optimizer.
 
-        ``problem.parameters`` are the initial weights; ``gradients`` are the raw gradients, one mapping
-        a step (the steps count from 0).
+        ``problem.parameters`` are the initial weights; ``gradients`` are the raw gradients, one
+        mapping for each step. Steps are counted from 0.
         """
         raise Unsupported(f"{self.name} has no optimizer")
 
@@ -450,13 +462,16 @@ class Backend:
         raise Unsupported(f"{self.name} has no optimizer")
 
     def scenario_idle(self, problem: Problem) -> Outcome:
-        """Clip through the optimizer's step, after a step in which no parameter has a gradient (AGC-5)."""
+        """Clip through the optimizer's step, after a step without any gradient (AGC-5)."""
         raise Unsupported(f"{self.name} has no optimizer")
 
     def scenario_accumulate(
         self, problem: Problem, micro: Sequence[Mapping[str, Gradient]]
     ) -> Outcome:
-        """Clip the mean of the gradients of micro-batches, which ``problem.gradients`` is (AGC-7)."""
+        """Clip the mean of the gradients of micro-batches (AGC-7).
+
+        ``problem.gradients`` is that mean.
+        """
         raise Unsupported(f"{self.name} does not accumulate")
 
     def scenario_unscale(self, problem: Problem, scale: float) -> Outcome:
@@ -480,7 +495,10 @@ class Backend:
     # -- SAM ---------------------------------------------------------------------------------------
 
     def sharpen(self, problem: SharpnessProblem) -> SharpnessOutcome:
-        """Compute a sharpness-aware gradient. Errors of :mod:`agc.errors` are expected where SAM defines them."""
+        """Compute a sharpness-aware gradient.
+
+        Errors of :mod:`agc.errors` are expected where SAM defines them.
+        """
         raise Unsupported(f"{self.name} has no SAM")
 
     def sharpness_trajectory(
@@ -491,11 +509,14 @@ class Backend:
         *,
         restart: int | None = None,
     ) -> list[Mapping[str, Array]]:
-        """Return the weights after each step of SAM, AGC (if asked for) and the framework's optimizer.
+        """Return the weights after each step of SAM, AGC (if asked for) and an optimizer.
 
-        ``problem.parameters`` are the initial weights; there is one batch a step (the steps count from
-        0), and ``problem.examples`` is the first. After ``restart`` steps everything that training needs
-        is saved as the framework does it, and training goes on from there with new objects (SAM-13).
+        The optimizer is the framework's own.
+
+        ``problem.parameters`` are the initial weights; there is one batch for each step, and
+        ``problem.examples`` is the first. Steps are counted from 0. After ``restart`` steps
+        everything that training needs is saved as the framework does it, and training goes on from
+        there with new objects (SAM-13).
         """
         raise Unsupported(f"{self.name} has no SAM in front of an optimizer")
 
@@ -506,33 +527,38 @@ class Backend:
     def sharpen_scaled(self, problem: SharpnessProblem, scale: float) -> SharpnessOutcome:
         """Compute under loss scaling.
 
-        The loss is multiplied by ``scale``, a power of two, before it is differentiated; the gradients are
-        those that the optimizer receives, without it.
+        The loss is multiplied by ``scale``, a power of two, before it is differentiated; the
+        gradients are those that the optimizer receives, without the scale.
         """
         raise Unsupported(f"{self.name} has no loss scaler with SAM")
 
     def sharpen_replicas(self, problem: SharpnessProblem, replicas: int) -> SharpnessOutcome:
-        """Compute on data-parallel replicas, each with an equal part of the batch, in order (SAM-9)."""
+        """Compute on data-parallel replicas (SAM-9).
+
+        Each replica has an equal part of the batch, in order.
+        """
         raise Unsupported(f"{self.name} has no replicas with SAM")
 
     def sharpen_stale(self, problem: SharpnessProblem) -> SharpnessOutcome:
-        """Compute where every parameter has an old gradient that the user's loop does not clear (SAM-4)."""
+        """Compute with an old gradient on every parameter, which the loop never clears (SAM-4)."""
         raise Unsupported(f"{self.name} keeps no gradients with SAM")
 
     def sharpen_fixed(
         self, problem: SharpnessProblem, frozen: Sequence[str], absent: Sequence[str]
     ) -> SharpnessOutcome:
-        """Compute where the parameters ``frozen`` are not trainable and ``absent`` not the optimizer's (SAM-4).
+        """Compute with parameters that do not train (SAM-4).
 
-        All of them have a gradient from before.
+        Those in ``frozen`` are not trainable, and those in ``absent`` are not in the optimizer. All
+        of them have a gradient from before.
         """
         raise Unsupported(f"{self.name} has no fixed parameters with SAM")
 
     def sharpen_stateful(self, problem: SharpnessProblem) -> SharpnessOutcome:
-        """Compute where the loss is multiplied by a number that the forward pass keeps (SAM-12).
+        """Compute with a loss that is multiplied by a state of the forward pass (SAM-12).
 
-        The number stands for normalisation statistics: it is 1 at first, and every forward pass doubles it. The
-        outcome is that of the second of two steps from the same weights, in which the number is 2.
+        The state stands for normalisation statistics: it is a number, 1 at first, and every forward
+        pass doubles it. The outcome is that of the second of two steps from the same weights, in
+        which the number is 2.
         """
         raise Unsupported(f"{self.name} has no state in the forward pass")
 

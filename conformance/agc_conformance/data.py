@@ -12,11 +12,11 @@ Data of a parameter is one of
     a row-sparse gradient: rows and, row after row, their values.
 
 ``"set": [[index, value], ...]`` beside them overwrites single elements (flat index), and
-``"shape": [...]`` replaces the shape (used where shapes are to be wrong).
+``"shape": [...]`` replaces the shape, in vectors that need a wrong one.
 
-The canonical axes of a parameter are elementary (nothing fused) and in a fixed order, unit axes first. A
-layout says how a framework stores them: ``"h w (g i) o"`` transposes and fuses; an axis of size 1 may be
-left out.
+The canonical axes of a parameter are elementary (nothing fused) and in a fixed order, unit axes
+first. A layout says how a framework stores them: ``"h w (g i) o"`` transposes and fuses; an axis of
+size 1 may be left out.
 """
 
 from __future__ import annotations
@@ -64,9 +64,8 @@ def encode_numbers(values: Any) -> list[Any]:
             out.append("NaN")
         elif math.isinf(value):
             out.append("Infinity" if value > 0 else "-Infinity")
-        elif value == int(value) and abs(value) < 2**53 and math.copysign(1, value) * value >= 0:
-            # Short where nothing is lost; -0.0 keeps its sign by staying a float.
-            out.append(int(value) if value or math.copysign(1, value) > 0 else value)
+        elif value == int(value) and abs(value) < 2**53 and str(value) != "-0.0":
+            out.append(int(value))  # -0.0 would lose its sign
         else:
             out.append(value)
     return out
@@ -91,11 +90,11 @@ def decode_rule(data: Any) -> Any:
 
 
 def splitmix64(seed: int, count: int) -> npt.NDArray[np.uint64]:
-    """First ``count`` outputs of SplitMix64 (Steele, Lea, Flood 2014).
+    """Return the first ``count`` outputs of SplitMix64 (Steele, Lea, Flood 2014).
 
-    Output ``k`` (from 0) is ``mix(seed + (k + 1) * 0x9E3779B97F4A7C15)`` modulo 2**64, where ``mix(z)``
-    is ``z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9``, then ``z = (z ^ (z >> 27)) * 0x94D049BB133111EB``,
-    then ``z ^ (z >> 31)``.
+    Output ``k`` (from 0) is ``mix(seed + (k + 1) * 0x9E3779B97F4A7C15)`` modulo 2**64, where
+    ``mix(z)`` is ``z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9``, then
+    ``z = (z ^ (z >> 27)) * 0x94D049BB133111EB``, then ``z ^ (z >> 31)``.
 
     Examples
     --------
@@ -120,7 +119,7 @@ def splitmix_values(
     seed, exponent : int
         Seed and binary exponent.
     spread : sequence of int
-        For every axis the largest power of two that its indices are scaled by.
+        For every axis, the exponent of the largest power of two that scales its indices.
 
     Returns
     -------

@@ -1,4 +1,7 @@
-"""Flags: the bug classes that vectors catch, each seen in published code or one edit away from it."""
+"""Flags: the bug classes that vectors catch.
+
+Each was seen in published code, or is one edit away from it.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ FLAGS: Final[dict[str, str]] = {
     "PoisonSpreads": "a poisoned unit damages units or parameters beside it",
     "PolicyIgnored": "the non-finite policy is not the one asked for",
     "OverflowToZero": "finite gradients whose squares overflow become exact zeros",
-    # What takes part
+    # Selection
     "EmptyOrScalar": "empty or 0-dimensional parameters break",
     "NoneGradient": "a parameter without a gradient breaks, or is made up",
     "IdleStep": "a step in which no parameter has a gradient breaks",
@@ -128,4 +131,4 @@ FLAGS: Final[dict[str, str]] = {
     "SamRoundTrip": "a configuration of SAM changes when written to a dict and read back",
     "SamDefault": "a default or profile of SAM differs from the specification",
 }
-"""Flag to what goes wrong."""
+"""Flag to a description of the bug."""

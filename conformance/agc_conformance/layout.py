@@ -36,7 +36,7 @@ class StoredParameter:
     axes_stored : str
         The axes as they are stored, fused ones in parentheses.
     units : Units
-        Units of what is stored.
+        Units of the stored array.
     """
 
     axes: Mapping[str, int]
@@ -62,7 +62,7 @@ class Layout:
     parameters: Mapping[str, StoredParameter]
 
     def stored(self, name: str, data: Mapping[str, Any], dtype: str) -> Array | RowSparse:
-        """Return data of a parameter as they are stored."""
+        """Return a parameter's data in the stored layout."""
         p = self.parameters[name]
         if "rows" in data:
             shape = layout_shape(p.axes_stored, p.axes)
@@ -73,7 +73,7 @@ class Layout:
         return array if "shape" in data else to_layout(array, p.axes_stored, p.axes)
 
     def canonical(self, name: str, array: Array) -> Array:
-        """Return a stored array in canonical axes; as it is if its shape is wrong."""
+        """Return a stored array in canonical axes; one of a wrong shape is not changed."""
         p = self.parameters[name]
         if tuple(array.shape) != layout_shape(p.axes_stored, p.axes):
             return array
@@ -84,7 +84,7 @@ class Layout:
         return {name: p.units for name, p in self.parameters.items()}
 
     def examples(self, name: str, data: Mapping[str, Any], count: int, dtype: str) -> Array:
-        """Return one array of a parameter's shape for each of ``count`` examples, along a new first axis."""
+        """Return an array of a parameter's shape for each of ``count`` examples, along axis 0."""
         p = self.parameters[name]
         axes = {"example": count, **p.axes}
         array = decode_values(data, tuple(axes.values())).astype(dtype_of(dtype))

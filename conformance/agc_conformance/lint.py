@@ -26,7 +26,7 @@ _MAX_BYTES: Final = 1_000_000
 
 
 def lint(folder: Path = VECTORS) -> list[str]:
-    """Return everything that is wrong with the vectors beyond their schema; empty if nothing is."""
+    """Return the problems of the vectors that their schema does not find."""
     vectors = load_vectors(folder)
     problems: list[str] = []
     for name, count in Counter(vector.id for vector in vectors).items():
@@ -70,7 +70,7 @@ def lint(folder: Path = VECTORS) -> list[str]:
 
 
 def _lint_numbers(vector: Vector) -> list[str]:
-    """Check layouts against canonical units, and that data are exact in every dtype of the vector."""
+    """Check that layouts keep the canonical units and data are exact in every dtype of a vector."""
     problems: list[str] = []
     misfit = vector.data["expect"].get("error") == "UnitsError"
     for p in vector.data["parameters"]:
@@ -98,7 +98,7 @@ def _lint_numbers(vector: Vector) -> list[str]:
 
 
 def _lint_examples(vector: Vector) -> list[str]:
-    """Check that examples are exact in float32, which they are handed over in."""
+    """Check that examples are exact in float32, in which backends receive them."""
     problems: list[str] = []
     shapes = {p["name"]: tuple(p["axes"].values()) for p in vector.data["parameters"]}
     for batch in vector.data.get("batches", [vector.data.get("examples")]):

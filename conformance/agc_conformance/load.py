@@ -21,7 +21,7 @@ LAYOUTS: Final[tuple[str, ...]] = ("torch", "flax", "keras")
 
 
 def backend_names() -> list[str]:
-    """Names of the backends that are registered, the reference first."""
+    """Return the names of the registered backends, the reference first."""
     return ["reference", *sorted(point.name for point in entry_points(group="agc.backends"))]
 
 
@@ -31,20 +31,21 @@ def load_backend(spec: str, device: str) -> Backend:
     Parameters
     ----------
     spec : str
-        A registered name, ``package.module:object`` or ``path/to/file.py:object``. The object is called with
-        ``device=device``, unless it is a backend already.
+        A registered name, ``package.module:object`` or ``path/to/file.py:object``. The object is
+        called with ``device=device``, unless it is a backend already.
     device : str
         ``"cpu"``, ``"cuda"`` or ``"tpu"``.
 
     Raises
     ------
     Unavailable
-        If a package or the device is not there.
+        If a package is not installed, or the machine does not have the device.
     ConfigError
-        If there is no such backend, or it is none, or raises something else.
+        If there is no such backend, if the object is not a backend, or if building it raises
+        anything else.
     """
     target = ReferenceBackend if spec == "reference" else _find(spec)
-    if not isinstance(target, type) and hasattr(target, "clip"):  # an instance
+    if not isinstance(target, type) and hasattr(target, "clip"):  # an instance of a backend
         backend, made_for = target, getattr(target, "device", device)
         if isinstance(made_for, str) and made_for != device:
             raise Unavailable(f"{spec} is made for {made_for}, not for {device}")
@@ -90,7 +91,7 @@ def _loading(spec: str, when: str) -> Iterator[None]:
 
 
 class _Misnamed(ConfigError):
-    """A backend's name leads nowhere."""
+    """A backend's name refers to nothing."""
 
 
 def _import(spec: str, where: str) -> Any:
@@ -116,7 +117,7 @@ def _from_file(spec: str, path: Path) -> Any:
 
 
 def _check(spec: str, backend: Any) -> None:
-    """Raise unless an object has what the suite asks for before the first vector."""
+    """Raise unless an object has everything that the suite needs before the first vector."""
     missing = [n for n in vars(Backend) if not n.startswith("_") and not hasattr(backend, n)]
     if missing:
         raise ConfigError(
@@ -133,5 +134,5 @@ def _check(spec: str, backend: Any) -> None:
 
 
 def role_of(backend: Backend) -> Role:
-    """Return ``"subject"`` for code that is only looked at, else ``"backend"``."""
+    """Return ``"subject"`` for code that need not conform, else ``"backend"``."""
     return cast(Role, getattr(backend, "role", "backend"))

@@ -1,4 +1,4 @@
-"""How a kind of vector is asked: parsed once, answered by a backend, compared."""
+"""Kinds of vectors: each is parsed once, answered by a backend, and compared."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Kind(Generic[Question, Answer]):
     Attributes
     ----------
     parse : callable (vector, layout, dtype) -> question
-        Reads a vector, for a backend's layout and a dtype; once, whoever is asked.
+        Reads a vector, for a backend's layout and a dtype.
     answer : callable (backend, question) -> answer
-        Asks the backend; the error that a vector may expect is raised here.
+        Asks the backend; if the vector expects an error, it is raised here.
     compare : callable (question, answer) -> Verdict
         Judges the answer.
     """
@@ -35,6 +35,6 @@ class Kind(Generic[Question, Answer]):
     compare: Callable[[Question, Answer], Verdict]
 
     def run(self, backend: Backend, vector: Vector, dtype: str) -> Verdict:
-        """Ask a backend for a vector that expects no error."""
+        """Run a vector that expects no error on a backend."""
         question = self.parse(vector, backend.layout, dtype)
         return self.compare(question, self.answer(backend, question))

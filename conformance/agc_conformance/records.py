@@ -1,4 +1,4 @@
-"""Records: what a run writes, one JSON object a line, and the only way to write and read it.
+"""Records: the results of a run, one JSON object a line, and the only way to write and read them.
 
 A file starts with a header, ends with a footer that counts what lies between, and appears under its
 name only when it is complete. Collecting results and presenting them share nothing but this format.
@@ -6,7 +6,7 @@ name only when it is complete. Collecting results and presenting them share noth
 ========== ==========================================================================
 ``type``   holds
 ========== ==========================================================================
-header     what ran, where, with which versions; ``kind`` is ``run``, ``teeth`` or ``tpu``
+header     program, machine and versions; ``kind`` is ``run``, ``teeth`` or ``tpu``
 result     one vector in one dtype on one backend
 train      one step of training on real images: numbers per layer, for the figures
 model      errors per layer of one comparison of an NFNet, for the figures
@@ -82,8 +82,8 @@ VERSION: Final = 1
 
 Kind = Literal["run", "teeth", "tpu"]
 Role = Literal["backend", "subject"]
-"""A *backend* must conform. A *subject* is somebody else's code that is only looked at; a backend class
-says so with ``role = "subject"``."""
+"""A *backend* must conform. A *subject* is third-party code, which is reported but need not
+conform; its class says ``role = "subject"``."""
 Status = Literal["passed", "failed", "error", "unsupported", "xfail", "xpass", "compiled"]
 
 bad_statuses: Final[frozenset[str]] = frozenset({"failed", "error", "xpass"})
@@ -94,7 +94,7 @@ ULP_BINS: Final[tuple[float, ...]] = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0)
 
 
 class Header(TypedDict):
-    """First line: what ran, where, with which versions."""
+    """First line: program, machine and versions."""
 
     type: Literal["header"]
     format: str
@@ -157,7 +157,7 @@ class TrainRecord(TypedDict):
 
 
 class ModelRecord(TypedDict):
-    """Errors per layer, tensor or step of one comparison of an NFNet; None where one is not finite."""
+    """Errors of one comparison of an NFNet, by layer, tensor or step; None if not finite."""
 
     type: Literal["model"]
     model: str
@@ -250,7 +250,7 @@ def make_header(kind: Kind, **more: Any) -> Header:
     Parameters
     ----------
     kind : {"run", "teeth", "tpu"}
-        What the file holds.
+        Kind of file.
     **more
         Further fields of :class:`Header`, for example ``backend="torch"``.
     """
@@ -270,7 +270,7 @@ def make_header(kind: Kind, **more: Any) -> Header:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this module lies in, with ``+`` if it has been changed; else None."""
+    """Return the commit of this module's checkout, with ``+`` if changed; None if there is none."""
     here = Path(__file__).resolve().parent
     try:
         revision = subprocess.run(
@@ -289,7 +289,7 @@ def _commit() -> str | None:
             check=False,
         )
     except (OSError, subprocess.SubprocessError):
-        return None  # not a checkout, or no git: the versions have to do
+        return None  # not a checkout, or git is not installed
     return revision.stdout.strip() if tracked.returncode == 0 else None
 
 
@@ -302,7 +302,7 @@ class Writer:
     Parameters
     ----------
     path : path
-        Where the complete file shall be.
+        Path of the complete file.
     header : Header
         First record; see :func:`make_header`.
 
@@ -330,7 +330,7 @@ class Writer:
         self._file.flush()
 
     def write(self, record: Record) -> None:
-        """Write one record, at once."""
+        """Write one record and flush it."""
         self._line(record)
         self.counts[_counted(record)] += 1
 
@@ -372,12 +372,12 @@ class ResultFile:
 
     @property
     def role(self) -> Role:
-        """Whether this must conform (``backend``) or is only looked at (``subject``)."""
+        """``backend`` if the code must conform, ``subject`` if it need not."""
         return self.header.get("role", "backend")
 
     @property
     def has_results(self) -> bool:
-        """Whether it holds anything to present."""
+        """Whether the file holds anything to present."""
         return any((self.results, self.unavailable, self.mutants, self.tpu))
 
 
@@ -392,7 +392,7 @@ _FIELDS: Final[dict[str, str]] = {
 
 
 def _schema(hint: Any) -> dict[str, Any]:
-    """Return the JSON schema of a type that records are made of."""
+    """Return the JSON schema of the type of a record or field."""
     origin, inner = get_origin(hint), get_args(hint)
     if is_typeddict(hint):
         fields = get_type_hints(hint, include_extras=True)
@@ -447,7 +447,7 @@ def _check(place: str, record: Mapping[str, Any]) -> None:
     problem = best_match(_CHECKS[kind].iter_errors(record))
     if problem is not None:
         field = "/".join(map(str, problem.absolute_path)) or "the record"
-        text = problem.message  # the value, which may be long, then what is wrong with it
+        text = problem.message  # the value, which may be long, then the problem
         shown = text if len(text) <= 200 else f"{text[:60]} ... {text[-130:]}"
         raise FormatError(f"{place}: {kind}: {field}: {shown}")
 
@@ -458,8 +458,8 @@ def read_results(path: str | os.PathLike[str]) -> ResultFile:
     Raises
     ------
     FormatError
-        If the file is not there, is not JSON lines of this format and version, or ends without the
-        footer that counts its records; the message names the line.
+        If the file does not exist, is not JSON lines of this format and version, or ends without
+        the footer that counts its records; the message names the line.
     """
     place = Path(path)
     try:
@@ -511,7 +511,7 @@ def read_results(path: str | os.PathLike[str]) -> ResultFile:
 def _parse(place: str, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-        # Whatever is read is written again, in UTF-8, which has no halves of characters.
+        # Reports write these strings as UTF-8, which cannot hold a lone surrogate.
         json.dumps(record, ensure_ascii=False, allow_nan=False, indent=1).encode()
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{place}: not JSON, or truncated: {error}") from None

@@ -1,4 +1,4 @@
-"""Running: one vector after the other, in one backend, on one device."""
+"""Running: one vector after another, on one backend and device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from agc_conformance.verdict import Verdict
 __all__ = ["KINDS", "cases", "run_case"]
 
 KINDS: Final[dict[str, Kind[Any, Any]]] = PLANS | CLIPPING | SHARPNESS
-"""Kind of vector to how it is run; a wing of the suite adds its own."""
+"""Kinds of vectors by name; each wing of the suite adds its own."""
 
 
 def cases(
@@ -37,9 +37,9 @@ def cases(
     select : str, optional
         Glob on ids, clauses or flags.
     full : bool, default False
-        Also the dtypes that say little new.
+        Also the dtypes that add little coverage.
     core : bool, default True
-        Also vectors that ask the core of this library and no backend.
+        Also vectors that test the core of this library and no backend.
     """
 
     def selected(vector: Vector) -> bool:
@@ -55,7 +55,7 @@ def cases(
 
 
 def run_case(backend: Backend, vector: Vector, dtype: str) -> ResultRecord:
-    """Run one vector in one dtype. Whatever the backend raises becomes a record."""
+    """Run one vector in one dtype; an exception of the backend becomes a record."""
     start = time.perf_counter()
     verdict = Verdict()
     status: Status = "passed"
@@ -82,7 +82,7 @@ def run_case(backend: Backend, vector: Vector, dtype: str) -> ResultRecord:
 
 
 def _run(backend: Backend, vector: Vector, dtype: str) -> Verdict:
-    """Ask a backend; where the vector expects an error, raising it passes."""
+    """Ask a backend; if the vector expects an error, raising it passes."""
     missing = sorted(set(dtype.split("/")) - {"-", *backend.dtypes})
     if missing:
         raise Unsupported(f"the backend does not take {', '.join(missing)}")

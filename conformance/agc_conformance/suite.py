@@ -61,24 +61,24 @@ def run(
     select : str, optional
         Glob on ids, clauses or flags.
     full : bool
-        Also the dtypes that say little new, and F0.
+        Also the dtypes that add little coverage, and F0.
     xfail : path, optional
         Expected failures; by default ``conformance/xfail/<backend>.txt``.
     role : {"backend", "subject"}, optional
-        Overrides what the backend says.
+        Overrides the backend's own role.
     train : bool
         Also train on real images.
     models : bool
-        Also compare NFNets; those of a subject are not.
+        Also compare NFNets; subjects are not asked for them.
     allow_unavailable : bool
-        Whether an absent backend or device is a success.
+        Whether the run succeeds if the backend or device is missing.
     console : Console, optional
         For progress and summary.
 
     Returns
     -------
     int
-        Exit status: 0, or 1 if something failed, nothing passed, or the backend was not there.
+        Exit status: 0, or 1 if something failed, nothing passed, or the backend was unavailable.
     """
     console = console or Console(stderr=True)
     common: dict[str, Any] = {
@@ -164,7 +164,7 @@ def run(
     )
     if role == "subject":
         return int(bool(stale) or not counts)
-    # Plans are only a beginning, unless nothing else was asked for.
+    # Passing level 0 alone does not count, unless no other level was selected.
     levels = set(passed_by_level) - {"L0"} or {"L0"}
     nothing_passed = not any(passed_by_level.get(level) for level in levels)
     if counts and nothing_passed:
@@ -205,7 +205,7 @@ def _models(
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
-    """Show progress, and remove it in the end."""
+    """Show a progress bar, and remove it at the end."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -18,12 +18,12 @@ __all__ = ["teeth"]
 
 
 def teeth(out: Path | None = None, *, console: Console | None = None) -> int:
-    """Ask every mutant, and, if ``out`` is given, write a file of records.
+    """Run every mutant, and, if ``out`` is given, write a file of records.
 
     Returns
     -------
     int
-        Exit status: 1 if a mutant survives, or a flag has no mutant that its vectors kill.
+        Exit status: 1 if a mutant survives, or no vector with a flag kills a mutant of that flag.
     """
     console = console or Console(stderr=True)
     vectors = load_vectors()

@@ -1,12 +1,13 @@
 """Compile AGC's JAX programs ahead of time for a TPU, on a machine that need not have one.
 
-libtpu holds the whole TPU compiler and can be asked for a topology that is not there. What comes out is
-``compiled``, never ``passed``: nothing ran. It shows that every program lowers and fits, and how many bytes
-the compiler says it will move, beside the least possible and beside optax's clipping of the same tree.
+libtpu holds the whole TPU compiler and compiles for topologies that the machine does not have. The
+status is ``compiled``, never ``passed``: nothing ran. It shows that every program lowers and fits,
+and how many bytes the compiler says it will move, beside the least possible and beside optax's
+clipping of the same tree.
 
-The compiler counts every byte that an operation reads or writes, also between the chip's memory and its
-vector memory, where it prefetches operands. So the least possible is not within reach, and the comparison with
-optax, compiled in the same way, says more.
+The compiler counts every byte that an operation reads or writes, also between the chip's memory and
+its vector memory, where it prefetches operands. So the least possible is not within reach, and the
+comparison with optax, compiled in the same way, says more.
 
 Run it in an environment of its own: ``python -m agc_conformance.tpu --out tpu-aot.json``.
 """
@@ -83,13 +84,13 @@ def compile_programs(
     topology : str, default "v5e:2x2"
         Name of a topology that libtpu knows.
     progress : callable, optional
-        Given the number of programs done, of all programs, and the id of the next one.
+        Called with the number of programs done, the number of all programs, and the id of the next.
 
     Returns
     -------
     list of TpuRecord
-        One record a program: bytes accessed as the compiler counts them, the least possible, and the bytes
-        of optax's clipping under ``optax_bytes_accessed`` where there is one.
+        One record for each program: bytes accessed as the compiler counts them, the least possible,
+        and, if the program has a peer, the bytes of optax's clipping as ``optax_bytes_accessed``.
 
     Raises
     ------
@@ -118,13 +119,13 @@ class Program:
     id : str
         Name in the report.
     function : callable
-        What is compiled.
+        The function to compile.
     arguments : tuple
         Trees of ``jax.ShapeDtypeStruct`` with shardings.
     minimum : int
-        Bytes that one device has to read and write at least.
+        Least number of bytes that one device must read and write.
     donate : tuple of int
-        Arguments whose memory is given up.
+        Indices of the arguments whose memory is donated.
     peer : (callable, tuple), optional
         The same with optax's clipping: function and arguments.
     """
@@ -160,7 +161,7 @@ def programs(devices: Any) -> Iterator[Program]:
     for name, (shapes, rule) in _TREES.items():
         for dtype in ("float32", "bfloat16"):
             tree = _tree(shapes, dtype, lambda _: place)
-            # Of the layers in the block optax takes other units, so there is nothing to compare.
+            # optax takes other units for the layers of the block, so the two do not compare.
             other = None if name == "transformer" else (optax_clip, (tree, tree))
             least = 3 * _bytes(tree)
             yield Program(f"clip {name} {dtype}", clip(rule), (tree, tree), least, peer=other)
@@ -184,7 +185,7 @@ def programs(devices: Any) -> Iterator[Program]:
         _step(optax.chain(first, sgd), tree, place)
         for first in (agc_jax.adaptive_grad_clip(rule), peer)
     )
-    least = 5 * _bytes(tree)  # parameters and momentum are read and written, gradients read
+    least = 5 * _bytes(tree)  # parameters and momentum: read and written; gradients: read
     yield Program(
         "step with SGD, schedule, zero policy NFNet-F0 float32", *step, least, (0, 1), peer_step
     )
@@ -210,7 +211,7 @@ def _step(tx: Any, params: Any, place: Any) -> tuple[Callable[..., Any], tuple[A
 def _sharded(
     devices: Any, clip: Callable[..., Any], optax_clip: Callable[..., Any]
 ) -> Iterator[Program]:
-    """Yield the programs for all devices: split along the units, and along what is added up."""
+    """Yield the programs for all devices: sharded along units, and along reduced axes."""
     import jax
     import numpy as np
 
@@ -247,7 +248,7 @@ def _record(program: Program, topology: str) -> TpuRecord:
     try:
         costs = _costs(program.function, program.arguments, program.donate)
         other = None if program.peer is None else _costs(*program.peer, program.donate)
-    except Exception as error:  # whatever the compiler says is the result
+    except Exception as error:  # a failure of the compiler is a result
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return {**record, "status": "failed", "detail": lines[0]}  # type: ignore[typeddict-item]
     accessed = costs["bytes accessed"]
@@ -271,8 +272,8 @@ def _costs(
 
 
 def _devices(topology: str) -> Any:
-    """Return the devices of a topology that need not be there."""
-    # libtpu otherwise asks a metadata server who and where this machine is.
+    """Return the devices of a topology, which the machine need not have."""
+    # Keeps libtpu from asking a metadata server about this machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
         from jax.experimental import topologies
@@ -284,7 +285,8 @@ def _devices(topology: str) -> Any:
         ) from error
     try:
         topology_description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except Exception as error:  # a missing compiler and an unknown name arrive as several types
+    # A missing compiler and an unknown topology raise exceptions of several types.
+    except Exception as error:
         raise MissingPackageError(
             f"no TPU compiler for the topology {topology!r} ({str(error).splitlines()[0]}); "
             "try: pip install libtpu"
@@ -366,7 +368,8 @@ def _nfnet_f0() -> Shapes:
     return shapes
 
 
-_OUT_LAST: Final = {"*.kernel": "... i o -> o"}  # a tree without types says no more than names
+# A tree of bare arrays has names, but no layer types.
+_OUT_LAST: Final = {"*.kernel": "... i o -> o"}
 _TREES: Final[dict[str, tuple[Shapes, AGC]]] = {
     "conv": ({"kernel": (3, 3, 256, 512), "bias": (512,)}, AGC()),
     "dense": ({"kernel": (1024, 4096), "bias": (4096,)}, AGC()),

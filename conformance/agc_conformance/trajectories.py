@@ -1,4 +1,4 @@
-"""Weights step after step, which the vectors of AGC and of SAM compare alike."""
+"""Trajectories: weights step after step, compared in the same way for AGC and SAM."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Trajectory(Generic[Problem, Batch]):
     Attributes
     ----------
     problem
-        What the backend starts from.
+        Initial weights and rules, for the backend.
     layout : Layout
         How the backend stores parameters.
     dtype : str
         Dtype of the weights.
     optimizer : Optimizer
-        What takes the steps.
+        The optimizer that takes the steps.
     batches : sequence
         Gradients, or examples, of each step.
     expected : mapping of name to list of array
@@ -86,8 +86,9 @@ def compare_weights(
 ) -> Verdict:
     """Compare one parameter at every step of a trajectory.
 
-    Each step may add 4 ULP, where the ULP is that of the largest magnitude that the element or its change has
-    had so far: a weight that passes through zero is not held to the spacing at zero.
+    Each step may add as many ULP as a clipped gradient may be off (4 in float32). The ULP is that
+    of the largest magnitude that the element or its change has had so far: a weight that passes
+    through zero is not held to the spacing at zero.
     """
     verdict = Verdict()
     reach, before = np.abs(start), start

@@ -32,7 +32,7 @@ VECTORS: Final = Path(__file__).resolve().parent / "vectors" / "v1"
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """One vector, as it stands in its file; equal to itself alone.
+    """One vector, as it stands in its file; compared by identity.
 
     Attributes
     ----------
@@ -62,7 +62,7 @@ class Vector:
 
     @property
     def kind(self) -> str:
-        """What is asked: ``clip``, ``trajectory``, ``sharpen``, ...; the README lists them."""
+        """Kind of question: ``clip``, ``trajectory``, ``sharpen``, ...; the README lists them."""
         return str(self.data["kind"])
 
     @property
@@ -71,7 +71,10 @@ class Vector:
         return list(self.data["flags"])
 
     def dtypes(self, *, full: bool = False) -> list[str]:
-        """Dtypes to run in, as ``gradient`` or ``gradient/weight``; ``-`` where there are no numbers."""
+        """Return the dtypes to run in.
+
+        Each is ``gradient`` or ``gradient/weight``; ``-`` if the vector has no numbers.
+        """
         if "dtypes" not in self.data:
             return ["-"]
         return [*self.data["dtypes"], *(self.data["full_dtypes"] if full else ())]
@@ -84,8 +87,8 @@ def load_vectors(folder: Path = VECTORS) -> tuple[Vector, ...]:
     Raises
     ------
     FormatError
-        If there is no file, or one is not JSON, of another format or version, or breaks the schema; the
-        message names the file and the place.
+        If there is no file, or one is not JSON, of another format or version, or breaks the schema;
+        the message names the file and the place.
     """
     paths = sorted(folder.glob("L*.json"))
     if not paths:
@@ -125,7 +128,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def digest(folder: Path = VECTORS) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of all vector files, for provenance."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of all vector files, for provenance."""
     total = hashlib.sha256()
     for path in sorted(folder.glob("L*.json")):
         total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

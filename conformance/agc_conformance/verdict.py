@@ -50,15 +50,15 @@ class Verdict:
     Attributes
     ----------
     problem : str
-        What is wrong, or "".
+        The first problem, in words; empty if the comparison passed.
     note : str
-        What was measured, in words.
+        The measurement, in words.
     max_ulp : float or None
         Largest error measured; None if nothing was.
     histogram : list of int
         Elements by error, bins as :data:`agc_conformance.records.ULP_BINS` and one above.
     errors, limits : dict of str to float
-        Relative errors of layers or tensors and what is allowed, for the figures of NFNets.
+        Relative errors of layers or tensors, and the largest allowed, for the figures of NFNets.
     """
 
     problem: str = ""
@@ -92,7 +92,7 @@ def accumulation_dtype(gradient: str) -> str:
 
 
 def ulp(values: Array, dtype: str) -> Array:
-    """Spacing of a real dtype at the magnitude of float64 values.
+    """Return the spacing of a real dtype at the magnitude of float64 values.
 
     Examples
     --------
@@ -106,7 +106,7 @@ def ulp(values: Array, dtype: str) -> Array:
 
 
 def round_to(values: Array, dtype: str) -> Array:
-    """Round float64 values correctly (to nearest, ties to even) to a real dtype, kept in float64."""
+    """Round float64 values to the precision of a real dtype: to nearest, ties to even."""
     if dtype == "float64":
         return np.asarray(values, np.float64)
     quantum = ulp(values, dtype)
@@ -116,14 +116,14 @@ def round_to(values: Array, dtype: str) -> Array:
 
 
 def ulp_error(got: Array, want: Array, dtype: str) -> Array:
-    """Error in ULP of every element; complex numbers by the worse of their parts.
+    """Return the error in ULP of every element; of a complex number, that of its worse part.
 
     Parameters
     ----------
     got : array of ``dtype``
-        What an implementation returned.
+        The implementation's result.
     want : array of float64 or complex128
-        The reference, not rounded; float16 and bfloat16 are compared with it correctly rounded.
+        The reference, not rounded; here it is rounded correctly for float16 and bfloat16.
     dtype : str
         Dtype of the gradient.
 

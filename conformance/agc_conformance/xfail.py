@@ -1,8 +1,9 @@
-"""Expected failures: a text file per backend, every line a pattern and a reason.
+"""Expected failures: one text file for each backend, whose lines hold a pattern and a reason.
 
-``L1-sparse-*:float32  no sparse gradients before version 3`` expects those results to fail. The pattern is a
-shell-style glob on a result's ``id`` or ``id:dtype``. A result that passes although it was expected to fail, and a
-line that makes no difference, are errors: the list never outlives its reasons.
+``L1-sparse-*:float32  no sparse gradients before version 3`` expects those results to fail. The
+pattern is a shell-style glob on a result's ``id`` or ``id:dtype``. A result that passes although it
+was expected to fail, and a line that makes no difference, are errors: the list never outlives its
+reasons.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Expected:
     hits: int = 0
 
     def matches(self, id: str, dtype: str) -> bool:  # noqa: A002
-        """Tell whether the line means this result."""
+        """Tell whether the line's pattern matches a result."""
         return fnmatchcase(id, self.pattern) or fnmatchcase(f"{id}:{dtype}", self.pattern)
 
 
@@ -76,7 +77,7 @@ def apply(record: ResultRecord, expected: Iterable[Expected]) -> ResultRecord:
 
 
 def unused(expected: Iterable[Expected]) -> list[str]:
-    """Messages about lines that made no difference."""
+    """Return messages about the lines that made no difference."""
     return [
         f"{line.place}: {line.pattern!r} matches no result that fails"
         for line in expected

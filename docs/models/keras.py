@@ -5,13 +5,15 @@ Is every plan complete, and is every unit what feeds one output?
     pip install keras-hub
     python docs/models/keras.py --out docs/models/keras.json
 
-writes a record and a table beside it. Models are built as small as possible from constructor arguments;
-nothing is downloaded. What is right is computed, without the table of layer types: a layer is run on random
-inputs, and the first operation that mixes a weight with data is differentiated. The weights that one number
-of its result depends on are a unit. A weight of which one number depends on one element only is
+writes a record and a table beside it. Models are built as small as possible from constructor
+arguments; nothing is downloaded. What is right is computed, without the table of layer types: a
+layer is run on random inputs, and the first operation that mixes a weight with data is
+differentiated. The weights that one number of its result depends on are a unit. A weight of which
+one number depends on one element only is
 
 * a gain, if the derivative changes with the data: one unit;
-* a bias, if the layer has kernels or gains: one unit by definition (AGC-5), there is nothing to compute;
+* a bias, if the layer has kernels or gains: one unit by definition (AGC-5), there is nothing to
+  compute;
 * a table, of positions or of tokens, otherwise: a row is a unit.
 """
 
@@ -28,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# This file has the name of a package that it imports.
+# This file has the name of a package that it imports, so its folder must not be searched.
 sys.path = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -52,11 +54,11 @@ axes, which are one unit by definition, and weights that the forward pass does n
 
 @dataclass
 class Result:
-    """What was found out about one model."""
+    """Measurements of one model."""
 
     parameters: int
     complete: bool
-    """Whether there is a plan without a declaration."""
+    """Whether the model has a plan without any declared units."""
     sources: dict[str, int] = field(default_factory=dict)
     checked: int = 0
     """Weights with two axes or more that are longer than 1, whose units were computed."""
@@ -90,7 +92,7 @@ def measure(model: Any, run: Callable[[], Any]) -> Result:
 
 
 def calls(model: Any, run: Callable[[], Any]) -> list[tuple[Any, tuple[Any, Any]]]:
-    """Run a model and return its layers that have matrices, each with the arguments of its first call."""
+    """Run a model; return its layers with matrices, each with the arguments of its first call."""
     found: dict[int, tuple[Any, tuple[Any, Any]]] = {}
 
     def record(layer: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -107,7 +109,7 @@ def calls(model: Any, run: Callable[[], Any]) -> list[tuple[Any, tuple[Any, Any]
 
 
 def own(layer: Any) -> list[Any]:
-    """Return the variables that a layer made itself."""
+    """Return the variables of a layer itself, without those of the layers inside it."""
     below = {id(v) for child in layer._flatten_layers(include_self=False) for v in child.variables}
     return [variable for variable in layer._trainable_variables if id(variable) not in below]
 
@@ -118,7 +120,7 @@ def is_matrix(variable: Any) -> bool:
 
 
 def unit_axes(layer: Any, arguments: tuple[Any, Any]) -> dict[object, set[int]]:
-    """Return the axes that name a unit, of each weight of a layer, by the weight."""
+    """Return the unit axes of each weight of a layer, by the weight's key."""
     flat = tf.nest.flatten(arguments)
     places = [place for place, value in enumerate(flat) if tf.is_tensor(value)]
 
@@ -157,7 +159,7 @@ def unit_axes(layer: Any, arguments: tuple[Any, Any]) -> dict[object, set[int]]:
 
 
 def _draws(function: Any, handle: Any, examples: list[Any]) -> list[Any]:
-    """Return the derivatives of one number that a weight is mixed into, for several random inputs."""
+    """Return the derivatives of one number that a weight is mixed into, one per random input."""
     mixed = _mixed(function.graph, handle)
     random = np.random.default_rng(0)
     middle = tuple(size // 2 for size in mixed.shape)
@@ -183,7 +185,10 @@ def _random(examples: list[Any], seed: int) -> Iterator[Any]:
 
 
 def _mixed(graph: Any, handle: Any) -> Any:
-    """Return the result of the first operation that mixes a weight with something else, or the last one."""
+    """Return the result of the first operation that mixes a weight with data.
+
+    If none does, return the result of the last operation on the weight.
+    """
     pure, last = {id(handle)}, None
     data = {id(tensor) for tensor in graph.inputs if tensor is not handle}
     for op in graph.get_operations():
@@ -204,7 +209,7 @@ def _mixed(graph: Any, handle: Any) -> Any:
     return last
 
 
-# --- The models --------------------------------------------------------------------------------------
+# --- The models -----------------------------------------------------------------------------------
 
 TEXT = {
     "vocabulary_size": 11,

@@ -1,9 +1,10 @@
 """Are the units of well-known models right? Judged by what each weight feeds, not by any table.
 
-``python docs/models/torch.py --out docs/models/torch.json`` builds every model without pretrained weights,
-plans it, runs it once, and finds out by differentiation which weights feed one output: the first operation
-that mixes weights of a parameter says it. Where none mixes them before an index picks some, as in a table
-of relative positions, what one index picks is a unit. The result is a JSON file, and a table beside it.
+``python docs/models/torch.py --out docs/models/torch.json`` builds every model without pretrained
+weights, plans it and runs it once. It differentiates the first operation that mixes weights of a
+parameter, and so finds which weights feed one output. In some parameters, such as a table of
+relative positions, an index picks weights before any operation mixes them; there, the weights that
+one index picks are a unit. The result is a JSON file, and a table beside it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path = [
-    path for path in sys.path if Path(path).resolve() != Path(__file__).parent
-]  # not this torch
+# This file has the name of a package that it imports, so its folder must not be searched.
+sys.path = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -41,7 +41,7 @@ INDEXING = {"__getitem__", "embedding", "index_select", "gather"}
 
 
 class Watch(TorchFunctionMode):
-    """Follow parameters of several long axes to the operation that tells their units.
+    """Follow parameters with several axes longer than 1 to the operation that tells their units.
 
     Attributes
     ----------
@@ -53,8 +53,9 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.named = {n: p for n, p in named.items() if sum(size > 1 for size in p.shape) > 1}
         self.found: dict[str, Tensor] = {}
-        self._alive: list[Any] = [*named.values()]  # so that ids stay theirs
-        self._constant = {id(p) for p in named.values()}  # made of parameters alone
+        # References: the id of a freed tensor may be given to another.
+        self._alive: list[Any] = [*named.values()]
+        self._constant = {id(p) for p in named.values()}  # computed from parameters alone
         self._tracks = {id(p): {n} for n, p in self.named.items()}
         self._picked: dict[str, Tensor] = {}
         self._buffers = {id(buffer) for buffer in buffers}
@@ -65,7 +66,7 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         kind = getattr(function, "__name__", "")
-        if kind == "_weight_norm":  # its norms are scales that many outputs share
+        if kind == "_weight_norm":  # treat the norms as constants: many outputs share them
             result = args[0] * (result / args[0]).detach()
         given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
         names = {name for value in given for name in self._tracks.get(id(value), ())}
@@ -86,7 +87,7 @@ class Watch(TorchFunctionMode):
     def _judge(
         self, name: str, function: Any, kind: str, args: Any, kwargs: Any, pure: bool
     ) -> bool:
-        """Tell whether this operation mixes a parameter's weights, or is the first after an index."""
+        """Tell whether an operation mixes a parameter's weights, or is the first after an index."""
         if kind in INDEXING and (picked := self._pick(name, kind, args)) is not None:
             self._picked[name] = picked
             return kind == "embedding" and self._settle(name, picked)
@@ -94,7 +95,7 @@ class Watch(TorchFunctionMode):
             return False
         convolves = kind.startswith("conv") and len(args) > 1
         channel = convolves and name in self._tracks.get(id(args[1]), ())
-        if convolves and not channel:  # of a window's positions, look at one
+        if convolves and not channel:  # one position of the window is enough
             window = tuple(range(2, args[1].dim()))
             args = (args[0], args[1].mean(window, keepdim=True), None, 1, 0, 1, *args[6:])
         fed = self._one_output(name, function, args, kwargs, channel=channel)
@@ -103,7 +104,7 @@ class Watch(TorchFunctionMode):
         return fed is not None and name in self._picked and self._settle(name, self._picked[name])
 
     def _settle(self, name: str, fed: Tensor) -> bool:
-        """Keep the smaller set: an operation of a whole picture says less than one of its pixels."""
+        """Keep the smaller set: an output of one pixel says more than one of a whole picture."""
         known = self.found.get(name)
         if known is None or fed.count_nonzero() < known.count_nonzero():
             self.found[name] = fed
@@ -124,7 +125,7 @@ class Watch(TorchFunctionMode):
         args, kwargs = tree_map(fresh, (args, kwargs))
         try:
             result = function(*args, **kwargs)
-        except RuntimeError:  # it writes to its arguments
+        except RuntimeError:  # the operation writes to its arguments
             return None
         for output in tree_flatten(result)[0]:
             if isinstance(output, Tensor) and output.requires_grad and output.numel():
@@ -199,7 +200,7 @@ def examine(model: nn.Module, inputs: dict[str, Any] | Tensor) -> dict[str, Any]
     record["layout"] = [e.name for e in plan if e.source == "layout"] if caught else []
     named = named_parameters(model)
     with torch.no_grad():
-        for parameter in named.values():  # zeros and ones hide what depends on them
+        for parameter in named.values():  # initial zeros and ones would hide dependencies
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (parameter.dim() < 2))
     watch = Watch(named, list(model.buffers()))
     with watch:
@@ -221,11 +222,11 @@ def _box(fed: Tensor) -> list[int]:
 
 
 def timm_models() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
-    """Return what builds each architecture of timm, with a batch of pictures."""
+    """Return a function for each architecture of timm that builds a model and a batch."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.without_torchvision import timm_model
 
-    timm_model("resnet10t")  # from here on, timm can be imported
+    timm_model("resnet10t")  # makes timm importable without torchvision
     import timm
 
     timm.layers.set_fused_attn(False)
@@ -237,7 +238,8 @@ def timm_models() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
     return {name: partial(build, name, smaller) for name, smaller in TIMM.items()}
 
 
-TIMM: dict[str, dict[str, Any]] = {  # architecture: what makes it smaller
+# Architecture to the arguments that make it smaller.
+TIMM: dict[str, dict[str, Any]] = {
     "beit_base_patch16_224": {"depth": 2},
     "cait_xxs24_224": {"depth": 2},
     "coat_tiny": {},
@@ -354,7 +356,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def transformers_models() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
-    """Return what builds each family of transformers, tiny, with a batch of its kind."""
+    """Return a function for each family of transformers that builds a tiny model and a batch."""
     import transformers
 
     def build(kind: str, config: dict[str, Any], batch: dict[str, Any]) -> tuple[nn.Module, Any]:
@@ -393,7 +395,7 @@ def table(results: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
 
 
 def is_right(result: dict[str, Any]) -> bool:
-    """Tell whether a model plans without a declaration or a guess, and agrees with what was found."""
+    """Tell whether a model plans without a declaration or a guess, and all judged units agree."""
     return result["plans"] and not (result["wrong"] or result["layout"] or result["unused"])
 
 
@@ -406,7 +408,7 @@ def write(results: dict[str, dict[str, Any]], out: Path) -> None:
 
 
 def main() -> int:
-    """Examine all models, and write what was found."""
+    """Examine all models, and write the results."""
     from rich.progress import track
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -415,7 +417,7 @@ def main() -> int:
     options = parser.parse_args()
     chosen = set(options.models or (*TRANSFORMERS, *TIMM))
     results = {}
-    # transformers first: it would mind what stands in for torchvision.
+    # transformers first: it fails once the stand-in for torchvision is installed.
     builders = (
         pair
         for family in (transformers_models, timm_models)

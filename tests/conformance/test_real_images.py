@@ -1,4 +1,6 @@
-"""Training on real images: the NumPy network, the tasks, and a comparison that must notice mistakes."""
+"""Training on real images: the NumPy network, the tasks, and a comparison that must notice
+mistakes.
+"""
 
 from __future__ import annotations
 

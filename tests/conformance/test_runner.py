@@ -458,7 +458,9 @@ raise SystemExit(cli.main(["talk"]))
 @pytest.mark.parametrize("lines", [0, 1])
 @pytest.mark.parametrize("command", [("-m", "agc", "conformance", "list"), ("-c", TALK)])
 def test_a_reader_that_has_seen_enough(command: tuple[str, ...], lines: int) -> None:
-    """As ``head`` does: it is no error, whether the output is printed line by line or at the end."""
+    """As ``head`` does: it is no error, whether the output is printed line by line or at the
+    end.
+    """
     asked = [sys.executable, *command]
     with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -1,7 +1,7 @@
 """What holds for every framework, said once.
 
-Each module has a class of tests. A framework's test file subclasses it and names its driver, which alone
-knows the framework::
+Each module has a class of tests. A framework's test file subclasses it and names its driver, which
+alone knows the framework::
 
     class TestNFNet(NFNetContract):
         driver = TorchDriver()

@@ -1,7 +1,7 @@
 """What the contract asks of a framework: NumPy arrays go in, NumPy arrays come out.
 
-Images are ``n h w c``, weights have the neutral layout, and dtypes have NumPy's names; ``bfloat16`` is that of
-``ml_dtypes``, and ``mixed_bfloat16`` stores float32 and computes in bfloat16.
+Images are ``n h w c``, weights have the neutral layout, and dtypes have NumPy's names; ``bfloat16``
+is that of ``ml_dtypes``, and ``mixed_bfloat16`` stores float32 and computes in bfloat16.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Driver(ABC):
     adapter : module
         The adapter, whose ``to_neutral``, ``from_neutral`` and ``plan`` are the same everywhere.
     channels_first : bool
-        The framework's own layout: images ``n c h w`` and weights ``o i h w``, or ``n h w c`` and ``h w i o``.
+        The framework's own layout: images ``n c h w`` and weights ``o i h w``, or ``n h w c`` and
+        ``h w i o``.
     modes : tuple of str
         Ways to compute gradients of the same model.
     dtypes : tuple of str
@@ -134,7 +135,9 @@ class Driver(ABC):
 
     @abstractmethod
     def call(self, model: Any, method: str, x: Array) -> Any:
-        """Give an array to ``__call__``, ``features`` or ``signals`` as it is, without a change of layout."""
+        """Give an array to ``__call__``, ``features`` or ``signals`` as it is, without a change of
+        layout.
+        """
 
     @abstractmethod
     def signals(self, model: Any, images: Array) -> Mapping[str, Array]:

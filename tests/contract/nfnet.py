@@ -108,7 +108,9 @@ class NFNetContract(Contract):
         change: Callable[[Array], object] = lambda weight: None,
         **sizes: int,
     ) -> tuple[Any, Mapping[str, Array]]:
-        """Return a grouped convolution with stride 2, and what it holds after a change of its weight."""
+        """Return a grouped convolution with stride 2, and what it holds after a change of its
+        weight.
+        """
         made = core.Conv(
             "conv", **{"inputs": 6, "outputs": 8, "kernel": 3, "stride": 2, "groups": 2, **sizes}
         )
@@ -179,7 +181,9 @@ class NFNetContract(Contract):
         ],
     )
     def test_sizes(self, variant, images, height, width):
-        """Odd and even, where padding and pooling differ from frameworks' own, and one image alone."""
+        """Odd and even, where padding and pooling differ from frameworks' own, and one image
+        alone.
+        """
         model = self.driver.seeded(variant)
         x = images_of(images, height, width)
         expected = NFNet(variant, self.driver.adapter.to_neutral(model))(x)

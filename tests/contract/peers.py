@@ -168,7 +168,8 @@ def by_profile(
 
 
 def assert_close(got: Any, want: Any) -> None:
-    """Compare with the reference in units in the last place, up to the rounding of the package itself.
+    """Compare with the reference in units in the last place, up to the rounding of the package
+    itself.
 
     In float64 the reference rounds as well.
     """
@@ -188,7 +189,8 @@ class ProfilesContract(Parametrized):
     shapes : dict of str to tuple of int
         Weights of layers, as the framework stores them.
     plain : dict of str to (shape, permutation)
-        Layers whose output is on the axis where the framework has it, and how they get to ``other``.
+        Layers whose output is on the axis where the framework has it, and how they get to
+        ``other``.
     layout, other : str
         Whether the framework has the output first or last, and the opposite.
     """

@@ -33,7 +33,9 @@ class RecipeContract(Contract):
         assert (totals[0].clipped, totals[0].units) == (254, 4855)
 
     def test_weight_decay(self):
-        """Coupled, on weights only, and after clipping: with gradients of 0 nothing else is left."""
+        """Coupled, on weights only, and after clipping: with gradients of 0 nothing else is
+        left.
+        """
         model = self.driver.seeded(SHALLOW)
         before = self.driver.adapter.to_neutral(model)
         self.driver.optimizer(model, 0.5, weight_decay=0.25).update(0.0)

@@ -1,4 +1,6 @@
-"""Weights in files: every form to every other bit for bit, broken files by name, nothing half-written."""
+"""Weights in files: every form to every other bit for bit, broken files by name, nothing half-
+written.
+"""
 
 from __future__ import annotations
 

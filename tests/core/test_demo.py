@@ -48,7 +48,8 @@ def test_gratings_can_be_told_by_their_orientation():
     assert images.shape == (400, 32, 32, 3)
     assert images.dtype == np.float32
     assert set(labels) == set(range(demo.CLASSES))
-    # Energy of the two-dimensional spectrum at six cycles in each orientation; the labels must stand out.
+    # Energy of the two-dimensional spectrum at six cycles in each orientation; the labels must
+    # stand out.
     angle = np.pi * np.arange(demo.CLASSES) / demo.CLASSES
     place = np.stack(np.meshgrid(*2 * [np.arange(32) / 32], indexing="ij"))
     wave = np.exp(2j * np.pi * 6 * np.einsum("pa,pyx->ayx", [np.sin(angle), np.cos(angle)], place))

@@ -1,4 +1,6 @@
-"""What the models of all frameworks share, against the published figures and DeepMind's own code."""
+"""What the models of all frameworks share, against the published figures and DeepMind's own
+code.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,36 @@ def test_missing_framework_names_the_extra(adapter, framework):
         f"try:\n    import {adapter}\nexcept ImportError as error:\n    print(error)\n"
     )
     assert f'pip install "agc-sam[{framework}]"' in message
+
+
+READING_ORDER = [
+    "units",
+    "layers",
+    "views",
+    "norms",
+    "clip",
+    "schedules",
+    "stats",
+    "optimizer",
+    "sam",
+    "verify",
+    "nfnet",
+    "recipe",
+    "weights",
+]
+EXTRAS = {  # what only one framework needs
+    "torch": {"passes", "shards"},
+    "jax": {"leaf_names"},
+    "tensorflow": {"devices"},
+}
+
+
+@pytest.mark.parametrize("framework", EXTRAS)
+def test_adapters_have_the_same_files(framework):
+    folder = Path(__file__).parents[2] / "adapters" / f"agc_{framework}"
+    files = {path.stem for path in folder.glob("*.py")}
+    others = {"__init__", "commands"} | EXTRAS[framework]
+    assert files - others == set(READING_ORDER)
 
 
 @pytest.mark.parametrize("name", agc.__all__)

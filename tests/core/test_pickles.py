@@ -24,8 +24,9 @@ EXPECTED = {
     f"{module}/{name}": leaf for module, leaves in TREE.items() for name, leaf in leaves.items()
 }
 
-# What dill itself makes of this tree, plus an array in Fortran order and a scalar: the version of the time
-# of DeepMind's release, which reaches NumPy's functions through two of its own, and a later one.
+# What dill itself makes of this tree, plus an array in Fortran order and a scalar: the version of
+# the time of DeepMind's release, which reaches NumPy's functions through two of its own, and a
+# later one.
 DILL = {
     "0.3.3, dict, protocol 3": """
         gAN9cQAoWA4AAABORk5ldC9+L2xpbmVhcnEBfXECKFgBAAAAd3EDY2RpbGwuX2RpbGwKX2dldF9hdHRyCnEEY2Rp
@@ -131,7 +132,9 @@ class Call:
 
 
 def transposed(axes, order="K"):
-    """What NumPy 2.4 makes of a transposed array in protocol 5, by hand; any NumPy gives the name."""
+    """What NumPy 2.4 makes of a transposed array in protocol 5, by hand; any NumPy gives the
+    name.
+    """
     values = np.arange(120, dtype="f4")
     made = Call(
         np.zeros(2).__reduce_ex__(5)[0], values.tobytes(), values.dtype, (2, 3, 4, 5), order, *axes
@@ -261,7 +264,8 @@ DTYPE = stack_global(b"numpy", b"dtype")
 F4 = DTYPE + text("f4") + b"\x89\x88\x87R"
 EMPTY = NDARRAY + b"K\x00\x85C\x01b\x87"  # the arguments of _reconstruct
 
-# What goes beyond the needed through names that are allowed, or is not there for pickle.loads to run.
+# What goes beyond the needed through names that are allowed, or is not there for pickle.loads to
+# run.
 CRAFTED = {
     "dill's import of os": (
         DILL_GET + DILL_IMPORT + text("os") + b"\x85R" + text("system") + b"\x86R",
@@ -401,7 +405,9 @@ class Watch:
 
 
 def test_the_interpreter_sees_nothing_but_the_file(tmp_path, monkeypatch):
-    """Every file of this module, and a thousand damaged ones, under the interpreter's audit hook."""
+    """Every file of this module, and a thousand damaged ones, under the interpreter's audit
+    hook.
+    """
     bodies = [b"\x80\x04" + body + b"." for body, _ in CRAFTED.values()]
     whole = [pickle.dumps(TREE, 2), *(base64.b64decode("".join(d.split())) for d in DILL.values())]
     draw = random.Random(0)

@@ -1,4 +1,6 @@
-"""The reference is checked by hand-worked numbers, published ones, and properties; never by itself."""
+"""The reference is checked by hand-worked numbers, published ones, and properties; never by
+itself.
+"""
 
 import math
 

@@ -151,7 +151,9 @@ def by_hand(values, depths, x):
     ("images", "height", "width"), [(2, 32, 38), (2, 45, 51), (1, 50, 33), (1, 64, 64), (3, 7, 1)]
 )
 def test_sizes(images, height, width):
-    """Odd and even, where padding and pooling differ from the frameworks' own, and one image alone."""
+    """Odd and even, where padding and pooling differ from the frameworks' own, and one image
+    alone.
+    """
     arrays = seeded_parameters(SMALL)
     x, _ = seeded_batch(images, height, width)
     want = by_hand(arrays, SMALL.depths, x)

@@ -14,7 +14,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 def quick() -> Iterator[None]:
     """Compile fast instead of fast code; not for tests that count units in the last place.
 
-    JAX may take a program that it has for one that it is asked for, so none is left to other modules.
+    JAX may take a program that it has for one that it is asked for, so none is left to other
+    modules.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     yield

@@ -1,8 +1,9 @@
 """Units of every layer with weights, found by differentiating what the layer computes.
 
-A unit is the set of weights that feed one output. So two weights are in one unit if there is an output that
-both feed, and which weights feed an output is read off a Jacobian: no table of layers is needed, and none is
-asked. What the plan says of every weight with two or more axes is compared with that.
+A unit is the set of weights that feed one output. So two weights are in one unit if there is an
+output that both feed, and which weights feed an output is read off a Jacobian: no table of layers
+is needed, and none is asked. What the plan says of every weight with two or more axes is compared
+with that.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def thrice(tree: Any, axis: int = 0) -> Any:
 def found_units(outputs: Callable[[Any], Any], params: Any) -> dict[str, Any]:
     """Label every weight of two or more axes with the number of its unit.
 
-    ``outputs`` returns arrays by the dotted name of the layer that computes them; each layer's own parameters
-    are judged by its own outputs, as those of the layers behind it mix them.
+    ``outputs`` returns arrays by the dotted name of the layer that computes them; each layer's own
+    parameters are judged by its own outputs, as those of the layers behind it mix them.
     """
     jacobians = jax.jit(jax.jacrev(outputs), compiler_options=QUICK)(params)
     names = [name for name, leaf in zip(*flatten(params)[:2], strict=True) if leaf is not None]
@@ -98,7 +99,7 @@ def compare(units: Any, found: dict[str, Any], gates: int = 1, asks: str = "") -
         assert both == len({*said}) == gates * len({*right}), f"{name}: {units[name]}"
 
 
-# --- Flax NNX: by type -------------------------------------------------------------------------------
+# --- Flax NNX: by type ---------------------------------------------------------------------------
 
 
 def on(*shape: int) -> Callable[[Any], Any]:
@@ -217,7 +218,7 @@ def test_nnx(layer: str, stacked: bool) -> None:
     compare(agc_jax.units(nnx.merge(graph, params)), found, gates)
 
 
-# --- Equinox: by type --------------------------------------------------------------------------------
+# --- Equinox: by type ----------------------------------------------------------------------------
 
 
 def _eqx_attention(m: Any) -> Any:
@@ -272,7 +273,7 @@ def test_equinox(layer: str, stacked: bool) -> None:
     compare(agc_jax.units(params), found, gates)
 
 
-# --- Flax Linen: by leaf names -----------------------------------------------------------------------
+# --- Flax Linen: by leaf names -------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -438,7 +439,7 @@ def test_stacked_linen(name: str, asks: str, axis: int) -> None:
     compare(agc_jax.units(params), found, gates, asks)
 
 
-# --- Haiku: by leaf names ----------------------------------------------------------------------------
+# --- Haiku: by leaf names ------------------------------------------------------------------------
 
 HAIKU: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "linear": (lambda x: hk.Linear(4)(x), (draw(BATCH, 3),), ""),

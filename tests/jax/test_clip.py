@@ -1,4 +1,6 @@
-"""Clipping by hand, against the float64 reference: dtypes, layouts, policies, transformations, cost."""
+"""Clipping by hand, against the float64 reference: dtypes, layouts, policies, transformations,
+cost.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,7 @@ from agc.reference import Result, adaptive_clip
 from tests.helpers import uneven
 
 clip_module = importlib.import_module("agc_jax.clip")
+norms = importlib.import_module("agc_jax.norms")
 
 MODEL = {
     "conv.kernel": ((3, 3, 4, 5), "h w i o -> o"),
@@ -590,7 +593,9 @@ arrays = st.integers(0, 2**32 - 1).map(
 @settings(max_examples=50, deadline=None)
 @given(arrays, st.floats(0.25, 4))
 def test_properties(pair: tuple[Any, Any], factor: float) -> None:
-    """No norm grows or exceeds its limit, directions are kept, columns do not mix, scales carry over."""
+    """No norm grows or exceeds its limit, directions are kept, columns do not mix, scales carry
+    over.
+    """
     gradient, weight = pair
 
     def run(gradient: Any, weight: Any) -> Any:
@@ -617,7 +622,7 @@ def test_runs_cover_every_element_once(shape: list[int], mask: int, data: st.Dat
     names = [f"a{axis}" for axis in range(len(shape))]
     kept = [name for axis, name in enumerate(names) if not mask >> axis & 1]
     axes = Units(f"{' '.join(names)} -> {' '.join(kept)}").bind(tuple(shape))
-    split = clip_module._split_into_runs(axes)
+    split = norms._split_into_runs(axes)
     if split is None:
         return
     found, inside, between = split
@@ -625,4 +630,4 @@ def test_runs_cover_every_element_once(shape: list[int], mask: int, data: st.Dat
     assert not set(inside) & set(between)
     rest = [found[a] for a in range(len(found)) if a not in (*inside, *between)]
     assert rest == [size for axis, size in enumerate(shape) if axis in axes.keep]
-    assert 4 <= np.prod([found[a] for a in inside]) <= clip_module._RUN
+    assert 4 <= np.prod([found[a] for a in inside]) <= norms._RUN

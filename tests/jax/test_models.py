@@ -1,4 +1,6 @@
-"""NFNets through the adapter's own backend: gradients and clipping; the suite's main job asks for the rest."""
+"""NFNets through the adapter's own backend: gradients and clipping; the suite's main job asks for
+the rest.
+"""
 
 
 def test_gradients_and_clipping(run_suite):

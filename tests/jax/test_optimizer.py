@@ -124,7 +124,7 @@ def test_the_names_of_a_state_are_not_those_of_optax(params: Any, gradients: Any
     ours = {
         *agc_jax.AdaptiveGradClipState._fields,
         *agc_jax.Stats._fields,
-        *agc_jax.Columns._fields,
+        *agc_jax.PerParameter._fields,
     }
     kinds = [kind for kind in vars(optax).values() if hasattr(kind, "_fields")]
     theirs = {field for kind in kinds for field in kind._fields}
@@ -142,7 +142,7 @@ def test_exported(params: Any, gradients: Any) -> None:
     assert isinstance(after, agc_jax.AdaptiveGradClipState)
     assert close(updates, want)
     assert agc_jax.stats(after).total() == agc_jax.stats(wanted).total()
-    function = agc_jax.sam_value_and_grad(lambda p: optax.tree.norm(p), SAM(), has_stats=True)
+    function = agc_jax.sam_value_and_grad(lambda p: optax.tree.norm(p), SAM(), return_stats=True)
     found = jax.export.export(jax.jit(function))(params)
     assert isinstance(jax.export.deserialize(found.serialize()).call(params)[2], agc_jax.SamStats)
 

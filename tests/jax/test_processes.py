@@ -1,4 +1,6 @@
-"""AGC under ``jax.distributed``: two processes with two devices each, on loopback (AGC-4, AGC-8)."""
+"""AGC under ``jax.distributed``: two processes with two devices each, on loopback (AGC-4,
+AGC-8).
+"""
 
 import socket
 import subprocess

@@ -22,7 +22,9 @@ class TestRecipe(RecipeContract):
 
 
 def test_the_learning_rate_is_outside_the_momentum():
-    """After a schedule's jump the whole momentum moves by the new rate (Keras would keep the old one)."""
+    """After a schedule's jump the whole momentum moves by the new rate (Keras would keep the old
+    one).
+    """
     params = {"head": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
     rule = AGC(clipping=None)
     jump = optax.piecewise_constant_schedule(0.1, {1: 10.0})

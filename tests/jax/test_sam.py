@@ -21,7 +21,8 @@ from agc.config import SAM
 from agc.errors import ConfigError, DTypeError, NonFiniteError, ParameterError, SelectorError
 from agc.reference import sharpness_aware_gradients
 from agc.schedule import Schedule
-from agc_jax.sam import sam_value_and_grad, verify_sam
+from agc_jax.sam import sam_value_and_grad
+from agc_jax.verify import verify_sam
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -88,7 +89,9 @@ RULES = {
 @functools.cache
 def compiled(name):
     """One program for all steps."""
-    return jax.jit(sam_value_and_grad(loss_fn, RULES[name], batch_argnums=(1, 2), has_stats=True))
+    return jax.jit(
+        sam_value_and_grad(loss_fn, RULES[name], batch_argnums=(1, 2), return_stats=True)
+    )
 
 
 @pytest.mark.parametrize("step", [0, 3])
@@ -245,7 +248,7 @@ class TestComplex:
     def test_moves_uphill(self, dtype, adaptive):
         w = {"a": jnp.array([[2j, 2j]], dtype), "b": jnp.array([3.0 - 4j], dtype)}
         rule = SAM(rho=0.5, adaptive=adaptive, eta=0.0)
-        (value, gradients, stats) = sam_value_and_grad(squares, rule, has_stats=True)(w)
+        (value, gradients, stats) = sam_value_and_grad(squares, rule, return_stats=True)(w)
         norm = np.sqrt(4 * 33) if not adaptive else np.sqrt(2 * 8**2 + 10**2)
         grown = {k: 1 + 0.5 * (4 if adaptive and k == "a" else 1) * 2 / norm for k in w}
         assert value == 33
@@ -282,7 +285,7 @@ def test_the_norm_is_wide(dtype, step):
     def huge(w):  # each element fits float16, their norm does not
         return jnp.sum(w * jnp.asarray([60000, -60000], dtype))
 
-    function = sam_value_and_grad(huge, SAM(every=2), has_stats=True)
+    function = sam_value_and_grad(huge, SAM(every=2), return_stats=True)
     for run in (function, jax.jit(function)):
         norm = run(w, step=step)[2].norm
         assert norm.dtype == ("float64" if dtype == "float64" else "float32")
@@ -291,7 +294,7 @@ def test_the_norm_is_wide(dtype, step):
 
 def test_every_perturbed_weight_is_empty():
     w = {"a": jnp.zeros((0, 3)), "b": jnp.ones(2)}
-    value, gradients, stats = sam_value_and_grad(squares, SAM(only=["a"]), has_stats=True)(w)
+    value, gradients, stats = sam_value_and_grad(squares, SAM(only=["a"]), return_stats=True)(w)
     assert (value, stats.norm) == (2, 0)
     assert gradients["b"].tolist() == [2, 2]
 
@@ -397,11 +400,19 @@ class TestStep:
     def test_other_keywords_reach_the_loss(self):
         """The names of the options of sam_value_and_grad are free for the loss."""
 
-        def loss(w, *, rule, axis_name, has_aux, argnums, batch_argnums, loss_fn, has_stats):
-            options = (rule, axis_name, has_aux, argnums, batch_argnums, loss_fn, has_stats)
+        def loss(w, *, rule, axis_name, has_aux, argnums, batch_argnums, loss_fn, return_stats):
+            options = (rule, axis_name, has_aux, argnums, batch_argnums, loss_fn, return_stats)
             return w.sum() * sum(options)
 
-        names = ("rule", "axis_name", "has_aux", "argnums", "batch_argnums", "loss_fn", "has_stats")
+        names = (
+            "rule",
+            "axis_name",
+            "has_aux",
+            "argnums",
+            "batch_argnums",
+            "loss_fn",
+            "return_stats",
+        )
         value, _ = sam_value_and_grad(loss, SAM())(jnp.ones(2), **dict.fromkeys(names, 1.0))
         assert value == 14
 
@@ -678,6 +689,19 @@ class TestVerify:
         found = verify_sam(wrong, loss_fn, weights, x, y)
         assert not found.ok
         assert found.gradient_error > 1e-3
+
+    def test_weights_that_are_written_to(self):
+        def careless(f):
+            def function(w):
+                value, gradients = sam_value_and_grad(f, SAM())(w)
+                w += 0.01
+                return value, gradients
+
+            return function
+
+        found = verify_sam(careless, lambda w: jnp.sum(w**3), np.ones(3))
+        assert not found.restored
+        assert not found.ok
 
 
 SHARDED = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import doctest
 import importlib
 from collections import OrderedDict
@@ -346,7 +347,7 @@ class Weird(nnx.Module):
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = importlib.import_module("agc_jax.layers")
-    monkeypatch.setattr(layers, "_REGISTRY", dict(layers._REGISTRY))
+    monkeypatch.setattr(layers, "TABLE", copy.deepcopy(layers.TABLE))
 
 
 def test_an_own_layer_is_registered(registry: None) -> None:
@@ -541,7 +542,7 @@ def test_what_names_leave_open_is_asked_for_all_at_once(case: str) -> None:
     assert "For a Flax NNX or Equinox model give units=agc_jax.units(model)" in str(caught.value)
 
 
-LAYERS = {
+TABLE = {
     "mlp": ("io", "o"),
     "Dense_0": ("io", "o"),
     "DenseGeneral_0": ("ihd", "hd"),
@@ -563,7 +564,9 @@ STACKS: dict[str, Callable[[str], str]] = {
 
 
 def right_or_none(units: Any, name: str, axes: str, outputs: str) -> bool:
-    """Check that the units of an array, if there are any, are the outputs and what stacks the layer."""
+    """Check that the units of an array, if there are any, are the outputs and what stacks the
+    layer.
+    """
     shape = units.shape(name)
     right = {
         axis for axis, letter in enumerate(axes) if letter in f"{outputs}lm" and shape[axis] > 1
@@ -577,9 +580,9 @@ def right_or_none(units: Any, name: str, axes: str, outputs: str) -> bool:
 
 
 @pytest.mark.parametrize("stack", STACKS)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", TABLE)
 def test_no_layer_of_any_size_is_taken_for_another(layer: str, stack: str) -> None:
-    axes, outputs = LAYERS[layer]
+    axes, outputs = TABLE[layer]
     kernel_axes, bias_axes = STACKS[stack](axes), STACKS[stack](outputs)
     letters = sorted({*kernel_axes})
     settled = 0
@@ -870,7 +873,9 @@ def test_units_of_another_model() -> None:
 
 @pytest.mark.parametrize("profile", ["optax", "timm", "deepmind"])
 def test_profiles_read_flax_layouts(profile: str) -> None:
-    """A dense kernel 1->4 is one unit for optax, which squeezes, and four for timm, whose layout differs."""
+    """A dense kernel 1->4 is one unit for optax, which squeezes, and four for timm, whose layout
+    differs.
+    """
     model = nnx.Linear(1, 4, rngs=nnx.Rngs(0))
     rule = AGC.profile(profile, exclude=[])
     assert agc_jax.plan(model, rule)["kernel"].count == (4 if profile == "timm" else 1)

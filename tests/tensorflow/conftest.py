@@ -18,7 +18,8 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * VIRTUAL
 )
 
-# Keras variables do not know NumPy 2's keyword yet; Keras itself trips over it when it saves a model.
+# Keras variables do not know NumPy 2's keyword yet; Keras itself trips over it when it saves a
+# model.
 KERAS_ARRAY = "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 
 

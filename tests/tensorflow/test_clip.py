@@ -1,4 +1,6 @@
-"""Clipping by hand, against the float64 reference: modes, dtypes, layouts, policies, sparsity, telemetry."""
+"""Clipping by hand, against the float64 reference: modes, dtypes, layouts, policies, sparsity,
+telemetry.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +141,8 @@ def test_dtype(gradient_dtype, weight_dtype, limit, mode):
 
     weight, gradient = make(1, weight_dtype), make(2, gradient_dtype)
     [got] = clip(mode, weight, gradient, AGC(clipping=0.3))
-    # Contiguous units, so that NumPy adds the reference up in pairs: its own error counts in float64.
+    # Contiguous units, so that NumPy adds the reference up in pairs: its own error counts in
+    # float64.
     want = clip_units(
         gradient.numpy().T.copy(), weight.numpy().T.copy(), Units("o i -> o"), clipping=0.3
     ).gradient.T

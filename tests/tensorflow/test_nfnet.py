@@ -110,7 +110,9 @@ def train():
 
 
 def test_training_with_and_without_one_dnn():
-    """oneDNN is on unless the environment says otherwise, and decides which gradients TensorFlow has."""
+    """oneDNN is on unless the environment says otherwise, and decides which gradients TensorFlow
+    has.
+    """
     here: dict[str, Any] = {}
     exec(TRAINING, here)
     losses = here["train"]()

@@ -1,4 +1,6 @@
-"""AdaptiveGradClip: every optimizer, compile and fit, saving, accumulation, loss scaling, distribution."""
+"""AdaptiveGradClip: every optimizer, compile and fit, saving, accumulation, loss scaling,
+distribution.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,9 @@ def test_optimizer_receives_clipped_gradients(name):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_fit(mode):
-    """Training by fit is training by a loop that clips by hand; the norms are those before decay."""
+    """Training by fit is training by a loop that clips by hand; the norms are those before
+    decay.
+    """
     model = network()
     start = weights_of(model)
     rule = AGC(clipping=0.02, exclude=["head.*"])
@@ -558,7 +562,7 @@ class TestSaving:
                 loaded.build(variables[:2])
                 loaded = AdaptiveGradClip.from_config(config)
             loaded.build(variables)  # all of them: their order tells
-            stats = [entry.name for entry in loaded._seam.entries]
+            stats = [entry.name for entry in loaded._hook.entries]
             assert stats == ["dense.kernel", "dense_1.kernel", "dense_2.kernel"]
 
     def test_config_round_trip(self):

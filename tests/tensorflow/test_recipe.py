@@ -66,7 +66,9 @@ def by_optimizer(optimizer: Any, rates: list[float]) -> np.ndarray:
 
 
 def test_momentum_does_not_contain_the_learning_rate(float64):
-    """Keras' own SGD is the same while the learning rate stays, and another optimizer when it changes."""
+    """Keras' own SGD is the same while the learning rate stays, and another optimizer when it
+    changes.
+    """
     constant, changing = [0.1] * 4, [0.1, 0.2, 0.05, 0.0]
     for rates in (constant, changing):
         found = by_optimizer(agc_tensorflow.CoupledSGD(0.1), rates)

@@ -12,7 +12,8 @@ from agc.config import AGC, SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, SelectorError
 from agc.reference import sharpness_aware_gradients
 from agc.schedule import Schedule
-from agc_tensorflow.sam import SharpnessAwareModel, sam_value_and_gradients, verify_sam
+from agc_tensorflow.sam import SharpnessAwareModel, sam_value_and_gradients
+from agc_tensorflow.verify import verify_sam
 
 
 def net(seed=0, dtype="float64", extra=(), regularizer=None):
@@ -916,7 +917,8 @@ class Adversaries(keras.Model):
 def reads_and_writes_in_order():
     """In this pass of TensorFlow's, a read and a write of one variable may change places.
 
-    The tape alone, without SAM, then reads the judge's weights now and then before they are updated.
+    The tape alone, without SAM, then reads the judge's weights now and then before they are
+    updated.
     """
     tf.config.optimizer.set_experimental_options({"dependency_optimization": False})
     yield
@@ -985,7 +987,9 @@ class Counters(keras.layers.Layer):
 
 
 class MovingMean(keras.layers.Layer):
-    """Uses its state right after it has changed it: no gradient flows through a variable's value."""
+    """Uses its state right after it has changed it: no gradient flows through a variable's
+    value.
+    """
 
     def build(self, shape):
         self.mean = self.add_weight(shape=(shape[-1],), trainable=False, initializer="zeros")

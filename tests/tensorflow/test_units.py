@@ -26,15 +26,15 @@ from agc.errors import (
     UnitsWarning,
 )
 from agc_tensorflow import units as units_of
-from agc_tensorflow.layers import _REGISTRY
+from agc_tensorflow.layers import TABLE as LAYER_TABLE
 
 
 @pytest.fixture
 def registry() -> Iterator[None]:
-    before = dict(_REGISTRY)
+    before = dict(LAYER_TABLE._by_class)
     yield
-    _REGISTRY.clear()
-    _REGISTRY.update(before)
+    LAYER_TABLE._by_class.clear()
+    LAYER_TABLE._by_class.update(before)
 
 
 def built(layer: Any, *shape: int) -> Any:
@@ -383,7 +383,9 @@ def test_matrices_without_a_model_follow_the_layout_and_say_so():
 
 
 def test_kernels_without_a_model_are_all_named_in_one_error():
-    """Rank says nothing of a kernel: depthwise and transposed ones have the rank of a convolution's."""
+    """Rank says nothing of a kernel: depthwise and transposed ones have the rank of a
+    convolution's.
+    """
     model = keras.Sequential(
         [
             keras.Input((8, 8, 3)),

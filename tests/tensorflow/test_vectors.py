@@ -1,6 +1,7 @@
 """Every conformance vector, through the adapter's own backend."""
 
-# What Keras has no layer for, tensors in pieces, old gradients, and steps that Keras itself refuses.
+# What Keras has no layer for, tensors in pieces, old gradients, and steps that Keras itself
+# refuses.
 UNSUPPORTED = {
     "L0-plan-grouped-conv-transpose2d:-",
     "L0-plan-bilinear:-",

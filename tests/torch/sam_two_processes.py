@@ -1,4 +1,6 @@
-"""Run by test_sam_distributed.py in two processes: DDP in both scopes, fully sharded and tensor parallel."""
+"""Run by test_sam_distributed.py in two processes: DDP in both scopes, fully sharded and tensor
+parallel.
+"""
 
 from __future__ import annotations
 
@@ -171,7 +173,8 @@ def a_replica_without_gradient(mine):
                 sam.step(optimizer, closure, scaler=scaler)
             assert all(map(torch.equal, model.parameters(), before))
             assert sam.count == 0
-    # Without a perturbation of its own, this replica has a plain gradient; without any, it is an error.
+    # Without a perturbation of its own, this replica has a plain gradient; without any, it is an
+    # error.
     for takes in ([True, False], [False, False]):
         model = DistributedDataParallel(Branches(), find_unused_parameters=True)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -253,7 +256,9 @@ class Block(torch.nn.Module):
 
 
 def tensor_parallel():
-    """Gradients that are shares of a sum, or whole where the parameter is cut, give the unsharded result."""
+    """Gradients that are shares of a sum, or whole where the parameter is cut, give the unsharded
+    result.
+    """
     mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
     for adaptive in (False, True):
         results = []

@@ -138,7 +138,7 @@ def test_trajectory(decoupled):
         np.testing.assert_allclose(got[step]["w"], w, rtol=1e-12)
 
 
-LAYERS = {
+TABLE = {
     "dense": ({"i": 4, "o": 6}, 6),
     "conv3d": ({"i": 4, "o": 6, "t": 2, "h": 3, "w": 3}, 6),
     "depthwise_conv2d": ({"c": 4, "m": 2, "h": 3, "w": 3}, 8),
@@ -150,9 +150,9 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", TABLE)
 def test_layer_plan(kind):
-    sizes, count = LAYERS[kind]
+    sizes, count = TABLE[kind]
     made = BACKEND.layer_plan(Layer(kind, sizes), AGC())
     assert sum(entry.count for entry in made if not entry.units.whole) == count
 

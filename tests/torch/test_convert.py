@@ -1,4 +1,6 @@
-"""Weights in PyTorch's files, in timm's own model, and in the command that classifies photographs."""
+"""Weights in PyTorch's files, in timm's own model, and in the command that classifies
+photographs.
+"""
 
 from __future__ import annotations
 

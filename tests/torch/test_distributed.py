@@ -1,4 +1,5 @@
-"""DTensor placements, FSDP2, DDP and FSDP1, with two processes: the sharded result is the unsharded one.
+"""DTensor placements, FSDP2, DDP and FSDP1, with two processes: the sharded result is the unsharded
+one.
 
 One pair of processes works off every case and writes down what it got; the tests read that.
 """
@@ -22,7 +23,8 @@ import agc_torch
 from agc import AGC, AGCError
 from agc_conformance.backends.torch.processes import leave
 from agc_torch import attach
-from agc_torch.parts import _rows, parts
+from agc_torch.shards import held_rows, shard_axes
+from agc_torch.views import views
 
 PROCESSES = 2
 RULE = AGC(clipping={"0.*": 0.02, "*": 0.01}, exclude=["3.bias"])
@@ -188,7 +190,7 @@ def case_mixed_kinds() -> Any:
     weight = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
     entry = agc_torch.plan({"w": torch.ones(4, 2)}, AGC(units={"w": "o i -> o"}))["w"]
     try:
-        parts(entry, weight, torch.ones(4, 2))
+        views(entry, weight, torch.ones(4, 2))
     except AGCError as error:
         return str(error)
 
@@ -441,7 +443,9 @@ PLACEMENTS_SPLIT_UNEVENLY = TorchVersion(torch.__version__) >= (2, 13)
 @pytest.mark.parametrize("coordinate", [(0, 0), (0, 1), (1, 0), (1, 1)])
 @pytest.mark.parametrize("size", [3, 8, 9])
 def test_rows_of_fsdp2_over_tensor_parallelism(coordinate, size):
-    """One axis sharded twice: first by tensor parallelism, then each part by FSDP2, as PyTorch does it."""
+    """One axis sharded twice: first by tensor parallelism, then each part by FSDP2, as PyTorch does
+    it.
+    """
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -451,10 +455,11 @@ def test_rows_of_fsdp2_over_tensor_parallelism(coordinate, size):
     expected = torch.arange(size)
     for mine in reversed(coordinate):
         expected = [*expected.chunk(2), expected[:0]][mine]
-    assert torch.equal(_rows(tensor, 0, torch.device("cpu")), expected)
+    assert torch.equal(held_rows(tensor, 0, torch.device("cpu")), expected)
     if size == 8 or PLACEMENTS_SPLIT_UNEVENLY:
         rows = torch.arange(size)
         for placement, mine in zip(placements, coordinate, strict=True):
             rows = placement._split_tensor(rows, 2, with_padding=False)[0][mine]
         assert torch.equal(rows, expected)
-    assert _rows(tensor, 1, torch.device("cpu")) is None
+    assert held_rows(tensor, 1, torch.device("cpu")) is None
+    assert shard_axes(tensor) == (0, 1)  # a strided shard is one, too

@@ -669,7 +669,9 @@ def test_step_that_fails_leaves_no_trace():
 
 
 class Wrapper(torch.optim.Optimizer):
-    """A wrapper that is no optimizer of its own: no hooks, and a step that calls the inner one's."""
+    """A wrapper that is no optimizer of its own: no hooks, and a step that calls the inner
+    one's.
+    """
 
     name = "optimizer"
 
@@ -770,7 +772,9 @@ def test_wrappers_are_looked_through(name):
 
 
 class Ascent(torch.optim.Optimizer):
-    """As SAM of pytorch_optimizer: two passes, and the inner optimizer's step on restored weights."""
+    """As SAM of pytorch_optimizer: two passes, and the inner optimizer's step on restored
+    weights.
+    """
 
     def __init__(self, params: Any, inner: Any) -> None:
         super().__init__(params, {})

@@ -1,4 +1,6 @@
-"""The PyTorch peers as subjects: they run on problems, and the layers they get wrong show up as wrong."""
+"""The PyTorch peers as subjects: they run on problems, and the layers they get wrong show up as
+wrong.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Profiles against the packages they reproduce, over the table of shapes on which those packages disagree."""
+"""Profiles against the packages they reproduce, over the table of shapes on which those packages
+disagree.
+"""
 
 from __future__ import annotations
 

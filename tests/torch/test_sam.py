@@ -1,4 +1,6 @@
-"""SAM in front of PyTorch optimizers, against the float64 reference and the failures of other code."""
+"""SAM in front of PyTorch optimizers, against the float64 reference and the failures of other
+code.
+"""
 
 from __future__ import annotations
 
@@ -1194,7 +1196,9 @@ class TestPerturbedSet:
 
 
 class Wrapper:
-    """An optimizer inside another object, as Accelerate's: it may do nothing, or step through a scaler."""
+    """An optimizer inside another object, as Accelerate's: it may do nothing, or step through a
+    scaler.
+    """
 
     def __init__(self, optimizer, sync=True, scaler=None, tells=True):
         self.optimizer, self.scaler = optimizer, scaler

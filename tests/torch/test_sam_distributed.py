@@ -1,4 +1,6 @@
-"""Two processes: local and global scope equal the reference's replicas, and sharding changes nothing."""
+"""Two processes: local and global scope equal the reference's replicas, and sharding changes
+nothing.
+"""
 
 import os
 import subprocess

@@ -25,7 +25,7 @@ from agc.errors import (
 
 RULE = AGC()
 
-LAYERS = {
+TABLE = {
     "linear": (lambda: nn.Linear(4, 6), {"weight": 6, "bias": 1}),
     "linear 1->C": (lambda: nn.Linear(1, 6), {"weight": 6, "bias": 1}),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3), {"weight": 6, "bias": 1}),
@@ -80,9 +80,9 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", TABLE)
 def test_units_of_every_layer(name):
-    build, expected = LAYERS[name]
+    build, expected = TABLE[name]
     made = agc_torch.plan(build(), RULE)
     assert {entry.name: entry.count for entry in made} == expected
 
@@ -103,7 +103,9 @@ def test_lazy_layers_need_one_batch():
 
 
 def hf_conv1d() -> nn.Module:
-    """A class of the same name as Hugging Face's: it is recognised without importing transformers."""
+    """A class of the same name as Hugging Face's: it is recognised without importing
+    transformers.
+    """
 
     class Conv1D(nn.Module):
         def __init__(self) -> None:
@@ -144,11 +146,11 @@ class Wider(Dense):
 @pytest.fixture
 def registry():
     module = importlib.import_module("agc_torch.layers")
-    known = dict(module._REGISTRY)
+    known = dict(module.TABLE._by_class)
     yield
-    module._REGISTRY.clear()
-    module._REGISTRY.update(known)
-    module._version += 1
+    module.TABLE._by_class.clear()
+    module.TABLE._by_class.update(known)
+    module.TABLE._changes += 1
 
 
 def test_registered_layer_and_its_subclasses(registry):

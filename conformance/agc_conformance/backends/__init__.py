@@ -1,1 +1,1 @@
-"""Implementations under test: the reference, the three adapters, and other people's."""
+"""Implementations under test: the reference, the three adapters, and third-party code."""

@@ -1,4 +1,7 @@
-"""The float64 reference as a backend: rounded to the gradient's dtype, and the suite's own self-test."""
+"""The float64 reference as a backend, rounded to the gradient's dtype.
+
+It tests the suite itself.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ Array = npt.NDArray[Any]
 
 
 def to_dtype(values: Array, dtype: np.dtype[Any]) -> Array:
-    """Round float64 or complex128 values to a dtype; bfloat16 correctly, which a cast does not."""
+    """Round float64 or complex128 values to a dtype; unlike a cast, correctly for bfloat16 too."""
     if dtype.name == "bfloat16":
         values = round_to(values, "bfloat16")
     return np.asarray(values).astype(dtype)
@@ -98,7 +101,7 @@ def _recurrent(n: Mapping[str, int], gates: int) -> list[tuple[str, tuple[int, .
 
 
 def layer_parameters(layer: Layer) -> list[Parameter]:
-    """Parameters of a layer type as PyTorch would store them, with a bias."""
+    """Return the parameters of a layer type as PyTorch would store them, with a bias."""
     weights = [
         Parameter(name, shape, Units(pattern) if pattern else None, "out-first", layer.kind)
         for name, shape, pattern in _LAYERS[layer.kind](layer.sizes)
@@ -128,7 +131,7 @@ class Step:
     weights, momenta, gradients : mapping of name to array
         Before the step.
     index : int
-        Number of steps before it.
+        Number of earlier steps.
     """
 
     problem: Problem
@@ -195,7 +198,7 @@ class ReferenceBackend(Backend):
     def trajectory(
         self, problem: Problem, optimizer: Optimizer, gradients: Sequence[Mapping[str, Gradient]]
     ) -> list[Mapping[str, Array]]:
-        """Follow the optimizer in float64; weights are rounded only where they are handed out."""
+        """Follow the optimizer in float64; only the returned weights are rounded."""
         dtypes = {name: value.dtype for name, value in problem.parameters.items()}
         weights = {name: value.astype(np.float64) for name, value in problem.parameters.items()}
         momenta = {name: np.zeros_like(value) for name, value in weights.items()}
@@ -258,7 +261,7 @@ class ReferenceBackend(Backend):
         return self.clip(problem)
 
     def scenario_sharded(self, problem: Problem, shards: int) -> Outcome:
-        """Clip what is not split."""
+        """Clip without splitting anything."""
         return self.clip(problem)
 
     def sharpen(self, problem: SharpnessProblem) -> SharpnessOutcome:
@@ -274,7 +277,7 @@ class ReferenceBackend(Backend):
         )
 
     def sharpness(self, problem: SharpnessProblem, replicas: int = 1) -> SharpnessAware:
-        """Return the reference's own result."""
+        """Return the reference's result in float64."""
         examples = problem.examples
         return sharpness_aware_gradients(
             gradient_function(list(problem.parameters), list(examples.curvatures)),
@@ -319,7 +322,7 @@ class ReferenceBackend(Backend):
         return self.sharpen(problem)
 
     def sharpen_replicas(self, problem: SharpnessProblem, replicas: int) -> SharpnessOutcome:
-        """Compute what replicas compute together."""
+        """Compute the result of all replicas together."""
         result = self.sharpness(problem, replicas)
         gradients = _rounded(result.gradients, problem)
         return SharpnessOutcome(gradients, problem.parameters, result.loss, skipped=result.skipped)
@@ -338,7 +341,7 @@ class ReferenceBackend(Backend):
         return replace(outcome, gradients={**outcome.gradients, **dict.fromkeys(fixed)})
 
     def sharpen_stateful(self, problem: SharpnessProblem) -> SharpnessOutcome:
-        """Compute with a loss that is twice as large."""
+        """Compute with the loss of the second step, which is twice as large."""
         examples = problem.examples
         doubled = {name: 2 * value for name, value in examples.curvatures.items()}
         return self.sharpen(replace(problem, examples=replace(examples, curvatures=doubled)))

@@ -1,1 +1,1 @@
-"""AGC: problems of gradients, what is asked of a backend, and how its answer is compared."""
+"""AGC: problems for a backend, the questions it is asked, and the comparison of its answers."""

@@ -1,4 +1,4 @@
-"""What is asked of a backend about AGC."""
+"""Questions about AGC, put to a backend."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _train(backend: Backend, question: ClipTrajectory) -> list[Mapping[str, Arra
 
 
 def _copy(problem: Problem) -> Problem:
-    """Copy the arrays, so that a backend that works in place changes no question."""
+    """Copy the arrays, since a backend may change them in place."""
     return replace(
         problem,
         parameters={name: value.copy() for name, value in problem.parameters.items()},
@@ -64,4 +64,4 @@ KINDS: Final[dict[str, Kind[Any, Any]]] = {
     "scenario": Kind(parse_clip, _clip, compare_clip),
     "trajectory": Kind(parse_trajectory, _train, compare_trajectory),
 }
-"""Kind of vector to how it is run."""
+"""Kinds of vectors by name."""

@@ -1,10 +1,10 @@
 """Comparison of AGC: how far a clipped gradient may be from the float64 reference, in ULP.
 
-A clipped gradient must be within 4 ULP of the reference in float32, float64 and complex, and within 1 ULP
-of the correctly rounded reference in float16 and bfloat16. An unclipped unit keeps its bits. Whether a unit
-is clipped may differ only if its norm is within 4 ULP (of the dtype the norms are accumulated in) of
-its limit. Where finite values overflow that dtype when squared, the unit may also fall under the
-non-finite policy (AGC-4).
+A clipped gradient must be within 4 ULP of the reference in float32, float64 and complex, and within
+1 ULP of the correctly rounded reference in float16 and bfloat16. An unclipped unit keeps its bits.
+Whether a unit is clipped may differ only if its norm is within 4 ULP (of the dtype the norms are
+accumulated in) of its limit. Where finite values overflow that dtype when squared, the unit may
+also fall under the non-finite policy (AGC-4).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Array = npt.NDArray[Any]
 
 
 def compare_clip(question: ClipQuestion, outcome: Outcome) -> Verdict:
-    """Compare an outcome with everything that is expected of it."""
+    """Compare an outcome with the expectations of its question."""
     unknown = sorted(set(outcome.gradients) - set(question.gradients))
     if unknown:
         return Verdict(f"gradients came back for {unknown}, which are no parameters")
@@ -115,15 +115,16 @@ def compare_gradient(
     name : str
         Parameter, for messages.
     got : array
-        What came back, in canonical axes.
+        The backend's gradient, in canonical axes.
     gradient : array of the gradient's dtype
-        What went in (after unscaling or averaging, where the scenario does that), in canonical axes.
+        The gradient before clipping (unscaled or averaged, if the scenario does that), in canonical
+        axes.
     expected : "untouched" or ExpectedUnits
-        Of the vector.
+        The vector's expectation.
     dtype : str
         Dtype of the gradient.
     nonfinite : str
-        The policy.
+        The policy for non-finite norms.
     """
     verdict = Verdict()
     if got.dtype != dtype_of(dtype):

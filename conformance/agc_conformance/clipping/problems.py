@@ -1,4 +1,4 @@
-"""Questions about AGC: gradients to clip, once or in steps, and what is expected of them."""
+"""Questions about AGC: gradients to clip, once or in steps, and the expected results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ClipTrajectory = Trajectory[Problem, Mapping[str, Gradient]]
 
 @dataclass(frozen=True)
 class ExpectedUnits:
-    """What is expected of the units of a gradient, in the order of the canonical axes.
+    """Expected results for the units of a gradient, in the order of the canonical axes.
 
     Attributes
     ----------
@@ -72,17 +72,17 @@ class ClipQuestion:
     dtype : str
         Dtype of the gradients.
     seen : mapping of name to array, RowSparse or None
-        The gradients that AGC sees: unscaled where the scenario scales them.
+        The gradients that AGC sees: unscaled, if the scenario scales them.
     gradients : mapping of name to expectation
-        ``"absent"``: there is none; ``"untouched"``: its bits stay.
+        ``"absent"``: the parameter has no gradient. ``"untouched"``: the bits of the gradient stay.
     stats : mapping of name to Stats
         Telemetry (AGC-11).
     stats_required : bool
-        Whether a backend without telemetry lacks what is asked.
+        Whether a backend without telemetry does not support the question.
     scenario : str, optional
         A setting of real training.
     settings : mapping
-        Its numbers.
+        The numbers of the scenario.
     """
 
     problem: Problem
@@ -105,7 +105,7 @@ def parse_clip(vector: Vector, layout: str, dtype: str) -> ClipQuestion:
     vector : Vector
         The vector.
     layout : {"torch", "flax", "keras"}
-        The backend's.
+        The backend's layout.
     dtype : str
         ``gradient``, or ``gradient/weight`` if the two differ.
     """

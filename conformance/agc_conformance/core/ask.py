@@ -1,4 +1,8 @@
-"""What level 0 asks: configurations, units, plans and selections of the core, and plans of a backend's layers."""
+"""Questions of level 0.
+
+The core of this library is asked for configurations, units, plans and selections, and a backend for
+the plans of its layers.
+"""
 
 from __future__ import annotations
 
@@ -27,22 +31,22 @@ Data = Mapping[str, Any]
 
 
 def _parse(vector: Vector, layout: str, dtype: str) -> Data:  # noqa: ARG001
-    """Return the vector's own data: neither layout nor dtype matters to plans."""
+    """Return the vector's own data: plans depend on neither layout nor dtype."""
     return vector.data
 
 
 def _core(backend: Backend) -> Core:
-    """Return the core that the reference stands for, or a mutant's."""
+    """Return the backend's core, which a mutant replaces; this library's for other backends."""
     return backend.core if isinstance(backend, ReferenceBackend) else Core()
 
 
-# --- configurations ---------------------------------------------------------------------------------
+# --- configurations -------------------------------------------------------------------------------
 
 Rule = AGC | SAM
 
 
 def _config(read: Callable[[Core, Data], Rule]) -> Kind[Data, tuple[Rule, Rule]]:
-    """Read a rule, and read it again from its own data."""
+    """Return a kind that reads a rule, and reads it again from its own data."""
 
     def answer(backend: Backend, data: Data) -> tuple[Rule, Rule]:
         core = _core(backend)
@@ -62,7 +66,7 @@ def _compare_config(data: Data, rules: tuple[Rule, Rule]) -> Verdict:
     return Verdict()
 
 
-# --- units, plans and selections --------------------------------------------------------------------
+# --- units, plans and selections ------------------------------------------------------------------
 
 
 def _units(backend: Backend, data: Data) -> UnitAxes:
@@ -81,7 +85,7 @@ def _compare_units(data: Data, axes: UnitAxes) -> Verdict:
 
 
 def _plan(backend: Backend, data: Data) -> tuple[Plan, str]:
-    """Return a plan and what was warned of."""
+    """Return a plan and its warnings."""
     parameters = [
         Parameter(
             p["name"],
@@ -119,7 +123,7 @@ def _compare_selection(data: Data, names: list[str]) -> Verdict:
     return Verdict("" if names == want else f"perturbs {names}, not {want}")
 
 
-# --- layers -----------------------------------------------------------------------------------------
+# --- layers ---------------------------------------------------------------------------------------
 
 
 def _layer(backend: Backend, data: Data) -> Plan:
@@ -144,10 +148,10 @@ CORE_KINDS: Final[dict[str, Kind[Any, Any]]] = {
     "units": Kind(_parse, _units, _compare_units),
     "plan": Kind(_parse, _plan, _compare_plan),
 }
-"""Kinds that ask the core of this library, and no backend."""
+"""Kinds that test the core of this library and no backend."""
 
 KINDS: Final[dict[str, Kind[Any, Any]]] = {
     **CORE_KINDS,
     "layer": Kind(_parse, _layer, _compare_layer),
 }
-"""Kind of vector to how it is run."""
+"""Kinds of vectors by name."""

@@ -1,4 +1,4 @@
-"""The part of the library that level 0 asks."""
+"""The part of the library that level 0 tests."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ class Core:
         return sam_rule(data)
 
     def perturbed(self, names: Sequence[str], rule: SAM) -> Sequence[str]:
-        """Select what SAM perturbs."""
+        """Select the parameters that SAM perturbs."""
         return perturbed_names(names, rule)

@@ -11,7 +11,7 @@ __all__ = ["TITLE", "VECTORS"]
 
 TITLE: Final = "Plans of the frameworks' own layers"
 
-# Kind of layer, sizes, totals [elements, units] that are right for its weights: two where a
+# Kind of layer, sizes, right totals [elements, units] of its weights. There are two totals where a
 # framework may or may not count a stacked bias.
 _LAYERS: Final[list[tuple[str, dict[str, int], list[list[int]]]]] = [
     ("dense", {"i": 4, "o": 6}, [[24, 6]]),
@@ -37,7 +37,7 @@ _LAYERS: Final[list[tuple[str, dict[str, int], list[list[int]]]]] = [
     ("temperature", {"h": 6}, [[0, 0]]),
     ("stacked_dense", {"l": 3, "i": 4, "o": 5}, [[60, 15], [75, 18]]),
 ]
-# Flags of layers all of whose parameters are vectors (AGC-5).
+# Flags of layers whose parameters are all vectors (AGC-5).
 _VECTORS_ONLY: Final = {
     "layer_norm": ["LayerPlan"],
     "class_token": ["VectorRefused", "VectorPerElement"],

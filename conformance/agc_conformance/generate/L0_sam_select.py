@@ -1,4 +1,4 @@
-"""What ``only`` and ``exclude`` of SAM select."""
+"""Parameters selected by ``only`` and ``exclude`` of SAM."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _MODEL: Final[list[Data]] = [
     {"name": "tail/kernel", "shape": [4, 6], "units": "i o -> o"},
     {"name": "gain", "shape": []},
 ]
-# Rank 3 and 4 of unknown layers, which no convention settles.
+# Unknown layers of rank 3 and 4, for which there is no convention.
 _ATTENTION: Final[Data] = {"name": "mix.weight", "shape": [2, 3, 4], "layout": "out-first"}
 _KERNEL: Final[Data] = {"name": "deep.kernel", "shape": [3, 3, 4, 5], "layout": "out-last"}
 _VECTORS_OF_ANY_RANK: Final[list[Data]] = [

@@ -1,4 +1,4 @@
-"""Units patterns: what they mean for a shape, and which are refused."""
+"""Units patterns: their meaning for a shape, and those that are refused."""
 
 from __future__ import annotations
 

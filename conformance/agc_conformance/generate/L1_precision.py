@@ -37,7 +37,7 @@ def _wide(
     gradient_exponent: int,
     spread: tuple[int, int] = (1, 1),
 ) -> VectorParameter:
-    """Return a dense layer that is too large to be written out."""
+    """Return a dense layer that is too large to write out its values."""
     weight = generated((o, i), seed, weight_exponent, spread)
     gradient = generated((o, i), seed + 500, gradient_exponent, spread)
     return VectorParameter("weight", {"o": o, "i": i}, 1, weight, gradient, DENSE)

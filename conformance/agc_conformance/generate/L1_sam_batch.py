@@ -1,4 +1,4 @@
-"""Parts of the batch, and the losses that are reported."""
+"""Parts of the batch, and reported losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TITLE: Final = "SAM: parts of the batch; losses"
 
 
 def _batch_twice(case: SamCase) -> SamCase:
-    """Return the same with every example twice, in two equal halves."""
+    """Return the case with every example twice, in two equal halves."""
     return replace(
         case,
         curvatures={name: np.concatenate([a, a]) for name, a in case.curvatures.items()},

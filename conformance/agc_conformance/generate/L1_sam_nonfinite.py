@@ -1,4 +1,4 @@
-"""NaN and infinity in the gradient of the ascent pass, and behind it."""
+"""NaN and infinity in the gradient of the ascent pass, and after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What SAM perturbs and restores."""
+"""Perturbation and restoring of weights by SAM."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TITLE: Final = "SAM: perturbation and restoring"
 
 
 def _at_the_centers(case: SamCase, names: Sequence[str], examples: slice = slice(None)) -> SamCase:
-    """Return the same with these weights at the centers of some examples: no gradient there."""
+    """Return the case with these weights at the centers of some examples, where gradients are 0."""
     centers = dict(case.centers)
     for name in names:
         centers[name] = centers[name].copy()
@@ -35,7 +35,7 @@ def _at_the_centers(case: SamCase, names: Sequence[str], examples: slice = slice
 
 
 def _norm_above_float16() -> SamCase:
-    """Return weights whose gradients fit float16 and whose norm does not."""
+    """Return a case whose gradients fit float16 and whose norm does not."""
     case = sam_case(5, 2)
     parameters, curvatures, centers = [], {}, {}
     for p in case.parameters:
@@ -49,7 +49,7 @@ def _norm_above_float16() -> SamCase:
 
 
 def _with_unused_parameter(case: SamCase) -> SamCase:
-    """Return the same with one more parameter, which is in no loss."""
+    """Return the case with one more parameter, which the loss does not depend on."""
     weight = inline(splitmix_values((2, 2), seed=77, exponent=-3, spread=[1, 1]))
     spare = VectorParameter("spare.weight", {"o": 2, "i": 2}, 1, weight, None, DENSE)
     return replace(case, parameters=[*case.parameters, spare])

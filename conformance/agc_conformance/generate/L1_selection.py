@@ -1,4 +1,4 @@
-"""Which parameters take part, thresholds by parameter and step, telemetry."""
+"""Selection of parameters, thresholds by parameter and step, telemetry."""
 
 from __future__ import annotations
 

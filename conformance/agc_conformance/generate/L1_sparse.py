@@ -27,7 +27,7 @@ _VALUES: Final = [[0.5, -0.25, 1], [0.0078125, 0, -0.00390625], [2, 0.75, -3]]
 
 
 def _embedding(gradient: Data, weight: Data = _WEIGHT) -> VectorParameter:
-    """Return an embedding of six tokens, each of them a unit."""
+    """Return an embedding of six tokens; each token is a unit."""
     axes, layouts = {"v": 6, "d": 3}, {"any": ("v d", "v d -> v")}
     return VectorParameter("embedding", axes, 1, weight, gradient, layouts)
 

@@ -43,7 +43,7 @@ def _trajectory(
     Raises
     ------
     AssertionError
-        If rounding may decide which units are clipped, whatever the gradients.
+        If, for all seeds tried, rounding may decide which units are clipped.
     """
     agc_rule, parameters = AGC.from_dict(rule or {}), small_model(seed)
     if head_at_zero:
@@ -79,7 +79,7 @@ def _trajectory(
 def _gradients(
     parameters: Sequence[VectorParameter], seed: int, exponent: int, steps: int
 ) -> list[dict[str, Data]]:
-    """Return raw gradients of every step."""
+    """Return the raw gradients of every step."""
     return [
         {
             p.name: generated(

@@ -31,7 +31,7 @@ TITLE: Final = "Settings of real training"
 
 _MODEL: Final = small_model(300)
 _WITHOUT_HEAD: Final = {"exclude": ["head.*"]}
-# First axes that two divides and others, in every layout.
+# Parameters whose first axis is even, and others, in every layout.
 _TO_SHARD: Final = [
     mixed("conv.weight", {"o": 4, "i": 2, "h": 2, "w": 2}, 1, CONV2D, 310),
     mixed("up.weight", {"o": 6, "i": 4, "h": 2, "w": 2}, 1, conv_transpose("h w"), 311),

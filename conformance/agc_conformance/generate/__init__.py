@@ -1,7 +1,7 @@
 """Writes the vector files: the module ``L1_threshold`` makes ``vectors/v1/L1-threshold.json``.
 
 Every module whose name starts with ``L`` has a ``TITLE`` and a list ``VECTORS``, and is found by
-its name: a new module is a new file. The others hold what those share, in this order of reading:
+its name: a new module is a new file. The other modules are shared, in this order of reading:
 ``unit_table``, ``parameters``, ``build`` and ``optimizer`` for AGC; ``sam_case``, ``sam_build`` and
 ``sam_trajectory`` for SAM. Importing this package computes nothing; :func:`vector_files` does.
 """

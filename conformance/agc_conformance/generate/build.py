@@ -1,4 +1,4 @@
-"""How a vector is put together: its head, its body, and what is expected.
+"""Building a vector: its head, its body, and its expectation.
 
 Every expectation must agree with :mod:`agc.reference`, or nothing is written.
 """
@@ -31,9 +31,9 @@ IN_EVERY_DTYPE: Final[dict[str, Any]] = {
     "dtypes": ["float32", "bfloat16", "float16", "float64"],
     "full_dtypes": [],
 }
-"""Arguments of a vector that is asked in every dtype each time."""
+"""Arguments of a vector that runs in every dtype each time."""
 FLOAT32_AND_FLOAT64: Final[dict[str, Any]] = {"dtypes": ["float32"], "full_dtypes": ["float64"]}
-"""Arguments of a vector that is asked in float32 and, with ``--full``, in float64."""
+"""Arguments of a vector that runs in float32 and, with ``--full``, in float64."""
 
 
 def vector(
@@ -53,11 +53,11 @@ def vector(
     clause : int or str
         Clause of the specification; a number is AGC's.
     kind : str
-        What is asked.
+        Kind of question.
     flags : sequence of str
         Bug classes that it catches.
     comment : str
-        What it tests, in one sentence.
+        Purpose of the vector, in one sentence.
     **body
         Further fields, in the order of the file.
     """
@@ -97,9 +97,9 @@ def clip_vector(
     parameters : sequence of VectorParameter
         Weights and gradients.
     rule : mapping, optional
-        What differs from the default rule.
+        Differences from the default rule.
     dtypes, full_dtypes : sequence of str
-        Dtypes to ask in each time, and with ``--full`` besides.
+        Dtypes to run in each time, and those added by ``--full``.
     step : int
         Optimizer step, for schedules.
     stats : bool
@@ -107,7 +107,7 @@ def clip_vector(
     scenario, settings : str and mapping, optional
         The setting of real training to clip in.
     expect_from : sequence of VectorParameter, optional
-        What the answer is computed from, where the scenario changes the gradients first.
+        Parameters to compute the answer from, if the scenario changes the gradients first.
     """
     setting = {} if scenario is None else {"scenario": scenario, "settings": dict(settings or {})}
     return vector(
@@ -148,7 +148,7 @@ def error_vector(
     error : str
         Class of the error.
     message : sequence of str
-        What its message must contain.
+        Words that its message must contain.
     """
     return vector(
         name,
@@ -176,12 +176,12 @@ def plan_of(parameters: Iterable[VectorParameter], rule: AGC) -> Plan:
 def expectation(
     parameters: Sequence[VectorParameter], rule: AGC, *, step: int = 0, stats: bool = False
 ) -> Data:
-    """Return what is expected of a problem.
+    """Return the expected results of a problem.
 
     Raises
     ------
     AssertionError
-        If the float64 reference says otherwise.
+        If the float64 reference disagrees.
     """
     plan = plan_of(parameters, rule)
     weights = {p.name: p.weight_array for p in parameters}
@@ -231,7 +231,7 @@ def _expected_units(
     threshold: float,
     rule: AGC,
 ) -> Data:
-    """Return rows of a sparse gradient, the table of units and, where it is short, the gradient."""
+    """Return rows of a sparse gradient, the table of units and, if short, the clipped gradient."""
     expected: Data = {}
     entry = plan[p.name]
     count = entry.count
@@ -249,7 +249,7 @@ def _expected_units(
 
 
 def _check_against_reference(name: str, expected: Data, reference: Any) -> None:
-    """Stop unless the reference says the same."""
+    """Raise AssertionError unless the reference agrees."""
     action = np.array(expected["action"])
     same = np.array_equal(action == "clip", reference.clipped.ravel())
     same &= np.array_equal(action == "nonfinite", reference.nonfinite.ravel())

@@ -13,9 +13,9 @@ from agc_conformance.generate.unit_table import Array
 __all__ = ["MOMENTUM", "NFNET", "optimizer_step", "weights_to_json"]
 
 MOMENTUM: Final[dict[str, Any]] = {"lr": 0.25, "momentum": 0.875}
-"""Rates of trajectories are short binary fractions, exact in float32."""
+"""Rates of trajectories; short binary fractions, exact in float32."""
 NFNET: Final[dict[str, Any]] = {**MOMENTUM, "nesterov": True, "weight_decay": 0.0625}
-"""The optimizer of the NFNet recipe, at such rates."""
+"""The optimizer of the NFNet recipe, at similar rates."""
 
 
 def optimizer_step(
@@ -26,7 +26,8 @@ def optimizer_step(
 ) -> None:
     """Replace weights and momenta by those after one step.
 
-    The formula is :class:`~agc_conformance.backend.Optimizer`'s, written again: a slip in one of the two shows.
+    The formula is :class:`~agc_conformance.backend.Optimizer`'s, written again: a slip in one of
+    the two shows.
     """
     for name, w in list(weights.items()):
         decay = optimizer.weight_decay * w
@@ -37,5 +38,5 @@ def optimizer_step(
 
 
 def weights_to_json(weights: Mapping[str, Array]) -> Data:
-    """Return what is expected of the weights after a step."""
+    """Return the expected weights after a step, as they stand in a file."""
     return {name: {"values": encode_numbers(w)} for name, w in weights.items()}

@@ -1,6 +1,6 @@
 """Parameters of vectors: their axes, layouts and numbers.
 
-Numbers are written out where they are few; larger data are a recipe that any reader can follow
+Short data are written out; larger data are a recipe that any reader can follow
 (:mod:`agc_conformance.data`).
 """
 
@@ -44,12 +44,12 @@ __all__ = [
 
 Data = dict[str, Any]
 Layouts = Mapping[str, tuple[str, str]]
-"""By framework: the order of axes in storage and the units pattern there; ``any`` is all three."""
+"""Framework to its stored order of axes and its units pattern; ``any`` stands for all three."""
 
 FEW: Final = 100
 """Largest number of elements that is written out."""
 _NEAR: Final = 2.0**-8
-"""Ratios this close to the limit are left to the vectors about ties."""
+"""Relative distance to the limit within which only the vectors about ties test units."""
 
 
 # -- layouts -------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ DENSE: Final = by_framework(("o i", "o i -> o"), ("i o", "i o -> o"), ("i o", "i
 CONV1D: Final = conv("w")
 CONV2D: Final = conv("h w")
 WHOLE: Final[Layouts] = {"any": ("o", "... ->")}
-"""Of a bias or another vector that is one unit."""
+"""Layouts of a bias or another vector that is one unit."""
 
 
 # -- a parameter ---------------------------------------------------------------------------------
@@ -92,17 +92,17 @@ class VectorParameter:
     Attributes
     ----------
     name : str
-        As patterns see it.
+        Name that patterns match.
     axes : mapping of str to int
         Canonical axes and their sizes.
     units : int
-        So many of the first axes name a unit.
+        Number of the first axes that name a unit.
     weight, gradient : dict or None
         Numbers as they stand in the file; ``None`` is a parameter without a gradient.
     layouts : mapping
         How the frameworks store it; empty if all store the canonical axes.
     gradient_dtype : str, optional
-        Where it is not the vector's.
+        Dtype of the gradient, if it is not the vector's.
     """
 
     name: str
@@ -212,7 +212,7 @@ def mixed(
     Raises
     ------
     AssertionError
-        If no such numbers are drawn from ``seed`` on.
+        If no seed from ``seed`` on gives such numbers.
     """
     shape, rule = tuple(axes.values()), AGC()
     spread = [3 if axis < units else 2 if axis < units + 2 else 1 for axis in range(len(shape))]
@@ -230,7 +230,7 @@ def mixed(
 
 
 def _is_mixed(ratios: Array) -> bool:
-    """Whether 30 % to 80 % of the units are clipped, or a single unit is, at most 50 times."""
+    """Tell whether 30 % to 80 % of the units are clipped, or the only unit, at most 50 times."""
     if len(ratios) == 1:
         return bool(1 < ratios[0] < 50)
     return bool(0.3 <= np.count_nonzero(ratios > 1) / len(ratios) <= 0.8)

@@ -1,8 +1,8 @@
 """Vectors that ask for one sharpness-aware gradient.
 
 Every number comes from :mod:`agc.reference`, on sums that are exact. Rounding errs by a fraction of
-the terms that are added, not of what is left when they cancel, so each number comes with its
-magnitude: the same computation on absolute values.
+the terms of a sum, which may be far more than a fraction of the sum when they cancel. So each
+number comes with its magnitude: the same computation on absolute values.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ def sharpen_vector(
     name, flags, comment
         See :func:`~agc_conformance.generate.build.vector`.
     clause : int
-        SAM's.
+        Clause of SAM.
     case : SamCase
         Weights and batch.
     rule : mapping
-        What differs from the default rule, or from the rule of a ``profile``.
+        Differences from the default rule, or from the rule of a ``profile``.
     step : int
         Optimizer step, for schedules and ``every``.
     dtypes, full_dtypes : sequence of str
-        Dtypes to ask in each time, and with ``--full`` besides.
+        Dtypes to run in each time, and those added by ``--full``.
     error : (str, sequence of str), optional
-        Class of the error that is expected, and what its message names.
+        Class of the expected error, and words that its message must contain.
     scenario, settings : str and mapping, optional
-        The setting of real training to ask in.
+        The setting of real training.
     """
     setting = {} if scenario is None else {"scenario": scenario, "settings": dict(settings or {})}
     return vector(
@@ -90,10 +90,10 @@ def sharpen_vector(
 def _expectation(
     case: SamCase, rule: SAM, step: int, scenario: str | None, settings: Mapping[str, Any]
 ) -> Data:
-    """Return what is expected in a setting."""
+    """Return the expected results in a scenario."""
     fixed = [*settings.get("frozen", ()), *settings.get("absent", ())]
     rule = replace(rule, exclude=[*rule.exclude, *fixed])
-    # What the forward pass keeps has doubled the loss by then.
+    # The state of the forward pass doubles the loss of the second step.
     case = case.scaled(1) if scenario == "stateful" else case
     replicas = settings.get("replicas", 1)
     watched, weights = _WatchedGradient(case), case.weights
@@ -131,7 +131,7 @@ def _number(value: float, magnitude: float) -> Data:
 
 
 def _three_digits(magnitudes: Array) -> list[Any]:
-    """Write magnitudes with three digits, which is enough to measure errors by."""
+    """Return magnitudes rounded to three digits, enough to measure errors in."""
     return encode_numbers([float(f"{value:.3g}") for value in magnitudes.ravel()])
 
 
@@ -147,7 +147,7 @@ class _Pass:
     count : int
         Number of examples.
     curvatures : dict of str to array
-        Mean curvature: what a change of a weight does to its gradient.
+        Mean curvature, the change of the gradient for a unit change of the weight.
     gradients : dict of str to array
         Magnitudes of the gradient.
     loss : float
@@ -161,7 +161,7 @@ class _Pass:
 
 
 class _WatchedGradient:
-    """The gradient function; keeps the magnitudes of every gradient that it computed."""
+    """The gradient function, which also keeps the magnitudes of every gradient that it computes."""
 
     def __init__(self, case: SamCase) -> None:
         self.used = list(case.curvatures)
@@ -209,7 +209,7 @@ def _magnitudes(
     ascents: list[_Pass] = []
     descents: list[tuple[_Pass, dict[str, Array]]] = []
     norms = []
-    # A micro-batch has the ascent passes of all replicas, then their descent passes.
+    # Order of passes: for each micro-batch, the ascents of all replicas, then their descents.
     for first in range(0, 2 * replicas * rule.microbatches, 2 * replicas):
         microbatch = passes[first : first + 2 * replicas]
         for replica, descent in enumerate(microbatch[replicas:]):
@@ -241,7 +241,7 @@ def _magnitudes(
 
 
 def _mean(weighted: Iterable[tuple[int, Any]]) -> Any:
-    """Return the mean of values that count so many times each."""
+    """Return the mean of values, weighted by their counts."""
     pairs = list(weighted)
     return sum(count * value for count, value in pairs) / sum(count for count, _ in pairs)
 

@@ -1,7 +1,7 @@
 """Problems of SAM: weights, and a batch of examples that differ in every element.
 
-The loss is :class:`agc_conformance.backend.Examples`', quadratic in every weight; an example is a curvature and
-a center for each of them.
+The loss is :class:`agc_conformance.backend.Examples`', quadratic in every weight; an example is a
+curvature and a center for each of them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SamCase:
     parameters : sequence of VectorParameter
         Without gradients.
     curvatures, centers : mapping of str to array
-        By parameter, ``(examples, *shape)``; a parameter that is in none is in no loss.
+        By parameter, ``(examples, *shape)``; the loss does not depend on missing parameters.
     """
 
     parameters: Sequence[VectorParameter]
@@ -62,12 +62,12 @@ class SamCase:
         return Examples(self.curvatures, self.centers)
 
     def scaled(self, power: int) -> SamCase:
-        """Return the same with the loss times ``2**power``."""
+        """Return the case with its loss multiplied by ``2**power``."""
         curvatures = {name: np.ldexp(value, power) for name, value in self.curvatures.items()}
         return replace(self, curvatures=curvatures)
 
     def poisoned(self, example: int, value: float) -> SamCase:
-        """Return the same with a center of the head's weight replaced in one example."""
+        """Return the case with a center of the head's weight replaced in one example."""
         center = self.centers["head.weight"].copy()
         center[example, 1, 1] = value
         return replace(self, centers={**self.centers, "head.weight": center})
@@ -98,13 +98,13 @@ def sam_case(
     Parameters
     ----------
     seed : int
-        Of all numbers.
+        Seed of all numbers.
     examples : int
         Size of the batch.
     loss_exponent : int
         Binary exponent of the loss; 4 gives curvatures from 1 to 64, steeper in some examples.
     by_framework : bool
-        Whether frameworks store the weights in different ways, which only AGC's units can tell.
+        Whether frameworks store the weights in different ways, which matters only to AGC's units.
     """
     parameters, curvatures, centers = [], {}, {}
     for number, (name, axes, units, layouts, exponent) in enumerate(_MODEL):
@@ -126,7 +126,7 @@ def sam_case(
                 spread=[2, *(0 for _ in shape)],
             )
         )
-        # A little larger than the weights.
+        # Centers are a little larger than the weights.
         centers[name] = splitmix_values(
             batch_shape, seed=parameter_seed + 50, exponent=exponent + 1, spread=[1, *ones]
         )
@@ -144,4 +144,4 @@ SIX_EXAMPLES: Final = sam_case(1)
 EIGHT_EXAMPLES: Final = sam_case(2, 8)
 TEN_EXAMPLES: Final = sam_case(3, 10)
 HARD_TO_RESTORE: Final = _hard_to_restore()
-"""Some weights of its convolution differ from ``(w + e) - e``, and one is a negative zero."""
+"""A case in whose convolution some weights differ from ``(w + e) - e``, and one is -0.0."""

@@ -41,9 +41,9 @@ def sam_trajectory_vector(
     name, flags, comment
         See :func:`~agc_conformance.generate.build.vector`.
     clause : int
-        SAM's.
+        Clause of SAM.
     seed : int
-        Of the weights and batches.
+        Seed of the weights and batches.
     rule, clipping : mapping
         Rules of SAM and, optionally, AGC.
     optimizer : mapping
@@ -58,7 +58,7 @@ def sam_trajectory_vector(
     Raises
     ------
     AssertionError
-        If rounding may decide which units AGC clips, whatever the batches.
+        If, for all seeds tried, rounding may decide which units AGC clips.
     """
     agc = None if clipping is None else AGC.from_dict(clipping)
     for attempt in range(40):

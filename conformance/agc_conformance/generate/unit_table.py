@@ -1,4 +1,4 @@
-"""What is expected of every unit: norms, limit, scale and action.
+"""Expected results of every unit: norms, limit, scale and action.
 
 Norms are summed exactly (``math.fsum``), so that the files come out the same on every machine.
 """
@@ -62,14 +62,16 @@ def unit_table(
 
 
 def clipped_gradient(units: dict[str, list[Any]], gradient: Array, count: int, rule: AGC) -> Array:
-    """Return the clipped gradient, one row a unit, for readers that do not want to multiply.
+    """Return the clipped gradient, one row for each unit.
+
+    With it, a reader of the file need not multiply by the scales.
 
     Parameters
     ----------
     units : dict
-        What :func:`unit_table` returned.
+        The table of :func:`unit_table`.
     gradient : array
-        Of any shape; the first axes name a unit.
+        Gradient of any shape; the first axes name a unit.
     count : int
         Number of units.
     rule : AGC
@@ -85,7 +87,7 @@ def clipped_gradient(units: dict[str, list[Any]], gradient: Array, count: int, r
 
 
 def exact_norm(values: Array) -> float:
-    """Return the L2 norm, correctly rounded up to the last square root."""
+    """Return the L2 norm: the square root of the correctly rounded sum of squares."""
     magnitudes = np.abs(
         np.concatenate([values.real.ravel(), values.imag.ravel()]).astype(np.float64)
     )

@@ -1,8 +1,8 @@
 """Mutants: wrong implementations, each of which must fail at least one vector.
 
-A mutant replaces one part of a right implementation, in the way some published code does or one edit away from
-right: of the core, of the engines of AGC and SAM, or of an NFNet. A suite that cannot fail is a defect;
-``agc conformance teeth`` shows that this one can.
+A mutant replaces one part of a right implementation by a mistake of published code, or by one that
+is a single edit away. The implementations are the core, the engines of AGC and SAM, and an NFNet. A
+suite that cannot fail is a defect; ``agc conformance teeth`` shows that this one can.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Mutants of AGC.
 
-:class:`Engine` is adaptive gradient clipping once more, cut into replaceable parts, and passes every vector.
+:class:`Engine` is a second implementation of adaptive gradient clipping, cut into replaceable
+parts. It passes every vector.
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ Axes = Callable[[tuple[int, ...]], tuple[int, ...] | None]
 
 
 class Engine(ReferenceBackend):
-    """Adaptive gradient clipping in float64, cut into parts that a mutant replaces one at a time."""
+    """Adaptive gradient clipping in float64, in parts that a mutant replaces one at a time."""
 
     name = "engine"
 
-    # -- what takes part ------------------------------------------------------------------------
+    # -- selection ------------------------------------------------------------------------------
 
     def rule(self, problem: Problem) -> AGC:
         """Return the configuration with the problem's units."""
         return problem.declared_rule
 
     def plan(self, problem: Problem) -> Plan:
-        """Plan of a problem; every entry goes through :meth:`entry`."""
+        """Return the plan of a problem; every entry goes through :meth:`entry`."""
         parameters = [
             Parameter(name, tuple(value.shape), None, "out-first")
             for name, value in problem.parameters.items()
@@ -63,11 +64,11 @@ class Engine(ReferenceBackend):
         return Plan(tuple(self.entry(entry) for entry in plan))
 
     def entry(self, entry: PlanEntry) -> PlanEntry:
-        """One entry of the plan."""
+        """Return an entry of the plan, as it is or changed."""
         return entry
 
     def check(self, name: str, gradient: Gradient, weight: Array) -> None:
-        """Refuse what the specification does not define."""
+        """Refuse arrays that the specification does not define."""
         if gradient is None:
             return
         values = gradient.values if isinstance(gradient, RowSparse) else gradient
@@ -103,7 +104,7 @@ class Engine(ReferenceBackend):
         return np.asarray(limit / g_norm)
 
     def apply(self, view: Array, scale: Array, clipped: Array) -> Array:
-        """Scale what is clipped, in float64."""
+        """Scale the clipped units, in float64."""
         return np.asarray(np.where(clipped, view * np.where(clipped, scale, 1.0), view))
 
     def bad(self, g_norm: Array, w_norm: Array) -> Array:
@@ -111,7 +112,7 @@ class Engine(ReferenceBackend):
         return np.asarray(~(np.isfinite(g_norm) & np.isfinite(w_norm)))
 
     def poison(self, out: Array, bad: Array, policy: str) -> Array:
-        """Carry the policy out."""
+        """Apply the non-finite policy to poisoned units."""
         if policy == "raise" and bad.any():
             raise NonFiniteError("a norm is not finite")
         return (
@@ -133,7 +134,7 @@ class Engine(ReferenceBackend):
         return gradient
 
     def none_out(self, weight: Array) -> Gradient:  # noqa: ARG002
-        """Return what stands for a missing gradient (AGC-5)."""
+        """Return the result for a parameter without a gradient (AGC-5)."""
         return None
 
     def nothing(self) -> None:
@@ -223,7 +224,7 @@ def _by_rank(
     axes: Axes,
     layout: Literal["torch", "flax", "keras"] = "torch",
 ) -> None:
-    """Register a guess of the reduced axes from the shape."""
+    """Register a mutant that guesses the reduced axes from the shape."""
 
     class Guess(Engine):
         def entry(self, entry: PlanEntry) -> PlanEntry:
@@ -582,7 +583,7 @@ class _OverflowToZero(Engine):
         return np.asarray(np.isnan(g_norm) | np.isnan(w_norm))
 
 
-# -- what takes part -----------------------------------------------------------------------------
+# -- selection -----------------------------------------------------------------------------------
 
 
 @_mutant("EmptyOrScalar", "the largest element of nothing is asked for")
@@ -656,7 +657,7 @@ class _DecayClipped(Engine):
 
 
 class _OtherNorms(Engine):
-    """Norms of other weights than those the optimizer moves."""
+    """Uses norms of other weights than those that the optimizer moves."""
 
     norms: Mapping[str, Array] | None = None
 

@@ -1,4 +1,4 @@
-"""Mutants of the core: configurations, units, plans and selections that make the best of bad input."""
+"""Mutants of the core: wrong configurations, units, plans and selections."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _sam_mutant = registered("core", "SAM: ")
 
 
 class _WrongCore(Core):
-    """Configuration and plans that make the best of bad input."""
+    """Accepts configurations that must be refused."""
 
     def config(self, data: Mapping[str, Any]) -> AGC:
         try:

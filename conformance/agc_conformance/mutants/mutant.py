@@ -30,17 +30,17 @@ class Mutant:
     Attributes
     ----------
     name : str
-        In words.
+        Name in words.
     flag : str
-        Bug class it stands for; of an NFNet, the clause that it breaks.
+        Bug class that it represents; for an NFNet, the clause that it breaks.
     comment : str
-        What it does, and who does it.
+        The mistake, and whose code makes it.
     wing : {"core", "clipping", "sharpness", "nfnets"}
-        Which questions it is asked.
+        Wing whose questions it is asked.
     make : callable
         Builds the backend.
     select : str
-        Of an NFNet: glob on the kinds of results (:data:`agc_conformance.nfnets.ask.KINDS`).
+        For an NFNet: glob on the kinds of results (:data:`agc_conformance.nfnets.ask.KINDS`).
     """
 
     name: str
@@ -59,13 +59,13 @@ _KINDS: Final[Mapping[str, Mapping[str, Kind[Any, Any]]]] = {
     "clipping": {**CLIPPING, "layer": KINDS["layer"]},
     "sharpness": SHARPNESS,
 }
-"""Wing to the kinds of vectors that its mutants are asked."""
+"""Wing to the kinds of vectors that its mutants run."""
 
 
 def registered(
     wing: Wing, prefix: str = ""
 ) -> Callable[[str, str], Callable[[type[ReferenceBackend]], type[ReferenceBackend]]]:
-    """Return a decorator that registers a backend as a mutant; its name is the class's, in words."""
+    """Return a decorator that registers a backend as a mutant, named after its class."""
 
     def described(
         flag: str, comment: str
@@ -84,19 +84,18 @@ def registered(
 def run_mutant(mutant: Mutant, vectors: Sequence[Vector]) -> list[str]:
     """Return the results (``id:dtype``) that catch a mutant.
 
-    They are those of its wing's vectors; of an NFNet, those of ``tiny`` in float32.
+    A mutant runs its wing's vectors, or, if it is an NFNet, the study ``tiny`` in float32.
     """
     backend = mutant.make()
-    with np.errstate(all="ignore"):  # mutants overflow and divide by zero as they please
+    with np.errstate(all="ignore"):  # some mutants overflow or divide by zero
         if mutant.wing == "nfnets":
             select = f"model-tiny-{mutant.select}"
             study = run_study(backend, "tiny", select=select, dtypes=("float32",))
-            caught = [r for r in study if r["type"] == "result" and r["status"] == "failed"]
+            records = [record for record in study if record["type"] == "result"]
         else:
             records = [
                 run_case(backend, vector, dtype)
                 for vector, dtype in cases(vectors)
                 if vector.kind in _KINDS[mutant.wing]
             ]
-            caught = [r for r in records if r["status"] in ("failed", "error")]
-    return [f"{r['id']}:{r['dtype']}" for r in caught]
+    return [f"{r['id']}:{r['dtype']}" for r in records if r["status"] in ("failed", "error")]

@@ -1,6 +1,6 @@
-"""Mutants of NFNets: the mistakes that ports make, each of which must fail at level 4, in float32 already.
+"""Mutants of NFNets: mistakes of ports, each of which must fail at level 4, in float32 already.
 
-Every one of them was seen in published code; the comments say what it costs where that is known.
+All were seen in published code; the comments name the cost of a mistake where it is known.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def _models(
     return register
 
 
-# --- the network -------------------------------------------------------------------------------------
+# --- the network ----------------------------------------------------------------------------------
 
 
 class _Standardised(NFNet):
     """Weight standardisation with another norm of the centred filters."""
 
     def squared_norm(self, centred: Array) -> Array:
-        """Return what the filters are divided by the root of; here the right one, without its floor."""
+        """Return the squared norm that standardises the filters; here the right one, unfloored."""
         return np.asarray(np.sum(centred**2, (0, 1, 2)))
 
     def standardise(
@@ -137,7 +137,7 @@ class _SingleGates(NFNet):
 @_network("variance reset to 1", "the first block of a stage adds nothing (breadbread1984)")
 class _VarianceReset(NFNet):
     def beta(self, block: Block) -> float:
-        # All blocks after a stage's first expect one branch less.
+        # All blocks after a stage's first expect the variance of one branch less.
         return block.beta if block.place == 0 else 1 / math.sqrt(block.variance - ALPHA**2)
 
 
@@ -152,7 +152,7 @@ class _CountsPadding(NFNet):
         return out, lambda d: backward(d)[:, :height, :width]
 
 
-# --- gradients and signals ---------------------------------------------------------------------------
+# --- gradients and signals ------------------------------------------------------------------------
 
 
 @_models("no smoothing", "cross-entropy with the labels as they are", "NFNET-2", "loss")
@@ -225,7 +225,7 @@ class _EarlySignals(ReferenceModels):
         return replace(forward, signals={**forward.signals, "res_avg_var": np.array(early)})
 
 
-# --- training mode, plan and optimizer ---------------------------------------------------------------
+# --- training mode, plan and optimizer ------------------------------------------------------------
 
 
 @_models("rescaled depth", "stochastic depth divides by the rate kept (timm)", "NFNET-1", "depth")

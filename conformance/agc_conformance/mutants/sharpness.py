@@ -1,7 +1,8 @@
 """Mutants of SAM.
 
-:class:`SharpnessEngine` is SAM once more, written as a framework would do it: weights in their own dtype, moved in
-place and copied back. It is cut into replaceable parts, and passes every vector.
+:class:`SharpnessEngine` is a second implementation of SAM, written as a framework would do it:
+weights in their own dtype, moved in place and copied back. It is cut into replaceable parts, and
+passes every vector.
 """
 
 from __future__ import annotations
@@ -45,16 +46,16 @@ _mutant = registered("sharpness", "SAM: ")
 
 
 class SharpnessEngine(Engine):
-    """SAM in place, cut into parts that a mutant replaces one at a time."""
+    """SAM in place, in parts that a mutant replaces one at a time."""
 
     name = "sharp engine"
 
-    #: What the loss is multiplied by; a forward pass multiplies it by ``growth`` (scenario ``stateful``).
+    #: Factor of the loss; a forward pass multiplies it by ``growth`` (scenario ``stateful``).
     state, growth = 1.0, 1.0
-    #: Gradients that are there before the first pass (scenario ``stale``).
+    #: Gradients from before the first pass (scenario ``stale``).
     left: Mapping[str, Array | None] = MappingProxyType({})
 
-    # -- what takes part ------------------------------------------------------------------------
+    # -- selection ------------------------------------------------------------------------------
 
     def chosen(self, problem: SharpnessProblem) -> set[str]:
         """Names of the perturbed parameters (SAM-11)."""
@@ -109,7 +110,7 @@ class SharpnessEngine(Engine):
         return self.loss_and_gradients(weights, examples, rows)
 
     def before_ascent(self) -> Mapping[str, Array | None]:
-        """Gradients that the first pass adds to: none, whoever left some (SAM-4)."""
+        """Gradients that the first pass adds to: none, even if old ones are left (SAM-4)."""
         return {}
 
     def before_descent(self, first: Gradients) -> Mapping[str, Array | None]:  # noqa: ARG002
@@ -117,11 +118,11 @@ class SharpnessEngine(Engine):
         return {}
 
     def state_of_descent(self, before: float, after: float) -> float:  # noqa: ARG002
-        """State that the second pass starts from, out of those around the first (SAM-12)."""
+        """State at the start of the second pass: that before or after the first (SAM-12)."""
         return before
 
     def state_of_step(self, before: float, after: float) -> float:  # noqa: ARG002
-        """State that a step leaves, out of those around its first pass; ``self.state`` is the second's."""
+        """State after a step: that before or after its first pass, or ``self.state`` after both."""
         return after
 
     # -- the perturbation -----------------------------------------------------------------------
@@ -149,7 +150,7 @@ class SharpnessEngine(Engine):
         return largest * float(np.sqrt(np.sum((flat / largest) ** 2)))
 
     def length(self, radius: float, norm: float, rule: SAM) -> float:
-        """Return what ``T^2 g`` is multiplied by (SAM-1, SAM-2)."""
+        """Return the factor of ``T^2 g`` (SAM-1, SAM-2)."""
         if norm == 0 or not math.isfinite(norm):
             return 0.0
         return radius / (norm + rule.eps)
@@ -186,7 +187,7 @@ class SharpnessEngine(Engine):
     # -- putting it together --------------------------------------------------------------------
 
     def policy(self, norm: float, rule: SAM) -> bool:
-        """Apply the policy for the norm; whether to skip the step (SAM-5)."""
+        """Apply the policy for a non-finite norm, and tell whether to skip the step (SAM-5)."""
         if math.isfinite(norm) or rule.nonfinite == "skip_perturb":
             return False
         if rule.nonfinite == "raise":
@@ -213,7 +214,7 @@ class SharpnessEngine(Engine):
         return out
 
     def reported(self, clean: list[tuple[int, float]], perturbed: list[tuple[int, float]]) -> float:  # noqa: ARG002
-        """Loss that is reported (SAM-12)."""
+        """Return the loss to report (SAM-12)."""
         return sum(n * loss for n, loss in clean) / sum(n for n, _ in clean)
 
     def estimate(self, problem: SharpnessProblem, replicas: int = 1) -> SharpnessOutcome:
@@ -274,7 +275,7 @@ class SharpnessEngine(Engine):
         *,
         restart: int | None = None,
     ) -> list[Mapping[str, Array]]:
-        """Follow SAM, AGC and the optimizer in the dtype of the weights, but the update in float64."""
+        """Follow SAM, AGC and the optimizer in the dtype of the weights; update in float64."""
         dtypes = {name: value.dtype for name, value in problem.parameters.items()}
         weights = {name: value.astype(np.float64) for name, value in problem.parameters.items()}
         momenta = {name: np.zeros_like(value) for name, value in weights.items()}
@@ -307,7 +308,7 @@ class SharpnessEngine(Engine):
         outcome: SharpnessOutcome,
         momenta: Arrays,
     ) -> tuple[Arrays, Arrays]:
-        """AGC, decay and the optimizer (SAM-6)."""
+        """Apply AGC, decay and the optimizer (SAM-6)."""
         behind = Problem(problem.clipping or AGC(clipping=None), {}, {})
         gradients = {name: g for name, g in outcome.gradients.items() if g is not None}
         return self.update(
@@ -323,8 +324,8 @@ class SharpnessEngine(Engine):
         return self.estimate(problem, replicas)
 
     def sharpen_stale(self, problem: SharpnessProblem) -> SharpnessOutcome:
-        """Estimate where gradients of 1 are left from before."""
-        scene = copy.copy(self)  # no other question meets what this one leaves
+        """Estimate with gradients of 1 left from before."""
+        scene = copy.copy(self)  # the old gradients must not reach other questions
         scene.left = {key: np.ones_like(value) for key, value in problem.parameters.items()}
         return scene.estimate(problem)
 
@@ -345,7 +346,7 @@ class SharpnessEngine(Engine):
         return scene.estimate(problem)
 
     def sharpen_scaled(self, problem: SharpnessProblem, scale: float) -> SharpnessOutcome:
-        """Under loss scaling: nothing of the scale is left."""
+        """Estimate under loss scaling, and remove the scale."""
         curvatures = {
             n: a * np.asarray(scale, a.dtype) for n, a in problem.examples.curvatures.items()
         }
@@ -354,7 +355,7 @@ class SharpnessEngine(Engine):
         return self.unscale(outcome, scale)
 
     def unscale(self, outcome: SharpnessOutcome, scale: float) -> SharpnessOutcome:
-        """Divide what the optimizer receives."""
+        """Divide the gradients by the scale."""
         gradients = {
             name: None if g is None else g / np.asarray(scale, g.dtype)
             for name, g in outcome.gradients.items()
@@ -441,7 +442,7 @@ class _NoEps(SharpnessEngine):
 
 
 class _PlainNorm(SharpnessEngine):
-    """Squares and sums without scaling."""
+    """Squares and sums gradients without scaling them first."""
 
     def squares_in(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         return np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
@@ -500,7 +501,7 @@ class _Subtraction(SharpnessEngine):
 @_mutant("NotRestored", "the update is applied at w + e (davda54 under FSDP2)")
 class _NotRestored(SharpnessEngine):
     def restore(self, weights: Arrays, copies: Arrays, e: Arrays) -> None:
-        """Leave the perturbation in."""
+        """Do not remove the perturbation."""
 
 
 @_mutant("NotRestored", "only matrices are restored")
@@ -762,7 +763,7 @@ class _ClippedTooEarly(SharpnessEngine):
 
 
 class _DecayInLoss(SharpnessEngine):
-    """Weight decay as a term of the loss, in the passes that a subclass names."""
+    """Weight decay as a term of the loss, in the passes that a subclass chooses."""
 
     decay = 0.0
     decay_ascent = decay_descent = False

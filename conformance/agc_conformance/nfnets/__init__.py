@@ -1,1 +1,1 @@
-"""NFNets: what is asked of a backend, the float64 answer, and numbers that are known for certain."""
+"""NFNets: the questions for a backend, the float64 reference, and numbers of DeepMind's code."""

@@ -1,7 +1,7 @@
 """Studies: NFNets with seeded parameters, asked of a backend and compared with float64 NumPy.
 
-The parameters and images are those of :mod:`agc.nfnet`, which every framework can make by itself. A result is
-called ``model-<study>-<kind>``:
+The parameters and images are those of :mod:`agc.nfnet`, which every framework can make by itself. A
+result is called ``model-<study>-<kind>``:
 
 ============== ======== =====================================================================
 ``logits``     NFNET-1  in float64, float32 and bfloat16
@@ -20,11 +20,16 @@ called ``model-<study>-<kind>``:
 ``trajectory`` NFNET-5  weights after each step of AGC and the framework's own SGD
 ============== ======== =====================================================================
 
-Errors are relative (largest error by largest logit; L2 norm of the error by that of the tensor), not in units
-in the last place: hundreds of sums stand behind each number. :data:`agc_conformance.nfnets.golden.LIMITS`
-has what is allowed; in float32 each known mistake of a port is larger. In bfloat16 the logits, the loss and the
-median gradient are looked at; parameters in bfloat16 lose a step smaller than half their last place, so nobody trains so. ``tiny`` and F0 in float64 are also compared with
-:data:`agc_conformance.nfnets.golden.GOLDEN`, whatever the reference says.
+Errors are relative (largest error by largest logit; L2 norm of the error by that of the tensor),
+not in units in the last place: each number is the result of hundreds of sums. The limits are
+:data:`agc_conformance.nfnets.golden.LIMITS`; in float32 the error of each known mistake of a port
+is larger.
+
+In bfloat16 the logits, the loss and the median gradient are compared, and no training: a parameter
+in bfloat16 loses every update smaller than half its last place.
+
+In float64, ``tiny`` and F0 are also compared with :data:`agc_conformance.nfnets.golden.GOLDEN`,
+independently of the reference.
 """
 
 from __future__ import annotations
@@ -94,16 +99,16 @@ class Study:
     Attributes
     ----------
     variant : str
-        The variant.
+        Name of the variant.
     pixels : int
         Side of the two square images.
     rates : tuple of float
-        Learning rates of DeepMind's optimizer. They change, since a buffer that contains the rate is
-        the same as long as it does not.
+        Learning rates of DeepMind's optimizer. They change, since a constant rate does not show
+        whether the momentum buffer contains it.
     trajectory : int
-        Steps of the framework's own SGD.
+        Number of steps of the framework's own SGD.
     sizes : bool
-        Whether other sizes and training mode are asked for.
+        Whether images of other sizes and training mode are asked for.
     full : bool
         Whether it runs only with ``--full``.
     """
@@ -121,11 +126,12 @@ STUDIES: Final[dict[str, Study]] = {
     "tiny": Study("tiny", 32, _RATES, 50),
     "F0": Study("F0", 64, (0.1, 0.1, 0.05), 3, sizes=False, full=True),
 }
-"""Name to study."""
+"""Studies by name."""
 
-_RATE: Final = 0.125  # Keras rounds rate and momentum to float32, in which this and 0.875 are exact
+_RATE: Final = 0.125
+"""Learning rate of SGD; Keras rounds it and the momentum, 0.875, to float32: both are exact."""
 _DEPTH: Final = Variant("two blocks", (1, 1), 0.0, 16, 16, (32, 64), 8, 10)
-"""Its second block is dropped with half of the model's rate, its first never."""
+"""The second block is dropped with half of the model's rate, the first block never."""
 _DEPTH_IMAGES: Final = 128
 
 
@@ -159,12 +165,12 @@ def run_study(
     dtypes: Sequence[str] = ("float64", "float32", "bfloat16"),
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Mapping[str, Any]]:
-    """Ask a backend for everything in a study.
+    """Ask a backend all questions of a study.
 
     Parameters
     ----------
     backend : Backend
-        Asked for its three methods ``model_*``.
+        Its three methods ``model_*`` are called.
     name : str
         A name in :data:`STUDIES`.
     select : str, optional
@@ -172,13 +178,14 @@ def run_study(
     dtypes : sequence of str
         Dtypes to ask for.
     progress : callable, optional
-        Called with the number of results after they have been found.
+        Called with the number of results after each question.
 
     Yields
     ------
     record
-        ``result`` records, and ``model`` records with the errors per layer. An exception makes results
-        ``error``, and :class:`~agc_conformance.backend.Unsupported` makes them ``unsupported``.
+        ``result`` records, and ``model`` records with the errors per layer. An exception makes
+        results ``error``, and :class:`~agc_conformance.backend.Unsupported` makes them
+        ``unsupported``.
     """
     study = STUDIES[name]
     for ask in _asks(study):
@@ -191,7 +198,7 @@ def run_study(
         try:
             if ask.dtype not in backend.dtypes:
                 raise Unsupported(f"the backend does not take {ask.dtype}")
-            # More threads are slower on products as small as those of ``tiny``, above all on a busy machine.
+            # More threads slow down small products such as those of ``tiny``.
             with nullcontext() if study.full else threadpool_limits(1):
                 verdicts = ask.ask(backend, study, ask.dtype)
         except Unsupported as reason:
@@ -256,7 +263,7 @@ def _chosen(ask: _Ask, name: str, select: str | None) -> list[str]:
     ]
 
 
-# --- problems and what is expected of them -----------------------------------------------------------
+# --- problems and expected results ----------------------------------------------------------------
 
 
 @cache
@@ -292,19 +299,19 @@ def _expected_gradients(variant: str, height: int, width: int) -> Any:
 
 @cache
 def _kept(size: tuple[Any, ...], recipe: ModelRecipe) -> list[ModelStep]:
-    """Take the reference's steps, all before the backend's: two libraries' threads do not mix well."""
+    """Return all steps of the reference, before the backend's: their threads slow each other."""
     return list(_REFERENCE.training(_problem(*size), recipe))
 
 
 def _fresh(problem: ModelProblem) -> ModelProblem:
-    """Copy the arrays, so that a backend cannot change what others are asked."""
+    """Copy the arrays, since a backend may change them in place."""
     parameters = {name: array.copy() for name, array in problem.parameters.items()}
     return replace(
         problem, parameters=parameters, images=problem.images.copy(), labels=problem.labels.copy()
     )
 
 
-# --- comparisons -------------------------------------------------------------------------------------
+# --- comparisons ----------------------------------------------------------------------------------
 
 
 def _forward(backend: Backend, study: Study, dtype: str) -> Verdicts:
@@ -321,7 +328,7 @@ def _forward(backend: Backend, study: Study, dtype: str) -> Verdicts:
         verdicts["logits"].problem = _compare_golden_logits(np.asarray(got.logits), golden)
     pairs = {name: (got.outputs.get(name), value) for name, value in want.outputs.items()}
     verdicts["outputs"] = _compare(pairs, limit, _norm)
-    # A squared mean is that of numbers which cancel: it is as exact as the variance beside it.
+    # A mean cancels: its square is only as exact as the sum of that square and the variance.
     scales = {
         "avg_sq_mean": want.signals["avg_sq_mean"] + want.signals["avg_var"],
         "avg_var": want.signals["avg_var"],
@@ -354,7 +361,7 @@ def _size(height: int, width: int, images: int) -> Callable[[Backend, Study, str
 
 
 def _depth(backend: Backend, study: Study, dtype: str) -> Verdicts:  # noqa: ARG001
-    """Stochastic depth: each image has the logits of one that keeps the branch, or of one that loses it."""
+    """Check stochastic depth: the logits of each image are those with the branch or without it."""
     size = (_DEPTH, _DEPTH.train_pixels, _DEPTH.train_pixels, _DEPTH_IMAGES)
     asked = replace(_fresh(_problem(*size, dtype=dtype)), stochastic_depth=1.0)
     got = np.asarray(backend.model_forward(asked).logits)
@@ -381,7 +388,7 @@ def _depth(backend: Backend, study: Study, dtype: str) -> Verdicts:  # noqa: ARG
 
 
 _ODD: Final = (45, 51)
-"""Where pooling, and padding under stride 2, meet an edge."""
+"""Height and width at which pooling, and padding under stride 2, meet an edge."""
 
 
 def _odd_back(backend: Backend, study: Study, dtype: str) -> Verdicts:
@@ -455,7 +462,11 @@ def _compare_decisions(
     limits: Limits,
     dtype: str,
 ) -> Verdict:
-    """Whether the same units are clipped, apart from those as near to the limit as gradients may be off."""
+    """Check that the same units are clipped, except where rounding may decide.
+
+    A unit is left out if its norm is as near to the limit as the error that is allowed for
+    gradients.
+    """
     wrong: list[str] = []
     total = near_limit = 0
     for entry in plan:
@@ -568,7 +579,7 @@ def _compare_golden(
 def _compare_golden_logits(logits: Array, golden: Golden) -> str:
     """Compare with the logits of DeepMind's own code."""
     for row, wanted in zip(logits, golden.logits, strict=True):
-        for have, want in zip(row, wanted, strict=False):  # the first ones are written down
+        for have, want in zip(row, wanted, strict=False):  # golden has the first logits only
             if not abs(have - want) <= 1e-11:
                 return f"a logit is {have:.13g}, DeepMind's code has {want:.13g}"
     norm = float(np.linalg.norm(logits))
@@ -608,7 +619,7 @@ def _norm(error: Array, want: Array) -> float:
 def _compare(
     pairs: Mapping[str, tuple[Any, Any]], limits: Mapping[str, float] | float, measure: Measure
 ) -> Verdict:
-    """Compare named arrays; NaN is infinitely wrong."""
+    """Compare named arrays; the error of NaN is infinite."""
     each = dict.fromkeys(pairs, limits) if isinstance(limits, float) else dict(limits)
     verdict = Verdict(limits=each)
     for name, (got, want) in pairs.items():

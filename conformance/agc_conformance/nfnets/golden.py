@@ -1,7 +1,8 @@
-"""What NFNets must give with the seeded parameters and images of :mod:`agc.nfnet`.
+"""Expected numbers of NFNets with the seeded parameters and images of :mod:`agc.nfnet`.
 
-The numbers came out of DeepMind's own code in float64: evaluation mode, cross-entropy with label smoothing
-0.1, mean over the batch. An adapter's tests, and the suite's, compare with them to :data:`LIMITS`.
+The numbers were computed by DeepMind's own code in float64: evaluation mode, cross-entropy with
+label smoothing 0.1, mean over the batch. The suite and the tests of the adapters compare with them,
+within :data:`LIMITS`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Final
 __all__ = ["GOLDEN", "LIMITS", "OPTIMIZER", "SMOOTHING", "Golden", "Limits", "OptimizerStep"]
 
 SMOOTHING: Final = 0.1
-"""Label smoothing of the loss."""
+"""Label smoothing of the loss; written again, so that a slip in the recipe shows."""
 
 
 @dataclass(frozen=True)
 class Golden:
-    """One model on one batch, rounded to the digits that are written here.
+    """Numbers of one model on one batch, rounded to the digits that are written here.
 
     Attributes
     ----------
@@ -27,7 +28,7 @@ class Golden:
     logits : tuple of tuple of float
         The first logits of each image.
     logits_sum, logits_norm, pooled_norm : float
-        Sum of all logits; L2 norms of the logits and of what the classifier is given.
+        Sum of all logits; L2 norms of the logits and of the classifier's input.
     avg_var : tuple of float
         Signal metric after the stem and after each block.
     res_avg_var : dict of int to float
@@ -161,12 +162,13 @@ class Limits:
     logits : float
         Largest error, relative to the largest logit.
     loss : float
-        Absolute.
+        Absolute error of the loss.
     gradient_median, gradient, skip_gain : float
-        Relative L2 error of a tensor: median over all, any but a skip gain, any skip gain.
+        Relative L2 errors of gradients: the median, that of any tensor but a skip gain, and that of
+        a skip gain.
     trained_element, trained, trained_loss : float
-        Of a training: largest absolute error of any parameter, relative L2 error of all together, absolute
-        error of the loss.
+        Errors of training: largest absolute error of any parameter, relative L2 error of all
+        parameters together, absolute error of the loss.
     """
 
     logits: float
@@ -185,5 +187,5 @@ LIMITS: Final[dict[str, Limits]] = {
     "float32": Limits(1e-5, 1e-5, 1e-5, 1e-4, 1e-3, 1e-5, 1e-6, 1e-5),
     "bfloat16": Limits(1e-1, 1e-2, 1e-1, _INF, _INF, _INF, _INF, _INF),
 }
-"""By dtype. In float32 every known mistake of a port is larger than these; in bfloat16 almost none is, and what
-cannot be compared there has no limit."""
+"""Limits by dtype. In float32 every known mistake of a port has a larger error; in bfloat16 almost
+none has. Infinity stands for numbers that are not compared."""

@@ -1,4 +1,4 @@
-"""What a backend should answer about NFNets: :class:`agc.reference.nfnet.NFNet`, and its training.
+"""The right answers about NFNets: :class:`agc.reference.nfnet.NFNet`, and its training.
 
 :class:`ReferenceModels` is cut into parts that a mutant replaces one at a time.
 """
@@ -31,10 +31,11 @@ Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
 
 RULE: Final = AGC.profile("deepmind")
-"""AGC of every question of this level."""
+"""Configuration of AGC in all questions about NFNets."""
+# Written again, not imported from the recipe: a slip there must show.
 MOMENTUM: Final = 0.9
 WEIGHT_DECAY: Final = 2e-5
-"""Of DeepMind's optimizer."""
+"""Weight decay of DeepMind's optimizer."""
 
 
 class ReferenceModels:
@@ -43,7 +44,7 @@ class ReferenceModels:
     network: type[NFNet] = NFNet
 
     def forward(self, problem: ModelProblem) -> ModelForward:
-        """Run forward; in training mode, stochastic depth is drawn from a generator of its own."""
+        """Run forward; in training mode, draw stochastic depth from a separate generator."""
         kept = None
         if problem.stochastic_depth is not None:
             random = np.random.RandomState(0)
@@ -52,7 +53,7 @@ class ReferenceModels:
                 for block in blocks(problem.variant)
                 for rate in [block.stochastic_depth * problem.stochastic_depth]
             }
-        with threadpool_limits(1, "blas"):  # more threads are slower, on products this small
+        with threadpool_limits(1, "blas"):  # more threads slow down small products
             forward = self.network(problem.variant, problem.parameters)(problem.images, kept)
         return ModelForward(forward.logits, forward.outputs, forward.signals)
 
@@ -84,7 +85,7 @@ class ReferenceModels:
     # -- parts ----------------------------------------------------------------------------------
 
     def kept(self, rate: float, uniform: Array) -> Array:
-        """Return what stochastic depth multiplies the residual branch of each image by."""
+        """Return the factor by which stochastic depth multiplies each image's residual branch."""
         return np.floor(1 - rate + uniform)
 
     def loss_and_gradients(
@@ -100,24 +101,24 @@ class ReferenceModels:
         return loss, {name: gradients[name] for name in weights}
 
     def plan(self, problem: ModelProblem) -> Plan:
-        """Plan of the model: its units are those of the neutral layout."""
+        """Return the plan of the model, with the units of the neutral layout."""
         classes = len(problem.parameters[f"{HEAD}.bias"])
         specs = parameters(variant(problem.variant), classes, problem.images.shape[3])
         known = [Parameter(spec.name, spec.shape, spec.units, "out-last") for spec in specs]
         return make_plan(known, RULE, head=HEAD)
 
     def clipping(self, plan: Plan, weights: Arrays, gradients: Arrays) -> Result:
-        """Clip, with all numbers behind it."""
+        """Clip, and return norms and limits too."""
         return adaptive_clip(weights, gradients, plan, RULE)
 
     def clip(self, plan: Plan, weights: Arrays, gradients: Arrays) -> dict[str, Array]:
-        """Clip."""
+        """Return the clipped gradients."""
         return dict(self.clipping(plan, weights, gradients).gradients)  # type: ignore[arg-type]
 
     def nfnet_update(
         self, weight: Array, gradient: Array, buffer: Array, rate: float
     ) -> tuple[Array, Array]:
-        """Return what DeepMind's optimizer subtracts from a weight, and its momentum."""
+        """Return the change that DeepMind's optimizer subtracts from a weight, and the momentum."""
         decayed = gradient + (WEIGHT_DECAY * weight if weight.ndim > 1 else 0.0)
         buffer = MOMENTUM * buffer + decayed
         return rate * (decayed + MOMENTUM * buffer), buffer

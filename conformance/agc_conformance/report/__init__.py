@@ -1,4 +1,4 @@
-"""The report: one look at every result file, in a terminal, Markdown, JUnit XML, JSON and one HTML page."""
+"""The report of all result files: in a terminal, and as Markdown, JUnit XML, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def report(
     out : path, optional
         Folder for ``index.html``, ``report.md``, ``report.json`` and ``junit.xml``.
     console : Console, optional
-        For the matrix.
+        Where the matrix is printed.
 
     Returns
     -------
@@ -55,7 +55,7 @@ def report(
         }
         out.mkdir(parents=True, exist_ok=True)
         for name in contents:
-            check_target(out / name)  # all of them before the first is written
+            check_target(out / name)  # check all files before writing any
         for name, text in contents.items():
             write_text(out / name, text)
         terminal(summary, console)

@@ -16,7 +16,7 @@ __all__ = ["histograms", "model_errors", "svg", "training_figures"]
 
 
 _FLOOR: Final = 1e-17
-"""Where an error of 0 is drawn."""
+"""Position of an error of 0 on the logarithmic axis."""
 
 
 def svg(figure: Any) -> str:
@@ -48,7 +48,7 @@ def histograms(
     Returns
     -------
     str
-        A row a dtype and a column a bin; what lies right of the line is not allowed.
+        A row for each dtype and a column for each bin; errors right of the line are not allowed.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -100,8 +100,9 @@ def model_errors(records_by_run: Mapping[str, Sequence[ModelRecord]]) -> str:
     Returns
     -------
     str
-        A panel a kind of result, logarithmic: a colour a run, strong in float64 and pale in float32; the red
-        lines are what is allowed. An error of 0 lies at the bottom; a cross at the top is NaN, or infinite.
+        A logarithmic panel for each kind of result and a colour for each run, strong in float64 and
+        pale in float32. Red lines are the limits. An error of 0 lies at the bottom; a cross at the
+        top is NaN or infinity.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure

@@ -31,7 +31,7 @@ def html(summary: Summary) -> str:
         comments={vector.id: vector.data["comment"] for vector in load_vectors()},
         flags=FLAGS,
         bad=bad_statuses,
-        # Drawn here, from numbers, so that nothing needs escaping.
+        # Figures are SVG made here, so nothing needs escaping.
         drawn=[
             Markup(histograms(f"{method}, {column.title}", counts, limits))
             for method, limits in ULP_LIMITS.items()
@@ -64,7 +64,7 @@ def _dtypes(summary: Summary) -> list[str]:
 
 
 def _training(summary: Summary) -> list[tuple[str, str, Markup]]:
-    """Backend, task and figure of every training on real images."""
+    """Return backend, task and figure of every training on real images."""
     return [
         (column.title, task, Markup(drawn))
         for column in summary.backends
@@ -74,7 +74,7 @@ def _training(summary: Summary) -> list[tuple[str, str, Markup]]:
 
 
 def _trained(summary: Summary) -> list[str]:
-    """Ids of the results of training on real images."""
+    """Return the ids of the results of training on real images."""
     ids: dict[str, None] = {}
     for column in summary.backends:
         ids |= {r["id"]: None for r in column.file.results if "RealImages" in r["flags"]}
@@ -82,7 +82,7 @@ def _trained(summary: Summary) -> list[str]:
 
 
 def _models(summary: Summary) -> list[tuple[str, list[tuple[str, str]], Markup]]:
-    """Name, results (id and dtype) and figure of every NFNet."""
+    """Return name, results (id and dtype) and figure of every NFNet."""
     ids: dict[str, dict[tuple[str, str], None]] = {}
     for column in summary.backends:
         for result in column.file.results:

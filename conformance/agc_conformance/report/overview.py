@@ -1,4 +1,4 @@
-"""The overview in the README: a matrix and a figure, made from a report that was kept."""
+"""The overview in the README: a matrix and a figure, made from a committed report."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def overview(report: Mapping[str, Any]) -> str:
     Parameters
     ----------
     report : mapping
-        A ``report.json``, read.
+        Contents of a ``report.json``.
 
     Returns
     -------
     str
-        A row a clause, SAM's and the models' folded away; a column a backend, then a subject; errors and
-        provenance below.
+        A row for each clause, those of SAM and the models folded away; a column for each backend,
+        then for each subject; errors and provenance below.
     """
     runs = [*_runs(report, "backend"), *_runs(report, "subject")]
     head = ["", *(_title(run) for run in runs)]
@@ -47,7 +47,7 @@ def overview(report: Mapping[str, Any]) -> str:
             if clause.startswith(method)
         ]
 
-    backends = [*_runs(report, "backend")]  # nobody else is asked about models
+    backends = [*_runs(report, "backend")]  # subjects are not asked about models
     folded = [
         ("The same for SAM", head, rows("SAM", runs)),
         ("The same for NFNets", head[: 1 + len(backends)], rows("NFNET", backends)),
@@ -120,7 +120,8 @@ def publish(report: Path, results: Path, readme: Path) -> None:
     Raises
     ------
     FormatError
-        If the report is not one, has failures or lacks a framework, or if the README has no marks.
+        If the file is not a report, the report has failures or lacks a framework, or the README has
+        no marks.
     OSError
         If one of the files cannot be written.
     """
@@ -160,7 +161,7 @@ def _read(path: Path) -> str:
 
 
 def _lacks(report: Mapping[str, Any]) -> str:
-    """Return why a report is not to be published; empty if it is."""
+    """Return why a report cannot be published; empty if it can."""
     backends = {run["header"]["backend"] for run in report["runs"]}
     missing = [f"no run of {name}" for name in sorted(_NAMES.keys() - backends)]
     missing += [] if report["mutants"] else ["no mutants"]

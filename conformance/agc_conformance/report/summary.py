@@ -1,4 +1,4 @@
-"""Summary: what all result files say together; every presentation is made from this."""
+"""Summary of all result files, from which every presentation is made."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["ULP_LIMITS", "Cell", "CellVerdict", "Column", "Summary", "summarize"
 CellVerdict = Literal["passed", "failed", "expected", "unsupported", "none"]
 
 ULP_LIMITS: Final = {"AGC": LIMITS, "SAM": SHARPNESS_LIMITS}
-"""Largest errors allowed, by method, which is how its clauses begin, and dtype."""
+"""Largest errors allowed, by method and dtype; the clauses of a method start with its name."""
 _PARTS: Final = {"train": "training on real images", "models": "NFNets"}
-"""What a run may leave out, by the key of its header."""
+"""Optional parts of a run, by the key of its header."""
 _ORDER = ["-", "float32", "float64", "bfloat16", "float16", "complex64", "complex128"]
 
 
@@ -36,7 +36,7 @@ class Cell:
 
     @property
     def verdict(self) -> CellVerdict:
-        """Worst status that matters."""
+        """The status to show: failures first, then expected failures, passes, unsupported."""
         counts = self.counts
         if any(counts[status] for status in bad_statuses):
             return "failed"
@@ -70,7 +70,7 @@ class Cell:
 
     @property
     def dtypes(self) -> dict[str, Cell]:
-        """The same by dtype, plain dtypes first."""
+        """The results by dtype, plain dtypes first."""
         cells: dict[str, Cell] = {}
         for result in self.results:
             cells.setdefault(result["dtype"], Cell()).results.append(result)
@@ -115,11 +115,14 @@ class Column:
 
     @property
     def conforms(self) -> bool:
-        """Whether anything was computed rightly: parsing a configuration is not enough."""
+        """Whether anything was computed correctly; parsing a configuration does not count."""
         return any(r["status"] == "passed" and r["level"] != "L0" for r in self.file.results)
 
     def histograms(self, method: str) -> dict[str, list[int]]:
-        """Elements by error in ULP, per dtype of the gradient, of one method's results that passed."""
+        """Return counts of elements by error in ULP, for each dtype of gradients.
+
+        Only results of one method that passed are counted.
+        """
         totals: dict[str, list[int]] = {}
         for result in self._measured(method):
             name = result["dtype"].partition("/")[0]
@@ -129,7 +132,7 @@ class Column:
         return {name: totals[name] for name in _ORDER if name in totals}
 
     def errors(self, method: str) -> dict[str, tuple[float, float]]:
-        """Largest error and limit by dtype, of one method's results that passed."""
+        """Return the largest error and the limit by dtype, of one method's results that passed."""
         worst: dict[str, float] = {}
         for result in self._measured(method):
             name = result["dtype"].partition("/")[0]
@@ -150,7 +153,7 @@ class Column:
 
 @dataclass
 class Summary:
-    """Everything that is presented."""
+    """All data of the report."""
 
     backends: list[Column]
     subjects: list[Column]
@@ -177,12 +180,12 @@ class Summary:
 
     @property
     def mutants(self) -> list[dict[str, Any]]:
-        """Mutants of all files of teeth."""
+        """Mutants of all files that ``teeth`` wrote."""
         return [dict(mutant) for file in self.teeth for mutant in file.mutants]
 
     @property
     def survivors(self) -> list[str]:
-        """Mutants that nothing catches."""
+        """Mutants that no vector catches."""
         return [m["name"] for m in self.mutants if m["status"] != "killed"]
 
     @property
@@ -192,7 +195,7 @@ class Summary:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed, and something was there."""
+        """Whether there are results, and nothing failed."""
         broken = any(program["status"] == "failed" for program in self.programs)
         absent = bool(self.unavailable) and not self.columns
         empty = any(not file.has_results for file in self.files)
@@ -200,7 +203,7 @@ class Summary:
 
     @property
     def mood(self) -> Literal["ok", "partly", "no"]:
-        """Colour of the headline: green only if everything asked for was there and passed."""
+        """Colour of the headline: green only if everything was available and passed."""
         if not self.ok:
             return "no"
         complete = self.backends and not self.unavailable and not self.notices
@@ -208,7 +211,7 @@ class Summary:
 
     @property
     def headline(self) -> str:
-        """One sentence."""
+        """One sentence about the whole."""
         counts = Cell([r for c in self.backends for r in c.file.results]).counts
         good = [c for c in self.backends if not c.total.bad and c.conforms]
         asked = len(self.backends) + len(self.unavailable)
@@ -227,7 +230,7 @@ class Summary:
 
 
 def summarize(files: Iterable[ResultFile]) -> Summary:
-    """Put result files together."""
+    """Combine result files."""
     files = list(files)
     columns: list[Column] = []
     unavailable: list[dict[str, Any]] = []
@@ -253,7 +256,7 @@ def summarize(files: Iterable[ResultFile]) -> Summary:
 
 
 def _notices(files: Sequence[ResultFile], columns: Sequence[Column]) -> list[str]:
-    """List what a reader must know before believing the matrix."""
+    """List caveats for readers of the matrix."""
     notices = []
     digests = {file.header.get("vectors") for file in files if file.header["kind"] != "tpu"}
     if len(digests) > 1:
@@ -266,7 +269,7 @@ def _notices(files: Sequence[ResultFile], columns: Sequence[Column]) -> list[str
             if not column.file.header.get(key, True):
                 notices.append(f"{column.title} ran without {what}.")
         empty = [clause for clause, cell in column.cells.items() if not cell.results]
-        # Nobody but backends is asked about models; who ran a part says so above.
+        # Only backends are asked about models; a partial run has its own notice above.
         whole = selected is None and column.file.header.get("models", True)
         if column.role == "backend" and column.file.results and whole and empty:
             notices.append(f"{column.title} was not asked about {', '.join(empty)}.")

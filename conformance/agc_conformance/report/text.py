@@ -55,7 +55,7 @@ def terminal(summary: Summary, console: Console) -> None:
         if not columns:
             continue
         table = Table(title=title, title_justify="left")
-        room = max(8, console.width - 4 - 21 * len(columns))  # what is left gives way first
+        room = max(8, console.width - 4 - 21 * len(columns))  # the first column shrinks first
         table.add_column("clause", no_wrap=True, overflow="ellipsis", max_width=room)
         for column in columns:
             name = f"{column.name}\n{column.device}"
@@ -185,7 +185,7 @@ def markdown(summary: Summary) -> str:
 
 
 def junit(summary: Summary) -> str:
-    """Return JUnit XML. What a subject misses is ``skipped``: it is looked at, not held to anything."""
+    """Return JUnit XML; failures of subjects are ``skipped``, since they need not conform."""
     root = ET.Element("testsuites", name="agc conformance")
     for column in summary.columns:
         total = column.total

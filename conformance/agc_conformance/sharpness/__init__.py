@@ -1,1 +1,1 @@
-"""SAM: problems of weights and examples, what is asked of a backend, and how its answer is compared."""
+"""SAM: problems for a backend, the questions it is asked, and the comparison of its answers."""

@@ -1,4 +1,4 @@
-"""What is asked of a backend about SAM."""
+"""Questions about SAM, put to a backend."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _train(backend: Backend, question: SharpnessTrajectory) -> list[Mapping[str,
 
 
 def _copy(problem: SharpnessProblem) -> SharpnessProblem:
-    """Copy the arrays, so that a backend cannot change what it is compared with."""
+    """Copy the arrays, since a backend may change them in place."""
     return replace(
         problem,
         parameters={name: array.copy() for name, array in problem.parameters.items()},
@@ -64,4 +64,4 @@ KINDS: Final[dict[str, Kind[Any, Any]]] = {
     "sharpness-scenario": Kind(parse_sharpen, _sharpen, compare_sharpness),
     "sharpness-trajectory": Kind(parse_trajectory, _train, compare_trajectory),
 }
-"""Kind of vector to how it is run."""
+"""Kinds of vectors by name."""

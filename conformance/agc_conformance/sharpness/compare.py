@@ -1,11 +1,14 @@
 """Comparison of SAM: how far a sharpness-aware gradient may be from the float64 reference.
 
-Every number comes with its *magnitude*, the sum of the magnitudes of all terms that go into it, since
-rounding errs by a fraction of the terms and not of what is left when they cancel: for a gradient the mean of
-``|a| (|w + e| + |c| + de)``, where ``de`` is what rounding of the ascent gradient may do to ``e``. An
-error is measured in units in the last place of the magnitude, in the dtype of the weights: that dtype has to
-hold ``w + e``. Allowed are 4 in float32 and float64 and 2 in float16 and bfloat16 (the rounding of
-``w + e`` and of the gradient, half a unit each, doubled where the magnitude is just above a power of two).
+Every number comes with its *magnitude*, the sum of the magnitudes of all its terms. Rounding errs
+by a fraction of the terms, which may be far more than a fraction of their sum when they cancel. For
+a gradient the magnitude is the mean of ``|a| (|w + e| + |c| + de)``, where ``de`` bounds the change
+of ``e`` by rounding of the ascent gradient.
+
+An error is measured in units in the last place of the magnitude, in the dtype of the weights: that
+dtype has to hold ``w + e``. Allowed are 4 in float32 and float64 and 2 in float16 and bfloat16 (the
+rounding of ``w + e`` and of the gradient, half a unit each, doubled where the magnitude is just
+above a power of two).
 
 The weights themselves must come back bit for bit (SAM-3).
 """
@@ -36,7 +39,7 @@ SHARPNESS_LIMITS: Final[dict[str, float]] = {
 
 
 def compare_sharpness(question: SharpenQuestion, outcome: SharpnessOutcome) -> Verdict:
-    """Compare an outcome with everything that is expected of it."""
+    """Compare an outcome with the expectations of its question."""
     verdict = Verdict()
     for name, weight in question.problem.parameters.items():
         verdict.add(_compare_weight(name, outcome.weights.get(name), weight))
@@ -104,7 +107,11 @@ def _compare_gradient(
 
 
 def _compare_number(kind: str, got: float, expected: ExpectedNumber, dtype: str) -> Verdict:
-    """Compare a loss or norm; losses at ``w + e`` are as exact as the weights' dtype is."""
+    """Compare a loss or norm.
+
+    The clean loss is compared in the accumulation dtype. The perturbed loss and the norm depend on
+    rounded values, so they are only as exact as the dtype of the weights.
+    """
     want, size = expected.value, expected.magnitude
     exact = kind == "loss"
     kept = accumulation_dtype(dtype) if exact else dtype
@@ -119,9 +126,12 @@ def _compare_number(kind: str, got: float, expected: ExpectedNumber, dtype: str)
 
 
 def _errors(got: Array, want: Array, magnitude: Array, dtype: str) -> Array:
-    """Errors in ULP of the magnitude; 0 where both are the same infinity or NaN, else infinite."""
+    """Return errors in ULP of the magnitude.
+
+    If a value is not finite, the error is 0 where both are NaN or the same infinity, else infinite.
+    """
     smallest, at_one = ulp(np.array([0.0, 1.0]), dtype)
-    # A magnitude may be beyond the largest number of the dtype: its terms cancel.
+    # ldexp, not ulp: where terms cancel, a magnitude may exceed the largest number of the dtype.
     unit = np.maximum(smallest, np.ldexp(at_one, np.frexp(magnitude)[1] - 1))
     with np.errstate(invalid="ignore"):
         error = np.abs(got - want) / unit

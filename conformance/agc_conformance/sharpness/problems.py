@@ -1,8 +1,8 @@
-"""Questions about SAM: weights and examples, once or in steps, and what is expected of them.
+"""Questions about SAM: weights and examples, once or in steps, and the expected results.
 
-The loss is that of :class:`agc_conformance.backend.Examples`: quadratic, so that its gradient at any point is known
-exactly, and different in every element and example, so that no two batches, micro-batches or parameters can be taken
-for one another.
+The loss is that of :class:`agc_conformance.backend.Examples`. It is quadratic, so that its gradient
+at any point is known exactly. It differs in every element and example, so that no two batches,
+micro-batches or parameters can be taken for one another.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ SharpnessTrajectory = Trajectory[SharpnessProblem, Examples]
 
 @dataclass(frozen=True)
 class ExpectedGradient:
-    """What is expected of a gradient, in canonical axes.
+    """An expected gradient, in canonical axes.
 
     Attributes
     ----------
     values, magnitudes : array of float64
-        The gradient, and the sum of the magnitudes of all terms that go into it.
+        The gradient, and the sum of the magnitudes of all its terms.
     """
 
     values: Array
@@ -57,7 +57,7 @@ class ExpectedGradient:
 
 @dataclass(frozen=True)
 class ExpectedNumber:
-    """A loss or a norm, and the sum of the magnitudes of all terms that go into it."""
+    """An expected loss or norm, and the sum of the magnitudes of all its terms."""
 
     value: float
     magnitude: float
@@ -65,7 +65,7 @@ class ExpectedNumber:
 
 @dataclass(frozen=True)
 class SharpenQuestion:
-    """Weights and examples whose sharpness-aware gradient is asked for, in one layout and dtype.
+    """A request for one sharpness-aware gradient, in one layout and dtype.
 
     Attributes
     ----------
@@ -78,15 +78,15 @@ class SharpenQuestion:
     skipped : bool
         Whether the step is skipped.
     gradients : mapping of name to expectation
-        ``"absent"``: the parameter is in no loss.
+        ``"absent"``: the loss does not depend on the parameter.
     numbers : mapping of str to ExpectedNumber
         ``loss``, ``perturbed_loss`` and ``norm``.
     numbers_required : bool
-        Whether a backend that reports none of them lacks what is asked.
+        Whether a backend that reports none of them does not support the question.
     scenario : str, optional
         A setting of real training.
     settings : mapping
-        Its numbers and names.
+        The numbers and names of the scenario.
     """
 
     problem: SharpnessProblem
@@ -118,9 +118,9 @@ def parse_sharpen(vector: Vector, layout: str, dtype: str) -> SharpenQuestion:
     vector : Vector
         The vector.
     layout : {"torch", "flax", "keras"}
-        The backend's.
+        The backend's layout.
     dtype : str
-        Of the weights; examples are in at least float32.
+        Dtype of the weights; examples are in at least float32.
     """
     data, laid_out = vector.data, layout_of(vector, layout)
     expect = data["expect"]
@@ -204,14 +204,16 @@ def as_batch(examples: Examples) -> list[Array]:
 
 
 def gradient_function(names: Sequence[str], used: Sequence[str]) -> GradientFunction:
-    """Return the loss of :class:`~agc_conformance.backend.Examples` with its gradients, summed exactly.
+    """Return a function that computes the loss and its gradients, summed exactly.
+
+    The loss is that of :class:`~agc_conformance.backend.Examples`.
 
     Parameters
     ----------
     names : sequence of str
         All parameters.
     used : sequence of str
-        Those in the loss, in the order of the batch's arrays.
+        Parameters that the loss depends on, in the order of the batch's arrays.
     """
 
     def compute(
@@ -231,7 +233,7 @@ def gradient_function(names: Sequence[str], used: Sequence[str]) -> GradientFunc
 
 
 def exact_sum(values: Array) -> Array:
-    """Sum along the first axis, correctly rounded: the same on every machine."""
+    """Sum along the first axis, correctly rounded, so that every machine has the same result."""
     columns = values.reshape(len(values), -1).T
     sums = [math.fsum(c) if np.isfinite(c).all() else np.sum(c) for c in columns.tolist()]
     return np.array(sums, np.float64).reshape(values.shape[1:])

@@ -1,27 +1,28 @@
 """Training on real images, compared with the float64 reference at every step.
 
-A small convolutional classifier (:class:`agc_conformance.backend.TrainingTask`) is trained on scikit-learn's bundled
-images, with AGC in front of SGD, by the backend and by the reference; in one task SAM stands in front of
-both. Two comparisons are made:
+A small convolutional classifier (:class:`agc_conformance.backend.TrainingTask`) is trained on
+scikit-learn's bundled images, with AGC in front of SGD, by the backend and by the reference; in one
+task SAM comes before both. Two comparisons are made:
 
-*Local*: the reference clips the backend's own gradients against the backend's own weights, so nothing but
-the clipping is measured, in units in the last place. The optimizer's step is redone in the same way, and
-so are SAM's two passes: the perturbation from the weights, the gradient from the perturbed weights.
+*Local*: the reference clips the backend's own gradients against the backend's own weights, so that
+the comparison measures the clipping alone, in units in the last place. The optimizer's step is
+redone in the same way, and so are SAM's two passes: the perturbation from the weights, the gradient
+from the perturbed weights.
 
-*Global*: the reference trains by itself in float64 from the same weights on the same batches. Gradients,
-unit norms, clipped gradients, decisions and weights must stay together for the whole run. Rounding
-makes any two runs drift apart; :func:`drift_bound` says how far is allowed, and why.
+*Global*: the reference trains by itself in float64 from the same weights on the same batches.
+Gradients, unit norms, clipped gradients, decisions and weights must stay together for the whole
+run. Rounding makes any two runs drift apart; :func:`drift_bound` says how far is allowed, and why.
 
-These results come out of each task (with SAM, some stand for another clause):
+Each task has these results. The second clause is that of a task with SAM:
 
-=========== ============== ==============================================================
-``plan``    AGC-6          the same parameters, units, thresholds and exclusions as the reference's plan
+=========== ============== =======================================================================
+``plan``    AGC-6          the parameters, units, thresholds and exclusions of the reference's plan
 ``perturb`` SAM-1          local: the perturbed weights; only with SAM
 ``descent`` SAM-3          local: the gradient there, and the weights restored; only with SAM
-``clip``    AGC-2, SAM-6   local: clipped gradients and decisions, against the weights that are updated
+``clip``    AGC-2, SAM-6   local: clipped gradients and decisions, by the weights that are updated
 ``update``  AGC-7, SAM-6   local: clipping comes before weight decay and momentum
 ``run``     AGC-3, SAM-7   global: the whole run; with SAM, the ascent sees a fifth of the batch
-=========== ============== ==============================================================
+=========== ============== =======================================================================
 """
 
 from __future__ import annotations
@@ -81,24 +82,33 @@ _SHARP_CLAUSES: Final = {
 
 
 def drift_bound(step: int) -> float:
-    """How far a float32 run may be from the float64 one before a step, relative to the largest element.
+    """Return how far a float32 run may be from the float64 run before a step.
 
-    ``2**-15`` a step: 0.003 % at first, 0.15 % at step 50. Rounding alone drifts to a sixth of this at
-    most, whatever algorithm a framework takes for its convolutions. Started from weights that differ by
-    1e-6, the tasks stay below a quarter, which a test makes sure of: they are well conditioned, and another
-    machine's order of summation will not matter. Wrong formulas are far outside: an additive epsilon
-    doubles the limits of the biases at step 0.
+    The bound is relative to the largest element: ``2**-15`` a step, 0.003 % at first, 0.15 % at
+    step 50. Rounding alone drifts to a sixth of this at most, whatever algorithm a framework takes
+    for its convolutions.
+
+    The tasks are well conditioned: started from weights that differ by 1e-6, they stay below a
+    quarter of the bound (a test checks that), so the order of summation on another machine does not
+    matter. Wrong formulas are far outside: an additive epsilon doubles the limits of the biases at
+    step 0.
     """
     return 2.0**-15 * (1 + step)
 
 
 def digits(steps: int = 50) -> TrainingTask:
-    """Build the first task: handwritten digits (8x8, grey, 10 classes), the head left out, Nesterov and decay."""
+    """Build the first task: handwritten digits (8x8, grey, 10 classes).
+
+    AGC leaves the head out; SGD has Nesterov momentum and weight decay.
+    """
     return _digits(steps, seed=0)
 
 
 def sam_digits(steps: int = 50) -> TrainingTask:
-    """Build the third task: digits again, with SAM as NFNets have it, the ascent on a fifth of each batch."""
+    """Build the third task: digits again, with SAM as for NFNets.
+
+    The ascent pass sees a fifth of each batch.
+    """
     return replace(_digits(steps, seed=2), sharpness=SAM(rho=0.05, fraction=0.2))
 
 
@@ -125,7 +135,10 @@ def _load_digits() -> tuple[Array, Array]:
 
 
 def photographs(steps: int = 50) -> TrainingTask:
-    """Build the second task: which of two photographs is this 24x24 RGB patch from? A schedule; nothing left out."""
+    """Build the second task: tell from which of two photographs a 24x24 RGB patch is.
+
+    AGC has a schedule and leaves out nothing.
+    """
     from sklearn.datasets import load_sample_image
 
     random = np.random.RandomState(1)
@@ -155,11 +168,11 @@ TASKS: Final[Mapping[str, Callable[[int], TrainingTask]]] = {
     "photographs": photographs,
     "sam-digits": sam_digits,
 }
-"""Name to a function of the number of steps; the same call gives the same task, bit for bit."""
+"""Functions of the number of steps, by name; the same call gives the same task, bit for bit."""
 
 
 def _weights(random: np.random.RandomState, *, channels: int, classes: int) -> dict[str, Array]:
-    """He initialisation; biases are zero, so that the floor of the weight norm matters."""
+    """Return He-initialised weights; biases are zero, so that the floor of the norm matters."""
 
     def normal(*shape: int) -> Array:
         drawn: Array = random.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
@@ -191,7 +204,7 @@ def reference_plan(task: TrainingTask) -> Plan:
 
 
 class _Sgd:
-    """:class:`agc_conformance.backend.Optimizer` in float64, and how far float32 may be from it."""
+    """:class:`agc_conformance.backend.Optimizer` in float64, with bounds of float32's error."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -207,7 +220,7 @@ class _Sgd:
             w, g = weight.astype(np.float64), gradients[name].astype(np.float64)
             u = g if o.decoupled else g + o.weight_decay * w
             m = self._momentum[name] = o.momentum * self._momentum.get(name, 0.0) + u
-            # The magnitudes of the same sums: each float32 addition errs by a fraction of them.
+            # Magnitudes of the same sums: each float32 addition errs by a fraction of them.
             size = self._sizes[name] = o.momentum * self._sizes.get(name, 0.0) + np.abs(u)
             self._errors[name] = o.momentum * self._errors.get(name, 0.0) + size
             decay = o.weight_decay if o.decoupled else 0.0
@@ -215,13 +228,13 @@ class _Sgd:
         return after
 
     def tolerance(self, name: str, weight: Array) -> Array:
-        """Bound of float32's error in each weight after the last step."""
+        """Return a bound of float32's error in each weight after the last step."""
         bound: Array = _EPS * (2 * np.abs(weight) + 4 * self.optimizer.lr * self._errors[name])
         return bound
 
 
 def reference_run(task: TrainingTask) -> Iterator[tuple[TrainStep, Result]]:
-    """Train in float64, yielding every step and what the clipping did in it."""
+    """Train in float64, yielding every step and its result of clipping."""
     plan = reference_plan(task)
     sgd = _Sgd(task.optimizer)
     weights = {name: array.astype(np.float64) for name, array in task.weights.items()}
@@ -237,7 +250,7 @@ def reference_run(task: TrainingTask) -> Iterator[tuple[TrainStep, Result]]:
 def _gradients(
     task: TrainingTask, weights: Arrays, batch: tuple[Array, Array], step: int
 ) -> tuple[float, Arrays, Arrays]:
-    """Clean loss, the gradients to clip, and the weights at which they were taken, in float64."""
+    """Return the clean loss, the gradients to clip, and the weights they belong to, in float64."""
     if task.sharpness is None:
         return *_evaluate(weights, batch), weights
     visited: list[Arrays] = []
@@ -308,7 +321,7 @@ class _Comparison:
                 self._fail("plan", index, message)
 
     def _check_arrays(self, index: int, got: TrainStep) -> bool:
-        """Whether there is something to compare; if not, all comparisons fail."""
+        """Tell whether all arrays are there; if not, every comparison fails."""
         problem = ""
         sharp = ("perturbed", "restored") if self.task.sharpness else ()
         for kind in ("before", "gradients", "clipped", "after", *sharp):
@@ -333,9 +346,9 @@ class _Comparison:
     def _check_sharpness(self, index: int, got: TrainStep) -> None:
         """Redo both passes of SAM from the backend's own weights (local).
 
-        The reference's ascent gradient has no rounding and the backend's has that of one float32
-        evaluation, which :func:`drift_bound` at step 0 allows for, relative to the largest element of
-        ``e``; ``w + e`` is then rounded once. Wrong formulas are far outside: AGC on the ascent gradient,
+        The backend's ascent gradient has the rounding of one float32 evaluation. The bound allows
+        for it by :func:`drift_bound` at step 0, relative to the largest element of ``e``, and for
+        the rounding of ``w + e``. Wrong formulas are far outside: AGC on the ascent gradient,
         another part of the batch or an ``e`` per layer change ``e`` by tenths of its length.
         """
         assert got.perturbed is not None
@@ -384,7 +397,7 @@ class _Comparison:
                 moved = changed.any(axis=axes.reduce, keepdims=True)
                 if (~tie & (moved != acts)).any():
                     self._fail("clip", index, f"{name}: other units are clipped than should be")
-                # At the limit both are right: the factor is 1 to within the tolerance.
+                # At the limit either decision is right: the factor is 1 to within the tolerance.
                 expected = np.where(tie & ~moved, raw, expected)
                 layers[name].update(units=axes.count, clipped=int(moved.sum()))
             elif changed.any():
@@ -417,7 +430,7 @@ class _Comparison:
         wanted: Result,
         layers: Mapping[str, dict[str, float]],
     ) -> None:
-        """Compare with the reference that trains by itself (global)."""
+        """Compare with the reference's own training (global)."""
         bound = drift_bound(index)
         drift = self._drift("loss", np.asarray(got.loss), np.asarray(want.loss))
         if not drift <= bound:
@@ -453,10 +466,10 @@ class _Comparison:
                     )
 
     def _drift(self, what: str, got: Array, want: Array) -> float:
-        """Largest difference, relative to the largest element that the reference has had so far.
+        """Return the largest difference, relative to the reference's largest element so far.
 
-        "So far", because a gradient may cancel to almost nothing in one step: rounding is not relative
-        to what is left.
+        A gradient may cancel to almost nothing in one step; rounding is relative to the terms
+        before they cancel.
         """
         scale = self._scales[what] = max(float(np.max(np.abs(want))), self._scales.get(what, 0.0))
         difference = float(np.max(np.abs(got - want)))
@@ -483,7 +496,7 @@ class _Comparison:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has neither NaN nor infinity."""
+    """Return a number, or None for NaN and infinity, which JSON does not have."""
     return value if np.isfinite(value) else None
 
 
@@ -499,7 +512,7 @@ def run_task(
     Parameters
     ----------
     backend : Backend
-        Asked for :meth:`~agc_conformance.backend.Backend.train`.
+        Its :meth:`~agc_conformance.backend.Backend.train` is called.
     name : str
         A name in :data:`TASKS`.
     steps : int, default 50
@@ -510,7 +523,7 @@ def run_task(
     Yields
     ------
     record
-        A ``train`` record for every step, then the ``result`` records; an exception makes them
+        A ``train`` record for every step, then the ``result`` records. An exception makes these
         ``error``, and :class:`~agc_conformance.backend.Unsupported` makes them ``unsupported``.
     """
     task = TASKS[name](steps)
@@ -567,7 +580,7 @@ def _result(
 
 
 def _digest(task: TrainingTask) -> str:
-    """Fingerprint of weights and batches, so that a reader sees that all backends had the same."""
+    """Return a fingerprint of weights and batches, which shows that all backends had the same."""
     sha = hashlib.sha256()
     for array in (*task.weights.values(), *(part for batch in task.batches for part in batch)):
         sha.update(np.ascontiguousarray(array).tobytes())

@@ -1,7 +1,7 @@
-"""The network of :class:`agc_conformance.backend.TrainingTask` in NumPy, forward and backward, written to be read.
+"""The network of :class:`agc_conformance.backend.TrainingTask` in NumPy, forward and backward.
 
-It computes in the dtype of the weights it is given: float64 for the reference. A test compares every
-gradient with finite differences.
+It is written to be read, and computes in the dtype of its weights: float64 for the reference. A
+test compares every gradient with finite differences.
 
 Shapes: ``n`` images, ``c`` channels in, ``o`` channels out, ``h`` by ``w`` pixels, ``k`` classes;
 ``i`` and ``j`` run over the 3x3 window.
@@ -33,12 +33,13 @@ PARAMETERS = (
 def loss_and_gradients(
     weights: Mapping[str, Array], images: Array, labels: Array
 ) -> tuple[float, dict[str, Array]]:
-    """Mean softmax cross-entropy of a batch, and its gradient for every parameter.
+    """Return the mean softmax cross-entropy of a batch, and its gradient for every parameter.
 
     Parameters
     ----------
     weights : mapping of name to array
-        The six arrays of :data:`PARAMETERS`, out-first: ``(o, c, 3, 3)``, ``(o,)``, ``(k, o)``, ``(k,)``.
+        The six arrays of :data:`PARAMETERS`, out-first: ``(o, c, 3, 3)``, ``(o,)``, ``(k, o)``,
+        ``(k,)``.
     images : array, shape (n, c, h, w)
         Images, in the dtype of the weights.
     labels : array of int, shape (n,)
@@ -79,7 +80,8 @@ def loss_and_gradients(
 
 
 def _sigmoid(x: Array) -> Array:
-    with np.errstate(over="ignore"):  # exp may overflow to infinity; 1 / infinity is the right 0
+    # exp may overflow to infinity; 1 / infinity is the right result, 0.
+    with np.errstate(over="ignore"):
         result: Array = 1 / (1 + np.exp(-x))
     return result
 
@@ -95,7 +97,7 @@ def _silu_slope(x: Array) -> Array:
 
 
 def _windows(x: Array, stride: int) -> Array:
-    """All 3x3 windows of images padded with one ring of zeros, shape (n, c, h, w, i, j)."""
+    """Return all 3x3 windows of images padded with one ring of zeros, shape (n, c, h, w, i, j)."""
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
     return windows[:, :, ::stride, ::stride]
@@ -109,7 +111,7 @@ def _convolve(x: Array, weight: Array, bias: Array, stride: int) -> Array:
 def _convolve_backward(
     d_out: Array, x: Array, weight: Array, stride: int
 ) -> tuple[Array, Array, Array]:
-    """Gradients for the input, the weight and the bias of :func:`_convolve`."""
+    """Return the gradients for the input, the weight and the bias of :func:`_convolve`."""
     d_weight: Array = np.einsum("nohw,nchwij->ocij", d_out, _windows(x, stride), optimize=True)
     n, c, height, width = x.shape
     padded = np.zeros((n, c, height + 2, width + 2), x.dtype)

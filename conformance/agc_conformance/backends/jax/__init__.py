@@ -1,1 +1,1 @@
-"""AGC, SAM and NFNets in JAX, as the suite asks for them: a module a question."""
+"""AGC, SAM and NFNets in JAX, as the suite asks for them: one module for each subject."""

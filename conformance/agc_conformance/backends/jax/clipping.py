@@ -59,7 +59,7 @@ class Clipping(Device):
             return self._through(problem, [self._tree(problem.gradients)])
 
     def scenario_idle(self, problem: Problem) -> Outcome:
-        """Update without gradients first."""
+        """Update once without gradients, then clip."""
         with self.place(_all_arrays(problem)):
             idle = dict.fromkeys(problem.gradients)
             return self._through(problem, [self._tree(problem.gradients)], idle=idle)
@@ -77,7 +77,7 @@ class Clipping(Device):
             return self._clip(problem, compiled=True)
 
     def scenario_unscale(self, problem: Problem, scale: float) -> Outcome:
-        """Clip behind Flax's loss scaler: the gradient of a loss that is linear in the parameters."""
+        """Clip behind Flax's loss scaler, with a loss that is linear in the parameters."""
         with self.place(_all_arrays(problem)):
             return self._unscale(problem, float(scale))
 
@@ -98,11 +98,11 @@ class Clipping(Device):
         return Outcome(_arrays(clipped), telemetry.parameters(plan(params, rule)))
 
     def _through(self, problem: Problem, micro: Sequence[Any], idle: Any = None) -> Outcome:
-        """Clip by the transformation, behind optax's own accumulation if there are several gradients."""
+        """Clip by the transformation; several gradients are accumulated by optax."""
         rule = problem.declared_rule
         tx: Any = optax.chain(adaptive_grad_clip(rule), optax.identity())
         if len(micro) > 1:
-            # Its running mean rounds at every step; the sum of these gradients is exact.
+            # MultiSteps' running mean rounds at every step; the sum of these gradients is exact.
             tx = optax.chain(optax.scale(1 / len(micro)), tx)
             tx = optax.MultiSteps(tx, len(micro), use_grad_mean=False)
         params = self._tree(problem.parameters)
@@ -119,7 +119,7 @@ class Clipping(Device):
         params, scaled = self._tree(problem.parameters), self._tree(problem.gradients)
 
         def loss(params: Any) -> jax.Array:
-            # Divided by a power of two, which rounds nothing, since the scaler multiplies by it.
+            # The scaler multiplies by the scale; dividing by it, a power of two, rounds nothing.
             terms = jax.tree.map(lambda g, p: jnp.vdot(g / scale, p), scaled, params)
             return jnp.asarray(sum(jax.tree.leaves(terms)))
 
@@ -176,7 +176,7 @@ def _arrays(tree: Mapping[str, Any]) -> dict[str, Array | None]:
 
 
 def optax_sgd(optimizer: Optimizer) -> optax.GradientTransformation:
-    """SGD from optax's own parts; the decay stands behind AGC in either form (AGC-7)."""
+    """Return SGD of optax's own parts; AGC comes before weight decay of either form (AGC-7)."""
     momentum = optimizer.momentum or None
     sgd = optax.sgd(optimizer.lr, momentum, nesterov=optimizer.nesterov)
     if not optimizer.weight_decay:
@@ -187,7 +187,7 @@ def optax_sgd(optimizer: Optimizer) -> optax.GradientTransformation:
 
 
 def _at_step(state: Any, step: int) -> Any:
-    """Return the state as it is after so many steps."""
+    """Return the state as it is after ``step`` steps."""
 
     def move(node: Any) -> Any:
         if isinstance(node, AdaptiveGradClipState):

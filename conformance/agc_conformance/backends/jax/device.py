@@ -1,4 +1,4 @@
-"""Where JAX computes, and what it takes."""
+"""JAX's devices, dtypes and versions."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Device(Backend):
     )
 
     def __init__(self, device: str = "cpu") -> None:
-        # Eight devices for shards and replicas. A process that has already used JAX keeps those that it has,
-        # and a scenario says so if they do not suffice.
+        # Eight devices for shards and replicas. A process that has already used JAX keeps its
+        # number of devices; if there are too few, the scenario reports that.
         try:
             jax.config.update("jax_num_cpu_devices", 8)
         except RuntimeError as error:
@@ -50,7 +50,10 @@ class Device(Backend):
 
     @contextmanager
     def place(self, arrays: Iterable[Any]) -> Iterator[None]:
-        """Compute on this device, in 64-bit types if an array has one; JAX would round it to 32 bits otherwise."""
+        """Compute on this device, with 64-bit types enabled if an array has one.
+
+        Otherwise JAX would cast the array to 32 bits.
+        """
         wide = any(getattr(array, "dtype", None) in _WIDE for array in arrays)
         with jax.default_device(self._devices[0]), jax.enable_x64(wide):
             yield

@@ -1,4 +1,4 @@
-"""Layers of Flax NNX, by the names that the suite has for them."""
+"""Layers of Flax NNX, by the suite's names."""
 
 from __future__ import annotations
 

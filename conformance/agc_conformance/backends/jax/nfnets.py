@@ -52,7 +52,7 @@ class NFNets(Device):
             return ModelForward(logits, outputs, signals)
 
     def model_gradients(self, problem: ModelProblem) -> ModelGradients:
-        """Run the model forward and backward, and clip by :func:`agc_jax.adaptive_clip_gradients`."""
+        """Run forward and backward, and clip by :func:`agc_jax.adaptive_clip_gradients`."""
         with self._exactly(problem):
             program = _program_of(problem)
             params = program.parameters(problem.parameters)
@@ -89,13 +89,13 @@ class NFNets(Device):
 
     @contextmanager
     def _exactly(self, problem: ModelProblem) -> Iterator[None]:
-        """Compute in float64 where a model is, and in float32 without shortcuts."""
+        """Compute a float64 model in float64, and matrix products of float32 in full precision."""
         with self.place([problem.images]), jax.default_matmul_precision("highest"):
             yield
 
 
 class _Program:
-    """A model taken apart into a graph and parameters, and functions of the parameters, compiled once."""
+    """A model, split into a graph and parameters, and its compiled functions of the parameters."""
 
     def __init__(
         self, variant: str | Variant, classes: int, dtype: str, stochastic_depth: float | None
@@ -155,6 +155,6 @@ def _batch(problem: ModelProblem) -> tuple[jax.Array, jax.Array, float]:
 
 
 def _named(tree: Any) -> dict[str, Array]:
-    """Arrays by canonical name; Flax's layout is the neutral one."""
+    """Return arrays by canonical name; Flax's layout is the neutral one."""
     names, leaves, _ = flatten(tree)
     return dict(zip(names, jax.device_get(leaves), strict=True))

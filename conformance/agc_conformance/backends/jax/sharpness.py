@@ -1,4 +1,4 @@
-"""SAM, as a function of the loss, and in front of optax."""
+"""SAM as a function of the loss, and in front of optax."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class Sharpness(Device):
             return _replicas(problem, self._devices[:replicas], replicas)
 
     def sharpen_stale(self, problem: SharpnessProblem) -> SharpnessOutcome:
-        """Say that there are none."""
+        """Raise Unsupported: JAX keeps no gradients between steps."""
         raise Unsupported("in JAX gradients are values: none is left from an earlier step")
 
     def sharpen_fixed(
         self, problem: SharpnessProblem, frozen: Sequence[str], absent: Sequence[str]
     ) -> SharpnessOutcome:
-        """Differentiate the loss by some parameters only; the others are another argument of it."""
+        """Differentiate by the other parameters only; the loss closes over the fixed ones."""
         with self.place(problem.parameters.values()):
             return _fixed(problem, {*frozen, *absent})
 
@@ -81,22 +81,22 @@ class Sharpness(Device):
         *,
         restart: int | None = None,
     ) -> list[Mapping[str, Array]]:
-        """Take jitted steps with ``optax.sgd`` behind AGC; poisoned ones are skipped as optax does it."""
+        """Take jitted steps with ``optax.sgd`` behind AGC; optax skips non-finite ones."""
         with self.place(problem.parameters.values()):
             return _trajectory(problem, optimizer, batches, restart)
 
 
 def _sharpen(problem: SharpnessProblem, *, traced: bool = False) -> SharpnessOutcome:
-    """Ask :func:`agc_jax.sam_value_and_grad`; everything is traced, or only what saves time."""
+    """Call :func:`agc_jax.sam_value_and_grad`, with the step traced or as a constant."""
     if not set(perturbed_names(problem.parameters, problem.rule)) & set(
         problem.examples.curvatures
     ):
         raise Unsupported("JAX has no missing gradients, only zeros")
-    function = _value_and_grad(_loss, problem.rule, has_stats=True)
+    function = _value_and_grad(_loss, problem.rule, return_stats=True)
     step: dict[str, Any] = {"step": problem.step}
     if not traced:
         function, step = functools.partial(function, **step), {}
-    if problem.rule.nonfinite != "raise":  # which works outside jit only
+    if problem.rule.nonfinite != "raise":  # "raise" works only outside jit
         function = jax.jit(function)
     params = _tree(problem.parameters)
     loss, gradients, stats = function(params, _batch(problem.examples), **step)
@@ -145,7 +145,7 @@ def _trajectory(
 
 
 def _loss(params: Mapping[str, Any], batch: Batch) -> jax.Array:
-    """Mean loss of :class:`agc_conformance.backend.Examples`."""
+    """Return the mean loss of :class:`agc_conformance.backend.Examples`."""
     curvatures, centers = batch
     losses = []
     for name, a in curvatures.items():
@@ -222,7 +222,7 @@ def _replicas(problem: SharpnessProblem, devices: Sequence[Any], replicas: int) 
 
 
 def _skipped(gradients: Mapping[str, Any]) -> bool:
-    """Tell whether the gradients say "do not apply me": every one is NaN."""
+    """Tell whether the step is to be skipped: every gradient is NaN."""
     return all(bool(jnp.isnan(g).all()) for g in gradients.values())
 
 

@@ -31,7 +31,7 @@ class Training(Device):
     """A jitted step of Flax NNX and optax."""
 
     def train(self, task: TrainingTask) -> Iterator[TrainStep]:
-        """Train the suite's network, in Flax NNX: SAM if it is asked for, AGC, then ``optax.sgd``."""
+        """Train the suite's network in Flax NNX with SAM, if asked for, AGC and ``optax.sgd``."""
         with jax.default_device(self._devices[0]):
             yield from _train(task)
 
@@ -123,7 +123,7 @@ def _train(task: TrainingTask) -> Iterator[TrainStep]:
 
 
 def _received() -> optax.GradientTransformation:
-    """Keep what the optimizer behind AGC receives, gradients and weights, as this transformation's state."""
+    """Return a transformation whose state is what the optimizer receives: gradients and weights."""
 
     def init(params: Any) -> Any:
         return jax.tree.map(jnp.zeros_like, params), params

@@ -1,8 +1,8 @@
-"""Other people's implementations as subjects: the same vectors, and a report of what each meets.
+"""Third-party implementations as subjects: the report says which vectors each of them passes.
 
-A subject is looked at, not held to the specification. It gets the arrays and does with them what it does
-for its users; units are its own guess, so those that a vector declares are not handed over. An option
-that it has no argument for is *unsupported*.
+A subject is not held to the specification. It gets the arrays and does what it does for its users.
+It guesses the units itself, so those that a vector declares are not handed over. An option for
+which it has no argument is *unsupported*.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Peer(Backend):
         return {name: version(name) for name in self.packages}
 
     def threshold(self, rule: AGC) -> float:
-        """Return the clipping threshold, if that and ``eps`` are all that a rule asks for.
+        """Return the clipping threshold, if a rule asks only for that and ``eps``.
 
         Raises
         ------
@@ -54,9 +54,9 @@ class Peer(Backend):
         return rule.clipping  # type: ignore[return-value]
 
     def radius(self, rule: SAM) -> float:
-        """Return rho, if that, ``adaptive`` and ``eps`` are all that a rule asks for.
+        """Return rho, if a rule asks only for that, ``adaptive`` and ``eps``.
 
-        The scope does not matter: a peer is asked in one process, where both are the same.
+        The scope does not matter: a peer runs in one process, where both scopes are the same.
 
         Raises
         ------

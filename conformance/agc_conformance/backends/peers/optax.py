@@ -1,4 +1,4 @@
-"""optax's ``adaptive_grad_clip``, DeepMind's AGC as a gradient transformation, and ``optax.contrib.sam``."""
+"""optax's ``adaptive_grad_clip`` (DeepMind's AGC as a transformation) and ``optax.contrib.sam``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ __all__ = ["OptaxPeer", "backend"]
 class OptaxPeer(Peer):
     """Clips the whole tree under jit; 64-bit types are on, so that no input is narrowed.
 
-    SAM is run in opaque mode, in which one call is one step; the first gradients are the caller's to compute.
+    SAM is run in opaque mode, in which one call is one step; the caller computes the first
+    gradients.
     """
 
     name: ClassVar[str] = "optax"
@@ -54,7 +55,7 @@ class OptaxPeer(Peer):
         clip = optax.adaptive_grad_clip(self.threshold(problem.rule), eps=problem.rule.eps)
         with jax.enable_x64(True):
             gradients = _tree(problem.gradients)
-            # optax takes a tree with holes, if the parameters have the same ones.
+            # optax accepts None for a gradient if the parameter is None too.
             weights = {
                 name: None if gradient is None else jax.numpy.asarray(problem.parameters[name])
                 for name, gradient in gradients.items()
@@ -138,7 +139,7 @@ class OptaxPeer(Peer):
         )
 
     def _sam(self, problem: SharpnessProblem, behind: Any) -> Any:
-        """Build what optax's documentation calls the drop-in SAM of the paper."""
+        """Build SAM as optax's documentation does to reproduce the paper."""
         import optax
 
         rule = problem.rule

@@ -1,4 +1,7 @@
-"""pytorch_optimizer's ``agc`` (kozistr), which its Ranger21 and Ranger25 call, and its ``SAM``, davda54's formula."""
+"""pytorch_optimizer's ``agc`` (kozistr), called by its Ranger21 and Ranger25, and its ``SAM``.
+
+``SAM`` has davda54's formula.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ __all__ = ["PytorchOptimizerPeer", "backend"]
 class PytorchOptimizerPeer(Peer):
     """Clips one tensor after another, out of place; SAM wraps an optimizer's class.
 
-    SAM has an epsilon of its own, 1e-12, which stays where a rule asks for none. Its ``adaptive`` has no
-    eta and scales vectors too.
+    SAM has a fixed epsilon, 1e-12, even if a rule asks for none. Its ``adaptive`` has no eta and
+    scales vectors too.
     """
 
     name: ClassVar[str] = "pytorch_optimizer"
@@ -67,7 +70,7 @@ class PytorchOptimizerPeer(Peer):
         )
 
     def sharpen(self, problem: SharpnessProblem) -> SharpnessOutcome:
-        """Take one step with an optimizer that only looks."""
+        """Take one step with an optimizer that records the gradients and moves nothing."""
         from agc_conformance.backends.torch.arrays import Recorder, to_array
 
         parameters = _parameters(problem)
@@ -160,7 +163,7 @@ def _parameters(problem: SharpnessProblem) -> dict[str, Any]:
 
 
 def _step(sam: Any, parameters: Mapping[str, Any], examples: Examples) -> None:
-    """Take a step as its documentation says: the first gradients are the caller's to compute."""
+    """Take a step as its documentation says: the caller computes the first gradients."""
     from agc_conformance.backends.torch.arrays import mean_loss, to_tensor
 
     curvatures = {name: to_tensor(array) for name, array in examples.curvatures.items()}

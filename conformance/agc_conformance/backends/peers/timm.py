@@ -67,7 +67,7 @@ class TimmPeer(Peer):
         for name, weight in problem.parameters.items():
             gradient = problem.gradients.get(name)
             parameters[name] = torch.nn.Parameter(to_tensor(weight))
-            parameters[name].grad_dtype = None  # whatever the gradient has
+            parameters[name].grad_dtype = None  # accept a gradient of any dtype
             parameters[name].grad = None if gradient is None else to_tensor(gradient)
         self._agc.adaptive_clip_grad(
             list(parameters.values()), clip_factor=threshold, eps=problem.rule.eps

@@ -1,4 +1,4 @@
-"""NumPy arrays to TensorFlow and back, row-sparse gradients too, and an optimizer that remembers."""
+"""NumPy arrays to TensorFlow and back, row-sparse gradients too, and an optimizer that records."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def to_array(value: Any) -> Any:
 
 
 def keras_variables(arrays: Mapping[str, Array]) -> dict[str, Any]:
-    """Return variables of Keras, all of the same name, as layers have them."""
+    """Return Keras variables that all have the same name, as those of layers may."""
     return {
         name: keras.Variable(value, dtype=value.dtype.name, name="weight")
         for name, value in arrays.items()
@@ -49,7 +49,7 @@ def keras_variables(arrays: Mapping[str, Array]) -> dict[str, Any]:
 
 
 class RecordingSGD(keras.optimizers.SGD):  # type: ignore[misc]
-    """Stochastic gradient descent that remembers what it received, and has coupled weight decay too."""
+    """SGD that records the gradients it receives, and has coupled weight decay too."""
 
     def __init__(self, learning_rate: float, *, coupled_decay: float = 0.0, **options: Any) -> None:
         super().__init__(learning_rate, name="sgd", **options)
@@ -58,7 +58,7 @@ class RecordingSGD(keras.optimizers.SGD):  # type: ignore[misc]
         self.weights_before: dict[object, Any] = {}
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """Remember, then move."""
+        """Record the gradient and the weights, then update."""
         self.received[variable_key(variable)] = gradient
         self.weights_before[variable_key(variable)] = tf.identity(tf.convert_to_tensor(variable))
         if self.coupled_decay:

@@ -20,8 +20,9 @@ from agc_conformance.backends.tensorflow.arrays import (
     to_tensor,
 )
 from agc_conformance.backends.tensorflow.device import Device
-from agc_tensorflow.clip import Stats, adaptive_clip_gradients
+from agc_tensorflow.clip import adaptive_clip_gradients
 from agc_tensorflow.optimizer import AdaptiveGradClip
+from agc_tensorflow.stats import Stats
 from agc_tensorflow.units import variable_key
 
 __all__ = ["Clipping"]
@@ -56,7 +57,7 @@ class Clipping(Device):
         return self._receive(problem, [problem.gradients])
 
     def scenario_idle(self, problem: Problem) -> Outcome:
-        """Say that Keras knows no such step."""
+        """Raise Unsupported: Keras refuses such a step."""
         raise Unsupported("Keras refuses a step in which no variable has a gradient")
 
     def scenario_accumulate(
@@ -74,7 +75,7 @@ class Clipping(Device):
         return self._clip(problem, _in_graph)
 
     def scenario_sharded(self, problem: Problem, shards: int) -> Outcome:
-        """Say that nothing is sharded."""
+        """Raise Unsupported: Keras shards no parameters on TensorFlow."""
         raise Unsupported("MirroredStrategy replicates parameters; Keras on TensorFlow shards none")
 
     def _clip(self, problem: Problem, run: Callable[[Callable[[], Any]], Any]) -> Outcome:
@@ -110,7 +111,7 @@ class Clipping(Device):
         scale: float | None = None,
         **options: Any,
     ) -> Outcome:
-        """Apply gradients by a wrapped optimizer and return what the inner one received."""
+        """Apply gradients by a wrapped optimizer and return those that the inner one received."""
         with tf.device(self._place):
             variables = keras_variables(problem.parameters)
             recorder = RecordingSGD(0.0, **options)
@@ -130,7 +131,7 @@ class Clipping(Device):
 
 
 def _in_graph(clip: Callable[[], Any]) -> Any:
-    """Run inside a ``tf.function``, where a policy's error comes as TensorFlow's own."""
+    """Run inside a ``tf.function``; turn TensorFlow's error into the policy's."""
     try:
         return tf.function(clip, autograph=False).get_concrete_function()()
     except tf.errors.InvalidArgumentError as error:

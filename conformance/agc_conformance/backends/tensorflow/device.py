@@ -1,4 +1,4 @@
-"""Where TensorFlow computes, and what it takes."""
+"""TensorFlow's devices, dtypes and versions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Device(Backend):
 
 
 def _split_cpu() -> None:
-    """Let TensorFlow see two CPUs, for replicas; not if it has begun to work with one."""
+    """Split the CPU into two logical devices for replicas, unless TensorFlow is initialized."""
     cpu = tf.config.list_physical_devices("CPU")[0]
     try:
         tf.config.set_logical_device_configuration(

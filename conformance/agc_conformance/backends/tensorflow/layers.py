@@ -1,4 +1,4 @@
-"""Layers of Keras, by the names that the suite has for them."""
+"""Layers of Keras, by the suite's names."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _attention(s: Sizes) -> Any:
 
 def _recurrent(name: str) -> Callable[[Sizes], Any]:
     def build(s: Sizes) -> Any:
-        # Without bias: the two bias vectors of a GRU are one array, of two units.
+        # Without bias: Keras stacks the two bias vectors of a GRU in one array, of two units.
         return _built(getattr(keras.layers, name)(s["o"], use_bias=False), 2, s["i"])
 
     return build

@@ -57,7 +57,7 @@ class NFNets(Device):
             )
 
     def model_gradients(self, problem: ModelProblem) -> ModelGradients:
-        """Run the model forward and backward, and clip by :func:`agc_tensorflow.adaptive_clip_gradients`."""
+        """Run forward and backward, and clip by :func:`agc_tensorflow.adaptive_clip_gradients`."""
         with tf.device(self._place):
             program = _program_of(problem)
             loss, gradients = program.loss_and_gradients(*_batch(problem))
@@ -71,7 +71,7 @@ class NFNets(Device):
             )
 
     def model_training(self, problem: ModelProblem, recipe: ModelRecipe) -> Iterator[ModelStep]:
-        """Apply :func:`agc_tensorflow.sgd_nfnet`, or ``AdaptiveGradClip`` around Keras' SGD, in a graph."""
+        """Apply :func:`agc_tensorflow.sgd_nfnet`, or ``AdaptiveGradClip(SGD)``, in a graph."""
         with tf.device(self._place):
             program = _program_of(problem)
             with _floatx(problem.dtype):
@@ -95,7 +95,7 @@ class NFNets(Device):
 
 
 class _Program:
-    """A model, and its loss and gradients as a graph that is traced once."""
+    """A model with its loss and gradients, in a graph that is traced once."""
 
     def __init__(
         self, variant: str | Variant, classes: int, dtype: str, stochastic_depth: float | None
@@ -118,7 +118,7 @@ class _Program:
         return loss, tape.gradient(loss, weights)
 
     def named(self, tensors: Sequence[Any]) -> dict[str, Array]:
-        """Arrays by canonical name; Keras' layout is the neutral one."""
+        """Return arrays by canonical name; Keras' layout is the neutral one."""
         return {n: np.array(t.numpy()) for n, t in zip(self.variables, tensors, strict=True)}
 
 
@@ -134,7 +134,7 @@ def _program_of(problem: ModelProblem) -> _Program:
 
 @contextmanager
 def _floatx(dtype: str) -> Iterator[None]:
-    """Let Keras keep a learning rate in the dtype of the model; it has float32 otherwise."""
+    """Make Keras keep the learning rate in the dtype of the model instead of float32."""
     before = keras.config.floatx()
     keras.config.set_floatx(dtype)
     try:

@@ -1,4 +1,4 @@
-"""SAM, as a function of the loss and under ``fit``."""
+"""SAM as a function of the loss, and under ``fit``."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ class Sharpness(Device):
             return _sharpen(problem, lambda compute: tf.function(compute, autograph=False)())
 
     def sharpen_scaled(self, problem: SharpnessProblem, scale: float) -> SharpnessOutcome:
-        """Train one step with a loss scaler, and see what reaches the optimizer inside."""
+        """Train one step with a loss scaler; return the gradients of the inner optimizer."""
         with tf.device(self._place):
             return _scaled(problem, float(scale))
 
     def sharpen_replicas(self, problem: SharpnessProblem, replicas: int) -> SharpnessOutcome:
-        """Run under MirroredStrategy, each replica's loss divided by their number, as Keras does."""
-        return _replicas(problem, replicas)  # which have devices of their own
+        """Run under MirroredStrategy; as in Keras, replicas divide the loss by their number."""
+        return _replicas(problem, replicas)  # the strategy chooses the devices
 
     def sharpen_stale(self, problem: SharpnessProblem) -> SharpnessOutcome:
-        """Say that there are none."""
+        """Raise Unsupported: TensorFlow keeps no gradients between steps."""
         raise Unsupported("in TensorFlow gradients are values: none is left from an earlier step")
 
     def sharpen_fixed(
         self, problem: SharpnessProblem, frozen: Sequence[str], absent: Sequence[str]
     ) -> SharpnessOutcome:
-        """Differentiate by the variables that an optimizer would be given; the loss has the others too."""
+        """Differentiate by the optimizer's variables only; the loss depends on the others too."""
         with tf.device(self._place):
             return _fixed(problem, frozen, absent)
 
@@ -78,7 +78,10 @@ class Sharpness(Device):
         *,
         restart: int | None = None,
     ) -> list[Mapping[str, Array]]:
-        """Train by ``fit``'s own step; in float64, in which Keras adds up no losses, in a loop."""
+        """Train by ``fit``'s own step, or in float64 by a custom loop.
+
+        Keras does not add up losses in float64.
+        """
         with tf.device(self._place):
             return _trajectory(problem, optimizer, batches, restart)
 
@@ -130,7 +133,7 @@ def _trajectory(
 
 
 class _Loop:
-    """A loop of one's own: SAM, then the optimizer with AGC in it."""
+    """A custom training loop: SAM, then the optimizer with AGC in it."""
 
     def __init__(self, problem: SharpnessProblem, optimizer: Optimizer) -> None:
         self.variables = _variables(problem)
@@ -152,7 +155,7 @@ class _Loop:
             self.optimizer.apply(gradients, variables)
 
     def checkpoint(self) -> Any:
-        # The variables of optimizers have names that no checkpoint takes: a list instead.
+        # A list: checkpoints do not accept the names of an optimizer's variables.
         kept = [*self.variables.values(), *self.optimizer.variables]
         return tf.train.Checkpoint(variables=[variable.value for variable in kept])
 
@@ -177,7 +180,7 @@ def _mean(_: Any, losses: Any) -> Any:
 
 
 class _Quadratic(keras.Model):  # type: ignore[misc]
-    """The loss of :class:`agc_conformance.backend.Examples`: one number an example."""
+    """The loss of :class:`agc_conformance.backend.Examples`: one number for each example."""
 
     def __init__(self, problem: SharpnessProblem) -> None:
         super().__init__(name="quadratic")
@@ -230,7 +233,7 @@ def _optimizer(
 
 
 def _skipped(gradients: Sequence[Any]) -> bool:
-    """Tell whether the gradients say "do not apply me": every one is NaN."""
+    """Tell whether the step is to be skipped: every gradient is NaN."""
     present = [tf.reduce_all(tf.math.is_nan(g)) for g in gradients if g is not None]
     return bool(tf.reduce_all(tf.stack(present)))
 
@@ -299,7 +302,7 @@ def _scaled(problem: SharpnessProblem, scale: float) -> SharpnessOutcome:
 
 @cache
 def mirrored(replicas: int) -> Any:
-    """Return the one strategy of this process: TensorFlow mixes up the collectives of two."""
+    """Return the only strategy of this process: TensorFlow mixes up the collectives of two."""
     names = [device.name.removeprefix("/device:") for device in tf.config.list_logical_devices()]
     kind = "GPU" if any(name.startswith("GPU") for name in names) else "CPU"
     there = [name for name in names if name.startswith(kind)]

@@ -24,10 +24,10 @@ Array = npt.NDArray[Any]
 
 
 class Training(Device):
-    """A step of one's own, in a graph."""
+    """A custom training step, in a graph."""
 
     def train(self, task: TrainingTask) -> Iterator[TrainStep]:
-        """Train the suite's network in a compiled step: SAM if it is asked for, ``AdaptiveGradClip(SGD)``."""
+        """Train the suite's network in a compiled step of SAM, if asked for, AGC and SGD."""
         with tf.device(self._place):
             yield from _train(task)
 
@@ -39,7 +39,7 @@ def _train(task: TrainingTask) -> Iterator[TrainStep]:
     for name, variable in variables.items():
         variable.assign(_out_last(task.weights[name]))
     sgd = keras_sgd(task.optimizer)
-    # Under the task's names, which are not the model's, the layers' types do not speak.
+    # The task's names are not the model's, so the layers' types do not tell the units.
     rule = replace(task.rule, units={**task.rule.units, "*.weight": "... i o -> o"})
     optimizer = AdaptiveGradClip(sgd, rule, model=variables)
     optimizer.build(model.trainable_variables)

@@ -1,1 +1,1 @@
-"""AGC, SAM and NFNets in PyTorch, as the suite asks for them: a module a question."""
+"""AGC, SAM and NFNets in PyTorch, as the suite asks for them: one module for each subject."""

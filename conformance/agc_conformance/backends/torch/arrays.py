@@ -64,7 +64,7 @@ def to_gradient(gradient: Tensor | None) -> Array | RowSparse | None:
 
 
 def to_parameters(problem: Problem, device: str) -> dict[str, Tensor]:
-    """Return parameters that have their gradients."""
+    """Return parameters with their gradients."""
     tensors = {}
     for name, value in problem.parameters.items():
         tensor = to_tensor(value, device)
@@ -76,7 +76,7 @@ def to_parameters(problem: Problem, device: str) -> dict[str, Tensor]:
 
 
 def set_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
-    """Give a tensor a gradient, also of another dtype or shape: refusing those is AGC's task."""
+    """Set a tensor's gradient, of any dtype or shape: AGC itself must refuse what does not fit."""
     if gradient is None or (gradient.shape == tensor.shape and gradient.dtype == tensor.dtype):
         tensor.grad = gradient
     else:
@@ -90,7 +90,7 @@ def gradient_arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def plain_sgd(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> torch.optim.SGD:
-    """Return ``torch.optim.SGD``; decoupled weight decay, which it lacks, is left out."""
+    """Return ``torch.optim.SGD``, without decoupled weight decay, which it does not have."""
     return torch.optim.SGD(
         tensors.values(),
         lr=optimizer.lr,
@@ -101,7 +101,7 @@ def plain_sgd(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> torch.opti
 
 
 def mean_loss(weights: Mapping[str, Tensor], curvatures: Any, centers: Any) -> Tensor:
-    """Return the loss of :class:`agc_conformance.backend.Examples`, of tensors by name."""
+    """Return the loss of :class:`agc_conformance.backend.Examples` for tensors by name."""
     losses = []
     for name, a in curvatures.items():
         away = weights[name].to(a.dtype) - centers[name]
@@ -110,7 +110,7 @@ def mean_loss(weights: Mapping[str, Tensor], curvatures: Any, centers: Any) -> T
 
 
 class Recorder(torch.optim.Optimizer):  # type: ignore[misc]
-    """An optimizer that remembers the gradients and moves nothing.
+    """An optimizer that records the gradients and moves nothing.
 
     Attributes
     ----------
@@ -123,5 +123,5 @@ class Recorder(torch.optim.Optimizer):  # type: ignore[misc]
         self.received: list[Any] | None = None
 
     def step(self, closure: Any = None) -> None:
-        """Remember the gradients."""
+        """Record the gradients."""
         self.received = [to_gradient(p.grad) for p in self.param_groups[0]["params"]]

@@ -60,7 +60,7 @@ class Clipping(Device):
         return _step(problem, to_parameters(problem, self.device))
 
     def scenario_idle(self, problem: Problem) -> Outcome:
-        """Step without gradients first."""
+        """Step once without gradients, then clip."""
         return _step(problem, to_parameters(problem, self.device), idle=True)
 
     def scenario_accumulate(
@@ -79,7 +79,7 @@ class Clipping(Device):
     def scenario_unscale(self, problem: Problem, scale: float) -> Outcome:
         """Let ``GradScaler`` unscale the gradients and step the optimizer."""
         scaler = torch.amp.GradScaler(self.device, init_scale=float(scale))
-        scaler.scale(torch.zeros((), device=self.device))  # makes the scaler ready
+        scaler.scale(torch.zeros((), device=self.device))  # initializes the scaler
         return _step(problem, to_parameters(problem, self.device), step=scaler.step)
 
     def scenario_compiled(self, problem: Problem) -> Outcome:
@@ -114,7 +114,8 @@ def _step(
 ) -> Outcome:
     """Clip by one step of an optimizer that moves nothing, at the problem's step.
 
-    ``idle`` asks for a step without gradients before it; ``step`` is called with the optimizer instead of its own.
+    ``idle`` asks for a step without gradients before it; ``step``, if given, is called with the
+    optimizer in place of the optimizer's own step.
     """
     sgd, handle = _sgd(tensors, Optimizer(lr=0.0), problem.declared_rule)
     if idle:
@@ -141,7 +142,7 @@ def _sgd(
 
 
 def attach_sgd(sgd: torch.optim.SGD, model: Any, rule: AGC, optimizer: Optimizer) -> Handle:
-    """Attach AGC, and then decoupled decay, which SGD lacks: AGC sees the weights before it (AGC-7)."""
+    """Attach AGC, then decoupled decay, which SGD lacks: AGC sees undecayed weights (AGC-7)."""
     handle = attach(sgd, model, rule)
     if optimizer.decoupled:
 

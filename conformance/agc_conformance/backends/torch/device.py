@@ -1,4 +1,4 @@
-"""Where PyTorch computes, and what it takes."""
+"""PyTorch's devices, dtypes and versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers of PyTorch, by the names that the suite has for them."""
+"""Layers of PyTorch, by the suite's names."""
 
 from __future__ import annotations
 

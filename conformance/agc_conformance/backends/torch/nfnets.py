@@ -111,11 +111,11 @@ def _backward(model: NFNet, images: Tensor, problem: ModelProblem) -> float:
 
 
 def _gradients(model: NFNet) -> dict[str, Array]:
-    """Gradients in the neutral layout: HWIO and IO, where PyTorch has OIHW and OI."""
+    """Return gradients in the neutral layout: HWIO and IO, where PyTorch has OIHW and OI."""
     arrays = {}
     for name, parameter in model.named_parameters():
         gradient = to_array(parameter.grad)
-        axes = (2, 3, 1, 0) if gradient.ndim == 4 else None  # None reverses
+        axes = (2, 3, 1, 0) if gradient.ndim == 4 else None  # None reverses the axes
         arrays[name] = np.array(gradient.transpose(axes), order="C")
     return arrays
 
@@ -125,7 +125,7 @@ def _channels_last(images: Tensor) -> Array:
 
 
 def _exact(device: str) -> AbstractContextManager[Any]:
-    """Switch off TF32, which cuDNN has on by default: float32 is to be float32."""
+    """Switch off TF32, which cuDNN uses for float32 by default."""
     if device == "cuda":
         return torch.backends.cudnn.flags(allow_tf32=False)  # type: ignore[no-any-return]
     return nullcontext()

@@ -1,4 +1,4 @@
-"""Processes of a group, for what several devices do together."""
+"""Groups of processes, for sharding and replicas."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def enter(rank: int, count: int, folder: str, device: str) -> None:
 def leave() -> NoReturn:
     """Wait for the whole group, then exit and skip the interpreter's shutdown.
 
-    On a busy machine one of the group's threads may ask for the interpreter's lock during shutdown, which aborts
-    the process.
+    On a busy machine one of the group's threads may ask for the interpreter's lock during shutdown,
+    which aborts the process.
     """
     dist.barrier()
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""SAM, with an optimizer that only looks, and in front of one that trains."""
+"""SAM in front of an optimizer that only records gradients, and of one that trains."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Sharpness(Device):
     """SAM by :class:`agc_torch.SharpnessAware`."""
 
     def sharpen(self, problem: SharpnessProblem) -> SharpnessOutcome:
-        """Take one step with an optimizer that only looks."""
+        """Take one step with an optimizer that records the gradients and moves nothing."""
         return self._step(problem, _Quadratic(problem.parameters, self.device))
 
     def sharpen_compiled(self, problem: SharpnessProblem) -> SharpnessOutcome:
@@ -57,7 +57,7 @@ class Sharpness(Device):
         return self._step(problem, _Quadratic(problem.parameters, self.device), scaler)
 
     def sharpen_replicas(self, problem: SharpnessProblem, replicas: int) -> SharpnessOutcome:
-        """Wrap the model in DistributedDataParallel, in as many processes."""
+        """Wrap the model in DistributedDataParallel, in one process for each replica."""
         if self.device == "cuda" and torch.cuda.device_count() < replicas:
             raise Unsupported(f"{replicas} replicas need as many GPUs")
         with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +77,7 @@ class Sharpness(Device):
         return SharpnessOutcome(first.gradients, first.weights, loss, skipped=first.skipped)
 
     def sharpen_stale(self, problem: SharpnessProblem) -> SharpnessOutcome:
-        """Leave gradients of 1, and never clear them."""
+        """Start with gradients of 1, which the loop never clears."""
         return self.sharpen_fixed(problem, (), ())
 
     def sharpen_fixed(
@@ -162,7 +162,7 @@ class _Training:
 
 
 class _Quadratic(nn.Module):  # type: ignore[misc]
-    """The loss of :class:`agc_conformance.backend.Examples`, with parameters under their own dotted names."""
+    """The loss of :class:`agc_conformance.backend.Examples`; parameters keep their dotted names."""
 
     def __init__(self, parameters: Mapping[str, Array], device: str) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class _Quadratic(nn.Module):  # type: ignore[misc]
 
 
 class _Counting(_Quadratic):
-    """The same, times a buffer that every forward pass doubles."""
+    """The loss times a buffer that every forward pass doubles."""
 
     state: Tensor
 

@@ -21,15 +21,15 @@ Array = npt.NDArray[Any]
 
 
 class Training(Device):
-    """Steps of a loop as users write it."""
+    """A training loop as users write it."""
 
     def train(self, task: TrainingTask) -> Iterator[TrainStep]:
-        """Train the suite's network with AGC attached to ``torch.optim.SGD``, behind SAM if it is asked for."""
+        """Train the suite's network with SAM, if asked for, and ``torch.optim.SGD`` with AGC."""
         model = _Network(task.weights).to(self.device)
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
             parameter.data.copy_(torch.from_numpy(task.weights[name]))
-        # What the optimizer is given, before AGC: gradients and weights; and what the last forward saw.
+        # Gradients and weights given to the step, before AGC; weights of the last forward pass.
         raw: dict[str, Array] = {}
         given: dict[str, Array] = {}
         seen: dict[str, Array] = {}

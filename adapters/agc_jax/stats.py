@@ -12,11 +12,11 @@ import numpy as np
 
 from agc import Plan, reference
 
-__all__ = ["Columns", "Stats", "no_stats"]
+__all__ = ["PerParameter", "Stats", "no_stats"]
 
 
-class Columns(NamedTuple):
-    """The numbers of every parameter, in the plan's order; each an array of shape ``(parameters,)``.
+class PerParameter(NamedTuple):
+    """The numbers of every parameter, in the plan's order: arrays of shape ``(parameters,)``.
 
     Attributes
     ----------
@@ -25,7 +25,8 @@ class Columns(NamedTuple):
     clipped : array of int32
         Units whose gradient was scaled down.
     nonfinite : array of int32
-        Units that fell under the non-finite policy (AGC-4), or whose schedule returned nonsense (AGC-10).
+        Units that fell under the non-finite policy (AGC-4), or whose schedule returned nonsense
+        (AGC-10).
     max_ratio : array of float
         Largest ``norm(G_i) / max(norm(W_i), eps)`` of the finite units; 0 if there are none.
     min_scale : array of float
@@ -42,13 +43,14 @@ class Columns(NamedTuple):
 class Stats(NamedTuple):
     """What one clipping did (AGC-11): five scalars on the device, and the same per parameter.
 
-    :meth:`total` and :meth:`parameters` bring the numbers to the host; nothing else waits for the device.
+    :meth:`total` and :meth:`parameters` bring the numbers to the host; nothing else waits for the
+    device.
 
     Attributes
     ----------
     units, clipped, nonfinite, max_ratio, min_scale : scalar array
-        Over all parameters, as in :class:`Columns`.
-    columns : Columns
+        Over all parameters, as in :class:`PerParameter`.
+    columns : PerParameter
         The same numbers of every parameter.
     """
 
@@ -57,10 +59,10 @@ class Stats(NamedTuple):
     nonfinite: jax.Array
     max_ratio: jax.Array
     min_scale: jax.Array
-    columns: Columns
+    columns: PerParameter
 
     @classmethod
-    def of(cls, columns: Columns) -> Stats:
+    def of(cls, columns: PerParameter) -> Stats:
         """Add the totals to the numbers of the parameters."""
         return cls(
             units=jnp.sum(columns.units, dtype=np.int32),
@@ -81,7 +83,8 @@ class Stats(NamedTuple):
         Parameters
         ----------
         plan : Plan
-            The plan of the parameters, which has their names: ``agc_jax.plan(params, rule, units=units)``.
+            The plan of the parameters, which has their names:
+            ``agc_jax.plan(params, rule, units=units)``.
         """
         rows = zip(*(np.asarray(column).tolist() for column in self.columns), strict=True)
         return {
@@ -96,11 +99,11 @@ def no_stats(parameters: int) -> Stats:
     """Return the numbers before anything was clipped, every one in a buffer of its own."""
     count = jnp.zeros(parameters, np.int32)
     none = jnp.zeros(parameters, float)
-    return Stats.of(Columns(count, count, count, none, none + 1))
+    return Stats.of(PerParameter(count, count, count, none, none + 1))
 
 
-for _kind in (Columns, Stats):
-    jax.export.register_namedtuple_serialization(_kind, serialized_name=f"agc_jax.{_kind.__name__}")
+for _type in (PerParameter, Stats):
+    jax.export.register_namedtuple_serialization(_type, serialized_name=f"agc_jax.{_type.__name__}")
 
 
 def _read(row: Sequence[Any]) -> reference.Stats:

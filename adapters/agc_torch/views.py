@@ -1,7 +1,8 @@
 """Weights and gradients as the numerics see them: real, dense, and in this process.
 
 A complex tensor is seen as pairs of real numbers, a row-sparse gradient as the rows that it has, a
-``DTensor`` as this process's piece of it. :mod:`agc_torch.clip` knows nothing of these differences.
+``DTensor`` as the shard that this process holds. :mod:`agc_torch.clip` knows nothing of these
+differences.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from agc.errors import DTypeError, ParameterError, ShapeError, UnitsError
+from agc.checks import check_inexact, check_shapes, rows_are_not_units
+from agc.errors import DTypeError, ParameterError, UnitsError
 from agc.plan import PlanEntry
 from agc.units import UnitAxes
+from agc_torch.shards import held_rows, is_dtensor, is_first_replica, summed
 
-__all__ = ["Part", "Piece", "Place", "check", "is_dtensor", "parts", "sum_over"]
+__all__ = ["Home", "ShardView", "View", "check_pair", "views"]
 
-Place: TypeAlias = tuple[torch.device, Any]
+Home: TypeAlias = tuple[torch.device, Any]
+"""Where the numbers of a view are: the device, and the mesh that they are spread over or None."""
 _REAL: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def parts(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[Part, Part]:
-    """Return the weight and the gradient of one parameter as parts with the same units.
+def views(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[View, View]:
+    """Return the weight and the gradient of one parameter as views with the same units.
 
     Parameters
     ----------
@@ -40,18 +44,18 @@ def parts(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[Part, Par
     ParameterError
         If one of the two is a ``DTensor`` and the other is not.
     """
-    made = _parts(entry, weight, gradient)
+    pair = _views(entry, weight, gradient)
     if weight.dtype != gradient.dtype:
-        kinds = [part.tensor.dtype for part in made]
-        for part in made:
-            part.exact = torch.float64 in kinds
-    return made
+        exact = torch.float64 in [view.tensor.dtype for view in pair]
+        for view in pair:
+            view.exact = exact
+    return pair
 
 
-def _parts(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[Part, Part]:
+def _views(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[View, View]:
     axes = entry.axes
     if gradient.layout == torch.sparse_coo:
-        return _sparse_parts(entry, weight, gradient)
+        return _sparse_views(entry, weight, gradient)
     if gradient.layout != torch.strided:
         raise UnitsError(
             f"parameter {entry.name!r}: a gradient of layout {gradient.layout} is not supported; "
@@ -63,28 +67,27 @@ def _parts(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[Part, Pa
             f"parameter {entry.name!r}: either the parameter or its gradient is a DTensor, but not both"
         )
     if is_dtensor(weight):
-        return Piece(weight, axes), Piece(gradient, axes)
-    return Part(weight, axes), Part(gradient, axes)
+        return ShardView(weight, axes), ShardView(gradient, axes)
+    return View(weight, axes), View(gradient, axes)
 
 
-def check(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> None:
+def check_pair(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> None:
     """Raise ShapeError or DTypeError unless a gradient belongs to its parameter and its plan."""
     if weight.shape != entry.shape or gradient.shape != entry.shape:
-        raise ShapeError(
-            f"parameter {entry.name!r} has shape {tuple(weight.shape)}, its gradient "
-            f"{tuple(gradient.shape)}, and the plan says {entry.shape}"
-        )
+        check_shapes(entry.name, weight=weight.shape, gradient=gradient.shape, plan=entry.shape)
     for what, dtype in (("gradient", gradient.dtype), ("weight", weight.dtype)):
         if dtype in _REAL or dtype.is_complex:
             continue
-        if entry.clipped or not dtype.is_floating_point:
+        what = f"parameter {entry.name!r}: the {what}"
+        check_inexact(what, dtype, inexact=dtype.is_floating_point)
+        if entry.clipped:
             raise DTypeError(
-                f"parameter {entry.name!r}: the {what} has dtype {dtype}; "
+                f"{what} has dtype {dtype}; "
                 "AGC supports float16, bfloat16, float32, float64 and complex"
             )
 
 
-class Part:
+class View:
     """A tensor that is whole in this process.
 
     Attributes
@@ -99,7 +102,7 @@ class Part:
         Number of units.
     exact : bool
         Whether squares are added in float64 whatever the dtype: the other of the two is float64.
-    place : (device, mesh)
+    home : (device, mesh)
         Where the numbers are; the mesh is None unless they are spread over one.
     """
 
@@ -114,10 +117,10 @@ class Part:
         self.tensor = self.source = tensor
         self.axes = axes
         self.count = axes.count or math.prod(axes.unit_shape)  # an empty tensor may be one unit
-        self.place: Place = (tensor.device, None)
+        self.home: Home = (tensor.device, None)
 
     def gather(self, norms: Tensor) -> Tensor:
-        """Return what :func:`sum_over` adds up, from the norms of ``source``; flat, one a unit."""
+        """Return what a mesh's processes add up, from the norms of ``source``; flat, one a unit."""
         return norms
 
     def spread(self, values: Tensor) -> Tensor:
@@ -125,42 +128,35 @@ class Part:
         return values.view(self.axes.unit_shape)
 
 
-class Piece(Part):
-    """The piece of a ``DTensor`` that this process holds, under any placements (AGC-8).
+class ShardView(View):
+    """The shard of a ``DTensor`` that this process holds, under any placements (AGC-8).
 
-    Squared norms of pieces add up to those of the whole. Axes that a pattern splits are reduced only
-    after the pieces are put in place: where one process ends, a group need not.
+    Squared norms of shards add up to those of the whole. Axes that a pattern splits are reduced
+    only after the shards are put at their indices: a group of units may go on in the next process.
     """
 
     def __init__(self, tensor: Any, axes: UnitAxes) -> None:
         inner = _inner_axes(axes)
         late = [axis for axis, names in enumerate(inner) if not set(names) <= set(axes.reduce)]
         early = tuple(axis for axis in range(len(inner)) if axis not in late)
-        local = tensor.to_local()
-        super().__init__(local, _axes(local.shape, early))
-        if any(placement.is_partial() for placement in tensor.placements):
-            whole = tensor.redistribute(placements=[_reduced(p) for p in tensor.placements])
-            self.source = Part(whole.to_local(), _axes(local.shape, early)).tensor
-        self.place = (local.device, tensor.device_mesh)
-        self._rows = [_rows(tensor, axis, local.device) for axis in late]
-        self._local = [local.shape[axis] for axis in late]
+        shard = tensor.to_local()
+        super().__init__(shard, _axes(shard.shape, early))
+        if (whole := summed(tensor)) is not tensor:
+            self.source = View(whole.to_local(), _axes(shard.shape, early)).tensor
+        self.home = (shard.device, tensor.device_mesh)
+        self._rows = [held_rows(tensor, axis, shard.device) for axis in late]
+        self._local = [shard.shape[axis] for axis in late]
         self._shape = [tensor.shape[axis] for axis in late]
         view = [name for axis in late for name in inner[axis]]
         self._view = [axes.view[name] for name in view]
         self._unit_shape = [axes.unit_shape[name] for name in view]
         self.count = axes.count
-        # Replicas hold the same numbers: the first one speaks for all.
-        self._speaks = all(
-            place == 0 or _is_shard(placement)
-            for place, placement in zip(
-                tensor.device_mesh.get_coordinate(), tensor.placements, strict=True
-            )
-        )
+        self._counts = is_first_replica(tensor)
 
     def gather(self, norms: Tensor) -> Tensor:
         """Return this process's share of every unit's squared norm."""
         squares = norms.view(self._local).square()
-        if not self._speaks:
+        if not self._counts:
             squares = torch.zeros_like(squares)
         for axis, rows in enumerate(self._rows):
             if rows is not None:
@@ -177,31 +173,22 @@ class Piece(Part):
         return values.reshape(self.axes.unit_shape)
 
 
-def sum_over(mesh: Any, gathered: Tensor) -> Tensor:
-    """Return norms from what the pieces of all processes of a mesh gathered; one collective an axis."""
-    import torch.distributed as dist  # here, because most programs are not distributed
-
-    total = gathered.to(mesh.device_type)
-    for axis in range(mesh.ndim):
-        if mesh.size(axis) > 1:
-            dist.all_reduce(total, group=mesh.get_group(axis))
-    return total.to(gathered.device).sqrt()
-
-
-def _sparse_parts(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[Part, Part]:
+def _sparse_views(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[View, View]:
     """Rows that a sparse gradient has, and the same rows of the weight; no other row is read."""
     values, axes = gradient.values(), entry.axes
     if entry.units.whole:
-        return Part(weight, axes), Part(values, _axes(values.shape, tuple(range(values.dim()))))
-    if gradient.sparse_dim() != 1 or 0 not in axes.keep or axes.view != axes.shape:
+        return View(weight, axes), View(values, _axes(values.shape, tuple(range(values.dim()))))
+    what = f"parameter {entry.name!r}: the gradient"
+    if gradient.sparse_dim() != 1:
         raise UnitsError(
-            f"parameter {entry.name!r}: the gradient of shape {entry.shape} is sparse in its first "
-            f"{gradient.sparse_dim()} axes, but the rows are not units of '{entry.units}'; declare row "
-            "units such as 'v d -> v', or make the gradient dense"
+            f"{what} of shape {entry.shape} is sparse in its first {gradient.sparse_dim()} axes, which "
+            "no units allow; make it sparse in the first axis alone, or dense"
         )
+    if 0 not in axes.keep or axes.view != axes.shape:
+        raise rows_are_not_units(what, entry.shape, entry.units)
     rows = weight.index_select(0, gradient.indices()[0])
     axes = _axes(values.shape, axes.reduce)
-    return Part(rows, axes), Part(values, axes)
+    return View(rows, axes), View(values, axes)
 
 
 def _axes(shape: Sequence[int], reduce: tuple[int, ...]) -> UnitAxes:
@@ -212,26 +199,18 @@ def _axes(shape: Sequence[int], reduce: tuple[int, ...]) -> UnitAxes:
 
 def _inner_axes(axes: UnitAxes) -> list[list[int]]:
     """Axes of the view that each stored axis was split into."""
-    found: list[list[int]] = []
-    place = 0
+    inner: list[list[int]] = []
+    axis = 0
     for size in axes.shape:
-        found.append([])
+        inner.append([])
         product = 0
-        while place < len(axes.view) and product != size:
-            product = max(product, 1) * axes.view[place]
-            found[-1].append(place)
-            place += 1
-    if found:
-        found[-1].extend(range(place, len(axes.view)))  # axes of size 1 that are left over
-    return found
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Tell whether a tensor is spread over a mesh of processes."""
-    # By name: importing torch.distributed.tensor takes longer than many a test.
-    return type(tensor) not in (Tensor, torch.nn.Parameter) and any(
-        kind.__name__ == "DTensor" for kind in type(tensor).__mro__
-    )
+        while axis < len(axes.view) and product != size:
+            product = max(product, 1) * axes.view[axis]
+            inner[-1].append(axis)
+            axis += 1
+    if inner:
+        inner[-1].extend(range(axis, len(axes.view)))  # axes of size 1 that are left over
+    return inner
 
 
 def _opened(entry: PlanEntry, tensor: Tensor, *, written: bool = False) -> Tensor:
@@ -261,34 +240,3 @@ def _opened(entry: PlanEntry, tensor: Tensor, *, written: bool = False) -> Tenso
         f"{'' if written else ' and cannot be read by dequantize()'}; leave it out with AGC(exclude="
         f"[{entry.name!r}])"
     ) from failure
-
-
-def _is_shard(placement: Any) -> bool:
-    return hasattr(placement, "dim")  # Shard, and the strided one of FSDP2 over tensor parallelism
-
-
-def _reduced(placement: Any) -> Any:
-    from torch.distributed.tensor import Replicate
-
-    return Replicate() if placement.is_partial() else placement
-
-
-def _rows(tensor: Any, axis: int, device: torch.device) -> Tensor | None:
-    """Places along an axis of the whole that this process holds; None for all of them."""
-    rows = None
-    mesh = tensor.device_mesh
-    for placement, parts, mine in zip(
-        tensor.placements, mesh.shape, mesh.get_coordinate(), strict=True
-    ):
-        if _is_shard(placement) and placement.dim == axis:
-            rows = torch.arange(tensor.shape[axis], device=device) if rows is None else rows
-            factor = getattr(placement, "split_factor", 1)
-            bands = [_chunk(rows, factor, band) for band in range(factor)]
-            rows = torch.cat([_chunk(band, parts, mine) for band in bands])
-    return rows
-
-
-def _chunk(rows: Tensor, parts: int, index: int) -> Tensor:
-    """Part ``index`` of ``torch.chunk``, empty where that returns fewer."""
-    size = -(-len(rows) // parts)
-    return rows[index * size : (index + 1) * size]

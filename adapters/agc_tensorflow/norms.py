@@ -1,0 +1,91 @@
+"""Sums of squares by unit (AGC-3), and what is fast where.
+
+TensorFlow adds up long columns one after the other in float32, which is wrong by hundreds of units
+in the last place, and goes through memory once for every operation. Here eight squares are added in
+pairs in float32 and the rest in float64, accurate however long a unit is; and in a graph on the CPU
+this kernel is compiled by XLA, so that it reads its tensor once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import tensorflow as tf
+
+from agc_tensorflow.devices import has_accelerators, in_xla
+from agc_tensorflow.views import Fold
+
+__all__ = ["WIDE", "branches", "compiles", "sum_of_squares"]
+
+WIDE: Final = (tf.float64, tf.complex128)
+"""Gradients and weights that are squared and scaled in float64."""
+_LEVELS: Final = 3
+"""How often squares are added in pairs in float32: eight to one."""
+_RUN: Final = 1 << _LEVELS
+_SMALL: Final = 1 << 14
+"""Below this many elements a branch or a compiled kernel costs more than it saves."""
+
+
+def sum_of_squares(x: tf.Tensor, fold: Fold, *, wide: bool) -> tf.Tensor:
+    """Sum the squared magnitudes of every unit (AGC-3).
+
+    Parameters
+    ----------
+    x : tensor, floating point or complex
+        Any shape that the fold is for.
+    fold : Fold
+        Its units.
+    wide : bool
+        Whether to square in float64, for numbers whose squares float32 cannot hold.
+
+    Returns
+    -------
+    tensor of float64, shape (units,)
+        The sums.
+    """
+    run = _sum_compiled if compiles(fold) else _sum
+    return run(tf.reshape(x, fold.view), fold.reduce, wide or x.dtype in WIDE)
+
+
+def _sum(view: tf.Tensor, reduce: tuple[int, ...], wide: bool) -> tf.Tensor:
+    reals = [tf.math.real(view), tf.math.imag(view)] if view.dtype.is_complex else [view]
+    reals = [tf.cast(real, tf.float64 if wide else tf.float32) for real in reals]
+    if not reduce:
+        sums = [tf.cast(tf.square(real), tf.float64) for real in reals]
+    else:
+        axis = max(reduce, key=lambda axis: view.shape[axis] or 0)
+        sums = [_sum_along(runs, axis, reduce) for real in reals for runs in _runs(real, axis)]
+    return tf.reshape(tf.add_n(sums), [-1])
+
+
+def _runs(array: tf.Tensor, axis: int) -> list[tf.Tensor]:
+    """Cut off what is left of an axis when it is taken in runs."""
+    length = array.shape[axis] or 0
+    rest = length % _RUN
+    return tf.split(array, [length - rest, rest], axis) if 0 < rest < length else [array]
+
+
+def _sum_along(array: tf.Tensor, axis: int, reduce: tuple[int, ...]) -> tf.Tensor:
+    """Sum squares over axes; along one of them eight in pairs first, for fewer roundings."""
+    squares = tf.square(array)
+    if (array.shape[axis] or 1) % _RUN == 0:
+        for _ in range(_LEVELS):
+            low, high = tf.split(squares, 2, axis)
+            # A snapshot keeps the graph optimizer from making one long sum of the pairs again.
+            squares = tf.raw_ops.Snapshot(input=low + high)
+    return tf.reduce_sum(tf.cast(squares, tf.float64), reduce)
+
+
+# Compiled once for every shape, however many tensors have it.
+_sum_compiled: Final[Any] = tf.function(_sum, jit_compile=True, autograph=False)
+
+
+def branches(fold: Fold) -> bool:
+    """Tell whether reading a value to skip work is worth it: for large tensors on the CPU."""
+    return math.prod(fold.view) >= _SMALL and not in_xla() and not has_accelerators()
+
+
+def compiles(fold: Fold) -> bool:
+    """Tell whether to compile a kernel: for large tensors in graphs that are not compiled."""
+    return branches(fold) and not tf.executing_eagerly() and bool(tf.test.is_built_with_xla())

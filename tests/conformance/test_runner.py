@@ -431,7 +431,7 @@ def test_where_nothing_can_be_written(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(suite, "run_case", run_case)
-    monkeypatch.setattr(suite, "run_mutant", run_case)
+    monkeypatch.setattr(teeth_module, "run_mutant", run_case)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != Path("locked"))
     for name in ("folder", "locked"):
         (tmp_path / name).mkdir()

@@ -135,9 +135,7 @@ class Driver(ABC):
 
     @abstractmethod
     def call(self, model: Any, method: str, x: Array) -> Any:
-        """Give an array to ``__call__``, ``features`` or ``signals`` as it is, without a change of
-        layout.
-        """
+        """Call ``__call__``, ``features`` or ``signals`` with an array as it is, in any layout."""
 
     @abstractmethod
     def signals(self, model: Any, images: Array) -> Mapping[str, Array]:
@@ -148,7 +146,7 @@ class Driver(ABC):
         """Return all that a model computes."""
 
     def shapes(self, model: Any, images: Array, labels: Array) -> Outputs:
-        """Return what has the shapes and dtypes of this."""
+        """Return what has the shapes and dtypes of :meth:`outputs`."""
         return self.outputs(model, images, labels)
 
     @abstractmethod

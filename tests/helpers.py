@@ -30,21 +30,20 @@ def close(found: Any, expected: Any, limit: float) -> None:
     assert np.abs(found - expected).max() / np.abs(expected).max() <= limit
 
 
+def uneven(random: Any, values: Any, spread: float = 1.0) -> Array:
+    """Return values times a scale for each index of each axis, so that a wrong axis shows."""
+    shape = np.shape(values)
+    for axis, size in enumerate(shape):
+        scales = np.exp(spread * random.standard_normal(size))
+        values = values * scales.reshape([-1 if k == axis else 1 for k in range(len(shape))])
+    return np.asarray(values)
+
+
 def draw(
     shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float64, *, small: bool = False
 ) -> tuple[Array, Array]:
-    """Return weights and gradients with another scale at every index of every axis.
-
-    Small gradients are such that only some units are clipped.
-    """
+    """Return uneven weights and gradients; small ones are such that only some units are clipped."""
     random = np.random.RandomState(seed)
-
-    def scaled() -> Array:
-        array = random.standard_normal(shape)
-        for axis, size in enumerate(shape):
-            scales = np.exp((1.0 if small else 1.5) * random.standard_normal(size))
-            array = array * scales.reshape([-1 if k == axis else 1 for k in range(len(shape))])
-        return np.asarray(array)
-
-    w, g = scaled(), scaled()
-    return w.astype(dtype), ((0.03 if small else 1.0) * g).astype(dtype)
+    spread, scale = (1.0, 0.03) if small else (1.5, 1.0)
+    w, g = (uneven(random, random.standard_normal(shape), spread) for _ in range(2))
+    return w.astype(dtype), (scale * g).astype(dtype)

@@ -17,10 +17,10 @@ from agc.errors import ConfigError, DTypeError, ShapeError
 from agc.reference.nfnet import NFNet
 from agc_conformance.nfnets.golden import GOLDEN, LIMITS, SMOOTHING
 from tests.contract import Contract
-from tests.contract.driver import Array, Driver, Outputs
-from tests.helpers import close, relative
+from tests.contract.driver import Driver, Outputs
+from tests.contract.golden import EXACT, SINGLE, check_golden, check_single
+from tests.helpers import Array, close, relative
 
-EXACT, SINGLE = LIMITS["float64"], LIMITS["float32"]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 # Quick to compile, and with both kinds of blocks: the last one has no projection.
@@ -32,7 +32,7 @@ WIDE = core.Variant("wide", (1, 1), 0.0, 32, 32, (512, 1024), 256)
 SIZE = (2, 20, 27)
 
 
-def draw(seed: int, *shape: int) -> Array:
+def normal(seed: int, *shape: int) -> Array:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
@@ -115,9 +115,9 @@ class NFNetContract(Contract):
             "conv", **{"inputs": 6, "outputs": 8, "kernel": 3, "stride": 2, "groups": 2, **sizes}
         )
         values = {
-            "weight": draw(0, *made.shape) + 0.3,
-            "gain": draw(1, made.outputs) + 0.3,
-            "bias": draw(2, made.outputs) + 0.3,
+            "weight": normal(0, *made.shape) + 0.3,
+            "gain": normal(1, made.outputs) + 0.3,
+            "bias": normal(2, made.outputs) + 0.3,
         }
         change(values["weight"])
         values = {name: value.astype(dtype) for name, value in values.items()}
@@ -135,30 +135,18 @@ class NFNetContract(Contract):
     # Golden values
 
     @pytest.mark.parametrize("variant", GOLDEN)
-    def test_golden_values(self, variant, check_golden):
+    def test_golden_values(self, variant):
         golden, model = GOLDEN[variant], self.driver.seeded(variant)
         found = self.driver.outputs(model, *core.seeded_batch(golden.batch, golden.pixels))
-        check_golden(
-            variant,
-            logits=found.logits,
-            loss=float(found.loss),
-            pooled=found.features["pooled"],
-            signals=found.signals,
-            gradients=found.gradients,
-            parameters=self.driver.adapter.to_neutral(model),
-        )
+        check_golden(variant, found, self.driver.adapter.to_neutral(model))
 
-    def test_single_precision(self, mode, check_single):
+    def test_single_precision(self, mode):
         images, labels = core.seeded_batch(2, 32)
         model = self.driver.seeded(dtype="float32")
         found = self.driver.outputs(model, images.astype("float32"), labels, mode)
         assert len(found.gradients) == 233
         assert found.logits.dtype == found.gradients["stem.conv0.gain"].dtype == "float32"
-        expected = exact(self.driver)
-        check_single(
-            (found.logits, float(found.loss), found.gradients),
-            (expected.logits, expected.loss, expected.gradients),
-        )
+        check_single(found, exact(self.driver))
 
     @pytest.mark.parametrize(
         ("dtype", "stored"), [("bfloat16", BFLOAT16), ("mixed_bfloat16", np.dtype("float32"))]
@@ -233,13 +221,13 @@ class NFNetContract(Contract):
             weight[..., 1] *= 1e-4  # below the floor
 
         conv, _ = self.conv(ws_eps=ws_eps, change=change)
-        self.driver.check_gradients(conv, draw(9, 2, 9, 12, 6))
+        self.driver.check_gradients(conv, normal(9, 2, 9, 12, 6))
 
     @pytest.mark.parametrize("groups", [1, 2, 3])
     @pytest.mark.parametrize("size", [1, 2, 7, 8])
     def test_grouped_convolutions_with_stride(self, groups, size):
         conv, values = self.conv(outputs=6, groups=groups)
-        images = draw(5, 1, size, size + 1, 6)
+        images = normal(5, 1, size, size + 1, 6)
         expected = convolve(images, self.driver.standardised(conv), 2) + values["bias"]
         assert expected.shape[1:3] == (math.ceil(size / 2), math.ceil((size + 1) / 2))
         np.testing.assert_allclose(self.driver.run(conv, images), expected, rtol=1e-12, atol=1e-13)
@@ -258,7 +246,7 @@ class NFNetContract(Contract):
     @pytest.mark.parametrize("name", core.GAMMAS)
     def test_activations(self, name):
         """They keep the variance of normal numbers, and are computed in float64 where these are."""
-        noise = self.driver.activation(name, draw(0, 200_000))
+        noise = self.driver.activation(name, normal(0, 200_000))
         assert noise.std() == pytest.approx(1, abs=0.01)
         x = np.array([-30.0, *np.linspace(-3, 3, 13), 0.7, 21.0, 40.0])
         expected = core.GAMMAS[name] * FORMULAS[name](x)
@@ -303,7 +291,7 @@ class NFNetContract(Contract):
         model = self.driver.seeded(SHALLOW, dtype, stochastic_depth=0.5)
         block = self.blocks(model)[2]
         assert block.drop_rate == pytest.approx(0.5 * 2 / 3)
-        x = draw(0, 1, 2, 2, 32).astype(dtype)
+        x = normal(0, 1, 2, 2, 32).astype(dtype)
         kept = self.driver.run(block, x)[0]
         many = np.repeat(x, 1000, 0)
         rows = self.driver.run(block, many, train=True)
@@ -395,37 +383,31 @@ class NFNetContract(Contract):
     def test_identity_at_the_start(self):
         """With skip gains of 0, a block without projection returns what it is given."""
         block = self.blocks(self.driver.nfnet(SHALLOW, dtype="float32", seed=0))[2]
-        x = draw(0, 2, 4, 4, 32).astype("float32")
+        x = normal(0, 2, 4, 4, 32).astype("float32")
         np.testing.assert_array_equal(self.driver.run(block, x), x)
 
     @pytest.mark.parametrize("seed", [0, 1])
     def test_signals_at_the_start(self, seed):
         model = self.driver.nfnet("tiny", dtype="float32", seed=seed)
-        found = self.driver.signals(model, draw(seed, 16, 64, 64, 3).astype("float32"))
+        found = self.driver.signals(model, normal(seed, 16, 64, 64, 3).astype("float32"))
         expected = [0.916, 0.917, *2 * [0.217], *6 * [0.044], *3 * [0.007]]
         np.testing.assert_allclose(found["avg_var"], expected, rtol=0.25)
         assert float(found["avg_sq_mean"].max()) < 0.01
         assert found["res_avg_var"].shape == (12,)
 
     def test_plan(self):
-        plan_of, neutral = self.driver.adapter.plan, self.neutral_decisions()
-        model = self.driver.blank("tiny")
+        plan_of, model = self.driver.adapter.plan, self.driver.blank("tiny")
+        neutral = {
+            spec.name: (spec.units.bind(spec.shape).count, 0.01, not spec.clipped)
+            for spec in core.parameters("tiny")
+        }
         plan = plan_of(model, AGC.profile("deepmind"))
         assert plan.count == 4855
         assert [entry.name for entry in plan if not entry.clipped] == ["head.weight"]
         assert plan.decisions() == neutral
-        abstract = self.driver.abstract("tiny")
-        assert plan_of(abstract, AGC.profile("deepmind")).decisions() == neutral
         assert plan_of(model, AGC(exclude=["@head.weight"])).decisions() == neutral
         paper = plan_of(model, AGC.profile("paper"))
         assert {entry.name for entry in paper if entry.excluded} == {"head.weight", "head.bias"}
-
-    @staticmethod
-    def neutral_decisions() -> dict[str, tuple[int, float, bool]]:
-        return {
-            spec.name: (spec.units.bind(spec.shape).count, 0.01, not spec.clipped)
-            for spec in core.parameters("tiny")
-        }
 
     # Uses
 

@@ -80,9 +80,20 @@ class WeightsContract(Contract):
         for name, value in self.read(other).items():
             np.testing.assert_array_equal(value, half[name].astype(ml_dtypes.bfloat16))
 
-    def test_other_arrays_are_refused_and_nothing_changes(self, check_refused):
+    def test_other_arrays_are_refused_and_nothing_changes(self):
         model = self.driver.seeded(dtype="float32")
-        check_refused(lambda: self.read(model), lambda arrays: self.write(model, arrays))
+        before = self.read(model)
+        wrong = dict(core.seeded_parameters("tiny"))
+        wrong["stages.3.2.conv2.wait"] = wrong.pop("stages.3.2.conv2.weight")
+        wrong["head.bias"] = np.zeros(11)
+        with pytest.raises(ParameterError) as caught:
+            self.write(model, wrong)
+        message = str(caught.value)
+        assert "1 missing: stages.3.2.conv2.weight;" in message
+        assert "1 unknown: stages.3.2.conv2.wait;" in message
+        assert "head.bias (has (11,), needs (10,))" in message
+        after = self.read(model)
+        assert all(np.array_equal(before[name], after[name]) for name in before)
 
     def test_other_models_are_refused(self):
         layer = self.driver.two_layers()

@@ -13,12 +13,9 @@ from agc.errors import ParameterError, ShapeError
 from agc.nfnet import VARIANTS, Variant, blocks, parameters, seeded_batch, seeded_parameters
 from agc.reference.nfnet import NFNet, smoothed_cross_entropy
 from agc_conformance.nfnets.golden import GOLDEN
+from tests.helpers import norm
 
 SMALL = Variant("small", (1, 2), 0.0, 32, 32, (32, 64), 8, 10)
-
-
-def norm(arrays):
-    return np.sqrt(sum(np.sum(array**2) for array in arrays))
 
 
 @pytest.mark.parametrize("name", GOLDEN)

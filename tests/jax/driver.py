@@ -17,7 +17,8 @@ from jax.test_util import check_grads
 import agc_jax
 from agc_conformance.nfnets.golden import SMOOTHING
 from agc_jax.nfnet import Activation, WSConv2d
-from tests.contract.driver import Array, Driver, Optimizer, Outputs
+from tests.contract.driver import Driver, Optimizer, Outputs
+from tests.helpers import Array
 
 
 def loss_and_logits(model: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
@@ -29,6 +30,7 @@ def loss_and_logits(model: Any, images: jax.Array, labels: jax.Array) -> tuple[A
 
 run = nnx.jit(lambda layer, x: layer(x))
 signals = nnx.jit(lambda model, images: model.signals(images))
+standardised = nnx.jit(lambda conv: conv.standardised())
 
 
 @nnx.jit
@@ -133,10 +135,10 @@ class JaxDriver(Driver):
         return made
 
     def standardised(self, conv: Any) -> Array:
-        return np.asarray(conv.standardised())
+        return np.asarray(standardised(conv))
 
     def activation(self, name: str, x: Array) -> Array:
-        return np.asarray(Activation(name)(jnp.asarray(x)))
+        return np.asarray(jax.jit(Activation(name))(x))
 
     def run(self, layer: Any, x: Array, train: bool = False) -> Array:
         layer.train() if train else layer.eval()

@@ -31,6 +31,7 @@ from agc.errors import (
     ShapeError,
 )
 from agc.reference import Result, adaptive_clip
+from tests.helpers import uneven
 
 clip_module = importlib.import_module("agc_jax.clip")
 norms = importlib.import_module("agc_jax.norms")
@@ -64,15 +65,11 @@ def dtype_of(name: str) -> Any:
 
 
 def draw(seed: int, shape: tuple[int, ...], dtype: Any, scale: float = 1.0) -> Any:
-    """Values whose size differs along every axis."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal(shape)
     if np.issubdtype(dtype, np.complexfloating):
         values = values + 1j * rng.standard_normal(shape)
-    for axis, size in enumerate(shape):
-        factors = np.exp(rng.standard_normal(size))
-        values = values * factors.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    return (scale * values).astype(dtype)
+    return (scale * uneven(rng, values)).astype(dtype)
 
 
 def model(seed: int, dtype: Any, scale: float = 1.0) -> dict[str, Any]:

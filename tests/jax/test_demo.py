@@ -1,7 +1,8 @@
 """The demo's training."""
 
 from agc_jax.commands import train
+from tests.contract.demo import DemoContract
 
 
-def test_demo(try_demo):
-    try_demo(train)
+class TestDemo(DemoContract):
+    train = staticmethod(train)

@@ -13,7 +13,8 @@ from flax import nnx
 import agc_jax
 from agc import AGC
 from agc import nfnet as core
-from tests.contract.nfnet import EXACT, SHALLOW, SIZE, NFNetContract, images_of
+from tests.contract.golden import EXACT
+from tests.contract.nfnet import SHALLOW, SIZE, NFNetContract, images_of
 from tests.helpers import close, relative
 from tests.jax.driver import JaxDriver, blank, run, values_of
 
@@ -63,6 +64,11 @@ def test_parameters_are_drawn_anew():
     again = values_of(model)
     weights = {spec.name for spec in core.parameters(SHALLOW) if len(spec.shape) > 1}
     assert {n for n, v in before.items() if not np.array_equal(again[n], v)} == weights
+
+
+def test_shapes_are_enough_for_a_plan():
+    rule = AGC.profile("deepmind")
+    assert agc_jax.plan(driver.abstract("tiny"), rule) == agc_jax.plan(driver.blank("tiny"), rule)
 
 
 # Uses

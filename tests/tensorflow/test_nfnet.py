@@ -18,7 +18,8 @@ from agc import nfnet as core
 from agc.nfnet import seeded_batch
 from agc_conformance.nfnets.golden import LIMITS
 from agc_tensorflow.units import named_variables
-from tests.contract.nfnet import EXACT, SHALLOW, NFNetContract, draw, exact, images_of
+from tests.contract.golden import EXACT
+from tests.contract.nfnet import SHALLOW, NFNetContract, exact, images_of, normal
 from tests.helpers import close, relative
 from tests.tensorflow.driver import WRAPPERS, TensorFlowDriver
 
@@ -59,7 +60,7 @@ def test_gradients_in_mixed_precision():
 
 
 def conv_and_images(dtype: str = "float64") -> tuple[Any, tf.Tensor]:
-    return TestNFNet().conv(dtype)[0], tf.constant(draw(9, 2, 9, 12, 6), dtype)
+    return TestNFNet().conv(dtype)[0], tf.constant(normal(9, 2, 9, 12, 6), dtype)
 
 
 @pytest.mark.parametrize("mode", WRAPPERS)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import agc_torch
 from agc_conformance.nfnets.golden import SMOOTHING
 from agc_torch.nfnet import Activation, WSConv2d
-from tests.contract.driver import Array, Driver, Optimizer, Outputs
+from tests.contract.driver import Driver, Optimizer, Outputs
+from tests.helpers import Array
 
 
 def tensor(array: Array) -> Tensor:

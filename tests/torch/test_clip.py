@@ -35,6 +35,7 @@ from agc.errors import (
     UnitsError,
 )
 from agc.reference import Result, RowSparse, adaptive_clip
+from tests.helpers import uneven
 
 # Plain tensors are clipped here, whose units follow the layout; test_units.py asserts that warning.
 pytestmark = pytest.mark.filterwarnings("ignore:no layer's type settles:agc.errors.UnitsWarning")
@@ -70,13 +71,8 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def draw(shape: tuple[int, ...], seed: int, spread: float = 1.0) -> np.ndarray:
-    """Numbers with another scale at every index of every axis."""
     random = np.random.default_rng(seed)
-    array = random.standard_normal(shape)
-    for axis, size in enumerate(shape):
-        scales = np.exp(spread * random.standard_normal(size))
-        array = array * scales.reshape([-1 if k == axis else 1 for k in range(len(shape))])
-    return np.asarray(array)
+    return uneven(random, random.standard_normal(shape), spread)
 
 
 def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:

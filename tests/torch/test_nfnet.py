@@ -10,7 +10,8 @@ import agc_torch
 from agc import AGC
 from agc import nfnet as core
 from agc.nfnet import seeded_batch
-from tests.contract.nfnet import SHALLOW, SINGLE, NFNetContract
+from tests.contract.golden import SINGLE
+from tests.contract.nfnet import SHALLOW, NFNetContract
 from tests.helpers import close, relative
 from tests.torch.driver import TorchDriver, tensor
 

@@ -1299,7 +1299,9 @@ class TestNames:
     def perturbs(self, model, pattern):
         sam = SharpnessAware(model, SAM(only=[pattern]))
         named = named_parameters(model)
-        return [name for name, p in named.items() if any(p is selected for selected in sam._selected)]
+        return [
+            name for name, p in named.items() if any(p is selected for selected in sam._selected)
+        ]
 
     @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
     def test_wrappers(self):

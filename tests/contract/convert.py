@@ -41,7 +41,8 @@ class ConvertContract(Contract):
         return {"form": self.read}
 
     def test_files_of_a_model(self, tmp_path):
-        model, other = (self.driver.nfnet("tiny", 3, dtype="float32", seed=k) for k in (1, 2))
+        model = self.driver.seeded(dtype="float32", num_classes=3)
+        other = self.driver.blank("tiny", 3)
         written = self.driver.adapter.to_neutral(model)
         save(tmp_path / "saved", model.options, written, self.form)
         options, found = load(tmp_path / "saved")

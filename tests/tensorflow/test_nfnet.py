@@ -115,7 +115,7 @@ def test_training_with_and_without_one_dnn():
     """
     here: dict[str, Any] = {}
     exec(TRAINING, here)
-    losses = here["train"]()
+    losses = [float(loss) for loss in here["train"]()]
     other = "1" if os.environ.get("TF_ENABLE_ONEDNN_OPTS") == "0" else "0"
     run = subprocess.run(
         [sys.executable, "-c", f"{TRAINING}\nprint(*train())"],

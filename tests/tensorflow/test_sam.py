@@ -681,10 +681,10 @@ class Adds(keras.layers.Layer):
 
 
 class TestLossesThatLayersAdd:
-    def model(self, dtype="float32"):
+    def model(self, dtype="float32", activity=True):
         regularizer = keras.regularizers.L2(0.3)
-        activity = keras.layers.ActivityRegularization(l2=0.2, dtype=dtype)
-        return net(dtype=dtype, regularizer=regularizer, extra=[activity, Adds(dtype=dtype)])
+        layers = [keras.layers.ActivityRegularization(l2=0.2, dtype=dtype)] if activity else []
+        return net(dtype=dtype, regularizer=regularizer, extra=[*layers, Adds(dtype=dtype)])
 
     @pytest.mark.parametrize(
         "options", [{"run_eagerly": True}, {}, {"jit_compile": True}], ids=["eager", "graph", "xla"]
@@ -728,9 +728,11 @@ class TestLossesThatLayersAdd:
 
     def test_on_replicas(self, mirrored):
         rule = SAM(rho=0.3, scope="global")
-        alone, one = fit_once(rule, model=self.model())
+        # Before 3.14 Keras summed activity losses over a replica's share of the batch.
+        mean = int(keras.__version__.split(".")[1]) >= 14
+        alone, one = fit_once(rule, model=self.model(activity=mean))
         with mirrored.scope():
-            shared, two = fit_once(rule, model=self.model())
+            shared, two = fit_once(rule, model=self.model(activity=mean))
         for a, b in zip(shared.trainable_variables, alone.trainable_variables, strict=True):
             np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
         for name, values in one.items():
@@ -845,8 +847,9 @@ class TestMethodsOfTheModel:
         wrapped.compile("sgd", "mse")
         wrapped.fit(x, y, verbose=0)
         np.testing.assert_allclose(wrapped.predict(x, verbose=0), 7 * model(x), rtol=1e-5)
-        found = wrapped.evaluate(x, y, batch_size=16, verbose=0, return_dict=True)
-        assert found == {"tested": pytest.approx(float(tf.reduce_mean(model(x))), rel=1e-5)}
+        (tested,) = wrapped.evaluate(x, y, batch_size=16, verbose=0, return_dict=True).items()
+        assert tested[0] == "tested"
+        assert float(tested[1]) == pytest.approx(float(tf.reduce_mean(model(x))), rel=1e-5)
 
     def test_the_inner_compile_is_replaced(self):
         (x, y), model = images(), stack(dense(2))

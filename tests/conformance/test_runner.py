@@ -22,7 +22,7 @@ from agc_conformance import teeth as teeth_module
 from agc_conformance.backend import Outcome, Problem, Unavailable, Unsupported
 from agc_conformance.backends.reference import ReferenceBackend
 from agc_conformance.clipping.problems import parse_clip
-from agc_conformance.core.library import Core
+from agc_conformance.core.functions import Core
 from agc_conformance.load import load_backend
 from agc_conformance.mutants.sharpness import SharpnessEngine
 from agc_conformance.nfnets.ask import result_ids, run_study

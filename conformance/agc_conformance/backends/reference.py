@@ -34,7 +34,7 @@ from agc_conformance.backend import (
     TrainingTask,
     TrainStep,
 )
-from agc_conformance.core.library import Core
+from agc_conformance.core.functions import Core
 from agc_conformance.nfnets.reference import ReferenceModels
 from agc_conformance.sharpness.problems import as_batch, gradient_function
 from agc_conformance.training.ask import reference_run

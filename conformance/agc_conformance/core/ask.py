@@ -18,7 +18,7 @@ from agc.plan import Parameter, Plan
 from agc.units import UnitAxes, Units
 from agc_conformance.backend import Backend, Layer
 from agc_conformance.backends.reference import ReferenceBackend
-from agc_conformance.core.library import Core
+from agc_conformance.core.functions import Core
 from agc_conformance.data import decode_rule
 from agc_conformance.question import Kind
 from agc_conformance.sharpness.problems import sam_rule

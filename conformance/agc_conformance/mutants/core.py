@@ -19,7 +19,7 @@ from agc.plan import WHOLE, Parameter, Plan
 from agc.schedule import Schedule
 from agc.units import Units
 from agc_conformance.backends.reference import ReferenceBackend
-from agc_conformance.core.library import Core
+from agc_conformance.core.functions import Core
 from agc_conformance.mutants.mutant import registered
 
 __all__: list[str] = []

@@ -38,6 +38,7 @@ __all__ = [
     "Problem",
     "SharpnessOutcome",
     "SharpnessProblem",
+    "SharpnessTask",
     "TrainStep",
     "TrainingTask",
     "Unavailable",
@@ -219,6 +220,29 @@ class Optimizer:
     nesterov: bool = False
     weight_decay: float = 0.0
     decoupled: bool = False
+
+
+@dataclass(frozen=True)
+class SharpnessTask:
+    """Training with SAM, AGC (if asked for) and an optimizer.
+
+    Attributes
+    ----------
+    problem : SharpnessProblem
+        Initial weights and rules; its examples are the first batch.
+    optimizer : Optimizer
+        The optimizer behind them.
+    batches : sequence of Examples
+        One for each step; steps are counted from 0.
+    restart : int, optional
+        Number of steps after which everything that training needs is saved as the framework does
+        it, and training goes on from there with new objects (SAM-13).
+    """
+
+    problem: SharpnessProblem
+    optimizer: Optimizer
+    batches: Sequence[Examples]
+    restart: int | None = None
 
 
 @dataclass(frozen=True)
@@ -501,23 +525,8 @@ class Backend:
         """
         raise Unsupported(f"{self.name} has no SAM")
 
-    def sharpness_trajectory(
-        self,
-        problem: SharpnessProblem,
-        optimizer: Optimizer,
-        batches: Sequence[Examples],
-        *,
-        restart: int | None = None,
-    ) -> list[Mapping[str, Array]]:
-        """Return the weights after each step of SAM, AGC (if asked for) and an optimizer.
-
-        The optimizer is the framework's own.
-
-        ``problem.parameters`` are the initial weights; there is one batch for each step, and
-        ``problem.examples`` is the first. Steps are counted from 0. After ``restart`` steps
-        everything that training needs is saved as the framework does it, and training goes on from
-        there with new objects (SAM-13).
-        """
+    def sharpness_trajectory(self, task: SharpnessTask) -> list[Mapping[str, Array]]:
+        """Return the weights after each step of a task, by the framework's own optimizer."""
         raise Unsupported(f"{self.name} has no SAM in front of an optimizer")
 
     def sharpen_compiled(self, problem: SharpnessProblem) -> SharpnessOutcome:

@@ -18,6 +18,7 @@ from agc_conformance.backend import (
     Optimizer,
     Problem,
     SharpnessProblem,
+    SharpnessTask,
     Unavailable,
     Unsupported,
 )
@@ -138,13 +139,13 @@ class PeersContract(Parametrized):
     def test_sam_goes_on_from_a_checkpoint(self):
         question, sgd = sharp(rho=0.5), Optimizer(lr=0.1, momentum=0.5)
         run, batches = self.sam().sharpness_trajectory, [question.examples] * 4
-        straight = run(question, sgd, batches)
-        resumed = run(question, sgd, batches, restart=2)
+        straight = run(SharpnessTask(question, sgd, batches))
+        resumed = run(SharpnessTask(question, sgd, batches, restart=2))
         np.testing.assert_array_equal([w["p"] for w in straight], [w["p"] for w in resumed])
         first = 3 - 0.1 * 3.3
         np.testing.assert_allclose(straight[0]["p"], [first, first * 4 / 3], rtol=self.digits)
         with pytest.raises(Unsupported, match="decoupled"):
-            run(question, Optimizer(lr=1, decoupled=True), batches)
+            run(SharpnessTask(question, Optimizer(lr=1, decoupled=True), batches))
 
     def test_an_option_of_sam_that_is_missing_is_unsupported(self):
         peer = self.sam()

@@ -18,7 +18,6 @@ from agc.reference import RowSparse, SharpnessAware, adaptive_clip, sharpness_aw
 from agc.units import Units
 from agc_conformance.backend import (
     Backend,
-    Examples,
     Gradient,
     Layer,
     ModelForward,
@@ -31,6 +30,7 @@ from agc_conformance.backend import (
     Problem,
     SharpnessOutcome,
     SharpnessProblem,
+    SharpnessTask,
     TrainingTask,
     TrainStep,
 )
@@ -288,27 +288,21 @@ class ReferenceBackend(Backend):
             replicas=replicas,
         )
 
-    def sharpness_trajectory(
-        self,
-        problem: SharpnessProblem,
-        optimizer: Optimizer,
-        batches: Sequence[Examples],
-        *,
-        restart: int | None = None,
-    ) -> list[Mapping[str, Array]]:
+    def sharpness_trajectory(self, task: SharpnessTask) -> list[Mapping[str, Array]]:
         """Follow SAM, AGC and the optimizer in float64."""
+        problem = task.problem
         dtypes = {name: value.dtype for name, value in problem.parameters.items()}
         weights = {name: value.astype(np.float64) for name, value in problem.parameters.items()}
         momenta = {name: np.zeros_like(value) for name, value in weights.items()}
         behind = Problem(problem.clipping or AGC(clipping=None), weights, {})
         out: list[Mapping[str, Array]] = []
-        for step, examples in enumerate(batches):
+        for step, examples in enumerate(task.batches):
             now = replace(problem, parameters=weights, examples=examples, step=step)
             result = self.sharpness(now)
             if not result.skipped:
                 gradients = {name: g for name, g in result.gradients.items() if g is not None}
                 weights, momenta = self.update(
-                    Step(behind, optimizer, weights, momenta, gradients, step)
+                    Step(behind, task.optimizer, weights, momenta, gradients, step)
                 )
             out.append({name: to_dtype(value, dtypes[name]) for name, value in weights.items()})
         return out

@@ -31,6 +31,7 @@ from agc_conformance.backend import (
     Problem,
     SharpnessOutcome,
     SharpnessProblem,
+    SharpnessTask,
 )
 from agc_conformance.backends.reference import Step, to_dtype
 from agc_conformance.mutants.clipping import Engine
@@ -267,22 +268,16 @@ class SharpnessEngine(Engine):
         """Compute a sharpness-aware gradient."""
         return self.estimate(problem)
 
-    def sharpness_trajectory(
-        self,
-        problem: SharpnessProblem,
-        optimizer: Optimizer,
-        batches: Sequence[Examples],
-        *,
-        restart: int | None = None,
-    ) -> list[Mapping[str, Array]]:
+    def sharpness_trajectory(self, task: SharpnessTask) -> list[Mapping[str, Array]]:
         """Follow SAM, AGC and the optimizer in the dtype of the weights; update in float64."""
+        problem, optimizer = task.problem, task.optimizer
         dtypes = {name: value.dtype for name, value in problem.parameters.items()}
         weights = {name: value.astype(np.float64) for name, value in problem.parameters.items()}
         momenta = {name: np.zeros_like(value) for name, value in weights.items()}
         out: list[Mapping[str, Array]] = []
         step = 0
-        for index, examples in enumerate(batches):
-            if index == restart:
+        for index, examples in enumerate(task.batches):
+            if index == task.restart:
                 step, momenta = self.reload(step, momenta)
             now = replace(problem, parameters=weights, examples=examples, step=step)
             outcome = self.before_step(now, optimizer)

@@ -8,7 +8,13 @@ from typing import Any, Final
 
 import numpy.typing as npt
 
-from agc_conformance.backend import Backend, Examples, SharpnessOutcome, SharpnessProblem
+from agc_conformance.backend import (
+    Backend,
+    Examples,
+    SharpnessOutcome,
+    SharpnessProblem,
+    SharpnessTask,
+)
 from agc_conformance.question import Kind
 from agc_conformance.sharpness.compare import compare_sharpness
 from agc_conformance.sharpness.problems import (
@@ -35,11 +41,9 @@ def _sharpen(backend: Backend, question: SharpenQuestion) -> SharpnessOutcome:
 
 
 def _train(backend: Backend, question: SharpnessTrajectory) -> list[Mapping[str, Array]]:
+    batches = [_copy_examples(batch) for batch in question.batches]
     return backend.sharpness_trajectory(
-        _copy(question.problem),
-        question.optimizer,
-        [_copy_examples(batch) for batch in question.batches],
-        restart=question.restart,
+        SharpnessTask(_copy(question.problem), question.optimizer, batches, question.restart)
     )
 
 

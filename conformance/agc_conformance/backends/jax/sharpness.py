@@ -18,9 +18,9 @@ from agc.config import SAM
 from agc.selectors import perturbed_names
 from agc_conformance.backend import (
     Examples,
-    Optimizer,
     SharpnessOutcome,
     SharpnessProblem,
+    SharpnessTask,
     Unsupported,
 )
 from agc_conformance.backends.jax.clipping import optax_sgd
@@ -73,17 +73,10 @@ class Sharpness(Device):
         with self.place(problem.parameters.values()):
             return _stateful(problem)
 
-    def sharpness_trajectory(
-        self,
-        problem: SharpnessProblem,
-        optimizer: Optimizer,
-        batches: Sequence[Examples],
-        *,
-        restart: int | None = None,
-    ) -> list[Mapping[str, Array]]:
+    def sharpness_trajectory(self, task: SharpnessTask) -> list[Mapping[str, Array]]:
         """Take jitted steps with ``optax.sgd`` behind AGC; optax skips non-finite ones."""
-        with self.place(problem.parameters.values()):
-            return _trajectory(problem, optimizer, batches, restart)
+        with self.place(task.problem.parameters.values()):
+            return _trajectory(task)
 
 
 def _sharpen(problem: SharpnessProblem, *, traced: bool = False) -> SharpnessOutcome:
@@ -111,16 +104,12 @@ def _sharpen(problem: SharpnessProblem, *, traced: bool = False) -> SharpnessOut
     )
 
 
-def _trajectory(
-    problem: SharpnessProblem,
-    optimizer: Optimizer,
-    batches: Sequence[Examples],
-    restart: int | None,
-) -> list[Mapping[str, Array]]:
-    chain = optax_sgd(optimizer)
+def _trajectory(task: SharpnessTask) -> list[Mapping[str, Array]]:
+    problem = task.problem
+    chain = optax_sgd(task.optimizer)
     if problem.clipping is not None:
         chain = optax.chain(adaptive_grad_clip(problem.clipping), chain)
-    tx = optax.apply_if_finite(chain, max_consecutive_errors=len(batches))
+    tx = optax.apply_if_finite(chain, max_consecutive_errors=len(task.batches))
     function = _value_and_grad(_loss, problem.rule)
 
     @jax.jit  # type: ignore[untyped-decorator]
@@ -136,8 +125,8 @@ def _trajectory(
 
     training = start()
     steps: list[Mapping[str, Array]] = []
-    for index, examples in enumerate(batches):
-        if index == restart:
+    for index, examples in enumerate(task.batches):
+        if index == task.restart:
             training = serialization.from_bytes(start(), serialization.to_bytes(training))
         training = take(training, _batch(examples))
         steps.append({name: np.asarray(value) for name, value in training["params"].items()})

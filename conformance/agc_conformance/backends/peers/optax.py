@@ -20,6 +20,7 @@ from agc_conformance.backend import (
     Problem,
     SharpnessOutcome,
     SharpnessProblem,
+    SharpnessTask,
     Unavailable,
     Unsupported,
 )
@@ -95,25 +96,19 @@ class OptaxPeer(Peer):
             {name: np.asarray(w) for name, w in weights.items()},
         )
 
-    def sharpness_trajectory(
-        self,
-        problem: SharpnessProblem,
-        optimizer: Optimizer,
-        batches: Sequence[Examples],
-        *,
-        restart: int | None = None,
-    ) -> list[Mapping[str, Array]]:
+    def sharpness_trajectory(self, task: SharpnessTask) -> list[Mapping[str, Array]]:
         """Put SAM in front of clipping (if asked for), coupled weight decay and ``optax.sgd``."""
         import jax
         import optax
 
-        sam = self._sam(problem, self._chain(problem.clipping, optimizer))
+        problem = task.problem
+        sam = self._sam(problem, self._chain(problem.clipping, task.optimizer))
         trajectory: list[Mapping[str, Array]] = []
         with jax.enable_x64(True):
             weights = _tree(problem.parameters)
             state = sam.init(weights)
-            for index, examples in enumerate(batches):
-                if index == restart:
+            for index, examples in enumerate(task.batches):
+                if index == task.restart:
                     saved = [np.asarray(leaf) for leaf in jax.tree.leaves((weights, state))]
                     fresh = sam.init(_tree(problem.parameters))
                     structure = jax.tree.structure((problem.parameters, fresh))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -14,11 +14,11 @@ from agc import AGC
 from agc_conformance.backend import (
     Array,
     Examples,
-    Optimizer,
     Outcome,
     Problem,
     SharpnessOutcome,
     SharpnessProblem,
+    SharpnessTask,
     Unavailable,
     Unsupported,
 )
@@ -82,19 +82,13 @@ class PytorchOptimizerPeer(Peer):
             {name: to_array(p) for name, p in parameters.items()},
         )
 
-    def sharpness_trajectory(
-        self,
-        problem: SharpnessProblem,
-        optimizer: Optimizer,
-        batches: Sequence[Examples],
-        *,
-        restart: int | None = None,
-    ) -> list[Mapping[str, Array]]:
+    def sharpness_trajectory(self, task: SharpnessTask) -> list[Mapping[str, Array]]:
         """Wrap ``torch.optim.SGD``, with ``agc`` in front of it if that is asked for."""
         import torch
 
         from agc_conformance.backends.torch.arrays import to_array
 
+        problem, optimizer = task.problem, task.optimizer
         if optimizer.decoupled:
             raise Unsupported("torch.optim.SGD has no decoupled weight decay")
 
@@ -115,8 +109,8 @@ class PytorchOptimizerPeer(Peer):
 
         parameters, sam = start()
         trajectory: list[Mapping[str, Array]] = []
-        for index, examples in enumerate(batches):
-            if index == restart:
+        for index, examples in enumerate(task.batches):
+            if index == task.restart:
                 file = io.BytesIO()
                 torch.save((parameters, sam.state_dict()), file)
                 saved, state = torch.load(io.BytesIO(file.getvalue()))

@@ -18,6 +18,7 @@ from agc_conformance.backend import (
     Optimizer,
     SharpnessOutcome,
     SharpnessProblem,
+    SharpnessTask,
     Unsupported,
 )
 from agc_conformance.backends.tensorflow.arrays import keras_sgd, to_array
@@ -70,20 +71,13 @@ class Sharpness(Device):
         with tf.device(self._place):
             return _stateful(problem)
 
-    def sharpness_trajectory(
-        self,
-        problem: SharpnessProblem,
-        optimizer: Optimizer,
-        batches: Sequence[Examples],
-        *,
-        restart: int | None = None,
-    ) -> list[Mapping[str, Array]]:
+    def sharpness_trajectory(self, task: SharpnessTask) -> list[Mapping[str, Array]]:
         """Train by ``fit``'s own step, or in float64 by a custom loop.
 
         Keras does not add up losses in float64.
         """
         with tf.device(self._place):
-            return _trajectory(problem, optimizer, batches, restart)
+            return _trajectory(task)
 
 
 def _sharpen(problem: SharpnessProblem, run: Run) -> SharpnessOutcome:
@@ -111,21 +105,16 @@ def _sharpen(problem: SharpnessProblem, run: Run) -> SharpnessOutcome:
     )
 
 
-def _trajectory(
-    problem: SharpnessProblem,
-    optimizer: Optimizer,
-    batches: Sequence[Examples],
-    restart: int | None,
-) -> list[Mapping[str, Array]]:
-    float64 = any(value.dtype == np.float64 for value in problem.parameters.values())
+def _trajectory(task: SharpnessTask) -> list[Mapping[str, Array]]:
+    float64 = any(value.dtype == np.float64 for value in task.problem.parameters.values())
     make = _Loop if float64 else _Fit
-    training = make(problem, optimizer)
+    training = make(task.problem, task.optimizer)
     steps: list[Mapping[str, Array]] = []
-    for index, examples in enumerate(batches):
-        if index == restart:
+    for index, examples in enumerate(task.batches):
+        if index == task.restart:
             with tempfile.TemporaryDirectory() as folder:
                 saved = training.checkpoint().write(str(Path(folder) / "training"))
-                training = make(problem, optimizer)
+                training = make(task.problem, task.optimizer)
                 training.checkpoint().read(saved).assert_existing_objects_matched()
         training.step(_batch(examples))
         steps.append({name: to_array(v) for name, v in training.variables.items()})

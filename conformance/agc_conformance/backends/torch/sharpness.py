@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from agc.config import AGC
 from agc_conformance.backend import (
     Examples,
-    Optimizer,
     SharpnessOutcome,
     SharpnessProblem,
+    SharpnessTask,
     Unsupported,
 )
 from agc_conformance.backends.torch.arrays import (
@@ -98,21 +98,14 @@ class Sharpness(Device):
         self._step(problem, model)
         return self._step(problem, model)
 
-    def sharpness_trajectory(
-        self,
-        problem: SharpnessProblem,
-        optimizer: Optimizer,
-        batches: Sequence[Examples],
-        *,
-        restart: int | None = None,
-    ) -> list[Mapping[str, Array]]:
+    def sharpness_trajectory(self, task: SharpnessTask) -> list[Mapping[str, Array]]:
         """Step SAM, AGC and ``torch.optim.SGD`` and return the weights after each step."""
-        training = _Training(problem, optimizer, self.device)
+        training = _Training(task, self.device)
         steps: list[Mapping[str, Array]] = []
-        for index, examples in enumerate(batches):
-            if index == restart:
+        for index, examples in enumerate(task.batches):
+            if index == task.restart:
                 saved = training.save()
-                training = _Training(problem, optimizer, self.device)
+                training = _Training(task, self.device)
                 training.load(saved)
             training.step(_batch(examples, self.device))
             steps.append(training.model.arrays())
@@ -130,7 +123,8 @@ class Sharpness(Device):
 class _Training:
     """A model, SAM, AGC and an optimizer, as a user would put them together."""
 
-    def __init__(self, problem: SharpnessProblem, optimizer: Optimizer, device: str) -> None:
+    def __init__(self, task: SharpnessTask, device: str) -> None:
+        problem, optimizer = task.problem, task.optimizer
         self.model = _Quadratic(problem.parameters, device)
         self.sam = SharpnessAware(self.model, problem.rule)
         tensors = dict(self.model.named_parameters())

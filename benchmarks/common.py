@@ -63,7 +63,7 @@ def bound(weights: Sequence[Any], gradients: Sequence[Any], condition: str) -> C
 
 def _pieces(arrays: Sequence[Any], step: int = 1 << 20) -> list[Any]:
     flat = [np.asarray(array).reshape(-1) for array in arrays]
-    return [one[start : start + step] for one in flat for start in range(0, one.size, step)]
+    return [array[start : start + step] for array in flat for start in range(0, array.size, step)]
 
 
 def sam_batch() -> tuple[Any, Any]:

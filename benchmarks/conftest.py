@@ -83,10 +83,10 @@ def _arguments() -> list[str]:
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
     """Drop the times of single rounds; keep their statistics."""
-    for one in output_json["benchmarks"]:
-        one["stats"].pop("data", None)
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
         for key in ("fullname", "params", "param", "options"):
-            one.pop(key, None)
+            benchmark.pop(key, None)
     output_json["commit_info"] = {
         key: output_json["commit_info"].get(key) for key in ("id", "time", "dirty")
     }

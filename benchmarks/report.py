@@ -85,8 +85,8 @@ class Results:
             data = json.loads(path.read_text(encoding="utf-8"))
             self.machines[framework] = data["machine_info"]
             self.commits[framework] = {**data["commit_info"], "date": data["datetime"][:16]}
-            for one in data["benchmarks"]:
-                case = one["extra_info"]
+            for benchmark in data["benchmarks"]:
+                case = benchmark["extra_info"]
                 if "peak_memory" in case and case["model"] == "F0":
                     self.model_peaks[framework, case["contestant"]] = case["peak_memory"]
                     continue
@@ -98,7 +98,7 @@ class Results:
                     self.memory[key] = case["peak_memory"]
                     continue
                 place = framework, case["model"], case["condition"]
-                self._turns[place][case["contestant"]][case["turn"]] = one["stats"]
+                self._turns[place][case["contestant"]][case["turn"]] = benchmark["stats"]
 
     def cases(self, framework: str) -> list[Case]:
         """Return the cases of clipping of a framework in the order they were run."""
@@ -147,7 +147,7 @@ def _step(framework: str) -> Case:
 
 def verdicts(results: Results) -> list[tuple[str, bool]]:
     """Return each target in words, with the number reached, and whether it is met."""
-    found = []
+    targets = []
     for target in TARGETS:
         for case in results.cases(target.framework):
             if case[2] == target.condition:
@@ -159,7 +159,7 @@ def verdicts(results: Results) -> list[tuple[str, bool]]:
                 )
                 # Noise makes one of two equal programs slower.
                 slack = NOISE if target.ratio == 1 else 0.0
-                found.append((text, ratio >= target.ratio * (1 - slack)))
+                targets.append((text, ratio >= target.ratio * (1 - slack)))
     for framework in results.machines:
         for contestant, most in SAM_COSTS.items():
             cost = results.sam_cost(framework, contestant)
@@ -167,13 +167,13 @@ def verdicts(results: Results) -> list[tuple[str, bool]]:
                 f"{TITLES[framework]}, {TITLES[contestant]}: {cost:.2f} times a step without "
                 f"(at most {most:g})"
             )
-            found.append((text, cost <= most))
+            targets.append((text, cost <= most))
     for framework in results.machines:
         for case in results.models(framework):
             peer = PEERS[framework]
             ratio = results.ratio(case, peer)
             text = f"{_label(case)}: {TITLES[peer]} takes {ratio:.2f} times as long (at least 1)"
-            found.append((text, ratio >= 1 - NOISE))
+            targets.append((text, ratio >= 1 - NOISE))
         peer = PEERS.get(framework, "")
         ours, theirs = (results.model_memory(framework, who) for who in ("ours", peer))
         if ours is not None and theirs is not None:
@@ -181,28 +181,28 @@ def verdicts(results: Results) -> list[tuple[str, bool]]:
                 f"{TITLES[framework]}, NFNet-F0, training step: memory {ours:.2f} copies of the parameters, "
                 f"{TITLES[peer]} {theirs:.2f} (at most as much)"
             )
-            found.append((text, ours <= theirs * (1 + NOISE)))
+            targets.append((text, ours <= theirs * (1 + NOISE)))
     share = results.standardisation()
     if share is not None:
         text = (
             f"PyTorch, NFNet-F0 in training (16 images of 192x192): weight standardisation is {100 * share:.1f} % "
             f"of a step (at most {100 * NOISE:g} %, which cannot be told from noise)"
         )
-        found.append((text, share <= NOISE))
+        targets.append((text, share <= NOISE))
     for framework, copies in results.sam_peaks.items():
         text = (
             f"{TITLES[framework]}, SAM: extra memory {copies:.2f} copies of the weights "
             f"(at most {SAM_MEMORY:g})"
         )
-        found.append((text, round(copies, 2) <= SAM_MEMORY))
+        targets.append((text, round(copies, 2) <= SAM_MEMORY))
     for (model, condition, contestant), share in results.memory.items():
         if contestant == "ours" and condition in CONDITIONS:
             text = (
                 f"{_label(('torch', model, condition))}: extra memory {100 * share:.2f} % of the "
                 f"parameters (at most {100 * MEMORY:g} %)"
             )
-            found.append((text, share <= MEMORY))
-    return found
+            targets.append((text, share <= MEMORY))
+    return targets
 
 
 def _label(case: Case) -> str:
@@ -329,13 +329,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     write_text(options.results / "README.md", document(results))
     write_text(options.results / "speed.svg", figure(results))
-    found = verdicts(results)
-    for text, met in found:
+    targets = verdicts(results)
+    for text, met in targets:
         print("met   " if met else "MISSED", text)
     absent = [framework for framework in FRAMEWORKS if framework not in results.machines]
     if absent:
         print("MISSED no results of", ", ".join(absent))
-    return int(options.check and (bool(absent) or not all(met for _, met in found)))
+    return int(options.check and (bool(absent) or not all(met for _, met in targets)))
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ def test_peak_memory(benchmark: Any, models: Models, contestant: str) -> None:
     program, arguments = models.programs[contestant, "step"]
     benchmark.group = "jax F0 peak memory"
     benchmark.pedantic(models.contestant(contestant, "step"), rounds=1)
-    found = program.lower(*arguments).compile().memory_analysis()
+    memory = program.lower(*arguments).compile().memory_analysis()
     case = {"framework": "jax", "model": "F0", "condition": "step", "contestant": contestant}
-    share = found.temp_size_in_bytes / (4 * 71_489_284)
+    share = memory.temp_size_in_bytes / (4 * 71_489_284)
     assert share > 0
     benchmark.extra_info.update(case, peak_memory=share)

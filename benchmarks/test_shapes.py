@@ -25,7 +25,7 @@ def test_the_kinds_of_tensors_in_nfnet_f0() -> None:
         "gains": {n: s for n, s in shapes.items() if n.endswith(".gain")},
         "skip gains": {n: s for n, s in shapes.items() if s == ()},
     }
-    assert {kind: (len(found), parameters(found)) for kind, found in kinds.items()} == {
+    assert {kind: (len(shapes), parameters(shapes)) for kind, shapes in kinds.items()} == {
         "convolutions": (57, 46_480_304),
         "squeeze-excite": (24, 21_823_488),
         "gains": (57, 44_912),

@@ -393,11 +393,11 @@ def _stats(outcome: Clipped, eps: float) -> Stats:
 
 def _total(stats: list[Stats]) -> Stats:
     return Stats(
-        units=sum(one.units for one in stats),
-        clipped=sum(one.clipped for one in stats),
-        nonfinite=sum(one.nonfinite for one in stats),
-        max_ratio=max((one.max_ratio for one in stats), default=0.0),
-        min_scale=min((one.min_scale for one in stats), default=1.0),
+        units=sum(each.units for each in stats),
+        clipped=sum(each.clipped for each in stats),
+        nonfinite=sum(each.nonfinite for each in stats),
+        max_ratio=max((each.max_ratio for each in stats), default=0.0),
+        min_scale=min((each.min_scale for each in stats), default=1.0),
     )
 
 

@@ -46,7 +46,7 @@ Back = Callable[[Array], Array]
 
 @dataclass
 class NFNetPass:
-    """What one forward pass of an :class:`NFNet` found.
+    """Results of a forward pass of an :class:`NFNet`.
 
     Attributes
     ----------
@@ -98,8 +98,8 @@ class NFNet:
     --------
     >>> from agc.nfnet import seeded_batch, seeded_parameters
     >>> images, labels = seeded_batch(2, 32)
-    >>> found = NFNet("tiny", seeded_parameters("tiny"))(images)
-    >>> round(smoothed_cross_entropy(found.logits, labels)[0], 12)
+    >>> done = NFNet("tiny", seeded_parameters("tiny"))(images)
+    >>> round(smoothed_cross_entropy(done.logits, labels)[0], 12)
     2.280224321275
     """
 
@@ -331,13 +331,13 @@ class NFNet:
             _, h, w, c = padded.shape
             return padded.reshape(-1, h // 2, 2, w // 2, 2, c)
 
-        there = windows(np.ones((1, height, width, 1))).sum((2, 4))
+        counts = windows(np.ones((1, height, width, 1))).sum((2, 4))
 
         def backward(d: Array) -> Array:
-            wide: Array = (d / there).repeat(2, 1).repeat(2, 2)
+            wide: Array = (d / counts).repeat(2, 1).repeat(2, 2)
             return wide[:, :height, :width]
 
-        return windows(x).sum((2, 4)) / there, backward
+        return windows(x).sum((2, 4)) / counts, backward
 
     # -- formulas that ports get wrong ----------------------------------------------------------
 

@@ -225,12 +225,12 @@ def _write(
     writable = [dtype for dtype in DTYPES.values() if not (npz and dtype == "bfloat16")]
     encoded = {}
     for spec in _specs(chosen):
-        tensor, there = tensors[spec.name], form.spec(spec)
+        tensor, entry = tensors[spec.name], form.spec(spec)
         if tensor.dtype not in writable:
             raise ParameterError(
                 f"{spec.name} is {tensor.dtype}; {form.name} weights can be {', '.join(writable)}"
             )
-        encoded[there.name] = _encoded(form, spec, tensor)
+        encoded[entry.name] = _encoded(form, spec, tensor)
     write = write_npz if npz else write_safetensors
     total = sum(tensor.nbytes for tensor in encoded.values())
     with replacing(path) as file:

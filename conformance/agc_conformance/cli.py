@@ -150,10 +150,10 @@ def _list(options: argparse.Namespace) -> int:
             flags = " ".join(vector.flags)
             table.add_row(vector.id, vector.clause, dtypes, flags, str(vector.data["comment"]))
     for name, study in STUDIES.items():
-        for one in result_ids(name, options.select):
-            clause = KINDS[one.removeprefix(f"model-{name}-")]
+        for identifier in result_ids(name, options.select):
+            clause = KINDS[identifier.removeprefix(f"model-{name}-")]
             when = "with --full" if study.full else ""
-            table.add_row(one, clause, "", "", f"NFNet {name} {when}".strip())
+            table.add_row(identifier, clause, "", "", f"NFNet {name} {when}".strip())
     if not table.row_count:
         raise ConfigError(f"--select {options.select}: no id, clause or bug class matches")
     console.print(table)

@@ -398,8 +398,8 @@ def _schema(hint: Any) -> dict[str, Any]:
         fields = get_type_hints(hint, include_extras=True)
         return {
             "type": "object",
-            "required": [n for n, one in fields.items() if get_origin(one) is not NotRequired],
-            "properties": {name: _schema(one) for name, one in fields.items()},
+            "required": [n for n, of in fields.items() if get_origin(of) is not NotRequired],
+            "properties": {name: _schema(of) for name, of in fields.items()},
         }
     if origin is Annotated:
         return {**_schema(inner[0]), **inner[1]}
@@ -408,7 +408,7 @@ def _schema(hint: Any) -> dict[str, Any]:
     if origin is Literal:
         return {"enum": list(inner)}
     if origin is UnionType:
-        return {"anyOf": [_schema(one) for one in inner]}
+        return {"anyOf": [_schema(of) for of in inner]}
     if origin is list:
         return {"type": "array", "items": _schema(inner[0])}
     if origin is dict:

@@ -177,7 +177,9 @@ def _training(backend: Backend, select: str | None, bar: Progress) -> Iterator[M
     from agc_conformance.training.ask import TASKS, result_ids, run_task  # scikit-learn is heavy
 
     for name in TASKS:
-        if select is not None and not any(fnmatchcase(one, select) for one in result_ids(name)):
+        if select is not None and not any(
+            fnmatchcase(identifier, select) for identifier in result_ids(name)
+        ):
             continue
         task = bar.add_task(f"{backend.name} trains on {name}", total=None)
 

@@ -93,10 +93,10 @@ def measure(model: Any, run: Callable[[], Any]) -> Result:
 
 def calls(model: Any, run: Callable[[], Any]) -> list[tuple[Any, tuple[Any, Any]]]:
     """Run a model; return its layers with matrices, each with the arguments of its first call."""
-    found: dict[int, tuple[Any, tuple[Any, Any]]] = {}
+    first_calls: dict[int, tuple[Any, tuple[Any, Any]]] = {}
 
     def record(layer: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
-        found.setdefault(id(layer), (layer, (args, kwargs)))
+        first_calls.setdefault(id(layer), (layer, (args, kwargs)))
         return call(*args, **kwargs)
 
     layers = [layer for layer in model._flatten_layers() if any(map(is_matrix, own(layer)))]
@@ -105,7 +105,7 @@ def calls(model: Any, run: Callable[[], Any]) -> list[tuple[Any, tuple[Any, Any]
     run()
     for layer in layers:
         del layer.call
-    return list(found.values())
+    return list(first_calls.values())
 
 
 def own(layer: Any) -> list[Any]:
@@ -315,7 +315,7 @@ def models(hub: Any) -> dict[str, Callable[[], Any]]:
 def inputs_of(model: Any) -> dict[str, Any]:
     """Return random inputs for a model."""
     random = np.random.default_rng(0)
-    found = {}
+    inputs = {}
     for name, spec in dict(model.input).items() if isinstance(model.input, dict) else ():
         shape = [
             2,
@@ -326,15 +326,17 @@ def inputs_of(model: Any) -> dict[str, Any]:
         ]
         integers = "int" in spec.dtype or "bool" in spec.dtype
         if "mask" in name:
-            found[name] = np.ones(shape, spec.dtype)
+            inputs[name] = np.ones(shape, spec.dtype)
         else:
             high = 2 if "segment" in name else 11
-            found[name] = random.integers(0, high, shape) if integers else random.normal(size=shape)
-    if not found:
+            inputs[name] = (
+                random.integers(0, high, shape) if integers else random.normal(size=shape)
+            )
+    if not inputs:
         return random.normal(size=(2, *model.input.shape[1:])).astype("float32")  # type: ignore[return-value]
     return {
         name: tf.convert_to_tensor(value.astype(model.input[name].dtype))
-        for name, value in found.items()
+        for name, value in inputs.items()
     }
 
 
@@ -342,12 +344,12 @@ def table(results: dict[str, Result]) -> str:
     """Return results as a table in Markdown."""
     head = "| model | parameters | plan without a declaration | units from | computed | right |"
     lines = [head, "|---|---:|---|---|---:|---:|"]
-    for name, found in results.items():
-        sources = ", ".join(f"{source} {count}" for source, count in sorted(found.sources.items()))
-        right = found.checked - len(found.wrong)
-        complete = "yes" if found.complete else "no"
+    for name, result in results.items():
+        sources = ", ".join(f"{source} {count}" for source, count in sorted(result.sources.items()))
+        right = result.checked - len(result.wrong)
+        complete = "yes" if result.complete else "no"
         lines.append(
-            f"| {name} | {found.parameters} | {complete} | {sources} | {found.checked} | {right} |"
+            f"| {name} | {result.parameters} | {complete} | {sources} | {result.checked} | {right} |"
         )
     return "\n".join(lines)
 
@@ -379,7 +381,7 @@ def main() -> None:
     }
     record = {
         "versions": versions,
-        "models": {name: asdict(found) for name, found in results.items()},
+        "models": {name: asdict(result) for name, result in results.items()},
     }
     write_text(options.out, json.dumps(record, indent=1) + "\n")
     note = ", ".join(f"{name} {version}" for name, version in versions.items())

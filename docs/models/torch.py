@@ -45,14 +45,14 @@ class Watch(TorchFunctionMode):
 
     Attributes
     ----------
-    found : dict of str to Tensor of bool
+    feeding : dict of str to Tensor of bool
         Parameter to the weights that feed one output.
     """
 
     def __init__(self, named: dict[str, Tensor], buffers: list[Tensor]) -> None:
         super().__init__()
         self.named = {n: p for n, p in named.items() if sum(size > 1 for size in p.shape) > 1}
-        self.found: dict[str, Tensor] = {}
+        self.feeding: dict[str, Tensor] = {}
         # References: the id of a freed tensor may be given to another.
         self._alive: list[Any] = [*named.values()]
         self._constant = {id(p) for p in named.values()}  # computed from parameters alone
@@ -105,9 +105,9 @@ class Watch(TorchFunctionMode):
 
     def _settle(self, name: str, fed: Tensor) -> bool:
         """Keep the smaller set: an output of one pixel says more than one of a whole picture."""
-        known = self.found.get(name)
+        known = self.feeding.get(name)
         if known is None or fed.count_nonzero() < known.count_nonzero():
-            self.found[name] = fed
+            self.feeding[name] = fed
         return True
 
     def _one_output(
@@ -206,11 +206,11 @@ def examine(model: nn.Module, inputs: dict[str, Any] | Tensor) -> dict[str, Any]
     with watch:
         model(**inputs) if isinstance(inputs, dict) else model(inputs)
     record["parameters"] = len(plan)
-    record["judged"] = len(watch.found)
-    record["unused"] = sorted(set(watch.named) - set(watch.found))
+    record["judged"] = len(watch.feeding)
+    record["unused"] = sorted(set(watch.named) - set(watch.feeding))
     record["wrong"] = {
         name: f"{tuple(plan[name].shape)} {plan[name].units}, one output: {tuple(_box(fed))}"
-        for name, fed in watch.found.items()
+        for name, fed in watch.feeding.items()
         if not agrees(plan[name], fed)
     }
     return record

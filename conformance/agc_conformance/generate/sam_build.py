@@ -221,7 +221,7 @@ def _magnitudes(
             for name, gradient in descent.gradients.items():
                 if name in moved:
                     scale = _scale(weights[name], rule)
-                    mean = sum(one.gradients[name] for one in reduced) / len(reduced)
+                    mean = sum(each.gradients[name] for each in reduced) / len(reduced)
                     squares += float(np.sum((scale * mean) ** 2))
                     away = rule.radius(step) * scale * scale * mean / norm
                     gradient = gradient + descent.curvatures[name] * away

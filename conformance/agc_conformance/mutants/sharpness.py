@@ -167,12 +167,12 @@ class SharpnessEngine(Engine):
     ) -> tuple[Arrays, float]:
         """Perturbation of every selected parameter with a gradient, and the norm."""
         chosen, rule = self.chosen(problem), problem.rule
-        there = {n: g for n, g in gradients.items() if g is not None and n in chosen}
-        if not there:
+        present = {n: g for n, g in gradients.items() if g is not None and n in chosen}
+        if not present:
             self.nothing_to_perturb()
-        wide = {name: g.astype(np.float64) for name, g in there.items()}
-        scales = {name: self.scale(weights[name], rule) for name in there}
-        norm = self.global_norm({name: scales[name] * g for name, g in wide.items()}, there)
+        wide = {name: g.astype(np.float64) for name, g in present.items()}
+        scales = {name: self.scale(weights[name], rule) for name in present}
+        norm = self.global_norm({name: scales[name] * g for name, g in wide.items()}, present)
         factor = self.length(self.radius(rule, problem.step), norm, rule)
         return {name: self.step_of(scales[name], g, factor) for name, g in wide.items()}, norm
 
@@ -198,9 +198,9 @@ class SharpnessEngine(Engine):
     def reduce(self, ascents: list[tuple[int, Gradients]], rule: SAM) -> list[Gradients]:
         """Ascent gradient of every replica (SAM-9)."""
         if rule.scope == "global":
-            mean = self.average([(1, one) for _, one in ascents])
+            mean = self.average([(1, gradients) for _, gradients in ascents])
             return [mean] * len(ascents)
-        return [one for _, one in ascents]
+        return [gradients for _, gradients in ascents]
 
     def average(self, parts: list[tuple[int, Gradients]]) -> Gradients:
         """Mean of gradients by example count (SAM-8)."""
@@ -210,7 +210,7 @@ class SharpnessEngine(Engine):
             if like is None:
                 out[name] = None
             else:
-                shares = [n / total * np.asarray(one[name], np.float64) for n, one in parts]
+                shares = [n / total * np.asarray(g[name], np.float64) for n, g in parts]
                 out[name] = to_dtype(np.sum(shares, axis=0), like.dtype)
         return out
 
@@ -605,7 +605,7 @@ class _Summed(SharpnessEngine):
 @_mutant("MicrobatchUnweighted", "the mean of the means")
 class _MeanOfMeans(SharpnessEngine):
     def average(self, parts: list[tuple[int, Gradients]]) -> Gradients:
-        return super().average([(1, one) for _, one in parts])
+        return super().average([(1, gradients) for _, gradients in parts])
 
 
 @_mutant("MicrobatchShared", "accumulate, then one perturbation (composer)")

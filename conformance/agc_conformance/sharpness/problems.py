@@ -227,7 +227,7 @@ def gradient_function(names: Sequence[str], used: Sequence[str]) -> GradientFunc
                 away = weights[name] - c
                 losses.append(0.5 * a * away**2)
                 gradients[name] = exact_sum(a * away) / count
-        return math.fsum(float(exact_sum(one.ravel())) for one in losses) / count, gradients
+        return math.fsum(float(exact_sum(loss.ravel())) for loss in losses) / count, gradients
 
     return compute
 

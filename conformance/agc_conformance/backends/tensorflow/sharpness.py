@@ -294,10 +294,12 @@ def mirrored(replicas: int) -> Any:
     """Return the only strategy of this process: TensorFlow mixes up the collectives of two."""
     names = [device.name.removeprefix("/device:") for device in tf.config.list_logical_devices()]
     kind = "GPU" if any(name.startswith("GPU") for name in names) else "CPU"
-    there = [name for name in names if name.startswith(kind)]
-    if len(there) < replicas:
-        raise Unsupported(f"{replicas} replicas need as many devices; TensorFlow has {len(there)}")
-    return tf.distribute.MirroredStrategy(there[:replicas])
+    devices = [name for name in names if name.startswith(kind)]
+    if len(devices) < replicas:
+        raise Unsupported(
+            f"{replicas} replicas need as many devices; TensorFlow has {len(devices)}"
+        )
+    return tf.distribute.MirroredStrategy(devices[:replicas])
 
 
 def _replicas(problem: SharpnessProblem, replicas: int) -> SharpnessOutcome:

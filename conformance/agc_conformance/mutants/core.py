@@ -30,7 +30,7 @@ _sam_mutant = registered("core", "SAM: ")
 # -- AGC -----------------------------------------------------------------------------------------
 
 
-class _WrongCore(Core):
+class _LenientCore(Core):
     """Accepts configurations that must be refused."""
 
     def config(self, data: Mapping[str, Any]) -> AGC:
@@ -42,7 +42,7 @@ class _WrongCore(Core):
 
 @_agc_mutant("AcceptsBadConfig", "a bad value is replaced by the default")
 class _LenientConfig(ReferenceBackend):
-    core = _WrongCore()
+    core = _LenientCore()
 
 
 class _ForgetfulCore(Core):

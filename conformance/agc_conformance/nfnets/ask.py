@@ -298,7 +298,7 @@ def _expected_gradients(variant: str, height: int, width: int) -> Any:
 
 
 @cache
-def _kept(size: tuple[Any, ...], recipe: ModelRecipe) -> list[ModelStep]:
+def _reference_steps(size: tuple[Any, ...], recipe: ModelRecipe) -> list[ModelStep]:
     """Return all steps of the reference, before the backend's: their threads slow each other."""
     return list(_REFERENCE.training(_problem(*size), recipe))
 
@@ -514,7 +514,11 @@ def _train(
     size = (study.variant, study.pixels, study.pixels)
     start = _problem(*size)
     training = backend.model_training(_fresh(_problem(*size, dtype=dtype)), recipe)
-    wanted = iter(_kept(size, recipe)) if not study.full else _REFERENCE.training(start, recipe)
+    wanted = (
+        iter(_reference_steps(size, recipe))
+        if not study.full
+        else _REFERENCE.training(start, recipe)
+    )
     limits = LIMITS[dtype]
     allowed = (limits.trained_loss, limits.trained_element, limits.trained)
     verdict, worst, steps = Verdict(), [0.0, 0.0, 0.0], 0

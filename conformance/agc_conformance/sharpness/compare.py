@@ -8,7 +8,8 @@ of ``e`` by rounding of the ascent gradient.
 An error is measured in units in the last place of the magnitude, in the dtype of the weights: that
 dtype has to hold ``w + e``. Allowed are 4 in float32 and float64 and 2 in float16 and bfloat16 (the
 rounding of ``w + e`` and of the gradient, half a unit each, doubled where the magnitude is just
-above a power of two).
+above a power of two). Losses and norms are sums of squares, and a square has twice the relative
+error of what is squared: allowed are twice as many.
 
 The weights themselves must come back bit for bit (SAM-3).
 """
@@ -25,7 +26,7 @@ from agc_conformance.data import dtype_of
 from agc_conformance.sharpness.problems import ExpectedGradient, ExpectedNumber, SharpenQuestion
 from agc_conformance.verdict import Verdict, accumulation_dtype, same_bits, ulp
 
-__all__ = ["SHARPNESS_LIMITS", "compare_sharpness"]
+__all__ = ["NUMBER_LIMITS", "SHARPNESS_LIMITS", "compare_sharpness"]
 
 Array = npt.NDArray[Any]
 
@@ -36,6 +37,9 @@ SHARPNESS_LIMITS: Final[dict[str, float]] = {
     "float64": 4.0,
 }
 """Largest error of a sharpness-aware gradient in ULP of its magnitude."""
+
+NUMBER_LIMITS: Final = {dtype: 2 * limit for dtype, limit in SHARPNESS_LIMITS.items()}
+"""Largest error of a loss or a norm in ULP of its magnitude."""
 
 
 def compare_sharpness(question: SharpenQuestion, outcome: SharpnessOutcome) -> Verdict:
@@ -116,7 +120,7 @@ def _compare_number(kind: str, got: float, expected: ExpectedNumber, dtype: str)
     exact = kind == "loss"
     kept = accumulation_dtype(dtype) if exact else dtype
     error = float(_errors(np.array([got]), np.array([want]), np.array([size]), kept)[0])
-    limit = 2 * SHARPNESS_LIMITS[kept]
+    limit = NUMBER_LIMITS[kept]
     if error > limit:
         name = kind.replace("_", " ")
         return Verdict(

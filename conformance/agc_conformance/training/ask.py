@@ -45,7 +45,7 @@ from agc.reference import (
     unit_norms,
 )
 from agc_conformance.backend import Backend, Optimizer, TrainingTask, TrainStep, Unsupported
-from agc_conformance.records import Status, make_result
+from agc_conformance.records import Status, describe, make_result
 from agc_conformance.training.network import PARAMETERS, loss_and_gradients
 from agc_conformance.verdict import LIMITS, Verdict, ulp_error
 
@@ -541,7 +541,7 @@ def run_task(
             yield _result(name, kind, clause, "unsupported", str(reason))
         return
     except (Exception, SystemExit) as error:
-        detail = f"step {comparison.steps}: {type(error).__name__}: {error}"
+        detail = f"step {comparison.steps}: {describe(error)}"
         for kind, clause in comparison.clauses.items():
             yield _result(name, kind, clause, "error", detail)
         return

@@ -86,6 +86,6 @@ class UnitsContract(Contract):
 
     def test_examples_in_docstrings(self, module, registry):
         name = self.driver.adapter.__name__ + ("" if module == "__init__" else f".{module}")
-        found = doctest.testmod(importlib.import_module(name))
-        assert found.attempted > 0
-        assert found.failed == 0
+        examples = doctest.testmod(importlib.import_module(name))
+        assert examples.attempted > 0
+        assert examples.failed == 0

@@ -90,16 +90,17 @@ class Float32(Backend):
         return u + F(optimizer.momentum) * m if optimizer.nesterov else m
 
     def clip(self, name: Any, g: Any, w: Any, threshold: Any, plan: Any) -> Any:
-        if threshold is None:
-            return g
-        found = clip_units(g, w, plan[name].units, clipping=threshold)
-        return found.gradient.astype(F)
+        return g if threshold is None else self.limited(name, g, w, threshold, plan).astype(F)
+
+    def limited(self, name: Any, g: Any, w: Any, threshold: Any, plan: Any) -> Any:
+        return clip_units(g, w, self.units(name, plan), clipping=threshold).gradient
+
+    def units(self, name: Any, plan: Any) -> Units:
+        return plan[name].units
 
 
 class AdditiveEps(Float32):
-    def clip(self, name: Any, g: Any, w: Any, threshold: Any, plan: Any) -> Any:
-        if threshold is None:
-            return g
+    def limited(self, name: Any, g: Any, w: Any, threshold: Any, plan: Any) -> Any:
         axes = plan[name].axes.reduce
         g_norm, w_norm = (np.sqrt(np.sum(a**2, axes, keepdims=True)) for a in (g, w))
         limit = F(threshold) * (w_norm + F(1e-3))
@@ -117,24 +118,18 @@ class ExclusionForgotten(Float32):
 
 
 class UnitsByInput(Float32):
-    def clip(self, name: Any, g: Any, w: Any, threshold: Any, plan: Any) -> Any:
-        if threshold is None or name != "conv2.weight":
-            return super().clip(name, g, w, threshold, plan)
-        return clip_units(g, w, Units("o c h w -> c"), clipping=threshold).gradient.astype(F)
+    def units(self, name: Any, plan: Any) -> Units:
+        return Units("o c h w -> c") if name == "conv2.weight" else super().units(name, plan)
 
 
 class BiasByElement(Float32):
-    def clip(self, name: Any, g: Any, w: Any, threshold: Any, plan: Any) -> Any:
-        if threshold is None or g.ndim != 1:
-            return super().clip(name, g, w, threshold, plan)
-        return clip_units(g, w, Units("o -> o"), clipping=threshold).gradient.astype(F)
+    def units(self, name: Any, plan: Any) -> Units:
+        return Units("o -> o") if name.endswith("bias") else super().units(name, plan)
 
 
 class WholeTensors(Float32):
-    def clip(self, name: Any, g: Any, w: Any, threshold: Any, plan: Any) -> Any:
-        if threshold is None:
-            return g
-        return clip_units(g, w, Units("... ->"), clipping=threshold).gradient.astype(F)
+    def units(self, name: Any, plan: Any) -> Units:
+        return Units("... ->")
 
 
 class ScheduleIgnored(Float32):
@@ -190,13 +185,9 @@ class OneBatchTwice(Float32):
 
 
 class HalfPrecisionNorms(Float32):
-    def clip(self, name: Any, g: Any, w: Any, threshold: Any, plan: Any) -> Any:
-        if threshold is None:
-            return g
-        found = clip_units(
-            g.astype(np.float16), w.astype(np.float16), plan[name].units, clipping=threshold
-        )
-        return (g * found.scale).astype(F)
+    def limited(self, name: Any, g: Any, w: Any, threshold: Any, plan: Any) -> Any:
+        half = (g.astype(np.float16), w.astype(np.float16))
+        return g * clip_units(*half, plan[name].units, clipping=threshold).scale
 
 
 class ClipsTheAscent(Float32):

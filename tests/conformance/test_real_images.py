@@ -403,7 +403,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_a_mistake_is_noticed_by_the_result_that_is_there_for_it(mistake: type[Backend]) -> None:
     task, expected = MISTAKES[mistake]
-    found = results(list(run_task(mistake(), task, steps=20)))
+    found = results(list(run_task(mistake(), task, steps=8)))
     assert {kind for kind, record in found.items() if record["status"] == "failed"} == expected
 
 

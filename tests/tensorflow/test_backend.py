@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from agc import AGC, Units
+from agc.errors import NonFiniteError
 from agc.reference import RowSparse
 from agc_conformance.backend import Problem, Unavailable, Unsupported
 from agc_conformance.backends.tensorflow.backend import TensorFlowBackend
@@ -20,9 +23,15 @@ class TestBackend(BackendContract):
     absent = (("bilinear", "no bilinear"), ("rope", "no layer 'rope'"))
 
 
-def problem(gradient: object) -> Problem:
+def problem(gradient: object, **options: Any) -> Problem:
     weights = {"w": np.ones((4, 3), np.float32)}
-    return Problem(AGC(), weights, {"w": gradient}, {"w": Units("v d -> v")})
+    return Problem(AGC(**options), weights, {"w": gradient}, {"w": Units("v d -> v")})
+
+
+def test_errors_come_through_a_graph():
+    poisoned = problem(np.full((4, 3), np.inf, np.float32), nonfinite="raise")
+    with pytest.raises(NonFiniteError, match=r"parameters(.|\n)*w"):
+        BACKEND.scenario_compiled(poisoned)
 
 
 def test_sparse_gradients_come_back_sparse_from_the_optimizer():

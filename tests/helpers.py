@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,3 +50,15 @@ def draw(
     spread, scale = (1.0, 0.03) if small else (1.5, 1.0)
     w, g = (uneven(random, random.standard_normal(shape), spread) for _ in range(2))
     return w.astype(dtype), (scale * g).astype(dtype)
+
+
+def script_of_models(name: str) -> Any:
+    """Import ``docs/models/<name>.py``, which judges units by what layers compute."""
+    path = Path(__file__).parents[1] / "docs" / "models" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"models_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # for its dataclasses
+    spec.loader.exec_module(module)
+    return module

@@ -51,7 +51,11 @@ def write(path: Path, kind: str, *records: Any, **header: Any) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    measured = {"max_ulp": 1.5, "histogram": [3, 1, 0, 1, 0, 0, 0, 0]}
+    def run(name: str, *records: Any, **header: Any) -> Path:
+        given = {"backend": name, "role": "backend", **header}
+        return write(tmp_path / f"{name}.jsonl", "run", *records, **given)
+
+    every = [result(f"L1-{clause}", clause=clause) for clause in CLAUSES]
     mutant = {
         "type": "mutant",
         "name": "squeeze",
@@ -60,84 +64,44 @@ def files(tmp_path: Path) -> dict[str, Path]:
         "status": "killed",
         "killed_by": ["L1-a:float32"],
     }
+    survivor = {**mutant, "status": "survived", "killed_by": []}
+    compiled = {
+        "type": "tpu",
+        "id": "clip",
+        "status": "compiled",
+        "topology": "v5e:2x2",
+        "detail": "",
+        "bytes_accessed": 123456.0,
+    }
+    absent = {"type": "unavailable", "backend": "jax", "device": "tpu", "reason": "no TPU here"}
     return {
-        "whole": write(
-            tmp_path / "whole.jsonl",
-            "run",
-            *(result(f"L1-{clause}", clause=clause) for clause in CLAUSES),
-            backend="whole",
-            role="backend",
-        ),
-        "hasty": write(
-            tmp_path / "hasty.jsonl",
-            "run",
-            *(result(f"L1-{clause}", clause=clause) for clause in CLAUSES),
-            backend="hasty",
-            role="backend",
-            train=False,
-            models=False,
-        ),
-        "parser": write(
-            tmp_path / "parser.jsonl",
-            "run",
-            *(result(f"L0-{clause}", clause=clause, level="L0") for clause in CLAUSES),
-            backend="parser",
-            role="backend",
-        ),
-        "good": write(
-            tmp_path / "good.jsonl",
-            "run",
-            result("L1-a", **measured),
+        "whole": run("whole", *every),
+        "hasty": run("hasty", *every, train=False, models=False),
+        "parser": run("parser", *({**record, "level": "L0"} for record in every)),
+        "good": run(
+            "good",
+            result("L1-a", max_ulp=1.5, histogram=[3, 1, 0, 1, 0, 0, 0, 0]),
             result("L0-b", dtype="-", level="L0", clause="AGC-6"),
             result("L1-c", "unsupported", clause="AGC-9", detail="no sparse gradients"),
             result("real-digits-clip", level="L2", flags=["RealImages"]),
             *(train(step) for step in range(3)),
-            backend="good",
-            role="backend",
             device="cpu",
             versions={"numpy": "2"},
         ),
-        "bad": write(
-            tmp_path / "bad.jsonl",
-            "run",
+        "bad": run(
+            "bad",
             result("L1-a", "failed", detail=EVIL),
             result("L1-d", "error", detail="ZeroDivisionError"),
             result("L1-e", "xfail", clause="AGC-3"),
-            backend="bad",
-            role="backend",
             device="cuda",
         ),
-        "peer": write(
-            tmp_path / "peer.jsonl",
-            "run",
-            result("L1-a", "failed", detail="wrong axis"),
-            backend="peer",
-            role="subject",
-            device="cpu",
+        "peer": run(
+            "peer", result("L1-a", "failed", detail="wrong axis"), role="subject", device="cpu"
         ),
-        "absent": write(
-            tmp_path / "absent.jsonl",
-            "run",
-            {"type": "unavailable", "backend": "jax", "device": "tpu", "reason": "no TPU here"},
-            backend="jax",
-            device="tpu",
-        ),
+        "absent": write(tmp_path / "absent.jsonl", "run", absent, backend="jax", device="tpu"),
         "teeth": write(tmp_path / "teeth.jsonl", "teeth", mutant),
-        "survivor": write(
-            tmp_path / "survivor.jsonl", "teeth", {**mutant, "status": "survived", "killed_by": []}
-        ),
-        "tpu": write(
-            tmp_path / "tpu.jsonl",
-            "tpu",
-            {
-                "type": "tpu",
-                "id": "clip",
-                "status": "compiled",
-                "topology": "v5e:2x2",
-                "detail": "",
-                "bytes_accessed": 123456.0,
-            },
-        ),
+        "survivor": write(tmp_path / "survivor.jsonl", "teeth", survivor),
+        "tpu": write(tmp_path / "tpu.jsonl", "tpu", compiled),
     }
 
 

@@ -101,6 +101,10 @@ class Driver(ABC):
     def two_layers(self) -> Any:
         """Return a model with dense layers from 3 to 4 and from 4 to 2, which declares no head."""
 
+    @abstractmethod
+    def own_layer(self, shape: tuple[int, ...]) -> type[Any]:
+        """Return a new type of layers, made without arguments, with a weight called ``table``."""
+
     # What they are made of
 
     @abstractmethod

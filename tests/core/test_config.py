@@ -1,3 +1,5 @@
+"""Configurations: what is refused, and round trips; the suite's level 0 has more of both."""
+
 import dataclasses
 import json
 import pickle
@@ -12,23 +14,6 @@ from agc.profiles import PROFILES
 NAN, INF = float("nan"), float("inf")
 
 
-def test_defaults_are_the_papers():
-    rule = AGC()
-    assert (rule.clipping, rule.eps) == (0.01, 1e-3)
-    assert (rule.nonfinite, rule.granularity, rule.exclude) == ("propagate", "unit", ())
-
-
-@pytest.mark.parametrize("value", [0, -0.1, NAN, INF, True, "0.01", [0.01]], ids=repr)
-def test_clipping_must_be_finite_and_positive(value):
-    with pytest.raises(ConfigError, match=r"clipping must be a finite number > 0 \(None switches"):
-        AGC(clipping=value)
-
-
-def test_an_integer_beyond_float64():
-    with pytest.raises(ConfigError, match=r"clipping must be a finite number > 0 .*beyond float64"):
-        AGC(clipping=10**400)
-
-
 @pytest.mark.parametrize(("rule", "field"), [(AGC, "clipping"), (SAM, "rho")])
 def test_a_class_is_not_a_schedule(rule, field):
     with pytest.raises(
@@ -37,34 +22,17 @@ def test_a_class_is_not_a_schedule(rule, field):
         rule(**{field: Schedule})
 
 
-def test_a_pattern_that_a_dict_could_not_tell_from_a_schedule():
-    with pytest.raises(ConfigError, match="clipping: the pattern '@schedule' is reserved"):
-        AGC(clipping={"@schedule": 0.1})
-
-
-def test_clipping_in_a_mapping_names_its_pattern():
-    with pytest.raises(ConfigError, match=r"clipping\['stem.\*'\] must be a finite number > 0"):
-        AGC(clipping={"stem.*": 0, "*": 0.01})
-    with pytest.raises(ConfigError, match="empty mapping"):
-        AGC(clipping={})
-
-
-@pytest.mark.parametrize("value", [-1e-3, NAN, INF, None, "0"], ids=repr)
-@pytest.mark.parametrize("field", ["eps", "div_eps"])
-def test_eps_must_be_finite_and_not_negative(field, value):
-    with pytest.raises(ConfigError, match=f"{field} must be a finite number >= 0"):
-        AGC(**{field: value})
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"nonfinite": "ignore"}, "nonfinite must be one of 'propagate', 'zero', 'raise'"),
-        ({"granularity": "row"}, "granularity must be one of 'unit', 'tensor'"),
+        ({"clipping": [0.01]}, r"clipping must be a finite number > 0 \(None switches"),
+        ({"clipping": 10**400}, "clipping must be a finite number > 0 .*beyond float64"),
+        ({"clipping": {"stem.*": 0, "*": 0.01}}, r"clipping\['stem.\*'\] must be a finite number"),
+        ({"clipping": {"@schedule": 0.1}}, "clipping: the pattern '@schedule' is reserved"),
+        *(({"eps": value}, "eps must be a finite number >= 0") for value in (INF, None, "0")),
+        *(({"div_eps": value}, "div_eps must be a finite number >= 0") for value in (-1e-3, NAN)),
         ({"unit_rule": "guess"}, "unit_rule must be one of 'declared'"),
-        ({"exclude": [3]}, "exclude needs non-empty strings"),
         ({"exclude": 3}, "exclude must be a list"),
-        ({"exclude": [""]}, "exclude needs non-empty strings"),
         ({"units": "o i -> o"}, "units must map name patterns"),
         ({"head": ""}, "head needs non-empty strings"),
     ],
@@ -72,11 +40,6 @@ def test_eps_must_be_finite_and_not_negative(field, value):
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(ConfigError, match=message):
         AGC(**fields)
-
-
-def test_bad_units_pattern_points_at_the_place():
-    with pytest.raises(UnitsError, match="not an axis"):
-        AGC(units={"w": "o i -> x"})
 
 
 @pytest.mark.parametrize("value", ["o i", 3])
@@ -130,7 +93,6 @@ def test_a_callable_cannot_be_written():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"clip": 1}, "unknown AGC field 'clip'; the fields are clipping, eps"),
         ({1: 2, "a": 3}, "unknown AGC field 'a'; the fields are clipping, eps"),
         ([], "is a mapping, got list"),
         ({"eps": -1}, "eps must be"),
@@ -157,11 +119,8 @@ class TestSchedule:
     @pytest.mark.parametrize(
         ("points", "message"),
         [
-            ([], "at least one point"),
-            ([(0, 1.0), (0, 2.0)], "ascending integers"),
             ([(-1, 1.0)], "ascending integers"),
             ([(0.5, 1.0)], "ascending integers"),
-            ([(0, 0.0)], "Schedule value must be a finite number > 0"),
             ([(0, NAN)], "Schedule value"),
             ([1, 2], "pairs"),
         ],
@@ -194,20 +153,8 @@ class TestSam:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"rho": 0}, "rho must be a finite number > 0, got 0"),
-            ({"rho": -0.05}, "rho must be a finite number > 0, got -0.05"),
-            ({"rho": NAN}, "rho must be a finite number > 0, got nan"),
-            ({"rho": "0.05"}, "rho must be a finite number > 0, got '0.05'"),
-            ({"fraction": 0}, "fraction must be a number above 0 and at most 1, got 0"),
-            ({"fraction": 1.2}, "fraction must be a number above 0 and at most 1, got 1.2"),
             ({"fraction": NAN}, "fraction must be a number above 0 and at most 1, got nan"),
-            ({"every": 0}, "every must be an integer >= 1, got 0"),
             ({"every": 1.5}, "every must be an integer >= 1, got 1.5"),
-            ({"microbatches": 0}, "microbatches must be an integer >= 1, got 0"),
-            ({"eta": -1}, "eta must be a finite number >= 0, got -1"),
-            ({"adaptive": 1}, "adaptive must be True or False, got 1"),
-            ({"scope": "all"}, "scope must be one of 'local', 'global', got 'all'"),
-            ({"nonfinite": "zero"}, "nonfinite must be one of 'skip_step'"),
             ({"only": [""]}, "only needs non-empty strings"),
         ],
     )
@@ -233,10 +180,6 @@ class TestSam:
         assert SAM.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
         assert pickle.loads(pickle.dumps(rule)) == rule
         assert hash(SAM.from_dict(rule.to_dict())) == hash(rule)
-
-    def test_an_unknown_field(self):
-        with pytest.raises(ConfigError, match="radius"):
-            SAM.from_dict({"radius": 0.05})
 
 
 def test_every_error_has_one_base():

@@ -27,18 +27,6 @@ def test_core_loads_no_framework():
     assert not set(loaded) & {*FRAMEWORKS, "agc_torch", "agc_jax", "agc_tensorflow"}
 
 
-@pytest.mark.parametrize(
-    ("adapter", "framework"),
-    [("agc_torch", "torch"), ("agc_jax", "jax"), ("agc_tensorflow", "tensorflow")],
-)
-def test_missing_framework_names_the_extra(adapter, framework):
-    message = python(
-        f"import sys; sys.modules['{framework}'] = None\n"  # what an absent package looks like
-        f"try:\n    import {adapter}\nexcept ImportError as error:\n    print(error)\n"
-    )
-    assert f'pip install "agc-sam[{framework}]"' in message
-
-
 READING_ORDER = [
     "units",
     "layers",

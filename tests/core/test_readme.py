@@ -1,7 +1,3 @@
-"""The Python blocks of README.md and docs/ that belong to this folder run as they are printed."""
+"""Documentation that mentions no framework."""
 
-
-def test_snippet(snippet, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert snippet.code.strip()
-    snippet.run()
+from tests.contract.readme import test_snippet  # noqa: F401

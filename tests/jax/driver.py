@@ -122,6 +122,13 @@ class JaxDriver(Driver):
         rngs = nnx.Rngs(0)
         return nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs))
 
+    def own_layer(self, shape: tuple[int, ...]) -> type[Any]:
+        class Own(nnx.Module):
+            def __init__(self) -> None:
+                self.table = nnx.Param(jnp.zeros(shape))
+
+        return Own
+
     def parameters(self, model: Any) -> Mapping[str, Any]:
         return values_of(model)
 

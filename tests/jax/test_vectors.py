@@ -1,23 +1,23 @@
 """Every conformance vector, through the adapter's own backend."""
 
-# What JAX has no layer for, and gradients that it does not have: sparse ones, None, and old ones.
-UNSUPPORTED = {
-    "L0-plan-grouped-conv-transpose2d:-",
-    "L0-plan-bilinear:-",
-    "L0-plan-hf-conv1d:-",
-    "L1-sam-no-gradient:float32",
-    "L1-sparse-rows:float32",
-    "L1-sparse-duplicates:float32",
-    "L1-sparse-unclipped:float32",
-    "L1-sparse-whole:float32",
-    "L1-sparse-nan:float32",
-    "L1-sparse-beside-dense:float32",
-    "L1-sparse-columns:float32",
-    "L3-sam-stale:float32",
-}
+from tests.contract.suite import VectorsContract
 
 
-def test_all_vectors_pass(run_suite):
-    found = run_suite("--no-train", "--no-models")
-    assert len(found) >= 399
-    assert {key for key, status in found.items() if status != "passed"} == UNSUPPORTED
+class TestVectors(VectorsContract):
+    # What JAX has no layer for, and gradients that it does not have: sparse, None, and old ones.
+    unsupported = frozenset(
+        {
+            "L0-plan-grouped-conv-transpose2d:-",
+            "L0-plan-bilinear:-",
+            "L0-plan-hf-conv1d:-",
+            "L1-sam-no-gradient:float32",
+            "L1-sparse-rows:float32",
+            "L1-sparse-duplicates:float32",
+            "L1-sparse-unclipped:float32",
+            "L1-sparse-whole:float32",
+            "L1-sparse-nan:float32",
+            "L1-sparse-beside-dense:float32",
+            "L1-sparse-columns:float32",
+            "L3-sam-stale:float32",
+        }
+    )

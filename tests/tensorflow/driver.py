@@ -93,6 +93,15 @@ class TensorFlowDriver(Driver):
     def two_layers(self) -> Any:
         return keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(2)])
 
+    def own_layer(self, shape: tuple[int, ...]) -> type[Any]:
+        class Own(keras.layers.Layer):
+            def __init__(self) -> None:
+                super().__init__(name="own")
+                self.table = self.add_weight(shape=shape, name="table")
+                self.built = True
+
+        return Own
+
     def parameters(self, model: Any) -> Mapping[str, Any]:
         # Variables of an abstract model have no storage to be told apart by, but they have paths.
         return {v.path.partition("/")[2].replace("/", "."): v for v in model.weights}

@@ -84,6 +84,14 @@ class TorchDriver(Driver):
     def two_layers(self) -> Any:
         return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
 
+    def own_layer(self, shape: tuple[int, ...]) -> type[Any]:
+        class Own(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table = nn.Parameter(torch.zeros(shape))
+
+        return Own
+
     def parameters(self, model: nn.Module) -> Mapping[str, Tensor]:
         return model.state_dict()
 

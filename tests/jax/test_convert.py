@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import safetensors.flax
 from flax import nnx
 from safetensors.numpy import load_file
@@ -11,6 +12,8 @@ import agc_jax
 from agc.weights import convert, load
 from tests.contract.convert import ConvertContract
 from tests.jax.driver import JaxDriver, values_of
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 class TestConvert(ConvertContract):

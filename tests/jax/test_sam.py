@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def network_arrays(examples=20):
     return jax.tree.map(jnp.asarray, (problem.weights, *problem.batch))
 
 
-loss_fn = functools.partial(network, jnp)
+loss_fn = partial(network, jnp)
 
 
 def squares(w, *_):
@@ -133,7 +133,7 @@ def test_in_a_scan_with_optax():
         updates, state = tx.update(gradients, state, weights)
         return (optax.apply_updates(weights, updates), state), value
 
-    run = jax.jit(functools.partial(jax.lax.scan, body))
+    run = jax.jit(partial(jax.lax.scan, body))
     _, losses = run((weights, tx.init(weights)), jnp.arange(50))
     assert losses[-1] < 0.5 * losses[0]
 
@@ -185,7 +185,7 @@ class TestStep:
 
     @pytest.mark.parametrize(
         "loss",
-        [with_default, keyword_only, any_keyword, functools.partial(with_default, step=1),
+        [with_default, keyword_only, any_keyword, partial(with_default, step=1),
          jax.jit(with_default)],
         ids=["default", "keyword only", "any keyword", "partial", "jit"],
     )  # fmt: skip
@@ -382,13 +382,8 @@ RULES_OF_DEVICES = [
 class TestDevices:
     """A batch that is split over devices gives what it gives on one: the global scope."""
 
-    def check(self, kinds, rule):
-        mesh = jax.make_mesh(
-            (4, 2), ("d", "m"), axis_types=tuple(jax.sharding.AxisType[kind] for kind in kinds)
-        )
-
-        def put(array, *spec):
-            return jax.device_put(array, jax.NamedSharding(mesh, jax.P(*spec)))
+    def check(self, rule, *meshes):
+        """Compare meshes, given as types of their two axes, with one device."""
 
         def loss(weights, x, y):
             return loss_fn(weights, x, y) + jnp.sum(weights["split"] ** 3) * jnp.mean(x)
@@ -398,21 +393,27 @@ class TestDevices:
         function = jax.jit(sam_value_and_grad(loss, rule, batch_argnums=(1, 2)))
         step = {"step": 0} if rule.every > 1 else {}
         expected = function(weights, *batch, **step)
-        placed = {name: put(array) for name, array in weights.items()}
-        placed["split"] = put(weights["split"], "d", "m")
-        axes = ("d", "m") if kinds[0] == kinds[1] else "d"
-        answer = function(placed, *(put(array, axes) for array in batch), **step)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), answer, expected
-        )
+        for kinds in meshes:
+            types = tuple(jax.sharding.AxisType[kind] for kind in kinds)
+            mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=types)
 
-    @pytest.mark.parametrize("second", ["Explicit", "Auto"])
+            def put(array, *spec, mesh=mesh):
+                return jax.device_put(array, jax.NamedSharding(mesh, jax.P(*spec)))
+
+            placed = {name: put(array) for name, array in weights.items()}
+            placed["split"] = put(weights["split"], "d", "m")
+            axes = ("d", "m") if kinds[0] == kinds[1] else "d"
+            answer = function(placed, *(put(array, axes) for array in batch), **step)
+            jax.tree.map(
+                partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-14), answer, expected
+            )
+
     @pytest.mark.parametrize("rule", RULES_OF_DEVICES, ids=str)
-    def test_explicit_shardings(self, second, rule):
-        self.check(("Explicit", second), rule)
+    def test_explicit_shardings(self, rule):
+        self.check(rule, ("Explicit", "Explicit"), ("Explicit", "Auto"))
 
     def test_automatic_shardings(self):
-        self.check(("Auto", "Auto"), SAM(rho=0.3))
+        self.check(SAM(rho=0.3), ("Auto", "Auto"))
 
 
 class TestErrors:

@@ -7,7 +7,7 @@ is that of ``ml_dtypes``, and ``mixed_bfloat16`` stores float32 and computes in 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from agc import nfnet as core
+from agc.verification import Verification
 from tests.helpers import Array
 
 
@@ -27,6 +28,27 @@ class Outputs:
     gradients: Mapping[str, Array]
     features: Mapping[str, Array]
     signals: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class SamProblem:
+    """A rule and a loss ``loss(xp, weights, *batch)``, where ``xp`` is like NumPy."""
+
+    rule: Any
+    loss: Callable[..., Any]
+    weights: Mapping[str, Array]
+    batch: Sequence[Array] = ()
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Sharpened:
+    """A sharpness-aware gradient; of complex weights, it is the steepest ascent."""
+
+    loss: float
+    perturbed_loss: float
+    norm: float
+    gradients: Mapping[str, Array]
 
 
 class Optimizer(ABC):
@@ -67,6 +89,8 @@ class Driver(ABC):
         Ways to run the same optimizer.
     exported_sizes : tuple of (int, int, int)
         Images, height and width that one exported program takes.
+    sam_modes : tuple of str
+        Ways to compute sharpness-aware gradients, ``eager`` and ``traced``.
     """
 
     adapter: ModuleType
@@ -75,6 +99,7 @@ class Driver(ABC):
     dtypes: tuple[str, ...] = ("float64", "float32")
     ways: tuple[str, ...] = ("plain",)
     exported_sizes: tuple[tuple[int, int, int], ...] = ((2, 20, 27), (1, 20, 27))
+    sam_modes: tuple[str, ...] = ("eager",)
 
     # Models
 
@@ -164,3 +189,13 @@ class Driver(ABC):
     @abstractmethod
     def optimizer(self, model: Any, lr: float, way: str | None = None, **options: Any) -> Optimizer:
         """Return the recipe's optimizer, ``sgd_nfnet``, ready to use."""
+
+    # SAM
+
+    @abstractmethod
+    def sharpen(self, problem: SamProblem, mode: str = "eager") -> Sharpened:
+        """Return the gradient that a rule asks for."""
+
+    @abstractmethod
+    def verify_sam(self, problem: SamProblem) -> Verification:
+        """Probe SAM, or without a rule a plain gradient."""

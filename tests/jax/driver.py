@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.test_util import check_grads
 import agc_jax
 from agc_conformance.nfnets.golden import SMOOTHING
 from agc_jax.nfnet import Activation, WSConv2d
-from tests.contract.driver import Driver, Optimizer, Outputs
+from tests.contract.driver import Driver, Optimizer, Outputs, SamProblem, Sharpened
 from tests.helpers import Array
 
 
@@ -101,6 +102,7 @@ class JaxOptimizer(Optimizer):
 
 class JaxDriver(Driver):
     adapter = agc_jax
+    sam_modes = ("traced",)
 
     def nfnet(self, variant: Any, *arguments: Any, dtype: str, seed: int, **options: Any) -> Any:
         model = nfnet(variant, *arguments, dtype=dtype, seed=seed, **options)
@@ -183,3 +185,24 @@ class JaxDriver(Driver):
 
     def optimizer(self, model: Any, lr: float, way: str | None = None, **options: Any) -> Optimizer:
         return JaxOptimizer(model, agc_jax.sgd_nfnet(model, lr, **options))
+
+    def sharpen(self, problem: SamProblem, mode: str = "eager") -> Sharpened:
+        weights, batch = jax.tree.map(jnp.asarray, (problem.weights, tuple(problem.batch)))
+        function = agc_jax.sam_value_and_grad(
+            partial(problem.loss, jnp),
+            problem.rule,
+            batch_argnums=range(1, 1 + len(batch)) if batch else None,
+            return_stats=True,
+        )
+        function = jax.jit(function) if mode == "traced" else function
+        step = {} if problem.step is None else {"step": problem.step}
+        value, gradients, stats = function(weights, *batch, **step)
+        # JAX's gradients of complex weights are conjugates of the steepest ascent.
+        ascent = {name: np.asarray(gradient).conj() for name, gradient in gradients.items()}
+        return Sharpened(float(value), float(stats.perturbed_loss), float(stats.norm), ascent)
+
+    def verify_sam(self, problem: SamProblem) -> Any:
+        sam = partial(agc_jax.sam_value_and_grad, rule=problem.rule)
+        make = jax.value_and_grad if problem.rule is None else sam
+        loss = partial(problem.loss, jnp)
+        return agc_jax.verify_sam(make, loss, problem.weights, *problem.batch)

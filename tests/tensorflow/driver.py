@@ -16,7 +16,7 @@ import agc_tensorflow
 from agc_conformance.nfnets.golden import SMOOTHING
 from agc_tensorflow.nfnet import Activation, WSConv2D
 from agc_tensorflow.units import named_variables
-from tests.contract.driver import Driver, Optimizer, Outputs
+from tests.contract.driver import Driver, Optimizer, Outputs, SamProblem, Sharpened
 from tests.helpers import Array
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
@@ -75,12 +75,26 @@ class KerasOptimizer(Optimizer):
         return len(self.inner.variables) > 2  # iteration and learning rate
 
 
+def variables_and_loss(problem: SamProblem) -> tuple[dict[str, Any], Callable[..., Any], Any]:
+    """Return variables, a function of the batch that reads them, and the batch."""
+    variables = {
+        name: keras.Variable(value, dtype=value.dtype.name, name=name)
+        for name, value in problem.weights.items()
+    }
+
+    def loss(*batch: Any) -> Any:
+        return problem.loss(keras.ops, {n: v.value for n, v in variables.items()}, *batch)
+
+    return variables, loss, [*map(tf.constant, problem.batch)]
+
+
 class TensorFlowDriver(Driver):
     adapter = agc_tensorflow
     modes = ("eager", "graph", "xla")
     dtypes = ("float64", "float32", "mixed_bfloat16", "bfloat16")
     ways = ("eager", "graph")
     exported_sizes = ((3, 32, 32), (1, 20, 27))
+    sam_modes = ("eager", "traced")
 
     def nfnet(self, variant: Any, *arguments: Any, dtype: str, seed: int, **options: Any) -> Any:
         keras.utils.set_random_seed(seed)
@@ -174,3 +188,36 @@ class TensorFlowDriver(Driver):
 
     def optimizer(self, model: Any, lr: float, way: str | None = None, **options: Any) -> Optimizer:
         return KerasOptimizer(model, lr, way, options)
+
+    def sharpen(self, problem: SamProblem, mode: str = "eager") -> Sharpened:
+        variables, loss, batch = variables_and_loss(problem)
+
+        def compute(step: Any) -> Any:
+            return agc_tensorflow.sam_value_and_gradients(
+                loss,
+                list(variables.values()),
+                problem.rule,
+                batch=batch or None,
+                step=step,
+                return_stats=True,
+            )
+
+        step: Any = problem.step
+        if mode == "traced":
+            compute, step = tf.function(compute, autograph=False), tf.constant(step, tf.int64)
+        value, found, stats = compute(step)
+        gradients = {name: g.numpy() for name, g in zip(variables, found, strict=True)}
+        return Sharpened(float(value), float(stats.perturbed_loss), float(stats.norm), gradients)
+
+    def verify_sam(self, problem: SamProblem) -> Any:
+        named, loss, batch = variables_and_loss(problem)
+        variables = list(named.values())
+
+        def gradients_of(function: Callable[[], Any]) -> Any:
+            if problem.rule is not None:
+                return agc_tensorflow.sam_value_and_gradients(function, variables, problem.rule)[1]
+            with tf.GradientTape() as tape:
+                value = function()
+            return tape.gradient(value, [variable.value for variable in variables])
+
+        return agc_tensorflow.verify_sam(gradients_of, lambda: loss(*batch), variables)

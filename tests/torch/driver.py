@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import agc_torch
 from agc_conformance.nfnets.golden import SMOOTHING
 from agc_torch.nfnet import Activation, WSConv2d
-from tests.contract.driver import Driver, Optimizer, Outputs
+from tests.contract.driver import Driver, Optimizer, Outputs, SamProblem, Sharpened
 from tests.helpers import Array
 
 
@@ -65,6 +65,25 @@ class TorchOptimizer(Optimizer):
 
     def has_momentum(self) -> bool:
         return any(state.get("momentum_buffer") is not None for state in self.inner.state.values())
+
+
+class LossOfWeights(nn.ParameterDict):
+    """A model whose output is a loss."""
+
+    __call__ = nn.Module.__call__  # ParameterDict refuses
+
+    def __init__(self, problem: SamProblem) -> None:
+        weights = {name: nn.Parameter(tensor(value)) for name, value in problem.weights.items()}
+        super().__init__(weights)
+        self.loss, self.batch = problem.loss, [*map(tensor, problem.batch)]
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.loss(torch, self, *(batch or self.batch))
+
+    def backward(self, *batch: Tensor) -> Tensor:
+        value = self(*batch)
+        value.backward()
+        return value
 
 
 class TorchDriver(Driver):
@@ -160,3 +179,27 @@ class TorchDriver(Driver):
         if way is not None:
             options |= {"fused": True} if way == "fused" else {"foreach": way == "foreach"}
         return TorchOptimizer(model, lr, options)
+
+    def sharpen(self, problem: SamProblem, mode: str = "eager") -> Sharpened:
+        model = LossOfWeights(problem)
+        sam = agc_torch.SharpnessAware(model, problem.rule)
+        sam.load_state_dict({"version": 1, "count": problem.step or 0})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        value = sam.step(optimizer, model.backward, batch=model.batch or None).item()
+        stats = sam.stats()
+        perturbed, norm = (stats.perturbed_loss, stats.norm) if stats else (value, 0.0)
+        gradients = numpy_of({name: p.grad for name, p in model.named_parameters()})
+        return Sharpened(value, float(perturbed), float(norm), gradients)
+
+    def verify_sam(self, problem: SamProblem) -> Any:
+        model = LossOfWeights(problem)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step() -> None:
+            if problem.rule is None:
+                model.backward()
+                optimizer.step()
+            else:
+                agc_torch.SharpnessAware(model, problem.rule).step(optimizer, model.backward)
+
+        return agc_torch.verify_sam(step, model, optimizer, model.backward)

@@ -5,7 +5,6 @@ parallel.
 from __future__ import annotations
 
 import copy
-import sys
 from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
@@ -27,22 +26,21 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, sys.argv[1])
-from test_sam import Net, by_reference, data, make_closure
+from torch.testing import assert_close
 
 from agc.config import SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError
 from agc_conformance.backends.torch.processes import leave
 from agc_torch.sam import SharpnessAware
+from tests.torch.test_sam import Net, Trainer, backward, same, snapshot
 
 
-def agree(tensors):
+def agree(model):
     """Tell whether all processes hold the same bits."""
-    for tensor in tensors:
-        other = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(other, tensor.detach().contiguous())
-        if not all(torch.equal(tensor, one) for one in other):
+    for parameter in model.parameters():
+        other = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
+        dist.all_gather(other, parameter.detach().contiguous())
+        if not all(torch.equal(parameter, one) for one in other):
             return False
     return True
 
@@ -51,147 +49,124 @@ def full(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def scopes(x, y, mine):
+def replica(rule, model, given=None):
+    """Return a trainer of this process's half of the batch, with SAM of what is given for it."""
+    train = Trainer(rule, model)
+    if given is not None:
+        train.sam = SharpnessAware(given, rule)
+    train.x, train.y = (tensor.chunk(2)[dist.get_rank()] for tensor in (train.x, train.y))
+    return train
+
+
+def expected_gradient(scope):
+    """Return what one process has: replicas with their own perturbations are micro-batches."""
+    alone = Trainer(SAM(rho=0.3, microbatches=2 if scope == "local" else 1), Net())
+    alone.step()
+    return alone.gradient()
+
+
+GIVEN = (
+    lambda model: model,
+    lambda model: model.module,
+    lambda model: torch.nn.ModuleDict({"of": model}),
+    lambda model: torch.nn.ModuleDict({"of": model.module}),
+)
+"""What somebody may give SharpnessAware for a parallel model."""
+
+
+def scopes():
     for scope in ("local", "global"):
-        rule = SAM(rho=0.3, scope=scope)
-        want = by_reference(Net(), (x, y), rule, replicas=2)
-        for model, given in objects():
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-            sam = SharpnessAware(given, rule)
-            sam.step(optimizer, make_closure(model, optimizer, *mine))
-            for name, p in model.module.named_parameters():
-                torch.testing.assert_close(
-                    p.grad, torch.from_numpy(want.gradients[name]), rtol=1e-11, atol=1e-14
-                )
+        rule, expected = SAM(rho=0.3, scope=scope), expected_gradient(scope)
+        for give in GIVEN:
+            model = DistributedDataParallel(Net())
+            train = replica(rule, model, give(model))
+            train.step()
+            assert_close(train.gradient(), expected, rtol=1e-11, atol=1e-14)
 
-        model = DistributedDataParallel(Net(dtype=torch.float32))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        sam = SharpnessAware(model, rule)
-        closure = make_closure(model, optimizer, mine[0].float(), mine[1])
-        first = sam.step(optimizer, closure)
-        for _ in range(199):
-            last = sam.step(optimizer, closure)
+        train = replica(rule, DistributedDataParallel(Net(torch.float32)))
+        train.optimizer = torch.optim.SGD(train.model.parameters(), lr=0.1, momentum=0.9)
+        first, *_, last = (train.step()[0] for _ in range(200))
         assert last < first
-        assert agree(list(model.parameters())), f"replicas differ after 200 steps, scope={scope}"
+        assert agree(train.model), f"replicas differ after 200 steps, scope={scope}"
 
 
-def objects():
-    """Yield a parallel model, and what somebody may give SharpnessAware for it."""
-    model = DistributedDataParallel(Net())
-    yield model, model
-    model = DistributedDataParallel(Net())
-    yield model, model.module
-    model = DistributedDataParallel(Net())
-    yield model, torch.nn.ModuleDict({"of": model})
-    bare = Net()
-    given = torch.nn.ModuleDict({"of": bare})
-    yield DistributedDataParallel(bare), given
-
-
-def by_hand(x, y, mine):
+def by_hand():
     """The first backward pass is the user's own: where it was reduced, it is not the replica's."""
-    rule = SAM(rho=0.3)
-    want = by_reference(Net(), (x, y), rule, replicas=2)
     for bare in (False, True):
         model = DistributedDataParallel(Net())
-        closure = make_closure(model, torch.optim.SGD(model.parameters(), lr=0.0), *mine)
-        sam = SharpnessAware(model.module if bare else model, rule)
-        closure()
-        with pytest.raises(ConfigError, match=r"with model\.no_sync\(\)"), sam.perturbed():
+        train = replica(SAM(rho=0.3), model, model.module if bare else model)
+        train.closure()
+        with pytest.raises(ConfigError, match=r"with model\.no_sync\(\)"), train.sam.perturbed():
             pass
         with model.no_sync():
-            closure()
-        with sam.perturbed():
-            closure()
-        for name, p in model.module.named_parameters():
-            torch.testing.assert_close(
-                p.grad, torch.from_numpy(want.gradients[name]), rtol=1e-11, atol=1e-14
-            )
+            train.closure()
+        with train.sam.perturbed():
+            train.closure()
+        assert_close(train.gradient(), expected_gradient("local"), rtol=1e-11, atol=1e-14)
 
 
-def static_graph(mine):
+def static_graph():
     model = DistributedDataParallel(Net(), static_graph=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    closure = make_closure(model, optimizer, *mine)
-    with pytest.raises(ConfigError, match=r"static_graph=True\) cannot; use static_graph=False"):
+    refusal = r"static_graph=True\) cannot; use static_graph=False"
+    train = replica(SAM(rho=0.3, scope="global"), model)
+    with pytest.raises(ConfigError, match=refusal):
         SharpnessAware(model, SAM())
-    with pytest.raises(ConfigError, match=r"static_graph=True\) cannot; use static_graph=False"):
-        SharpnessAware(model.module, SAM()).step(optimizer, closure)
-    sam = SharpnessAware(model, SAM(rho=0.3, scope="global"))
+    with pytest.raises(ConfigError, match=refusal):
+        SharpnessAware(model.module, SAM()).step(train.optimizer, train.closure)
     for _ in range(3):
-        sam.step(optimizer, closure)
-        assert sam.stats().perturbed_loss > sam.stats().loss
-    assert agree(list(model.parameters()))
+        clean, perturbed = train.step()
+        assert perturbed > clean
+    assert agree(model)
 
 
-def one_bad_replica(mine):
-    poisoned = mine[0].float().clone()
-    poisoned[0, 0] = torch.inf if dist.get_rank() == 0 else 0
+def one_bad_replica():
     for scope in ("local", "global"):
         for policy in ("skip_step", "raise"):
-            model = DistributedDataParallel(Net(dtype=torch.float32))
-            before = [p.detach().clone() for p in model.parameters()]
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            sam = SharpnessAware(model, SAM(scope=scope, nonfinite=policy))
-            closure = make_closure(model, optimizer, poisoned, mine[1])
+            rule = SAM(scope=scope, nonfinite=policy)
+            train = replica(rule, DistributedDataParallel(Net(torch.float32)))
+            before = snapshot(train.model)
+            train.x[0, 0] = torch.inf if dist.get_rank() == 0 else 0
             with pytest.raises(NonFiniteError) if policy == "raise" else nullcontext():
-                sam.step(optimizer, closure)
-            for p, kept in zip(model.parameters(), before, strict=True):
-                assert torch.equal(p, kept), "one replica took a step that the other skipped"
+                train.step()
+            assert same(train.model, before), "one replica took a step that the other skipped"
 
 
 class Branches(torch.nn.Module):
     """Two layers, of which a batch takes one."""
 
-    def __init__(self):
+    def __init__(self, takes_a):
         super().__init__()
         torch.manual_seed(0)
         self.a, self.b = torch.nn.Linear(6, 3), torch.nn.Linear(6, 3)
+        self.takes_a = takes_a
 
-    def forward(self, x, which):
-        return (self.a if which else self.b)(x)
+    def forward(self, x):
+        return (self.a if self.takes_a else self.b)(x)
 
 
-def a_replica_without_gradient(mine):
-    """All replicas raise, and none waits for another, whatever else would look at the gradients."""
-    x, y = mine[0].float(), mine[1]
-    for policy, scaled in (("skip_step", False), ("skip_step", True), ("raise", False)):
-        for takes in ([True, False], [False, False]):
-            model = DistributedDataParallel(Branches(), find_unused_parameters=True)
-            before = [p.detach().clone() for p in model.parameters()]
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
-            which = takes[dist.get_rank()]
+def a_replica_without_gradient():
+    """All replicas raise, and none waits for another, whatever else would look at the gradients.
 
-            def closure(model=model, scaler=scaler, which=which):
-                loss = torch.nn.functional.cross_entropy(model(x, which), y)
-                (loss if scaler is None else scaler.scale(loss)).backward()
-                return loss
-
-            sam = SharpnessAware(model, SAM(only=["a.*"], nonfinite=policy))
-            with pytest.raises(MissingGradientError, match="no perturbed parameter has a gradient"):
-                sam.step(optimizer, closure, scaler=scaler)
-            assert all(map(torch.equal, model.parameters(), before))
-            assert sam.count == 0
-    # Without a perturbation of its own, this replica has a plain gradient; without any, it is an
-    # error.
+    Only a replica that may have a plain gradient needs no perturbation of its own.
+    """
+    policies = ("skip_step", False), ("skip_step", True), ("raise", False), ("skip_perturb", False)
     for takes in ([True, False], [False, False]):
-        model = DistributedDataParallel(Branches(), find_unused_parameters=True)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        which = takes[dist.get_rank()]
+        for policy, scaled in policies:
+            model = Branches(takes[dist.get_rank()])
+            model = DistributedDataParallel(model, find_unused_parameters=True)
+            train, before = replica(SAM(only=["a.*"], nonfinite=policy), model), snapshot(model)
+            train.scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
+            if policy == "skip_perturb" and any(takes):
+                train.sam.step(train.optimizer, train.closure)
+                assert agree(model)
+                continue
+            with pytest.raises(MissingGradientError, match="no perturbed parameter has a gradient"):
+                train.step()
+            assert same(model, before)
+            assert train.sam.count == 0
 
-        def closure(model=model, which=which):
-            loss = torch.nn.functional.cross_entropy(model(x, which), y)
-            loss.backward()
-            return loss
 
-        sam = SharpnessAware(model, SAM(only=["a.*"], nonfinite="skip_perturb"))
-        with nullcontext() if any(takes) else pytest.raises(MissingGradientError):
-            sam.step(optimizer, closure)
-        assert agree(list(model.parameters()))
-
-
-def fully_sharded(x, y, mine):
+def fully_sharded():
     for adaptive in (False, True):
         for reshard in (True, False):
             single = Net()
@@ -199,28 +174,26 @@ def fully_sharded(x, y, mine):
             for layer in (sharded.inner, sharded.outer, sharded):
                 fully_shard(layer)
             sharded.set_reshard_after_backward(reshard)
+            rule = SAM(rho=0.3, scope="global", adaptive=adaptive)
+            trainers = Trainer(rule, single), replica(rule, sharded)
             if not reshard:
-                sharded(mine[0])  # what is gathered now hides the parameters
+                sharded(trainers[1].x)  # what is gathered now hides the parameters
             with pytest.raises(ConfigError, match=r"use SAM\(scope='global'\)"):
                 SharpnessAware(sharded, SAM())
-            rule = SAM(rho=0.3, scope="global", adaptive=adaptive)
             parts = []
-            for model, batch in ((single, (x, y)), (sharded, mine)):
-                optimizer = torch.optim.SGD(sharded_parameters(model), lr=0.1, momentum=0.9)
-                sam = SharpnessAware(model, rule)
-                closure = make_closure(model, optimizer, *batch)
+            for train in trainers:
+                model = train.model
+                train.optimizer = torch.optim.SGD(sharded_parameters(model), lr=0.1, momentum=0.9)
+                train.sam = SharpnessAware(model, rule)
                 with counted_reductions() as calls:
                     for _ in range(4):
-                        sam.step(optimizer, closure)
-                        model(batch[0])
+                        train.step()
+                        model(train.x)
                 assert len(calls) == (4 if model is sharded else 0)  # one a step
-                closure()
-                with sam.perturbed():
-                    closure()
+                train.by_hand()
                 parts.append([full(p.detach()) for p in sharded_parameters(model)])
                 parts[-1] += [full(p.grad) for p in sharded_parameters(model)]
-            for a, b in zip(*parts, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+            assert_close(*parts, rtol=1e-10, atol=1e-13)
 
 
 @contextmanager
@@ -260,48 +233,42 @@ def tensor_parallel():
     result.
     """
     mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    plan = {
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Replicate()),
+    }
+    whole = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for adaptive in (False, True):
         results = []
         for parallel in (False, True):
             model = Block()
             model.gate.requires_grad_(False)
-            h = torch.randn(
-                2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-            )
+            h = whole.chunk(2, 1)[rank] if parallel else whole
             if parallel:
-                plan = {
-                    "norm": SequenceParallel(),
-                    "up": ColwiseParallel(input_layouts=Shard(1)),
-                    "down": RowwiseParallel(output_layouts=Replicate()),
-                }
                 parallelize_module(model, mesh, plan)
-                h = h.chunk(2, 1)[rank]
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-            def closure(model=model, h=h):
-                loss = model(h).pow(2).mean()
-                loss.backward()
-                return loss
-
             sam = SharpnessAware(model, SAM(rho=0.5, scope="global", adaptive=adaptive))
             seen = []
+
+            def closure(x, model=model):
+                return backward(model(x).pow(2).mean())
+
             for _ in range(3):
-                loss = sam.step(optimizer, closure)
+                loss = sam.step(optimizer, closure, batch=[h])
                 seen += [full(loss), sam.stats().norm, full(sam.stats().perturbed_loss)]
             if parallel:
                 assert any(p.is_partial() for p in model.norm.weight.grad.placements)
             results.append(seen + [full(p.detach()) for p in model.parameters()])
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+        assert_close(*results, rtol=1e-10, atol=1e-13)
 
     # One process has no gradient of what is cut, none has one of anything, and one is whole.
     weight = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
     model = torch.nn.ParameterDict({"w": weight})
-    for has, moved in (((True, False), 0.5**0.5), ((True, True), 0.5), ((False, False), None)):
-        here = has[rank]
+    for has, distance in (((True, False), 0.5**0.5), ((True, True), 0.5), ((False, False), None)):
         seen = []
 
-        def closure(here=here, seen=seen):
+        def closure(here=has[rank], seen=seen):
             seen.append(weight.detach().to_local().clone())
             if here:
                 weight.grad = DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)])
@@ -311,8 +278,8 @@ def tensor_parallel():
         with nullcontext() if any(has) else pytest.raises(MissingGradientError):
             sam.step(torch.optim.SGD([weight], lr=0.0), closure)
         if any(has):
-            want = 1 + (moved if here else 0.0)
-            torch.testing.assert_close(seen[1], torch.full((2, 3), want))
+            moved = 1 + (distance if has[rank] else 0.0)
+            assert_close(seen[1], torch.full((2, 3), moved))
     weight.grad = distribute_tensor(torch.ones(4, 3), mesh, [Replicate()])
     with SharpnessAware(model, SAM(rho=0.5, scope="global")).perturbed():
         moved = weight.detach().to_local() - 1
@@ -321,21 +288,17 @@ def tensor_parallel():
 
 def main() -> None:
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    x, y = data(20)
-    mine = (x[10 * rank : 10 * rank + 10], y[10 * rank : 10 * rank + 10])
-    scopes(x, y, mine)
-    print("scopes", flush=True)
-    by_hand(x, y, mine)
-    static_graph(mine)
-    print("by hand, static graph", flush=True)
-    one_bad_replica(mine)
-    a_replica_without_gradient(mine)
-    print("one bad replica", flush=True)
-    fully_sharded(x, y, mine)
-    print("fsdp2", flush=True)
-    tensor_parallel()
-    print("tensor parallel", flush=True)
+    for check in (
+        scopes,
+        by_hand,
+        static_graph,
+        one_bad_replica,
+        a_replica_without_gradient,
+        fully_sharded,
+        tensor_parallel,
+    ):
+        check()
+        print(check.__name__, flush=True)
     leave()
 
 

@@ -7,14 +7,16 @@ is that of ``ml_dtypes``, and ``mixed_bfloat16`` stores float32 and computes in 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from agc import AGC
 from agc import nfnet as core
+from agc_conformance.backend import Backend
 from tests.helpers import Array
 
 
@@ -67,9 +69,18 @@ class Driver(ABC):
         Ways to run the same optimizer.
     exported_sizes : tuple of (int, int, int)
         Images, height and width that one exported program takes.
+    backend : type
+        The adapter's backend of the suite.
+    clip_ways : tuple of str
+        Ways to clip gradients by hand; the first is that of the suite.
+    accurate_ways : tuple of str
+        Those which are as accurate on this machine as on the one that they are made for.
     """
 
     adapter: ModuleType
+    backend: type[Backend]
+    clip_ways: tuple[str, ...] = ("by hand",)
+    accurate_ways: tuple[str, ...] = ("by hand",)
     channels_first = False
     modes: tuple[str, ...] = ("plain",)
     dtypes: tuple[str, ...] = ("float64", "float32")
@@ -122,6 +133,21 @@ class Driver(ABC):
     @abstractmethod
     def activation(self, name: str, x: Array) -> Array:
         """Return an activation's values."""
+
+    # How gradients are clipped
+
+    @contextmanager
+    def clipping(self, way: str) -> Iterator[Backend]:
+        """Give a backend whose ``clip`` goes this way."""
+        yield self.backend()
+
+    @abstractmethod
+    def integer(self, value: int) -> Any:
+        """Return the framework's own scalar."""
+
+    @abstractmethod
+    def rule_takers(self) -> list[Callable[[AGC], Any]]:
+        """Return everything that takes a rule for AGC, with all other arguments given."""
 
     # What they compute
 

@@ -25,6 +25,7 @@ from agc_conformance.verdict import LIMITS, ulp_error
 from tests.contract import Contract
 from tests.helpers import Array, draw
 
+CONVENTIONS: Mapping[str, Any] = {"torch": "out-first", "flax": None, "keras": "out-last"}
 ROWS = {"*": "o i -> o"}
 PLAIN = AGC(units=ROWS)
 
@@ -122,7 +123,7 @@ class Clipping(Contract):
     def check(self, way: str, weights: Any, gradients: Any, rule: AGC, step: Any = 0) -> Outcome:
         """Clip, and compare with the reference."""
         outcome = self.clip(way, weights, gradients, rule, step)
-        layout: Any = "out-first" if self.driver.channels_first else "out-last"
+        layout = CONVENTIONS[self.driver.backend.layout]
         shapes = [Parameter(name, w.shape, None, layout) for name, w in named(weights).items()]
         plan = make_plan(shapes, rule)
         want = adaptive_clip(named(weights), named(gradients), plan, rule, step=int(step))
@@ -153,7 +154,7 @@ class ClipContract(Clipping):
         self.check(way, w.astype(dtypes[1]), g.astype(dtypes[0]), PLAIN)
 
     @pytest.mark.parametrize("size", [1e-24, 1e-18, 1e18])
-    @pytest.mark.parametrize("eps", [0.0, 1e-20])
+    @pytest.mark.parametrize("eps", [0.0, 1e-18])
     @pytest.mark.parametrize("clipping", [0.5, Schedule([(0, 0.5)])], ids=["number", "schedule"])
     def test_extreme_sizes(self, clipping, eps, size, accurate):
         """The squares are beyond float32, or the limits are tiny."""

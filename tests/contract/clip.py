@@ -47,8 +47,10 @@ def check_gradients(clipped: Mapping[str, Any], want: Result) -> None:
 
 
 def check_stats(stats: Mapping[str, Stats], want: Result) -> None:
-    assert stats.keys() == want.stats.keys()
-    for name, exact in want.stats.items():
+    """Compare the telemetry of what has units."""
+    counted = {name: exact for name, exact in want.stats.items() if exact.units}
+    assert {name for name, found in stats.items() if found.units} == counted.keys()
+    for name, exact in counted.items():
         assert not compare_stats(name, stats[name], exact, near=0, dtype="float32").problem
 
 
@@ -146,12 +148,10 @@ class ClipContract(Clipping):
             w, g = (of_families(random, axes, first).reshape(shape) for _ in range(2))
             self.check(accurate, w, 3 * g, AGC(units={"w": pattern}))
 
-    @pytest.mark.parametrize(
-        "dtypes", [("float32", "float64"), ("float64", "float32"), ("float16", "float64")], ids=str
-    )
-    def test_float64_on_one_side(self, dtypes, way):
+    @pytest.mark.parametrize("dtype", ["float32", "float16"])
+    def test_weights_in_float64(self, dtype, way):
         w, g = draw((5, 600), small=True)
-        self.check(way, w.astype(dtypes[1]), g.astype(dtypes[0]), PLAIN)
+        self.check(way, w, g.astype(dtype), PLAIN)
 
     @pytest.mark.parametrize("size", [1e-24, 1e-18, 1e18])
     @pytest.mark.parametrize("eps", [0.0, 1e-18])
@@ -207,6 +207,12 @@ class ClipContract(Clipping):
         assert outcome.gradients["off"].tobytes() == payload.tobytes()
         assert outcome.gradients["out"].tobytes() == payload.tobytes()
         assert list(outcome.stats) == ["on"]
+
+    def test_infinite_weight_where_nothing_is_clipped(self, way):
+        w, g = np.array([[np.inf, 1], [1, 1]], "f"), np.full((2, 2), 1e-6, "f")
+        clipped = self.clip(way, w, g, PLAIN).gradients["w"]
+        assert np.isnan(clipped[0]).all()
+        assert (clipped[1] == g[1]).all()
 
     # Configuration
 

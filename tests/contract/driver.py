@@ -7,15 +7,17 @@ is that of ``ml_dtypes``, and ``mixed_bfloat16`` stores float32 and computes in 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from agc import AGC
 from agc import nfnet as core
 from agc.verification import Verification
+from agc_conformance.backend import Backend
 from tests.helpers import Array
 
 
@@ -91,9 +93,18 @@ class Driver(ABC):
         Images, height and width that one exported program takes.
     sam_modes : tuple of str
         Ways to compute sharpness-aware gradients, ``eager`` and ``traced``.
+    backend : type
+        The adapter's backend of the suite.
+    clip_ways : tuple of str
+        Ways to clip gradients by hand; the first is that of the suite.
+    accurate_ways : tuple of str
+        Those which are as accurate on this machine as on the one that they are made for.
     """
 
     adapter: ModuleType
+    backend: type[Backend]
+    clip_ways: tuple[str, ...] = ("by hand",)
+    accurate_ways: tuple[str, ...] = ("by hand",)
     channels_first = False
     modes: tuple[str, ...] = ("plain",)
     dtypes: tuple[str, ...] = ("float64", "float32")
@@ -151,6 +162,21 @@ class Driver(ABC):
     @abstractmethod
     def activation(self, name: str, x: Array) -> Array:
         """Return an activation's values."""
+
+    # How gradients are clipped
+
+    @contextmanager
+    def clipping(self, way: str) -> Iterator[Backend]:
+        """Give a backend whose ``clip`` goes this way."""
+        yield self.backend()
+
+    @abstractmethod
+    def integer(self, value: int) -> Any:
+        """Return the framework's own scalar."""
+
+    @abstractmethod
+    def rule_takers(self) -> list[Callable[[AGC], Any]]:
+        """Return everything that takes a rule for AGC, with all other arguments given."""
 
     # What they compute
 

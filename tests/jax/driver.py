@@ -16,6 +16,8 @@ from flax import nnx
 from jax.test_util import check_grads
 
 import agc_jax
+from agc import AGC
+from agc_conformance.backends.jax.backend import JaxBackend
 from agc_conformance.nfnets.golden import SMOOTHING
 from agc_jax.nfnet import Activation, WSConv2d
 from tests.contract.driver import Driver, Optimizer, Outputs, SamProblem, Sharpened
@@ -103,6 +105,7 @@ class JaxOptimizer(Optimizer):
 class JaxDriver(Driver):
     adapter = agc_jax
     sam_modes = ("traced",)
+    backend = JaxBackend
 
     def nfnet(self, variant: Any, *arguments: Any, dtype: str, seed: int, **options: Any) -> Any:
         model = nfnet(variant, *arguments, dtype=dtype, seed=seed, **options)
@@ -148,6 +151,18 @@ class JaxDriver(Driver):
 
     def activation(self, name: str, x: Array) -> Array:
         return np.asarray(jax.jit(Activation(name))(x))
+
+    def integer(self, value: int) -> jax.Array:
+        return jnp.int32(value)
+
+    def rule_takers(self) -> list[Callable[[AGC], Any]]:
+        tree = {"kernel": jnp.ones((3, 2))}
+        return [
+            partial(agc_jax.plan, tree),
+            partial(agc_jax.adaptive_clip_gradients, tree, tree),
+            agc_jax.adaptive_grad_clip,
+            partial(agc_jax.adaptive_grad_clip, clipping=0.1),
+        ]
 
     def run(self, layer: Any, x: Array, train: bool = False) -> Array:
         layer.train() if train else layer.eval()

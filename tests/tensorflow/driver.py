@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 import tensorflow as tf
 
 import agc_tensorflow
+from agc import AGC
+from agc_conformance.backend import Backend, Outcome, Problem, Unsupported
+from agc_conformance.backends.tensorflow.backend import TensorFlowBackend
 from agc_conformance.nfnets.golden import SMOOTHING
 from agc_tensorflow.nfnet import Activation, WSConv2D
 from agc_tensorflow.units import named_variables
@@ -88,6 +92,24 @@ def variables_and_loss(problem: SamProblem) -> tuple[dict[str, Any], Callable[..
     return variables, loss, [*map(tf.constant, problem.batch)]
 
 
+class XlaBackend(TensorFlowBackend):
+    """Clips under XLA, which cannot raise."""
+
+    def clip(self, problem: Problem) -> Outcome:
+        if problem.rule.nonfinite == "raise":
+            raise Unsupported("XLA drops assertions")
+        return self._clip(
+            problem, lambda clip: tf.function(clip, jit_compile=True, autograph=False)()
+        )
+
+
+class GraphBackend(TensorFlowBackend):
+    """Clips inside a graph."""
+
+    def clip(self, problem: Problem) -> Outcome:
+        return self.scenario_compiled(problem)
+
+
 class TensorFlowDriver(Driver):
     adapter = agc_tensorflow
     modes = ("eager", "graph", "xla")
@@ -95,6 +117,9 @@ class TensorFlowDriver(Driver):
     ways = ("eager", "graph")
     exported_sizes = ((3, 32, 32), (1, 20, 27))
     sam_modes = ("eager", "traced")
+    backend = TensorFlowBackend
+    clip_ways = ("eager", "eager branches", "graph", "compiled kernels", "xla")
+    accurate_ways = ("eager", "graph", "xla")
 
     def nfnet(self, variant: Any, *arguments: Any, dtype: str, seed: int, **options: Any) -> Any:
         keras.utils.set_random_seed(seed)
@@ -135,6 +160,25 @@ class TensorFlowDriver(Driver):
 
     def activation(self, name: str, x: Array) -> Array:
         return Activation(name)(tf.constant(x)).numpy()
+
+    @contextmanager
+    def clipping(self, way: str) -> Iterator[Backend]:
+        backends = {"graph": GraphBackend, "compiled kernels": GraphBackend, "xla": XlaBackend}
+        with pytest.MonkeyPatch.context() as patch:
+            if way in ("eager branches", "compiled kernels"):  # as large tensors are clipped
+                patch.setattr("agc_tensorflow.norms._SMALL", 0)
+            yield backends.get(way, TensorFlowBackend)()
+
+    def integer(self, value: int) -> tf.Tensor:
+        return tf.constant(value, tf.int64)
+
+    def rule_takers(self) -> list[Callable[[AGC], Any]]:
+        arrays = [tf.Variable([3.0], name="w")]
+        return [
+            partial(agc_tensorflow.plan, arrays),
+            partial(agc_tensorflow.adaptive_clip_gradients, arrays, arrays),
+            partial(agc_tensorflow.AdaptiveGradClip, "sgd"),
+        ]
 
     def run(self, layer: Any, x: Array, train: bool = False) -> Array:
         options = {"training": True} if train else {}

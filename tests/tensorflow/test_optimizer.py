@@ -5,6 +5,8 @@ distribution.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -52,6 +54,22 @@ def network() -> Any:
     )
 
 
+def with_network(inner: Any, rule: AGC = RULE) -> tuple[Any, AdaptiveGradClip]:
+    model = network()
+    return model, AdaptiveGradClip(inner, rule, model=model)
+
+
+def with_table() -> Any:
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Embedding(50, 4, name="table"),
+            layers.Flatten(),
+            layers.Dense(3, name="head"),
+        ]
+    )
+
+
 def fit(model: Any, optimizer: Any, *, epochs: int = 1, batches: int = 4, **options: Any) -> Any:
     model.compile(optimizer, LOSS, **options)
     return model.fit(*data(batches), batch_size=8, epochs=epochs, verbose=0, shuffle=False)
@@ -76,9 +94,21 @@ def variables() -> list[Any]:
     ]
 
 
-def gradients(step: int) -> list[Any]:
+def gradients(step: int = 0) -> list[Any]:
     random = np.random.RandomState(10 + step)
     return [tf.constant(random.randn(*shape), tf.float32) for shape in ((6, 5), (5,), (5, 3))]
+
+
+def by_hand(given: list[Any], rate: float = 0.1) -> list[Any]:
+    """Return variables after a step of SGD with gradients that are clipped by hand."""
+    after = variables()
+    optimizers.SGD(rate).apply(adaptive_clip_gradients(given, after, PLAIN), after)
+    return after
+
+
+def equal(left: list[Any], right: list[Any], tolerance: float = 0.0) -> bool:
+    """Compare variables."""
+    return same([v.numpy() for v in left], [v.numpy() for v in right], tolerance)
 
 
 OPTIMIZERS = {
@@ -89,66 +119,62 @@ OPTIMIZERS = {
     "SGD, global_clipnorm": lambda: optimizers.SGD(0.1, global_clipnorm=0.01),
     "SGD, average": lambda: optimizers.SGD(0.1, use_ema=True, ema_overwrite_frequency=2),
     "SGD, schedule": lambda: optimizers.SGD(optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)),
-    "Adam": lambda: optimizers.Adam(0.1),
-    "AdamW": lambda: optimizers.AdamW(0.1, weight_decay=0.3),
-    "RMSprop": lambda: optimizers.RMSprop(0.1),
-    "Adagrad": lambda: optimizers.Adagrad(0.1),
-    "Adadelta": lambda: optimizers.Adadelta(0.1),
-    "Adamax": lambda: optimizers.Adamax(0.1),
-    "Adafactor": lambda: optimizers.Adafactor(0.1),
-    "Nadam": lambda: optimizers.Nadam(0.1),
-    "Ftrl": lambda: optimizers.Ftrl(0.1),
-    "Lion": lambda: optimizers.Lion(0.1),
-    "Lamb": lambda: optimizers.Lamb(0.1),
+    "AdamW, decay": lambda: optimizers.AdamW(0.1, weight_decay=0.3),
 }
-if int(keras.__version__.split(".")[1]) >= 13:  # before that, Muon takes no variable of TensorFlow's
-    OPTIMIZERS["Muon"] = lambda: optimizers.Muon(0.1)
+OTHERS = ["Adam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Adafactor", "Nadam", "Ftrl"]
+OTHERS += ["Lion", "Lamb"]
+if (
+    int(keras.__version__.split(".")[1]) >= 13
+):  # before that, Muon takes no variable of TensorFlow's
+    OTHERS += ["Muon"]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+def optimizer_of(name: str) -> Any:
+    return OPTIMIZERS[name]() if name in OPTIMIZERS else getattr(optimizers, name)(0.1)
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *OTHERS])
 def test_optimizer_receives_clipped_gradients(name):
     """The wrapped optimizer does what the bare one does with gradients clipped by hand."""
-    bare, by_hand = OPTIMIZERS[name](), variables()
-    wrapped, inside = AdaptiveGradClip(OPTIMIZERS[name](), PLAIN), variables()
+    bare, expected = optimizer_of(name), variables()
+    wrapped, inside = AdaptiveGradClip(optimizer_of(name), PLAIN), variables()
     for step in range(3):
-        clipped = adaptive_clip_gradients(gradients(step), by_hand, PLAIN)
-        bare.apply(clipped, by_hand)
+        clipped = adaptive_clip_gradients(gradients(step), expected, PLAIN)
+        bare.apply(clipped, expected)
         wrapped.apply(gradients(step), inside)
     assert wrapped.stats().total().clipped > 0
-    for a, b, start in zip(by_hand, inside, variables(), strict=True):
-        assert (a.numpy() == b.numpy()).all()
-        assert (a.numpy() != start.numpy()).any()
+    assert equal(inside, expected)
+    assert not any(equal([v], [start]) for v, start in zip(inside, variables(), strict=True))
     assert len(wrapped.variables) == len(bare.variables)
     assert int(wrapped.iterations) == 3
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_fit(mode):
-    """Training by fit is training by a loop that clips by hand; the norms are those before
-    decay.
+@pytest.mark.parametrize("micro", [1, 2], ids=["each batch", "mean of two"])
+def test_fit(mode, micro):
+    """As by hand: the mean of batches is clipped, once, with the weights before decay; the schedule
+    counts updates.
     """
-    model = network()
-    start = weights_of(model)
-    rule = AGC(clipping=0.02, exclude=["head.*"])
-    optimizer = AdaptiveGradClip(optimizers.SGD(0.5, weight_decay=0.1), rule, model=model)
+    rule = AGC(clipping=Schedule([(0, 0.02), (8, 0.1)]), exclude=["head.*"])
+    options = {"gradient_accumulation_steps": 2} if micro == 2 else {"weight_decay": 0.1}
+    model, expected = network(), network()
+    expected.set_weights(model.get_weights())
+    optimizer = AdaptiveGradClip(optimizers.SGD(0.5, **options), rule, model=model)
     history = fit(model, optimizer, epochs=2, **MODES[mode])
-    by_hand = network()
-    by_hand.set_weights(start)
-    sgd = optimizers.SGD(0.5, weight_decay=0.1)
-    x, y = data()
-    for _ in range(2):
-        for batch in range(0, len(x), 8):
-            with tf.GradientTape() as tape:
-                loss = LOSS(y[batch : batch + 8], by_hand(x[batch : batch + 8]))
-            found = tape.gradient(loss, by_hand.trainable_variables)
-            found = adaptive_clip_gradients(found, by_hand.trainable_variables, rule, model=by_hand)
-            sgd.apply(found, by_hand.trainable_variables)
-    assert same(weights_of(model), weights_of(by_hand), 1e-5)
+    sgd = optimizers.SGD(0.5, weight_decay=options.get("weight_decay"))
+    batches = list(zip(*(np.split(array, 4 // micro) for array in data()), strict=True))
+    for step, (x, y) in enumerate(2 * batches):
+        with tf.GradientTape() as tape:
+            loss = LOSS(y, expected(x))
+        trained = expected.trainable_variables
+        given = tape.gradient(loss, trained)
+        sgd.apply(adaptive_clip_gradients(given, trained, rule, model=expected, step=step), trained)
+    assert same(weights_of(model), weights_of(expected), 1e-5)
     assert history.history["loss"][1] < history.history["loss"][0]
     stats = optimizer.stats()
     assert set(stats.parameters()) == {"body.kernel", "body.bias"}
     assert stats.total().units == 6
-    assert int(optimizer.iterations) == 8
+    assert int(optimizer.iterations) == 2 * len(batches)
 
 
 def test_statistics_are_the_last_updates():
@@ -163,53 +189,17 @@ def test_statistics_are_the_last_updates():
         assert wrapped.stats().parameters() == want.parameters()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_accumulated_mean_is_clipped_once(mode):
-    """AGC acts on the mean of two batches, and its schedule counts updates."""
-    rule = AGC(clipping=Schedule([(0, 0.02), (1, 0.04)]))
-    model = network()
-    start = weights_of(model)
-    inner = optimizers.SGD(0.5, gradient_accumulation_steps=2)
-    optimizer = AdaptiveGradClip(inner, rule, model=model)
-    fit(model, optimizer, **MODES[mode])
-    by_hand = network()
-    by_hand.set_weights(start)
-    x, y = data()
-    for update in range(2):
-        with tf.GradientTape() as tape:
-            part = slice(16 * update, 16 * update + 16)
-            loss = LOSS(y[part], by_hand(x[part]))
-        found = tape.gradient(loss, by_hand.trainable_variables)
-        found = adaptive_clip_gradients(
-            found, by_hand.trainable_variables, rule, model=by_hand, step=update
-        )
-        for variable, gradient in zip(by_hand.trainable_variables, found, strict=True):
-            variable.assign_sub(0.5 * gradient)
-    assert same(weights_of(model), weights_of(by_hand), 1e-6)
-    assert int(optimizer.iterations) == 2
-
-
 def test_embeddings_stay_sparse_in_fit():
-    def model() -> Any:
-        return keras.Sequential(
-            [
-                keras.Input((6,)),
-                layers.Embedding(50, 4, name="table"),
-                layers.Flatten(),
-                layers.Dense(3, name="head"),
-            ]
-        )
-
+    tokens = np.array([[1, 2, 3, 1, 1, 9]] * 4 + [[30, 2, 3, 1, 1, 31]] * 4)
     results = []
     for options in MODES.values():
         keras.utils.set_random_seed(0)
-        net = model()
-        before = weights_of(net)[0]
-        optimizer = AdaptiveGradClip(optimizers.SGD(0.5), RULE, model=net)
-        net.compile(optimizer, LOSS, **options)
-        tokens = np.array([[1, 2, 3, 1, 1, 9]] * 4 + [[30, 2, 3, 1, 1, 31]] * 4)
-        net.fit(tokens, np.array([0, 1] * 4), batch_size=8, verbose=0)
-        results.append(weights_of(net))
+        model = with_table()
+        before = weights_of(model)[0]
+        optimizer = AdaptiveGradClip(optimizers.SGD(0.5), RULE, model=model)
+        model.compile(optimizer, LOSS, **options)
+        model.fit(tokens, np.array([0, 1] * 4), batch_size=8, verbose=0)
+        results.append(weights_of(model))
         assert optimizer.stats().parameters()["table.embeddings"].units == 6
         changed = np.flatnonzero((results[-1][0] != before).any(axis=1))
         assert changed.tolist() == [1, 2, 3, 9, 30, 31]
@@ -218,39 +208,27 @@ def test_embeddings_stay_sparse_in_fit():
 
 
 class TestLossScale:
-    def test_gradients_are_unscaled_before_they_are_clipped(self):
-        wrapped, inside = AdaptiveGradClip(optimizers.SGD(0.1), PLAIN), variables()
-        scaler = optimizers.LossScaleOptimizer(wrapped, initial_scale=1024.0)
-        by_hand = variables()
-        scaler.apply([1024 * gradient for gradient in gradients(0)], inside)
-        optimizers.SGD(0.1).apply(adaptive_clip_gradients(gradients(0), by_hand, PLAIN), by_hand)
-        assert all((a.numpy() == b.numpy()).all() for a, b in zip(inside, by_hand, strict=True))
-
     def test_overflow_skips_the_step_whatever_the_policy(self):
-        wrapped, inside = (
-            AdaptiveGradClip("sgd", AGC(nonfinite="raise", units=MATRICES)),
-            variables(),
-        )
+        wrapped = AdaptiveGradClip("sgd", AGC(nonfinite="raise", units=MATRICES))
+        inside = variables()
         scaler = optimizers.LossScaleOptimizer(wrapped, initial_scale=1024.0)
-        bad = gradients(0)
+        bad = gradients()
         bad[1] = bad[1] * np.inf
         scaler.apply(bad, inside)
         assert float(scaler.dynamic_scale) == 512
-        assert all((a.numpy() == b.numpy()).all() for a, b in zip(inside, variables(), strict=True))
+        assert equal(inside, variables())
 
     def test_fixed_scale_of_the_inner_optimizer(self):
         wrapped = AdaptiveGradClip(optimizers.SGD(0.1, loss_scale_factor=8.0), PLAIN)
         assert float(wrapped.scale_loss(tf.constant(2.0))) == 16
-        inside, by_hand = variables(), variables()
-        wrapped.apply([8 * gradient for gradient in gradients(0)], inside)
-        optimizers.SGD(0.1).apply(adaptive_clip_gradients(gradients(0), by_hand, PLAIN), by_hand)
-        assert all((a.numpy() == b.numpy()).all() for a, b in zip(inside, by_hand, strict=True))
+        inside = variables()
+        wrapped.apply([8 * gradient for gradient in gradients()], inside)
+        assert equal(inside, by_hand(gradients()))
 
     def test_mixed_precision_wraps_by_itself(self):
         keras.mixed_precision.set_global_policy("mixed_float16")
         try:
-            model = network()
-            wrapped = AdaptiveGradClip(optimizers.SGD(0.5), RULE, model=model)
+            model, wrapped = with_network(optimizers.SGD(0.5))
             history = fit(model, wrapped, epochs=2)
         finally:
             keras.mixed_precision.set_global_policy("float32")
@@ -276,20 +254,13 @@ class TestLearningRate:
         assert float(wrapped.learning_rate) == 0.25
 
     def test_callbacks(self):
-        model = network()
-        wrapped = AdaptiveGradClip(optimizers.SGD(0.1), RULE, model=model)
+        model, wrapped = with_network(optimizers.SGD(0.1))
         model.compile(wrapped, LOSS)
-        model.fit(
-            *data(),
-            epochs=3,
-            verbose=0,
-            callbacks=[
-                keras.callbacks.LearningRateScheduler(
-                    lambda epoch, rate: 0.8 if epoch < 2 else rate
-                ),
-                keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=1e9),
-            ],
-        )
+        callbacks = [
+            keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.8 if epoch < 2 else rate),
+            keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=1e9),
+        ]
+        model.fit(*data(), epochs=3, verbose=0, callbacks=callbacks)
         assert float(wrapped.inner_optimizer.learning_rate) == pytest.approx(0.2)
 
 
@@ -334,14 +305,7 @@ def test_mirrored_strategy_equals_one_device(scaled, mirrored):
     for scope in (tf.distribute.get_strategy(), mirrored):
         keras.utils.set_random_seed(0)
         with scope.scope():
-            model = keras.Sequential(
-                [
-                    keras.Input((6,)),
-                    layers.Embedding(9, 4, name="table"),
-                    layers.Flatten(),
-                    layers.Dense(3, name="head"),
-                ]
-            )
+            model = with_table()
             inner = optimizers.SGD(0.5, momentum=0.9, weight_decay=0.1)
             wrapped = AdaptiveGradClip(inner, RULE, model=model)
             outer = optimizers.LossScaleOptimizer(wrapped) if scaled else wrapped
@@ -400,6 +364,13 @@ def functional() -> Any:
     return keras.Model(inputs, layers.Dense(4)(inner(layers.Dense(4)(inputs))), name="inner")
 
 
+def saved(model: Any, folder: Path) -> Any:
+    """Return what is loaded of a model that is saved."""
+    model.save(folder / "model.keras")
+    own = {"Sub": Sub, "Squares": Squares, "Twins": Twins}
+    return keras.models.load_model(folder / "model.keras", custom_objects=own)
+
+
 SHAPES_AGREE = {
     "sequential": lambda: keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.Dense(4)]),
     "nested, of its part's name": functional,
@@ -419,10 +390,8 @@ class TestSaving:
             model=model,
         )
         fit(model, optimizers.LossScaleOptimizer(wrapped) if scaled else wrapped)
-        model.save(tmp_path / "model.keras")
+        loaded = saved(model, tmp_path)
         model.fit(*data(), batch_size=8, verbose=0, shuffle=False)
-
-        loaded = keras.models.load_model(tmp_path / "model.keras")
         found = loaded.optimizer.inner_optimizer if scaled else loaded.optimizer
         assert isinstance(found, AdaptiveGradClip)
         assert found.rule == rule
@@ -439,8 +408,7 @@ class TestSaving:
         wrapped = AdaptiveGradClip(optimizers.SGD(0.1), RULE, model=model)
         model.compile(wrapped, LOSS, jit_compile=False)
         model.fit(tokens, np.arange(8) % 3, verbose=0)
-        model.save(tmp_path / "model.keras")
-        loaded = keras.models.load_model(tmp_path / "model.keras", custom_objects={"Sub": Sub})
+        loaded = saved(model, tmp_path)
         assert loaded.optimizer.plan == wrapped.plan
         assert loaded.layers[0].name != model.layers[0].name
         for one in (model, loaded):
@@ -449,8 +417,7 @@ class TestSaving:
 
     @pytest.mark.parametrize("when", ["before save", "before compile", "compiled again"])
     def test_layers_frozen_on_the_way(self, when, tmp_path):
-        model = network()
-        wrapped = AdaptiveGradClip(optimizers.SGD(0.5), RULE, model=model)
+        model, wrapped = with_network(optimizers.SGD(0.5))
         if when == "before compile":
             model.get_layer("body").trainable = False
             model.compile(wrapped, LOSS)
@@ -459,16 +426,13 @@ class TestSaving:
             model.get_layer("body").trainable = False
         if when == "compiled again":
             fit(model, wrapped)
-        model.save(tmp_path / "model.keras")
-        loaded = keras.models.load_model(tmp_path / "model.keras")
+        loaded = saved(model, tmp_path)
         assert loaded.optimizer.plan == wrapped.plan
         before = weights_of(loaded)
         loaded.fit(*data(), batch_size=8, verbose=0)
         assert set(loaded.optimizer.stats().parameters()) == {"head.kernel", "head.bias"}
         assert same(before[:2], weights_of(loaded)[:2])
-        loaded.save(tmp_path / "again.keras")
-        again = keras.models.load_model(tmp_path / "again.keras")
-        assert again.optimizer.plan == wrapped.plan
+        assert saved(loaded, tmp_path).optimizer.plan == wrapped.plan
 
     @pytest.mark.parametrize("given", [True, False], ids=["model", "no model"])
     def test_other_layers_frozen_than_the_optimizer_was_built_with(self, given, tmp_path):
@@ -484,12 +448,11 @@ class TestSaving:
         model.fit(x, x, verbose=0)
         model.get_layer("a").trainable = False
         model.get_layer("c").trainable = True
-        model.save(tmp_path / "model.keras")
         if not given:  # nobody has said what c is
             with pytest.raises(ParameterError, match=r"saved plan is for 2 variables.*b/kernel"):
-                keras.models.load_model(tmp_path / "model.keras")
+                saved(model, tmp_path)
             return
-        loaded = keras.models.load_model(tmp_path / "model.keras")
+        loaded = saved(model, tmp_path)
         loaded.fit(x, x, verbose=0)
         assert set(loaded.optimizer.stats().parameters()) == {"b.kernel"}
 
@@ -505,11 +468,9 @@ class TestSaving:
         ]
         each = optimizers.OptimizerMap(parts[0], {".*head.*": parts[1]})
         fit(model, optimizers.MultiOptimizer(each), jit_compile=False)
-        model.save(tmp_path / "model.keras")
-        loaded = keras.models.load_model(tmp_path / "model.keras")
-        assert [entry.inactive for entry in parts[1].plan] == ["not in the optimizer"] * 2 + [
-            None
-        ] * 2
+        loaded = saved(model, tmp_path)
+        reasons = [entry.inactive for entry in parts[1].plan]
+        assert reasons == ["not in the optimizer", "not in the optimizer", None, None]
         for one in (model, loaded):
             one.fit(*data(), batch_size=8, verbose=0, shuffle=False)
         assert same(weights_of(model), weights_of(loaded))
@@ -526,11 +487,9 @@ class TestSaving:
         model.compile(AdaptiveGradClip(optimizers.SGD(0.5), rule, model=model), "mse")
         x = data()[0][:, :4]
         model.fit(x, x, verbose=0)
-        model.save(tmp_path / "model.keras")
-        layers.Dense(2)  # takes a name, so that automatic names differ
-        layers.Dense(2)
-        made = {cls.__name__: cls for cls in (Squares, Twins)}
-        loaded = keras.models.load_model(tmp_path / "model.keras", custom_objects=made)
+        for _ in range(2):
+            layers.Dense(2)  # takes a name, so that automatic names differ
+        loaded = saved(model, tmp_path)
         start = weights_of(loaded)
         assert same(start, weights_of(model))
         for one in (model, loaded):
@@ -552,15 +511,10 @@ class TestSaving:
             config = AdaptiveGradClip("sgd", rule, model=model).get_config()
             loaded = AdaptiveGradClip.from_config(config)
             variables = square("dense_3", "dense_4", "dense_5").trainable_variables
-            if rule.exclude:
-                with pytest.raises(
-                    ParameterError, match=r"cannot be told for certain.*compile=False"
-                ):
-                    loaded.build(variables[:2])
-                loaded = AdaptiveGradClip.from_config(config)
-            else:
+            refusal = pytest.raises(ParameterError, match=r"cannot be told .*compile=False")
+            with refusal if rule.exclude else nullcontext():
                 loaded.build(variables[:2])
-                loaded = AdaptiveGradClip.from_config(config)
+            loaded = AdaptiveGradClip.from_config(config)
             loaded.build(variables)  # all of them: their order tells
             stats = [entry.name for entry in loaded._hook.entries]
             assert stats == ["dense.kernel", "dense_1.kernel", "dense_2.kernel"]
@@ -593,7 +547,7 @@ class TestSaving:
         wrapped = AdaptiveGradClip("sgd", PLAIN)
         again = AdaptiveGradClip.from_config(wrapped.get_config())
         assert again.rule == PLAIN
-        again.apply(gradients(0), variables())
+        again.apply(gradients(), variables())
         assert again.stats().total().clipped > 0
 
     def test_callable_threshold_cannot_be_saved(self):
@@ -610,7 +564,7 @@ class TestSaving:
 
     def test_checkpoint_of_tensorflow(self, tmp_path):
         inside, wrapped = variables(), AdaptiveGradClip(optimizers.SGD(0.1, momentum=0.9), PLAIN)
-        wrapped.apply(gradients(0), inside)
+        wrapped.apply(gradients(), inside)
         path = tf.train.Checkpoint(optimizer=wrapped).save(str(tmp_path / "state"))
         want = [np.array(v) for v in wrapped.variables]
         wrapped.apply(gradients(1), inside)
@@ -654,25 +608,12 @@ class TestRefuses:
         with pytest.raises(ConfigError, match=r"keras.optimizers.Optimizer or its name, got 3"):
             AdaptiveGradClip(3, RULE)
 
-    def test_what_is_no_rule(self):
-        with pytest.raises(ConfigError, match=r"agc.AGC, got 0.01"):
-            AdaptiveGradClip("sgd", 0.01)
-
     @pytest.mark.parametrize("again", ["wrapper", "inner"])
     def test_clipping_twice(self, again):
         inner = optimizers.SGD(0.1)
         wrapped = AdaptiveGradClip(inner, RULE)
         with pytest.raises(ConfigError, match="clipped by AGC already"):
             AdaptiveGradClip(wrapped if again == "wrapper" else inner, RULE)
-
-    def test_optimizer_that_leaves_the_path_of_keras(self):
-        class Own(optimizers.SGD):
-            def apply(self, grads, trainable_variables=None):
-                for gradient, variable in zip(grads, trainable_variables, strict=True):
-                    variable.assign_sub(gradient)
-
-        with pytest.raises(ConfigError, match=r"Own updates its variables without Keras'"):
-            AdaptiveGradClip(Own(0.1), PLAIN).apply(gradients(0), variables())
 
     def test_plan_and_statistics_before_build(self):
         wrapped = AdaptiveGradClip("sgd", RULE)
@@ -682,19 +623,16 @@ class TestRefuses:
             wrapped.stats()
 
     def test_poisoned_gradient_if_asked_to(self):
-        wrapped, inside = (
-            AdaptiveGradClip("sgd", AGC(nonfinite="raise", units=MATRICES)),
-            variables(),
-        )
-        bad = gradients(0)
+        wrapped = AdaptiveGradClip("sgd", AGC(nonfinite="raise", units=MATRICES))
+        inside = variables()
+        bad = gradients()
         bad[1] = bad[1] * np.nan
         with pytest.raises(NonFiniteError, match="'b'"):
             wrapped.apply(bad, inside)
-        assert (inside[0].numpy() == variables()[0].numpy()).all()
+        assert equal(inside, variables())
 
     def test_raising_under_xla_says_what_to_do(self):
-        model = network()
-        wrapped = AdaptiveGradClip("sgd", AGC(nonfinite="raise"), model=model)
+        model, wrapped = with_network("sgd", AGC(nonfinite="raise"))
         with pytest.raises(ConfigError, match=r"compile\(..., jit_compile=False\)"):
             fit(model, wrapped, jit_compile=True)
 
@@ -702,7 +640,7 @@ class TestRefuses:
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
 def test_a_variable_without_a_gradient_is_left_alone():
     wrapped, inside = AdaptiveGradClip("sgd", PLAIN), variables()
-    given = gradients(0)
+    given = gradients()
     given[1] = None
     wrapped.apply(given, inside)
     assert (inside[1].numpy() == variables()[1].numpy()).all()
@@ -736,6 +674,12 @@ def train(model: Any, optimizer: Any, **options: Any) -> Any:
     return max(np.abs(a - b).max() for a, b in zip(before, weights_of(model), strict=True))
 
 
+def centred(gradient: Any) -> Any:
+    if len(gradient.shape) > 1:
+        gradient -= tf.reduce_mean(gradient, 0, keepdims=True)
+    return gradient
+
+
 class Centralized(optimizers.SGD):
     """Gradient centralisation, as it is passed around: in ``apply_gradients``."""
 
@@ -743,10 +687,7 @@ class Centralized(optimizers.SGD):
 
     def apply_gradients(self, grads_and_vars, *args, **kwargs):
         type(self).calls += 1
-        pairs = [
-            (g - tf.reduce_mean(g, 0, keepdims=True) if len(g.shape) > 1 else g, v)
-            for g, v in grads_and_vars
-        ]
+        pairs = [(centred(gradient), variable) for gradient, variable in grads_and_vars]
         return super().apply_gradients(pairs, *args, **kwargs)
 
 
@@ -754,23 +695,16 @@ class TestOverriddenMethods:
     """What the inner optimizer overrides acts as it does without the wrapper, and so does AGC."""
 
     def test_apply_gradients(self):
-        by_hand, inside = variables(), variables()
-        wrapped = AdaptiveGradClip(Centralized(0.1), PLAIN)
-        centred = [
-            g - tf.reduce_mean(g, 0, keepdims=True) if len(g.shape) > 1 else g for g in gradients(0)
-        ]
-        clipped = adaptive_clip_gradients(centred, by_hand, PLAIN)
-        optimizers.SGD(0.1).apply(clipped, by_hand)
-        result = wrapped.apply_gradients(zip(gradients(0), inside, strict=True))
+        inside, wrapped = variables(), AdaptiveGradClip(Centralized(0.1), PLAIN)
+        result = wrapped.apply_gradients(zip(gradients(), inside, strict=True))
         assert int(result) == 1
-        assert all((a.numpy() == b.numpy()).all() for a, b in zip(inside, by_hand, strict=True))
+        assert equal(inside, by_hand([centred(gradient) for gradient in gradients()]))
         assert wrapped.stats().total().clipped > 0
 
     @pytest.mark.parametrize("mode", MODES)
     def test_apply_gradients_in_fit(self, mode):
         Centralized.calls = 0
-        model = network()
-        wrapped = AdaptiveGradClip(Centralized(0.1), RULE, model=model)
+        model, wrapped = with_network(Centralized(0.1))
         fit(model, wrapped, **MODES[mode])
         assert Centralized.calls == (4 if mode == "eager" else Centralized.calls) > 0
         assert wrapped.stats().total().clipped > 0
@@ -782,14 +716,11 @@ class TestOverriddenMethods:
             return getattr(super(own, self), method)(first, *rest)
 
         own = type("Doubled", (optimizers.SGD,), {method: doubled})
-        by_hand, inside = variables(), variables()
-        wrapped = AdaptiveGradClip(own(0.1), PLAIN)
+        inside, wrapped = variables(), AdaptiveGradClip(own(0.1), PLAIN)
         before = 2 if method == "apply" else 1
-        given = [before * gradient for gradient in gradients(0)]
-        clipped = adaptive_clip_gradients(given, by_hand, PLAIN)
-        optimizers.SGD(0.2 / before).apply(clipped, by_hand)
-        wrapped.apply(gradients(0), inside)
-        assert same([v.numpy() for v in inside], [v.numpy() for v in by_hand], 1e-6)
+        wrapped.apply(gradients(), inside)
+        given = [before * gradient for gradient in gradients()]
+        assert equal(inside, by_hand(given, 0.2 / before), 1e-6)
         assert wrapped.stats().total().clipped > 0
 
     def test_final_values(self):
@@ -815,7 +746,7 @@ class TestOverriddenMethods:
                 super().apply([a + b for a, b in zip(self.held, grads, strict=True)])
 
         wrapped, inside = AdaptiveGradClip(Own(0.1), PLAIN), variables()
-        wrapped.apply(gradients(0), inside)
+        wrapped.apply(gradients(), inside)
         assert wrapped.stats().total().units == 0
         wrapped.apply(gradients(1), inside)
         assert wrapped.stats().total().clipped > 0
@@ -839,16 +770,15 @@ class TestOverriddenMethods:
 
 class TestDetach:
     def test_it_clips_no_more_and_keeps_its_state(self):
-        inside, bare_variables = variables(), variables()
+        inside, expected = variables(), variables()
         wrapped = AdaptiveGradClip(optimizers.SGD(0.1, momentum=0.9), PLAIN)
         bare = optimizers.SGD(0.1, momentum=0.9)
-        wrapped.apply(gradients(0), inside)
-        clipped = adaptive_clip_gradients(gradients(0), bare_variables, PLAIN)
-        bare.apply(clipped, bare_variables)
+        wrapped.apply(gradients(), inside)
+        bare.apply(adaptive_clip_gradients(gradients(), expected, PLAIN), expected)
         inner = wrapped.detach()
         inner.apply(gradients(1))
         bare.apply(gradients(1))
-        assert same([v.numpy() for v in inside], [v.numpy() for v in bare_variables])
+        assert equal(inside, expected)
         assert int(inner.iterations) == 2
         with pytest.raises(ConfigError, match="was detached from this AdaptiveGradClip"):
             wrapped.apply(gradients(2))
@@ -858,14 +788,12 @@ class TestDetach:
         assert again.stats().total().clipped > 0
 
     def test_in_fit(self):
-        model = network()
-        wrapped = AdaptiveGradClip(optimizers.SGD(100.0), AGC(clipping=1e-9), model=model)
+        model, wrapped = with_network(optimizers.SGD(100.0), AGC(clipping=1e-9))
         assert train(model, wrapped) < 1e-3
         assert train(model, wrapped.detach()) > 0.1
 
     def test_the_inner_optimizer_by_itself_goes_on_clipping_until_then(self):
-        model = network()
-        wrapped = AdaptiveGradClip(optimizers.SGD(100.0), AGC(clipping=1e-9), model=model)
+        model, wrapped = with_network(optimizers.SGD(100.0), AGC(clipping=1e-9))
         assert train(model, wrapped.inner_optimizer) < 1e-3
 
 
@@ -924,8 +852,7 @@ def test_rows_of_a_table_that_a_layer_looks_up(mode):
 
 
 def test_plan_marks_what_the_optimizer_does_not_have():
-    model = network()
-    wrapped = AdaptiveGradClip(optimizers.SGD(0.1), RULE, model=model)
+    model, wrapped = with_network(optimizers.SGD(0.1))
     assert wrapped.plan.count == 10
     wrapped.build(model.get_layer("head").trainable_variables)
     reasons = {entry.name: entry.inactive for entry in wrapped.plan}
@@ -946,8 +873,7 @@ def test_multi_optimizer_is_wrapped_inside():
 
 
 def test_variables_made_after_the_optimizer_say_so():
-    model = network()
-    wrapped = AdaptiveGradClip(optimizers.SGD(0.1), RULE, model=model)
+    model, wrapped = with_network(optimizers.SGD(0.1))
     model.get_layer("body").enable_lora(2)
     with pytest.raises(ParameterError, match=r"lora_kernel_a.*was made after AdaptiveGradClip"):
         fit(model, wrapped)
@@ -961,11 +887,9 @@ def test_variables_made_after_the_optimizer_say_so():
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
 def test_quantized_layers(kind):
     model = network()
+    model.get_layer("body").quantize(kind)
     if kind == "int8":
-        model.get_layer("body").quantize("int8")
         model.get_layer("body").enable_lora(2)
-    else:
-        model.get_layer("body").quantize("float8")
     wrapped = AdaptiveGradClip(optimizers.SGD(0.1), RULE, model=model)
     fit(model, wrapped, jit_compile=False)
     kernels = {"int8": {"body.lora_kernel_a", "body.lora_kernel_b"}, "float8": {"body.kernel"}}

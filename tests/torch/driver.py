@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import agc_torch
+from agc import AGC
+from agc_conformance.backend import Backend
+from agc_conformance.backends.torch.backend import TorchBackend
 from agc_conformance.nfnets.golden import SMOOTHING
 from agc_torch.nfnet import Activation, WSConv2d
 from tests.contract.driver import Driver, Optimizer, Outputs, SamProblem, Sharpened
@@ -37,6 +43,12 @@ def numpy(value: Tensor) -> Array:
 
 def numpy_of(values: Mapping[str, Tensor]) -> dict[str, Array]:
     return {name: numpy(value) for name, value in values.items()}
+
+
+def never_look_at_values(patch: pytest.MonkeyPatch) -> None:
+    """Go the way of an accelerator, where reading a value is a host sync."""
+    for module in ("clip", "norms"):
+        patch.setattr(f"agc_torch.{module}.on_host", lambda device: False)
 
 
 def mean_loss(logits: Tensor, labels: Array) -> Tensor:
@@ -91,6 +103,9 @@ class TorchDriver(Driver):
     channels_first = True
     modes = ("contiguous", "channels_last")
     ways = ("foreach", "fused", "one by one")
+    backend = TorchBackend
+    clip_ways = ("host", "accelerator", "a few at a time")
+    accurate_ways = ("host",)
 
     def nfnet(self, variant: Any, *arguments: Any, dtype: str, seed: int, **options: Any) -> Any:
         torch.manual_seed(seed)
@@ -128,6 +143,28 @@ class TorchDriver(Driver):
 
     def activation(self, name: str, x: Array) -> Array:
         return numpy(Activation(name)(tensor(x)))
+
+    @contextmanager
+    def clipping(self, way: str) -> Iterator[Backend]:
+        with pytest.MonkeyPatch.context() as patch:
+            if way == "accelerator":
+                never_look_at_values(patch)
+            elif way == "a few at a time":
+                patch.setattr("agc_torch.clip._CHUNK", 100)
+            yield TorchBackend()
+
+    def integer(self, value: int) -> Tensor:
+        return torch.tensor(value)
+
+    def rule_takers(self) -> list[Callable[[AGC], Any]]:
+        model = nn.Linear(2, 2)
+        return [
+            partial(agc_torch.plan, model),
+            partial(agc_torch.plan, dict(model.named_parameters())),
+            partial(agc_torch.adaptive_clip_grad_, model),
+            partial(agc_torch.adaptive_clip_grad_, model, plan=agc_torch.plan(model, AGC())),
+            partial(agc_torch.attach, torch.optim.SGD(model.parameters()), model),
+        ]
 
     def autocast(self) -> Any:
         return torch.autocast("cpu", dtype=torch.bfloat16)

@@ -1,0 +1,404 @@
+"""AGC of all parameters in a handful of launches, whatever their number.
+
+What depends on shapes, strides and dtypes alone stands in a :class:`Table`, which is made once; a
+step writes nothing but the addresses of tensors, if they changed. :mod:`agc_torch.triton_kernels`
+has the kernels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from agc.units import UnitAxes
+
+__all__ = ["Part", "Table", "available", "memory_order", "part_of"]
+
+Array = npt.NDArray[Any]
+Way: TypeAlias = Literal["rows", "columns", "gather"]
+
+_SWITCH: Final = "AGC_TORCH_TRITON"
+"""Environment variable that turns the kernels off, if it is 0."""
+_WIDE_LOAD: Final = 16
+"""Bytes of the widest load."""
+_SUMS: Final = 256
+"""Units that a program decides on."""
+_PIECES: Final = 32
+"""Pieces of a unit that are added up one after the other; more are added up side by side."""
+_MANY: Final = 1024
+"""Pieces added up side by side."""
+
+
+class Tile(NamedTuple):
+    """What one program does: some units, and a piece of each.
+
+    Attributes
+    ----------
+    way : {"rows", "columns", "gather"}
+        How it walks through memory.
+    units, elements : int
+        Size of the block that it holds at a time.
+    piece : int
+        Elements of each unit that it takes.
+    """
+
+    way: Way
+    units: int
+    elements: int
+    piece: int
+
+
+_TILES: Final = (
+    (128, Tile("rows", 32, 64, 128)),
+    (4096, Tile("rows", 4, 512, 4096)),
+    (1 << 31, Tile("rows", 1, 2048, 1 << 15)),
+)
+"""Tiles of rows by the longest row that they are for."""
+_COLUMNS: Final = Tile("columns", 128, 16, 256)
+_GATHER: Final = Tile("gather", 16, 128, 4096)
+
+
+class Part(NamedTuple):
+    """What a table knows of one tensor: nothing that changes from step to step.
+
+    Attributes
+    ----------
+    order : (int, int, int, int)
+        Sizes ``G, I, O, K`` of the tensor in memory order; units are ``(G, O)``.
+    dtype : torch.dtype
+    aligned : bool
+        Whether the tensor starts at a multiple of 16 bytes.
+    exact : bool
+        Whether squares are added in float64 on every device.
+    """
+
+    order: tuple[int, int, int, int]
+    dtype: torch.dtype
+    aligned: bool
+    exact: bool
+
+    @property
+    def tile(self) -> Tile:
+        """How programs go through the tensor."""
+        g, _, outputs, window = self.order
+        if outputs == 1:
+            return next(tile for most, tile in _TILES if self.length <= most)
+        return _COLUMNS if g == window == 1 else _GATHER
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return self.order[0] * self.order[2]
+
+    @property
+    def length(self) -> int:
+        """Elements of a unit."""
+        return self.order[1] * self.order[3]
+
+    @property
+    def lanes(self) -> int:
+        """Elements in the widest load that every access to the tensor allows; 1 for no such."""
+        lanes = _WIDE_LOAD // self.dtype.itemsize
+        run = {"rows": self.length, "columns": self.units, "gather": 1}[self.tile.way]
+        return lanes if self.aligned and run % lanes == 0 else 1
+
+
+def part_of(tensor: Tensor, axes: UnitAxes, *, exact: bool = False) -> Part | None:
+    """Return what a table needs to know of a tensor, or None if the kernels do not take it.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        Real numbers, shaped like ``axes.view``.
+    axes : UnitAxes
+        Which axes are reduced.
+    exact : bool
+        Whether squares are added in float64 on every device.
+    """
+    order = memory_order(axes.view, axes.reduce, tensor.stride())
+    if order is None:
+        return None
+    aligned = tensor.data_ptr() % _WIDE_LOAD == 0
+    return Part(order, tensor.dtype, aligned, exact or tensor.dtype == torch.float64)
+
+
+@lru_cache(maxsize=8192)
+def memory_order(
+    shape: tuple[int, ...], reduce: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[int, int, int, int] | None:
+    """Return the sizes ``G, I, O, K`` of a tensor in memory order, whose units are ``(G, O)``.
+
+    None for a tensor that is empty, has 2**31 elements or more, has holes or overlaps, or whose
+    units are spread further or lie in another order.
+
+    Examples
+    --------
+    >>> memory_order((64, 3, 7, 7), (1, 2, 3), (147, 49, 7, 1))
+    (64, 147, 1, 1)
+    >>> memory_order((768, 2304), (0,), (2304, 1))
+    (1, 768, 2304, 1)
+    """
+    axes = sorted((axis for axis, size in enumerate(shape) if size != 1), key=lambda a: -strides[a])
+    distance = 1
+    for axis in reversed(axes):
+        if strides[axis] != distance:
+            return None
+        distance *= shape[axis]
+    if not 0 < distance < 1 << 31:
+        return None
+    kept = [axis for axis in axes if axis not in reduce]
+    if kept != sorted(kept):
+        return None
+    runs: list[tuple[bool, int]] = [(True, 1)]
+    for axis in axes:
+        named = axis not in reduce
+        if runs[-1][0] == named:
+            runs[-1] = (named, runs[-1][1] * shape[axis])
+        else:
+            runs.append((named, shape[axis]))
+    if len(runs) > 4:
+        return None
+    sizes = [size for _, size in runs] + [1] * (4 - len(runs))
+    return sizes[0], sizes[1], sizes[2], sizes[3]
+
+
+class _Launch(NamedTuple):
+    """Tiles of one kind; those of weights come first."""
+
+    part: Part
+    tiles: Tensor
+    weights: int
+
+
+class Table:
+    """Which program does what, for the weights and the gradients of some parameters.
+
+    Parameters
+    ----------
+    parts : sequence of (Part, Part)
+        Weight and gradient of each parameter, with equally many units.
+    rules : sequence of int
+        Which threshold each parameter has.
+    device : torch.device
+        Where the tensors are.
+
+    Attributes
+    ----------
+    units : int
+        Units of all parameters.
+    launches : int
+        Kernels that one clipping launches.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[Part, Part]],
+        rules: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self.device, self._pairs = device, len(parts)
+        tensors = [weight for weight, _ in parts] + [gradient for _, gradient in parts]
+        counts = [gradient.units for _, gradient in parts]
+        pieces = [-(-part.length // part.tile.piece) for part in tensors]
+        ends = np.cumsum([part.units * n for part, n in zip(tensors, pieces, strict=True)])
+        starts = np.array([0, *ends[:-1]])
+        firsts = np.array([0, *np.cumsum(counts)[:-1]])
+        self.units, self._sums = sum(counts), int(ends[-1])
+
+        tiles: dict[Part, tuple[list[Array], list[Array]]] = {}
+        for index, part in enumerate(tensors):
+            kind = part._replace(order=_kind(part), aligned=part.lanes > 1)
+            sides = tiles.setdefault(kind, ([], []))
+            sides[index >= self._pairs].append(_tiles(part, index, int(starts[index])))
+        self._launches = [
+            _Launch(kind, self._put(np.concatenate(weights + gradients), np.int32), _rows(weights))
+            for kind, (weights, gradients) in tiles.items()
+        ]
+        self._sizes = self._put([(p.units, p.length, *p.order[1:]) for p in tensors], np.int64)
+        units = [part.units for part in tensors]
+        self._places = self._put(np.stack([starts, pieces, units], -1), np.int64)
+        self._pair_U = self._put(np.repeat(np.arange(self._pairs), counts), np.int32)
+        self._firsts = self._put(firsts, np.int64)
+        self._rules = self._put(rules, np.int32)
+        long = np.maximum(pieces[: self._pairs], pieces[self._pairs :]) > _PIECES
+        long_U = np.repeat(long, counts)
+        # Units decided on by each launch, units a program, and pieces added up at a time.
+        self._decisions = [
+            (self._put(np.flatnonzero(chosen), np.int32), *shape)
+            for chosen, shape in ((~long_U, (_SUMS, 1)), (long_U, (1, _MANY)))
+            if chosen.any()
+        ]
+        scaled = sum(len(launch.tiles) > launch.weights for launch in self._launches)
+        self.launches = len(self._launches) + len(self._decisions) + scaled
+
+    def decide(
+        self,
+        addresses: Tensor,
+        thresholds: Tensor,
+        *,
+        eps: float,
+        div_eps: float = 0.0,
+        grad_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Return floor, limit, gradient norm and factor of every unit (AGC-1, AGC-2).
+
+        Parameters
+        ----------
+        addresses : Tensor of int64, shape (tensors,)
+            Where the weights start, then where the gradients do.
+        thresholds : Tensor of float64
+            Clipping thresholds, by the index in ``rules``.
+        eps, div_eps : float
+            Floors of the weights' norm, and of the gradients' in the division.
+        grad_scale : scalar Tensor, optional
+            What the gradients are still multiplied by.
+
+        Returns
+        -------
+        Tensor of float64, shape (4, units)
+        """
+        from agc_torch.triton_kernels import decide_kernel, norms_kernel
+
+        kwargs = {"dtype": torch.float64, "device": self.device}
+        sums = torch.empty(self._sums, **kwargs)
+        for launch in self._launches:
+            norms_kernel[(len(launch.tiles),)](
+                addresses,
+                self._sizes,
+                launch.tiles,
+                sums,
+                **_constants(launch.part),
+                EXACT=launch.part.exact or _float64_is_fast(self.device),
+            )
+        numbers = torch.empty(4, self.units, **kwargs)
+        scale = torch.ones((), **kwargs) if grad_scale is None else grad_scale.to(**kwargs)
+        for chosen, units, pieces in self._decisions:
+            decide_kernel[(-(-len(chosen) // units),)](
+                sums,
+                self._places,
+                chosen,
+                len(chosen),
+                self._pair_U,
+                self._firsts,
+                self._rules,
+                thresholds,
+                scale,
+                self._pairs,
+                self.units,
+                eps,
+                div_eps,
+                numbers,
+                SUMS=units,
+                PIECES=pieces,
+            )
+        return numbers
+
+    def scale(self, addresses: Tensor, factors: Tensor, *, zero: bool) -> None:
+        """Multiply gradients by the factors of their units, in place (AGC-2 to AGC-4).
+
+        Parameters
+        ----------
+        addresses : Tensor of int64
+            As for :meth:`decide`.
+        factors : Tensor of float64, shape (units,)
+            NaN for a unit that is not finite.
+        zero : bool
+            Whether the gradient of such a unit becomes 0; else it becomes NaN.
+        """
+        from agc_torch.triton_kernels import scale_kernel
+
+        for launch in self._launches:
+            tiles = launch.tiles[launch.weights :]
+            if len(tiles):
+                scale_kernel[(len(tiles),)](
+                    addresses,
+                    self._sizes,
+                    tiles,
+                    self._firsts,
+                    factors,
+                    self._pairs,
+                    **_constants(launch.part),
+                    ZERO=zero,
+                )
+
+    def _put(self, values: Any, dtype: npt.DTypeLike) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype)).to(self.device)
+
+
+def _kind(part: Part) -> tuple[int, int, int, int]:
+    """Return sizes that stand for all tensors with the same tiles."""
+    way = part.tile.way
+    if way == "rows":
+        return (1, part.tile.piece, 1, 1)
+    return (1, 1, 2, 1) if way == "columns" else (2, 1, 2, 1)
+
+
+def _tiles(part: Part, index: int, start: int) -> Array:
+    """Return the tiles of a tensor: its index, first unit, piece, and place of the sum."""
+    tile = part.tile
+    pieces = -(-part.length // tile.piece)
+    first = np.arange(0, part.units, tile.units)
+    unit, piece = np.repeat(first, pieces), np.tile(np.arange(pieces), len(first))
+    return np.stack([np.full_like(unit, index), unit, piece, start + piece * part.units + unit], -1)
+
+
+def _rows(arrays: list[Array]) -> int:
+    return sum(len(array) for array in arrays)
+
+
+def _constants(part: Part) -> dict[str, Any]:
+    """Return what a kernel is compiled for."""
+    tile = part.tile
+    return {
+        "DTYPE": _triton_dtypes()[part.dtype],
+        "WAY": tile.way,
+        "LANES": _WIDE_LOAD // part.dtype.itemsize if part.aligned else 1,
+        "UNITS": tile.units,
+        "ELEMENTS": tile.elements,
+        "PIECE": tile.piece,
+    }
+
+
+@cache
+def _triton_dtypes() -> dict[torch.dtype, Any]:
+    import triton.language as tl
+
+    names = ("float16", "bfloat16", "float32", "float64")
+    return {getattr(torch, name): getattr(tl, name) for name in names}
+
+
+@cache
+def _float64_is_fast(device: torch.device) -> bool:
+    """Tell whether float64 runs at half the rate of float32: else it would be the bottleneck."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) in {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+
+
+def available(device: torch.device) -> bool:
+    """Tell whether the kernels run on a device: it is a GPU, and PyTorch came with Triton.
+
+    The environment variable ``AGC_TORCH_TRITON=0`` turns them off.
+    """
+    return (
+        device.type == "cuda"
+        and os.environ.get(_SWITCH) != "0"
+        and not torch.compiler.is_compiling()
+        and _triton_is_installed()
+    )
+
+
+@cache
+def _triton_is_installed() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -8,6 +8,7 @@ has the kernels.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from agc.units import UnitAxes
 
-__all__ = ["Part", "Table", "available", "memory_order", "part_of"]
+__all__ = ["Decision", "Part", "Table", "available", "memory_order", "part_of", "table"]
 
 Array = npt.NDArray[Any]
 Way: TypeAlias = Literal["rows", "columns", "gather"]
@@ -109,6 +110,14 @@ class Part(NamedTuple):
         run = {"rows": self.length, "columns": self.units, "gather": 1}[self.tile.way]
         return lanes if self.aligned and run % lanes == 0 else 1
 
+    @property
+    def kind(self) -> Part:
+        """A part that stands for all those that one launch covers."""
+        way = self.tile.way
+        rows, columns, gather = (1, self.tile.piece, 1, 1), (1, 1, 2, 1), (2, 1, 2, 1)
+        order = {"rows": rows, "columns": columns, "gather": gather}[way]
+        return self._replace(order=order, aligned=self.lanes > 1)
+
 
 def part_of(tensor: Tensor, axes: UnitAxes, *, exact: bool = False) -> Part | None:
     """Return what a table needs to know of a tensor, or None if the kernels do not take it.
@@ -177,6 +186,21 @@ class _Launch(NamedTuple):
     weights: int
 
 
+class Decision(NamedTuple):
+    """What happens to every unit.
+
+    Attributes
+    ----------
+    addresses : Tensor of int64, shape (tensors,)
+        Where the tensors start that it was made for.
+    numbers : Tensor of float64, shape (4, units)
+        Floor, limit, gradient norm, and factor: NaN for a unit that is not finite.
+    """
+
+    addresses: Tensor
+    numbers: Tensor
+
+
 class Table:
     """Which program does what, for the weights and the gradients of some parameters.
 
@@ -198,89 +222,139 @@ class Table:
     """
 
     def __init__(
-        self,
-        parts: Sequence[tuple[Part, Part]],
-        rules: Sequence[int],
-        device: torch.device,
+        self, parts: Sequence[tuple[Part, Part]], rules: Sequence[int], device: torch.device
     ) -> None:
-        self.device, self._pairs = device, len(parts)
+        self._device, self._pairs = device, len(parts)
+        if _float64_is_fast(device):
+            parts = [(w._replace(exact=True), g._replace(exact=True)) for w, g in parts]
         tensors = [weight for weight, _ in parts] + [gradient for _, gradient in parts]
         counts = [gradient.units for _, gradient in parts]
-        pieces = [-(-part.length // part.tile.piece) for part in tensors]
-        ends = np.cumsum([part.units * n for part, n in zip(tensors, pieces, strict=True)])
-        starts = np.array([0, *ends[:-1]])
-        firsts = np.array([0, *np.cumsum(counts)[:-1]])
-        self.units, self._sums = sum(counts), int(ends[-1])
+        pieces = np.array([-(-part.length // part.tile.piece) for part in tensors])
+        units = np.array([part.units for part in tensors])
+        starts = np.cumsum(units * pieces) - units * pieces
+        self.units, self._sums = sum(counts), int(np.sum(units * pieces))
 
         tiles: dict[Part, tuple[list[Array], list[Array]]] = {}
-        for index, part in enumerate(tensors):
-            kind = part._replace(order=_kind(part), aligned=part.lanes > 1)
-            sides = tiles.setdefault(kind, ([], []))
-            sides[index >= self._pairs].append(_tiles(part, index, int(starts[index])))
+        for index, (part, start) in enumerate(zip(tensors, starts.tolist(), strict=True)):
+            weights, gradients = tiles.setdefault(part.kind, ([], []))
+            (weights if index < self._pairs else gradients).append(_tiles(part, index, start))
         self._launches = [
-            _Launch(kind, self._put(np.concatenate(weights + gradients), np.int32), _rows(weights))
+            _Launch(kind, self._put(np.concatenate(weights + gradients)), sum(map(len, weights)))
             for kind, (weights, gradients) in tiles.items()
         ]
         self._sizes = self._put([(p.units, p.length, *p.order[1:]) for p in tensors], np.int64)
-        units = [part.units for part in tensors]
         self._places = self._put(np.stack([starts, pieces, units], -1), np.int64)
-        self._pair_U = self._put(np.repeat(np.arange(self._pairs), counts), np.int32)
-        self._firsts = self._put(firsts, np.int64)
-        self._rules = self._put(rules, np.int32)
-        long = np.maximum(pieces[: self._pairs], pieces[self._pairs :]) > _PIECES
-        long_U = np.repeat(long, counts)
-        # Units decided on by each launch, units a program, and pieces added up at a time.
+        self._pair_U = self._put(np.repeat(np.arange(self._pairs), counts))
+        self._firsts = self._put(np.cumsum(counts) - counts, np.int64)
+        self._rules = self._put(rules)
+        long_U = np.repeat(pieces.reshape(2, -1).max(0) > _PIECES, counts)
+        # Units of each launch, how many a program decides on, and pieces added up at a time.
         self._decisions = [
-            (self._put(np.flatnonzero(chosen), np.int32), *shape)
+            (self._put(np.flatnonzero(chosen)), *shape)
             for chosen, shape in ((~long_U, (_SUMS, 1)), (long_U, (1, _MANY)))
             if chosen.any()
         ]
         scaled = sum(len(launch.tiles) > launch.weights for launch in self._launches)
         self.launches = len(self._launches) + len(self._decisions) + scaled
 
+        self._uploaded: tuple[object, Tensor] = (None, self._put([0] * len(tensors), np.int64))
+        self._captured: list[Tensor] = []
+
     def decide(
         self,
-        addresses: Tensor,
-        thresholds: Tensor,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        thresholds: Sequence[float | Tensor],
         *,
         eps: float,
         div_eps: float = 0.0,
         grad_scale: Tensor | None = None,
-    ) -> Tensor:
-        """Return floor, limit, gradient norm and factor of every unit (AGC-1, AGC-2).
+    ) -> Decision:
+        """Compute what happens to every unit (AGC-1, AGC-2).
 
         Parameters
         ----------
-        addresses : Tensor of int64, shape (tensors,)
-            Where the weights start, then where the gradients do.
-        thresholds : Tensor of float64
+        weights, gradients : sequence of Tensor
+            In the order of the table's parts, and laid out like them.
+        thresholds : sequence of float or scalar Tensor
             Clipping thresholds, by the index in ``rules``.
         eps, div_eps : float
             Floors of the weights' norm, and of the gradients' in the division.
         grad_scale : scalar Tensor, optional
             What the gradients are still multiplied by.
-
-        Returns
-        -------
-        Tensor of float64, shape (4, units)
         """
+        addresses = self._upload([tensor.data_ptr() for tensor in (*weights, *gradients)])
+        one = _numbers((1.0,), self._device)
+        if any(isinstance(threshold, Tensor) for threshold in thresholds):
+            limits = torch.stack([torch.as_tensor(value).to(one.view(())) for value in thresholds])
+        else:
+            limits = _numbers(tuple(map(float, thresholds)), self._device)
+        scale = one if grad_scale is None else grad_scale.to(one)
+        return self._decide(addresses, limits, scale, eps, div_eps)
+
+    def scale(self, decision: Decision, *, zero: bool, warmup: bool = False) -> None:
+        """Scale gradients in place (AGC-2 to AGC-4).
+
+        Parameters
+        ----------
+        decision : Decision
+            From :meth:`decide`.
+        zero : bool
+            Whether the gradient of a unit that is not finite becomes 0; else it becomes NaN.
+        warmup : bool
+            Compile the kernels and launch nothing.
+        """
+        from agc_torch.triton_kernels import scale_kernel
+
+        for launch in self._launches:
+            tiles = launch.tiles[launch.weights :]
+            if len(tiles):
+                scale_kernel.run(
+                    decision.addresses,
+                    self._sizes,
+                    tiles,
+                    self._firsts,
+                    decision.numbers[3],
+                    self._pairs,
+                    **_constants(launch.part),
+                    ZERO=zero,
+                    grid=(len(tiles),),
+                    warmup=warmup,
+                )
+
+    def compile(self) -> None:
+        """Compile all kernels and launch nothing, so that a failure leaves all gradients alone."""
+        one = _numbers((1.0,), self._device)
+        decision = self._decide(self._uploaded[1], one, one, 0.0, 0.0, warmup=True)
+        for zero in (False, True):
+            self.scale(decision, zero=zero, warmup=True)
+
+    def _decide(
+        self,
+        addresses: Tensor,
+        thresholds: Tensor,
+        grad_scale: Tensor,
+        eps: float,
+        div_eps: float,
+        *,
+        warmup: bool = False,
+    ) -> Decision:
         from agc_torch.triton_kernels import decide_kernel, norms_kernel
 
-        kwargs = {"dtype": torch.float64, "device": self.device}
-        sums = torch.empty(self._sums, **kwargs)
+        sums, numbers = thresholds.new_empty(self._sums), thresholds.new_empty(4, self.units)
         for launch in self._launches:
-            norms_kernel[(len(launch.tiles),)](
+            norms_kernel.run(
                 addresses,
                 self._sizes,
                 launch.tiles,
                 sums,
                 **_constants(launch.part),
-                EXACT=launch.part.exact or _float64_is_fast(self.device),
+                EXACT=launch.part.exact,
+                grid=(len(launch.tiles),),
+                warmup=warmup,
             )
-        numbers = torch.empty(4, self.units, **kwargs)
-        scale = torch.ones((), **kwargs) if grad_scale is None else grad_scale.to(**kwargs)
         for chosen, units, pieces in self._decisions:
-            decide_kernel[(-(-len(chosen) // units),)](
+            decide_kernel.run(
                 sums,
                 self._places,
                 chosen,
@@ -289,7 +363,7 @@ class Table:
                 self._firsts,
                 self._rules,
                 thresholds,
-                scale,
+                grad_scale,
                 self._pairs,
                 self.units,
                 eps,
@@ -297,47 +371,55 @@ class Table:
                 numbers,
                 SUMS=units,
                 PIECES=pieces,
+                grid=(-(-len(chosen) // units),),
+                warmup=warmup,
             )
-        return numbers
 
-    def scale(self, addresses: Tensor, factors: Tensor, *, zero: bool) -> None:
-        """Multiply gradients by the factors of their units, in place (AGC-2 to AGC-4).
+        return Decision(addresses, numbers)
 
-        Parameters
-        ----------
-        addresses : Tensor of int64
-            As for :meth:`decide`.
-        factors : Tensor of float64, shape (units,)
-            NaN for a unit that is not finite.
-        zero : bool
-            Whether the gradient of such a unit becomes 0; else it becomes NaN.
-        """
-        from agc_torch.triton_kernels import scale_kernel
+    def _upload(self, addresses: list[int]) -> Tensor:
+        """Return the addresses of all tensors on the device; they are written if they changed."""
+        gpu = self._device.type == "cuda"
+        known = addresses, torch.cuda.current_stream(self._device) if gpu else None
+        if self._uploaded[0] != known:
+            host = torch.tensor(addresses, dtype=torch.int64, pin_memory=gpu)
+            device = torch.empty_like(self._uploaded[1]).copy_(host, non_blocking=True)
+            if gpu and torch.cuda.is_current_stream_capturing():
+                self._captured.append(host)  # the graph repeats the copy
+                return device
+            self._uploaded = known, device
+        return self._uploaded[1]
 
-        for launch in self._launches:
-            tiles = launch.tiles[launch.weights :]
-            if len(tiles):
-                scale_kernel[(len(tiles),)](
-                    addresses,
-                    self._sizes,
-                    tiles,
-                    self._firsts,
-                    factors,
-                    self._pairs,
-                    **_constants(launch.part),
-                    ZERO=zero,
-                )
-
-    def _put(self, values: Any, dtype: npt.DTypeLike) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype)).to(self.device)
+    def _put(self, values: Any, dtype: npt.DTypeLike = np.int32) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype)).to(self._device)
 
 
-def _kind(part: Part) -> tuple[int, int, int, int]:
-    """Return sizes that stand for all tensors with the same tiles."""
-    way = part.tile.way
-    if way == "rows":
-        return (1, part.tile.piece, 1, 1)
-    return (1, 1, 2, 1) if way == "columns" else (2, 1, 2, 1)
+@lru_cache(maxsize=64)
+def table(
+    parts: tuple[tuple[Part, Part], ...], rules: tuple[int, ...], device: torch.device
+) -> Table | None:
+    """Return the table of some parameters, whose kernels compile; None if they do not.
+
+    Then a warning says why, once, and :func:`available` is False from now on.
+    """
+    made = Table(parts, rules, device)
+    try:
+        made.compile()
+    except Exception as error:  # whatever the compiler, the driver or the disk has to say
+        warnings.warn(
+            f"AGC's Triton kernels do not compile here, so clipping takes many launches "
+            f"({type(error).__name__}: {error}); {_SWITCH}=0 turns them off",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        os.environ[_SWITCH] = "0"
+        return None
+    return made
+
+
+@lru_cache(maxsize=256)
+def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def _tiles(part: Part, index: int, start: int) -> Array:
@@ -347,10 +429,6 @@ def _tiles(part: Part, index: int, start: int) -> Array:
     first = np.arange(0, part.units, tile.units)
     unit, piece = np.repeat(first, pieces), np.tile(np.arange(pieces), len(first))
     return np.stack([np.full_like(unit, index), unit, piece, start + piece * part.units + unit], -1)
-
-
-def _rows(arrays: list[Array]) -> int:
-    return sum(len(array) for array in arrays)
 
 
 def _constants(part: Part) -> dict[str, Any]:

@@ -110,9 +110,7 @@ def _squares(
         total = tl.zeros([UNITS, ELEMENTS], dtype=WIDE)
     for at in range(first, end, ELEMENTS):
         element = at + tl.arange(0, ELEMENTS)
-        offsets, mask = _block(
-            unit, units, element, end, length, inner, outputs, window, WAY
-        )
+        offsets, mask = _block(unit, units, element, end, length, inner, outputs, window, WAY)
         value = tl.load(start + offsets, mask=mask, other=0.0).to(WIDE)
         total += value * value
     return tl.sum(total.to(tl.float64), axis=0 if WAY == "columns" else 1)
@@ -310,9 +308,7 @@ def scale_kernel(
         written = tl.expand_dims(changes, axis)
         for at in range(first, end, ELEMENTS):
             element = at + tl.arange(0, ELEMENTS)
-            offsets, mask = _block(
-                unit, units, element, end, length, inner, outputs, window, WAY
-            )
+            offsets, mask = _block(unit, units, element, end, length, inner, outputs, window, WAY)
             if WAY != "columns":  # where a mask that differs by unit would make accesses narrow
                 mask = mask & written
             raw = tl.load(start + offsets, mask=mask, other=0.0)

@@ -316,7 +316,7 @@ class Table:
                     self._firsts,
                     decision.numbers[3],
                     self._pairs,
-                    **_constants(launch.part),
+                    **constants(launch.part),
                     ZERO=zero,
                     grid=(len(tiles),),
                     warmup=warmup,
@@ -348,7 +348,7 @@ class Table:
                 self._sizes,
                 launch.tiles,
                 sums,
-                **_constants(launch.part),
+                **constants(launch.part),
                 EXACT=launch.part.exact,
                 grid=(len(launch.tiles),),
                 warmup=warmup,
@@ -431,7 +431,7 @@ def _tiles(part: Part, index: int, start: int) -> Array:
     return np.stack([np.full_like(unit, index), unit, piece, start + piece * part.units + unit], -1)
 
 
-def _constants(part: Part) -> dict[str, Any]:
+def constants(part: Part) -> dict[str, Any]:
     """Return what a kernel is compiled for."""
     tile = part.tile
     return {

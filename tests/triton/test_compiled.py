@@ -98,7 +98,8 @@ def test_tiles(name: str, dtype: torch.dtype, aligned: bool, capability: int) ->
     for kernel, options in kernels:
         ptx, uses = build(kernel, {**constants, **options}, capability)
         # Float64 is a function call on a GPU that has few units for it.
-        assert uses["LOCAL"] == 0 and (uses["STACK"] == 0 or capability == 120)
+        assert uses["LOCAL"] == 0
+        assert uses["STACK"] == 0 or capability == 120
         assert uses["REG"] <= (64 if aligned else REGISTERS[name])
         wide = {"ld.global.v4.b32"} if dtype != torch.float64 else {"ld.global.v2.b64"}
         if aligned:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
@@ -27,6 +28,8 @@ Way: TypeAlias = Literal["rows", "columns", "gather"]
 
 _SWITCH: Final = "AGC_TORCH_TRITON"
 """Environment variable that turns the kernels off, if it is 0."""
+_PLAIN: Final = (Tensor, torch.nn.Parameter)
+"""Types of tensors that have memory of their own; a subclass may not."""
 _WIDE_LOAD: Final = 16
 """Bytes of the widest load."""
 _SUMS: Final = 256
@@ -131,6 +134,8 @@ def part_of(tensor: Tensor, axes: UnitAxes, *, exact: bool = False) -> Part | No
     exact : bool
         Whether squares are added in float64 on every device.
     """
+    if type(tensor) not in _PLAIN:
+        return None
     order = memory_order(axes.view, axes.reduce, tensor.stride())
     if order is None:
         return None
@@ -290,9 +295,10 @@ class Table:
         else:
             limits = _numbers(tuple(map(float, thresholds)), self._device)
         scale = one if grad_scale is None else grad_scale.to(one)
-        return self._decide(addresses, limits, scale, eps, div_eps)
+        with self._current():
+            return self._decide(addresses, limits, scale, eps, div_eps)
 
-    def scale(self, decision: Decision, *, zero: bool, warmup: bool = False) -> None:
+    def scale(self, decision: Decision, *, zero: bool) -> None:
         """Scale gradients in place (AGC-2 to AGC-4).
 
         Parameters
@@ -301,9 +307,11 @@ class Table:
             From :meth:`decide`.
         zero : bool
             Whether the gradient of a unit that is not finite becomes 0; else it becomes NaN.
-        warmup : bool
-            Compile the kernels and launch nothing.
         """
+        with self._current():
+            self._scale(decision, zero=zero)
+
+    def _scale(self, decision: Decision, *, zero: bool, warmup: bool = False) -> None:
         from agc_torch.triton_kernels import scale_kernel
 
         for launch in self._launches:
@@ -325,9 +333,14 @@ class Table:
     def compile(self) -> None:
         """Compile all kernels and launch nothing, so that a failure leaves all gradients alone."""
         one = _numbers((1.0,), self._device)
-        decision = self._decide(self._uploaded[1], one, one, 0.0, 0.0, warmup=True)
-        for zero in (False, True):
-            self.scale(decision, zero=zero, warmup=True)
+        with self._current():
+            decision = self._decide(self._uploaded[1], one, one, 0.0, 0.0, warmup=True)
+            for zero in (False, True):
+                self._scale(decision, zero=zero, warmup=True)
+
+    def _current(self) -> AbstractContextManager[Any]:
+        """Make the tensors' GPU the one that Triton launches on."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _decide(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from agc import AGC
+from agc import AGC, Units
 from agc.reference import adaptive_clip
 from agc_conformance.backends.torch.backend import TorchBackend
 from agc_conformance.runner import run_case
@@ -163,6 +165,28 @@ def test_poisoned_units(name: str, policy: str) -> None:
     expected = expect({"p": p}, rule)["p"]
     adaptive_clip_grad_({"p": p}, rule)
     np.testing.assert_allclose(p.grad.numpy(), expected, rtol=4e-7)
+
+
+def test_tensors_without_memory_take_the_other_path() -> None:
+    axes = Units("o i -> o").bind((4, 6))
+    assert fused.part_of(torch.ones(4, 6), axes) is not None
+    with FakeTensorMode():
+        assert fused.part_of(torch.ones(4, 6), axes) is None
+    for hole in (torch.ones(4, 12)[:, ::2], torch.ones(4, 1).expand(4, 6)):
+        assert fused.part_of(hole, axes) is None
+    assert fused.part_of(torch.ones(0, 6), Units("o i -> o").bind((0, 6))) is None
+
+
+def test_kernels_that_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(table: fused.Table) -> None:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(fused.Table, "compile", fail)
+    monkeypatch.setenv("AGC_TORCH_TRITON", "1")
+    case = CASES["ragged"]
+    with pytest.warns(RuntimeWarning, match="do not compile here.*OSError: no compiler"):
+        clip({"p": parameter(case)}, AGC(clipping=0.02, units={"p": case.units}))
+    assert os.environ["AGC_TORCH_TRITON"] == "0"
 
 
 VECTORS = [

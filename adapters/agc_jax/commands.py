@@ -33,8 +33,8 @@ def classifier(options: Options, arrays: Mapping[str, Any]) -> Callable[[Any], A
 
 
 @cache
-def _programs() -> tuple[nnx.Module, Callable[..., Any], Callable[..., Any]]:
-    """Return model, training step and logits; compiled once for all thresholds and rates."""
+def _programs() -> tuple[nnx.Module, Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Return model, optimizer, step and logits; compiled once for all thresholds and rates."""
     model = agc_jax.nfnet("tiny", dropout=0.0, stochastic_depth=0.0, rngs=nnx.Rngs(0))
     graph, _, rest = nnx.split(model, nnx.Param, ...)
     units = agc_jax.units(model)
@@ -43,6 +43,11 @@ def _programs() -> tuple[nnx.Module, Callable[..., Any], Callable[..., Any]]:
         outputs: jax.Array = nnx.merge(graph, params, rest)(images)
         return outputs
 
+    def optimizer(rate: Any, clipping: Any) -> optax.GradientTransformationExtraArgs:
+        """Return :func:`agc_jax.sgd_nfnet` with a threshold that may be traced."""
+        agc = agc_jax.adaptive_grad_clip(AGC.profile("deepmind"), units=units, clipping=clipping)
+        return optax.chain(agc, *after_clipping(rate))
+
     def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), SMOOTHING)
         return optax.softmax_cross_entropy(logits(params, images), targets).mean()
@@ -50,21 +55,11 @@ def _programs() -> tuple[nnx.Module, Callable[..., Any], Callable[..., Any]]:
     @jax.jit  # type: ignore[untyped-decorator]
     def step(params: Any, state: Any, rate: Any, clipping: Any, *batch: jax.Array) -> Any:
         value, gradients = jax.value_and_grad(loss)(params, *batch)
-        tx = _optimizer(units, rate, clipping)
-        state = tx.init(params) if state is None else state
-        updates, state = tx.update(gradients, state, params)
+        updates, state = optimizer(rate, clipping).update(gradients, state, params)
         stats = agc_jax.stats(state)
         return optax.apply_updates(params, updates), state, value, stats.clipped / stats.units
 
-    return model, step, jax.jit(logits)
-
-
-def _optimizer(units: Any, rate: Any, clipping: Any) -> optax.GradientTransformationExtraArgs:
-    """Return :func:`agc_jax.sgd_nfnet` with a threshold that is traced."""
-    return optax.chain(
-        agc_jax.adaptive_grad_clip(AGC.profile("deepmind"), units=units, clipping=clipping),
-        *after_clipping(rate),
-    )
+    return model, optimizer, step, jax.jit(logits)
 
 
 def train(
@@ -75,11 +70,11 @@ def train(
     test: tuple[Any, Any],
 ) -> Iterator[tuple[float, float]]:
     """Train ``tiny``; see :meth:`agc.cli.frameworks.Framework.train`."""
-    model, step, logits = _programs()
+    model, optimizer, step, logits = _programs()
     agc_jax.from_neutral(model, initial)
     params = nnx.state(model, nnx.Param)
     threshold = jax.numpy.asarray(_NEVER if clipping is None else clipping)
-    state = None
+    state = optimizer(0.0, threshold).init(params)
     for rate, batch in zip(rates, batches, strict=True):
         params, state, loss, clipped = step(params, state, rate, threshold, *batch)
         yield float(loss), float(clipped)

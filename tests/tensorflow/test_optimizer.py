@@ -101,7 +101,7 @@ OPTIMIZERS = {
     "Lion": lambda: optimizers.Lion(0.1),
     "Lamb": lambda: optimizers.Lamb(0.1),
 }
-if hasattr(optimizers, "Muon"):  # which an older Keras lacks
+if int(keras.__version__.split(".")[1]) >= 13:  # before that, Muon takes no variable of TensorFlow's
     OPTIMIZERS["Muon"] = lambda: optimizers.Muon(0.1)
 
 

@@ -1,4 +1,4 @@
-"""AGC of all parameters in a handful of launches, whatever their number.
+"""AGC and SAM's perturbation of all parameters in a handful of launches, whatever their number.
 
 What depends on shapes, strides and dtypes alone stands in a :class:`Table`, which is made once; a
 step writes nothing but the addresses of tensors, if they changed. :mod:`agc_torch.triton_kernels`
@@ -21,7 +21,17 @@ from torch import Tensor
 
 from agc.units import UnitAxes
 
-__all__ = ["Decision", "Part", "Table", "available", "memory_order", "part_of", "table"]
+__all__ = [
+    "Decision",
+    "Move",
+    "Part",
+    "Table",
+    "available",
+    "memory_order",
+    "part_of",
+    "perturb",
+    "table",
+]
 
 Array = npt.NDArray[Any]
 Way: TypeAlias = Literal["rows", "columns", "gather"]
@@ -263,7 +273,6 @@ class Table:
         self.launches = len(self._launches) + len(self._decisions) + scaled
 
         self._uploaded: tuple[object, Tensor] = (None, self._put([0] * len(tensors), np.int64))
-        self._captured: list[Tensor] = []
 
     def decide(
         self,
@@ -395,12 +404,10 @@ class Table:
         gpu = self._device.type == "cuda"
         known = addresses, torch.cuda.current_stream(self._device) if gpu else None
         if self._uploaded[0] != known:
-            host = torch.tensor(addresses, dtype=torch.int64, pin_memory=gpu)
-            device = torch.empty_like(self._uploaded[1]).copy_(host, non_blocking=True)
+            sent = _sent(addresses, self._device)
             if gpu and torch.cuda.is_current_stream_capturing():
-                self._captured.append(host)  # the graph repeats the copy
-                return device
-            self._uploaded = known, device
+                return sent
+            self._uploaded = known, sent
         return self._uploaded[1]
 
     def _put(self, values: Any, dtype: npt.DTypeLike = np.int32) -> Tensor:
@@ -428,6 +435,19 @@ def table(
         os.environ[_SWITCH] = "0"
         return None
     return made
+
+
+_captured: list[Tensor] = []
+"""Memory that CUDA graphs copy from in every replay."""
+
+
+def _sent(addresses: list[int], device: torch.device) -> Tensor:
+    """Return numbers on the device, without waiting for it."""
+    pinned = device.type == "cuda"
+    host = torch.tensor(addresses, dtype=torch.int64, pin_memory=pinned)
+    if pinned and torch.cuda.is_current_stream_capturing():
+        _captured.append(host)
+    return host.to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=256)
@@ -471,6 +491,116 @@ def _float64_is_fast(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return True
     return torch.cuda.get_device_capability(device) in {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+
+
+_PERTURBED: Final = (1024, 1 << 14)
+"""Elements that a program of SAM holds at a time, and that it takes."""
+
+
+class Move(NamedTuple):
+    """A weight that SAM perturbs, its gradient, and whether ASAM scales it."""
+
+    weight: Tensor
+    gradient: Tensor
+    adaptive: bool
+
+    @property
+    def fits(self) -> bool:
+        """Whether :func:`perturb` takes it."""
+        weight, gradient = self.weight, self.gradient
+        return (
+            type(weight) in _PLAIN
+            and type(gradient) in _PLAIN
+            and weight.dtype in _triton_dtypes()
+            and gradient.dtype in _triton_dtypes()
+            and weight.stride() == gradient.stride()
+            and memory_order(weight.shape, tuple(range(weight.dim())), weight.stride()) is not None
+        )
+
+    @property
+    def kind(self) -> tuple[torch.dtype, torch.dtype, int, bool]:
+        """Return what a launch is compiled for: dtypes, lanes and whether ASAM scales."""
+        weight, gradient = self.weight, self.gradient
+        lanes = _WIDE_LOAD // min(weight.itemsize, gradient.itemsize)
+        aligned = all(t.data_ptr() % _WIDE_LOAD == 0 for t in (weight, gradient))
+        wide = aligned and weight.numel() % lanes == 0
+        return weight.dtype, gradient.dtype, lanes if wide else 1, self.adaptive
+
+
+def perturb(moves: Sequence[Move], factor: Tensor, eta: float) -> list[Tensor]:
+    """Move weights to ``w + e``, and return copies of what they were (SAM-1, SAM-10).
+
+    Parameters
+    ----------
+    moves : sequence of Move
+        Of one GPU; all of them fit.
+    factor : scalar Tensor of float64
+        What gradients are multiplied by; 0 leaves the weights alone, whatever the gradients are.
+    eta : float
+        What ASAM adds to the magnitude of a weight.
+
+    Returns
+    -------
+    list of Tensor
+        Each laid out like its weight.
+    """
+    from agc_torch.triton_kernels import perturb_kernel
+
+    device = factor.device
+    copies = _copies([move.weight for move in moves])
+    groups: dict[Any, list[int]] = {}
+    for index, move in enumerate(moves):
+        groups.setdefault(move.kind, []).append(index)
+    for (dtype, gradient, lanes, adaptive), group in groups.items():
+        chosen = [(moves[index], copies[index]) for index in group]
+        columns = zip(*((m.weight, m.gradient, copy) for m, copy in chosen), strict=True)
+        addresses = [tensor.data_ptr() for column in columns for tensor in column]
+        tiles, counts = _pieces(tuple(move.weight.numel() for move, _ in chosen), device)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        names = _triton_dtypes()
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            perturb_kernel[(len(tiles),)](
+                _sent(addresses, device),
+                counts,
+                tiles,
+                len(group),
+                factor,
+                _numbers((eta,), device),
+                DTYPE=names[dtype],
+                GRADIENT=names[gradient],
+                WIDE=names[wide],
+                LANES=lanes,
+                ADAPTIVE=adaptive,
+                ELEMENTS=_PERTURBED[0],
+                PIECE=_PERTURBED[1],
+            )
+    return copies
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Return tensors laid out like others, in one stretch of memory for each dtype."""
+    sizes = [-(-t.numel() * t.itemsize // _WIDE_LOAD) * _WIDE_LOAD // t.itemsize for t in tensors]
+    totals: dict[torch.dtype, int] = {}
+    starts = []
+    for tensor, size in zip(tensors, sizes, strict=True):
+        starts.append(totals.get(tensor.dtype, 0))
+        totals[tensor.dtype] = starts[-1] + size
+    device = tensors[0].device
+    flat = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in totals.items()}
+    return [
+        flat[tensor.dtype].as_strided(tensor.shape, tensor.stride(), start)
+        for tensor, start in zip(tensors, starts, strict=True)
+    ]
+
+
+@lru_cache(maxsize=64)
+def _pieces(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the tiles of tensors with so many elements: tensor and piece; and the elements."""
+    pieces = [-(-count // _PERTURBED[1]) for count in counts]
+    tensor = np.repeat(np.arange(len(counts)), pieces)
+    piece = np.concatenate([np.arange(n) for n in pieces])
+    tiles = np.stack([tensor, piece], -1).astype(np.int32)
+    return torch.from_numpy(tiles).to(device), torch.tensor(counts, device=device)
 
 
 def available(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""AGC's kernels for GPUs, in Triton: each launch covers tiles of many tensors.
+"""Kernels of AGC and SAM for GPUs, in Triton: each launch covers tiles of many tensors.
 
 A dense tensor in memory order is ``[G, I, O, K]``, of which ``(G, O)`` name a unit and ``(I, K)``
 are reduced. Three ways to walk through it are enough:
@@ -20,7 +20,7 @@ Importing this module imports Triton, which comes with PyTorch for CUDA and ROCm
 import triton
 import triton.language as tl
 
-__all__ = ["decide_kernel", "norms_kernel", "scale_kernel"]
+__all__ = ["decide_kernel", "norms_kernel", "perturb_kernel", "scale_kernel"]
 
 # The sum of squares between which float32 holds it, and every square that matters, well.
 _LEAST = tl.constexpr(1e-24)
@@ -318,3 +318,64 @@ def scale_kernel(
             if DTYPE != tl.float64:
                 value = value.to(tl.float32)  # the interpreter casts float64 to bfloat16 wrongly
             tl.store(start + offsets, tl.where(written, value.to(DTYPE), raw), mask=mask)
+
+
+@triton.jit
+def perturb_kernel(
+    addresses,
+    counts,
+    tiles,
+    tensors,
+    factor,
+    eta,
+    DTYPE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    WIDE: tl.constexpr,
+    LANES: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Copy weights aside and move them to ``w + e`` (SAM-1, SAM-5, SAM-10).
+
+    Parameters
+    ----------
+    addresses : int64, shape (3 * tensors,)
+        Where weights, gradients and copies start.
+    counts : int64, shape (tensors,)
+        Elements of each.
+    tiles : int32, shape (programs, 2)
+        Tensor and piece.
+    tensors : int
+        Number of weights.
+    factor : float64, one number
+        What gradients are multiplied by; if it is 0, the weights stay, whatever the gradients are.
+    eta : float64, one number
+        What ASAM adds to the magnitude of a weight.
+    ADAPTIVE : bool
+        Whether gradients are multiplied by ``(|w| + eta)**2`` too.
+    """
+    tile = tiles + tl.program_id(0).to(tl.int64) * 2
+    tensor = tl.load(tile).to(tl.int64)
+    count = tl.load(counts + tensor)
+    weight = tl.load(addresses + tensor).to(tl.pointer_type(DTYPE))
+    gradient = tl.load(addresses + tensors + tensor).to(tl.pointer_type(GRADIENT))
+    copy = tl.load(addresses + 2 * tensors + tensor).to(tl.pointer_type(DTYPE))
+    if LANES > 1:
+        weight, copy = tl.multiple_of(weight, 16), tl.multiple_of(copy, 16)
+        gradient = tl.multiple_of(gradient, 16)
+        count = tl.multiple_of(count, LANES)
+    by = tl.load(factor).to(WIDE)
+    moves = (by + tl.zeros([ELEMENTS], WIDE)) != 0.0  # the interpreter mixes no scalar with a block
+    first = tl.load(tile + 1).to(tl.int64) * PIECE
+    for at in range(0, PIECE, ELEMENTS):
+        element = first + at + tl.arange(0, ELEMENTS)
+        mask = element < count
+        raw = tl.load(weight + element, mask=mask, other=0.0)
+        tl.store(copy + element, raw, mask=mask)
+        value = raw.to(WIDE)
+        move = by * tl.load(gradient + element, mask=mask & moves, other=0.0).to(WIDE)
+        if ADAPTIVE:
+            scale = tl.abs(value) + tl.load(eta).to(WIDE)
+            move = move * scale * scale
+        tl.store(weight + element, (value + move).to(DTYPE), mask=mask & moves)

@@ -101,7 +101,9 @@ OPTIMIZERS = {
     "Lion": lambda: optimizers.Lion(0.1),
     "Lamb": lambda: optimizers.Lamb(0.1),
 }
-if int(keras.__version__.split(".")[1]) >= 13:  # before that, Muon takes no variable of TensorFlow's
+if (
+    int(keras.__version__.split(".")[1]) >= 13
+):  # before that, Muon takes no variable of TensorFlow's
     OPTIMIZERS["Muon"] = lambda: optimizers.Muon(0.1)
 
 

@@ -19,7 +19,7 @@ from agc.reference import adaptive_clip
 from agc_conformance.backends.torch.backend import TorchBackend
 from agc_conformance.runner import run_case
 from agc_conformance.vectors import load_vectors
-from agc_conformance.verdict import ulp_error
+from agc_conformance.verdict import ulp, ulp_error
 from agc_torch import adaptive_clip_grad_, fused, plan
 from tests.helpers import draw
 
@@ -189,10 +189,56 @@ def test_kernels_that_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["AGC_TORCH_TRITON"] == "0"
 
 
+SAM_CASES = {
+    "matrix": (64, 80),
+    "ragged": (37, 131),
+    "vector": (70,),
+    "scalar": (),
+    "two pieces": (3, 7000),
+}
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("poisoned", [False, True])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_sam_moves_weights(dtypes: tuple[torch.dtype, ...], poisoned: bool, adaptive: bool) -> None:
+    moves = []
+    for seed, shape in enumerate(SAM_CASES.values()):
+        w, g = (
+            torch.tensor(a).to(dtype) for a, dtype in zip(draw(shape, seed), dtypes, strict=True)
+        )
+        moves.append(fused.Move(w, g, adaptive and w.ndim >= 2))
+    moves.append(fused.Move(transposed(moves[0].weight), transposed(moves[0].gradient), adaptive))
+    before = [move.weight.clone() for move in moves]
+    if poisoned:
+        moves[1].gradient[2] = math.nan
+    factor = torch.tensor(0.0 if poisoned else 1e-3, dtype=torch.float64)
+    assert all(move.fits for move in moves)
+    copies = fused.perturb(moves, factor, 0.01)
+    for move, old, copy in zip(moves, before, copies, strict=True):
+        assert copy.stride() == move.weight.stride()
+        assert torch.equal(copy, old)
+        scale = (old.double().abs() + 0.01) ** 2 if move.adaptive else 1.0
+        step = torch.zeros(()) if poisoned else 1e-3 * scale * move.gradient.double()
+        expected = old.double() + step
+        size = torch.maximum(old.double().abs(), step.abs()).numpy()
+        dtype = str(old.dtype).removeprefix("torch.")
+        errors = np.abs(move.weight.double().numpy() - expected.numpy()) / ulp(size, dtype)
+        assert errors.max() <= (0 if poisoned else 3)
+
+
 VECTORS = [
     (vector, dtype)
     for vector in load_vectors()
-    if vector.id.startswith("L1-") and not vector.id.startswith("L1-sam")
+    if vector.id.startswith("L1-")
     for dtype in vector.dtypes()
     if dtype in TorchBackend.dtypes
 ]

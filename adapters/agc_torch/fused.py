@@ -551,13 +551,11 @@ def perturb(moves: Sequence[Move], factor: Tensor, eta: float) -> list[Tensor]:
     groups: dict[Any, list[int]] = {}
     for index, move in enumerate(moves):
         groups.setdefault(move.kind, []).append(index)
-    for (dtype, gradient, lanes, adaptive), group in groups.items():
+    for kind, group in groups.items():
         chosen = [(moves[index], copies[index]) for index in group]
         columns = zip(*((m.weight, m.gradient, copy) for m, copy in chosen), strict=True)
         addresses = [tensor.data_ptr() for column in columns for tensor in column]
         tiles, counts = _pieces(tuple(move.weight.numel() for move, _ in chosen), device)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        names = _triton_dtypes()
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             perturb_kernel[(len(tiles),)](
                 _sent(addresses, device),
@@ -566,15 +564,24 @@ def perturb(moves: Sequence[Move], factor: Tensor, eta: float) -> list[Tensor]:
                 len(group),
                 factor,
                 _numbers((eta,), device),
-                DTYPE=names[dtype],
-                GRADIENT=names[gradient],
-                WIDE=names[wide],
-                LANES=lanes,
-                ADAPTIVE=adaptive,
-                ELEMENTS=_PERTURBED[0],
-                PIECE=_PERTURBED[1],
+                **perturbation_constants(kind),
             )
     return copies
+
+
+def perturbation_constants(kind: tuple[torch.dtype, torch.dtype, int, bool]) -> dict[str, Any]:
+    """Return what the kernel of a kind of moves is compiled for."""
+    weight, gradient, lanes, adaptive = kind
+    names = _triton_dtypes()
+    return {
+        "DTYPE": names[weight],
+        "GRADIENT": names[gradient],
+        "WIDE": names[torch.promote_types(weight, torch.float32)],
+        "LANES": lanes,
+        "ADAPTIVE": adaptive,
+        "ELEMENTS": _PERTURBED[0],
+        "PIECE": _PERTURBED[1],
+    }
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:

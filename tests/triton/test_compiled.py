@@ -25,10 +25,11 @@ CAPABILITIES = (80, 90, 120)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 TYPES = {
-    **dict.fromkeys(("addresses", "sizes", "places", "firsts"), "*i64"),
+    **dict.fromkeys(("addresses", "sizes", "places", "firsts", "counts"), "*i64"),
     **dict.fromkeys(("tiles", "chosen", "pairs", "rules"), "*i32"),
     **dict.fromkeys(("sums", "factors", "thresholds", "grad_scale", "numbers"), "*fp64"),
-    **dict.fromkeys(("count", "gradients", "units"), "i32"),
+    **dict.fromkeys(("factor", "eta"), "*fp64"),
+    **dict.fromkeys(("count", "gradients", "units", "tensors"), "i32"),
     **dict.fromkeys(("eps", "div_eps"), "fp64"),
 }
 """Types of the kernels' arguments; the others are constants."""
@@ -115,6 +116,19 @@ def test_decisions(shape: tuple[int, int], capability: int) -> None:
     _, uses = build(triton_kernels.decide_kernel, constants, capability)
     assert uses["LOCAL"] == uses["STACK"] == 0
     assert uses["REG"] <= 72
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_perturbation(dtype: torch.dtype, adaptive: bool, capability: int) -> None:
+    weight = torch.ones(64, 64, dtype=dtype)
+    constants = fused.perturbation_constants(fused.Move(weight, weight.clone(), adaptive).kind)
+    ptx, uses = build(triton_kernels.perturb_kernel, constants, capability)
+    assert uses["LOCAL"] == uses["STACK"] == 0
+    assert uses["REG"] <= 64
+    assert "ld.global.v" in ptx
+    assert "st.global.v" in ptx
 
 
 def launches(model: Any, rule: AGC) -> int:

@@ -232,7 +232,8 @@ def test_sam_moves_weights(dtypes: tuple[torch.dtype, ...], poisoned: bool, adap
         size = torch.maximum(old.double().abs(), step.abs()).numpy()
         dtype = str(old.dtype).removeprefix("torch.")
         errors = np.abs(move.weight.double().numpy() - expected.numpy()) / ulp(size, dtype)
-        assert errors.max() <= (0 if poisoned else 3)
+        # One rounding of each product and sum, of which ASAM has five.
+        assert errors.max() <= (0 if poisoned else 5 if adaptive else 2)
 
 
 VECTORS = [

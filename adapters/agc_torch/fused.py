@@ -617,8 +617,8 @@ def available(device: torch.device) -> bool:
     """
     return (
         device.type == "cuda"
-        and os.environ.get(_SWITCH) != "0"
         and not torch.compiler.is_compiling()
+        and os.environ.get(_SWITCH) != "0"
         and _triton_is_installed()
     )
 

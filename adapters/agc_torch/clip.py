@@ -341,11 +341,10 @@ class _LaunchedChunk:
 
     def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
         """Return norms and limits of all units (AGC-1)."""
-        entries = {job.entry.clipping: job.entry for job in self._jobs}
         self._decision = self._table.decide(
             [job.weight.tensor for job in self._jobs],
             [job.gradient.tensor for job in self._jobs],
-            [_threshold(entry, step) for entry in entries.values()],
+            [_threshold(entry, step) for entry in _thresholds(self._jobs)[0]],
             eps=rule.eps,
             div_eps=rule.div_eps,
             grad_scale=grad_scale,
@@ -370,9 +369,20 @@ def _parts(job: _Job) -> tuple[fused.Part, fused.Part] | None:
 
 
 def _table(jobs: list[_Job], device: torch.device) -> fused.Table | None:
-    clippings = list(dict.fromkeys(job.entry.clipping for job in jobs))
     parts = tuple(pair for job in jobs if (pair := _parts(job)) is not None)
-    return fused.table(parts, tuple(clippings.index(job.entry.clipping) for job in jobs), device)
+    return fused.table(parts, tuple(_thresholds(jobs)[1]), device)
+
+
+def _thresholds(jobs: list[_Job]) -> tuple[list[PlanEntry], list[int]]:
+    """Return an entry for each threshold that there is, and which of them each job has."""
+    entries: list[PlanEntry] = []
+    indices = []
+    for job in jobs:
+        same = [i for i, entry in enumerate(entries) if entry.clipping == job.entry.clipping]
+        indices.append(same[0] if same else len(entries))
+        if not same:
+            entries.append(job.entry)
+    return entries, indices
 
 
 def _threshold(entry: PlanEntry, step: Step) -> float | Tensor:

@@ -191,6 +191,16 @@ def teeth(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def triton(session: nox.Session) -> None:
+    """Run AGC's GPU kernels in Triton's interpreter, and compile them for GPUs; none is needed."""
+    install(session, "torch", "conformance", groups=("test", "pinned-torch", "triton"))
+    cache = {"TRITON_CACHE_DIR": session.create_tmp()}
+    interpreted = {**cache, "TRITON_INTERPRET": "1"}
+    session.run("pytest", "tests/triton/test_interpreted.py", *session.posargs, env=interpreted)
+    session.run("pytest", "tests/triton/test_compiled.py", *session.posargs, env=cache)
+
+
+@nox.session(default=False)
 def conformance_tpu(session: nox.Session) -> None:
     """Compile every AGC program for a TPU topology, on a machine that need not have one."""
     install(session, "jax", "conformance", groups=("pinned-jax", "tpu"))

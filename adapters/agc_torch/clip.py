@@ -5,6 +5,7 @@ limits, decisions and scales are a handful of small operations, whatever the num
 Then
 
 * on the CPU reading a value is free, so only tensors that contain a clipped unit are written;
+* on a GPU with Triton a few launches do all of it, and write clipped units only;
 * elsewhere every gradient is multiplied by its scales (1 keeps its bits), without a host sync.
 
 Letters at the end of a name: U units.
@@ -26,6 +27,7 @@ from agc.checks import NO_GRADIENT
 from agc.config import Clipping
 from agc.errors import MissingGradientError, NonFiniteError
 from agc.plan import WHOLE, PlanEntry
+from agc_torch import fused
 from agc_torch.norms import all_norms, on_host
 from agc_torch.schedules import Step, value_at
 from agc_torch.shards import is_dtensor
@@ -153,14 +155,14 @@ def clip_(
         raises = rule.nonfinite == "raise" and not (found_inf is not None and found_inf.any())
         results = []
         for chunk in _chunks(jobs):
-            result = _decide(chunk, rule, step, grad_scale)
+            result = chunk.decide(rule, step, grad_scale)
             results.append((chunk, result))
             if not raises:
-                _scale(chunk, result, zero=rule.nonfinite == "zero")
+                chunk.scale(result, zero=rule.nonfinite == "zero")
         if raises:
             _raise_nonfinite([result for _, result in results])
             for chunk, result in results:
-                _scale(chunk, result, zero=False)
+                chunk.scale(result, zero=False)
     return Stats([job.entry.name for job in jobs], [result for _, result in results])
 
 
@@ -234,8 +236,29 @@ def _jobs(
     return jobs
 
 
-def _chunks(jobs: list[_Job]) -> Iterable[list[_Job]]:
-    """Group jobs that have one home and one threshold; on a CPU, as many as its cache holds."""
+def _chunks(jobs: list[_Job]) -> Iterable[_Chunk | _LaunchedChunk]:
+    """Group jobs that are clipped together.
+
+    They have one home. Without Triton they have one threshold too, and on a CPU they are as many as
+    its cache holds.
+    """
+    launched: dict[torch.device, list[_Job]] = {}
+    others = []
+    for job in jobs:
+        if fused.available(job.gradient.home[0]) and _parts(job) is not None:
+            launched.setdefault(job.gradient.home[0], []).append(job)
+        else:
+            others.append(job)
+    for device, group in launched.items():
+        table = _table(group, device)
+        if table is None:
+            others += group
+        else:
+            yield _LaunchedChunk(group, table)
+    yield from map(_Chunk, _by_threshold(others))
+
+
+def _by_threshold(jobs: list[_Job]) -> Iterable[list[_Job]]:
     groups: list[tuple[tuple[Home, Clipping], list[_Job]]] = []
     for job in jobs:
         key = job.gradient.home, job.entry.clipping
@@ -261,50 +284,114 @@ def _chunks(jobs: list[_Job]) -> Iterable[list[_Job]]:
         yield chunk
 
 
-def _decide(jobs: list[_Job], rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
-    """Norms and limits of all units of jobs that belong together (AGC-1)."""
-    entry = jobs[0].entry
-    assert entry.clipping is not None  # only what is clipped becomes a job
-    threshold = value_at(f"clipping of {entry.name!r}", entry.clipping, step)
-    least = threshold if isinstance(threshold, float) else 0.0
-    both = [job.weight for job in jobs] + [job.gradient for job in jobs]
-    norms_U = all_norms(both, min(least, 1.0) * rule.eps)
-    floor_U, norm_U = norms_U.view(2, norms_U.numel() // 2)
-    floor_U = floor_U.clamp(min=rule.eps)
-    if grad_scale is not None:
-        norm_U = norm_U / grad_scale.to(norm_U.device, non_blocking=True)
-    counts = [(job.entry.name, job.gradient.count) for job in jobs]
-    return UnitNumbers(counts, floor_U, floor_U * threshold, norm_U, rule.div_eps)
+class _Chunk:
+    """Jobs of one home and one threshold, clipped by PyTorch's own operations."""
 
+    def __init__(self, jobs: list[_Job]) -> None:
+        self._jobs = jobs
 
-def _scale(jobs: list[_Job], numbers: UnitNumbers, *, zero: bool) -> None:
-    """Multiply every gradient by its scales, in place and with one rounding (AGC-2 to AGC-4)."""
-    sizes = [count for _, count in numbers.counts]
-    touched: Iterable[int] = range(len(jobs))
-    host = on_host(numbers.norm.device)
-    if host:
-        untouched_U = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
-        if untouched_U.all():
-            return
-        if untouched_U.any():
-            split = untouched_U.split(sizes)
-            touched = [index for index, untouched in enumerate(split) if not untouched.all()]
-    factor_U = narrow_U = numbers.factor
-    if host and not (factor_U < _SMALLEST).any():
-        # Float64 factors make a float64 copy of the gradient on a CPU. Only factors that float32
-        # cannot hold are worth that: of gradients 1e30 times too large.
-        narrow_U = factor_U.float()
-    wide, narrow = factor_U.split(sizes), narrow_U.split(sizes)
-    for index in touched:
-        gradient = jobs[index].gradient
-        factors = wide if gradient.tensor.dtype == torch.float64 else narrow
-        for block, factor in _blocks(gradient.tensor, gradient.spread(factors[index]), host):
-            block.mul_(factor)
-    if zero:
-        bad = numbers.bad.split(sizes)
+    def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
+        """Return norms and limits of all units (AGC-1)."""
+        jobs = self._jobs
+        threshold = _threshold(jobs[0].entry, step)
+        least = threshold if isinstance(threshold, float) else 0.0
+        both = [job.weight for job in jobs] + [job.gradient for job in jobs]
+        norms_U = all_norms(both, min(least, 1.0) * rule.eps)
+        floor_U, norm_U = norms_U.view(2, norms_U.numel() // 2)
+        floor_U = floor_U.clamp(min=rule.eps)
+        if grad_scale is not None:
+            norm_U = norm_U / grad_scale.to(norm_U.device, non_blocking=True)
+        return UnitNumbers(_counts(jobs), floor_U, floor_U * threshold, norm_U, rule.div_eps)
+
+    def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:
+        """Multiply every gradient by its scales, in place, with one rounding (AGC-2 to AGC-4)."""
+        sizes = [count for _, count in numbers.counts]
+        touched: Iterable[int] = range(len(self._jobs))
+        host = on_host(numbers.norm.device)
+        if host:
+            untouched_U = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
+            if untouched_U.all():
+                return
+            if untouched_U.any():
+                split = untouched_U.split(sizes)
+                touched = [index for index, untouched in enumerate(split) if not untouched.all()]
+        factor_U = narrow_U = numbers.factor
+        if host and not (factor_U < _SMALLEST).any():
+            # Float64 factors make a float64 copy of the gradient on a CPU. Only factors that
+            # float32 cannot hold are worth that: of gradients 1e30 times too large.
+            narrow_U = factor_U.float()
+        wide, narrow = factor_U.split(sizes), narrow_U.split(sizes)
         for index in touched:
-            gradient = jobs[index].gradient
-            gradient.tensor.masked_fill_(gradient.spread(bad[index]), 0)
+            gradient = self._jobs[index].gradient
+            factors = wide if gradient.tensor.dtype == torch.float64 else narrow
+            for block, factor in _blocks(gradient.tensor, gradient.spread(factors[index]), host):
+                block.mul_(factor)
+        if zero:
+            bad = numbers.bad.split(sizes)
+            for index in touched:
+                gradient = self._jobs[index].gradient
+                gradient.tensor.masked_fill_(gradient.spread(bad[index]), 0)
+
+
+class _LaunchedChunk:
+    """Jobs of one GPU, clipped by the kernels of a table."""
+
+    def __init__(self, jobs: list[_Job], table: fused.Table) -> None:
+        self._jobs, self._table = jobs, table
+
+    def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
+        """Return norms and limits of all units (AGC-1)."""
+        self._decision = self._table.decide(
+            [job.weight.tensor for job in self._jobs],
+            [job.gradient.tensor for job in self._jobs],
+            [_threshold(entry, step) for entry in _thresholds(self._jobs)[0]],
+            eps=rule.eps,
+            div_eps=rule.div_eps,
+            grad_scale=grad_scale,
+        )
+        floor_U, limit_U, norm_U, _ = self._decision.numbers.unbind()
+        return UnitNumbers(_counts(self._jobs), floor_U, limit_U, norm_U, rule.div_eps)
+
+    def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:  # noqa: ARG002
+        """Multiply clipped units by their scales, in place, with one rounding (AGC-2 to AGC-4)."""
+        self._table.scale(self._decision, zero=zero)
+
+
+def _parts(job: _Job) -> tuple[fused.Part, fused.Part] | None:
+    """Return what a table needs to know of a job, if the kernels take it."""
+    if job.gradient.home[1] is not None or not job.gradient.steady:
+        return None
+    weight, gradient = (
+        fused.part_of(view.tensor, view.axes, exact=view.exact)
+        for view in (job.weight, job.gradient)
+    )
+    return None if weight is None or gradient is None else (weight, gradient)
+
+
+def _table(jobs: list[_Job], device: torch.device) -> fused.Table | None:
+    parts = tuple(pair for job in jobs if (pair := _parts(job)) is not None)
+    return fused.table(parts, tuple(_thresholds(jobs)[1]), device)
+
+
+def _thresholds(jobs: list[_Job]) -> tuple[list[PlanEntry], list[int]]:
+    """Return an entry for each threshold that there is, and which of them each job has."""
+    entries: list[PlanEntry] = []
+    indices = []
+    for job in jobs:
+        same = [i for i, entry in enumerate(entries) if entry.clipping == job.entry.clipping]
+        indices.append(same[0] if same else len(entries))
+        if not same:
+            entries.append(job.entry)
+    return entries, indices
+
+
+def _threshold(entry: PlanEntry, step: Step) -> float | Tensor:
+    assert entry.clipping is not None  # only what is clipped becomes a job
+    return value_at(f"clipping of {entry.name!r}", entry.clipping, step)
+
+
+def _counts(jobs: list[_Job]) -> list[tuple[str, int]]:
+    return [(job.entry.name, job.gradient.count) for job in jobs]
 
 
 def _blocks(tensor: Tensor, factor: Tensor, host: bool) -> Iterable[tuple[Tensor, Tensor]]:

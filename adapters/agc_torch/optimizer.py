@@ -72,6 +72,9 @@ def attach(
       next step raises ParameterError.
     * A step in which no parameter has a gradient clips nothing, and counts as the optimizer counts
       it.
+    * With ``capturable=True`` the step count stands on the parameters' device, so that a
+      :class:`agc.Schedule` goes on in the replays of a CUDA graph; any other function of the step
+      is read on the host, which a graph forbids.
     * One step counts once, also of an optimizer whose ``step()`` calls that of its parent class.
     * Copying or pickling an optimizer drops its hooks, in PyTorch as such. Copy or pickle the
       handle together with the model and the optimizer, as in
@@ -142,7 +145,7 @@ class Handle:
         self._register()
 
     def _start(self, steps: int = 0) -> None:
-        self._steps = torch.tensor(steps)
+        self._steps = torch.tensor(steps, device=_step_device(self.optimizer))
         self._stats: Stats | None = None
         self._parameters: list[Tensor] = []
         self._pairs: list[tuple[PlanEntry, Tensor]] = []
@@ -190,7 +193,7 @@ class Handle:
         steps = state.get("steps") if isinstance(state, Mapping) else None
         if type(steps) is not int or steps < 0:
             raise FormatError(f"this is not the state of an AGC handle: {state!r}")
-        self._steps = torch.tensor(steps)
+        self._steps.fill_(steps)  # the tensor that a CUDA graph goes on counting
 
     def __enter__(self) -> Handle:
         return self
@@ -312,11 +315,22 @@ class Handle:
         if self._nested and _inside_step(optimizer):
             return
         self._running = False
+        # In place and on the device, if that is where it is needed: a CUDA graph repeats it.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None:
             self._steps += 1
-        else:  # on the flag's device: no host sync
-            self._steps = self._steps.to(found_inf.device) + (found_inf == 0).long().view(())
+        else:
+            self._steps = self._steps.to(found_inf.device)
+            self._steps += (found_inf == 0).long().view(())
+
+
+def _step_device(optimizer: Optimizer) -> torch.device | None:
+    """Return where steps are counted: on the host, unless a CUDA graph may repeat them."""
+    for group in getattr(optimizer, "param_groups", ()):
+        if group.get("capturable") and group["params"]:
+            device: torch.device = group["params"][0].device
+            return device
+    return None
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -36,6 +36,8 @@ from agc.errors import (
     ParameterError,
 )
 from agc.selectors import perturbed_names
+from agc_torch import fused
+from agc_torch.norms import on_host
 from agc_torch.passes import (
     Closure,
     call,
@@ -485,10 +487,16 @@ class SharpnessAware:
         whole: list[Tensor] = []
         groups: dict[Shards, list[Tensor]] = {s: [] for s in map(_shards, candidates) if s}
         with torch.no_grad():
+            together: list[Tensor] = []
             for parameter, gradient in direction:
                 shards = _shards(parameter)
+                if shards is None and self._is_plain(parameter, gradient):
+                    together.append(local(gradient))
+                    continue
                 norms = groups[shards] if shards else whole
                 norms.append(_norm_of(self._scaled_blocks(parameter, gradient)))
+            if together:  # in float64 without a copy, many tensors a launch
+                whole += torch._foreach_norm(together, 2, torch.float64)
             norms = whole + [_norm_over(*shards, held) for shards, held in groups.items()]
         if not norms:
             return None
@@ -507,20 +515,28 @@ class SharpnessAware:
         usable = (norm > 0) & norm.isfinite()
         factor = torch.where(usable, factor, 0.0)
         # Detached tensors throughout, so autograd does not record this.
-        self._backup = [(local(p), local(p).clone()) for p, _ in ascent.direction]
+        moves = [fused.Move(local(p), local(g), self._is_scaled(p)) for p, g in ascent.direction]
+        launched: dict[torch.device, list[fused.Move]] = {}
+        others: list[fused.Move] = []
+        for move in moves:
+            fits = fused.available(move.weight.device) and move.fits
+            (launched.setdefault(move.weight.device, []) if fits else others).append(move)
+        self._backup = [(move.weight, move.weight.clone()) for move in others]
         self._refusal = unwrap(self.model).register_state_dict_pre_hook(_RefuseToSave())
-        for parameter, gradient in ascent.direction:
-            weight, direction = local(parameter), local(gradient)
+        for device, group in launched.items():
+            copies = fused.perturb(group, factor.to(device), self.rule.eta)
+            self._backup += zip((move.weight for move in group), copies, strict=True)
+        for weight, direction, adaptive in others:
             # 0 * inf is NaN: a gradient that is not finite must not reach the weights for one pass.
             direction.masked_fill_(~usable.to(direction.device), 0)
             scale = factor.to(weight.device)
-            if not self._is_scaled(parameter) and weight.dtype in (torch.float32, torch.float64):
+            if not adaptive and weight.dtype in (torch.float32, torch.float64):
                 weight.addcmul_(direction.to(weight.dtype), scale.to(weight.dtype))
                 continue
             wide = _wide(weight.dtype)
             for w, g in _blocks(weight, direction):
                 e = g.to(wide) * scale.to(wide)
-                if self._is_scaled(parameter):
+                if adaptive:
                     e = e * (w.abs().to(e.real.dtype) + self.rule.eta) ** 2
                 w.copy_(w.to(wide) + e)
         ascent.direction.clear()  # the second pass needs the memory
@@ -541,12 +557,26 @@ class SharpnessAware:
             return
         self._refusal.remove()
         with torch.no_grad():
+            plain = [pair for pair in backup if type(pair[0]) is Tensor]
+            if plain:
+                torch._foreach_copy_(*zip(*plain, strict=True))  # many tensors a launch
             for weight, copy in backup:
-                weight.copy_(copy)
+                if type(weight) is not Tensor:
+                    weight.copy_(copy)
         forget_weights(self.model)
 
     def _is_scaled(self, parameter: Tensor) -> bool:
         return self.rule.adaptive and parameter.ndim >= 2
+
+    def _is_plain(self, parameter: Tensor, gradient: Tensor) -> bool:
+        """Tell whether an accelerator takes the norm of a gradient as it is."""
+        if (
+            self._is_scaled(parameter)
+            or gradient.is_complex()
+            or type(local(gradient)) is not Tensor
+        ):
+            return False
+        return not on_host(gradient.device) and gradient.device.type != "mps"
 
     def _may_step(self, ascent: _Ascent, reach: _Reach, *, poison: bool = False) -> bool:
         """Apply the policy for a norm that is not finite (SAM-5).

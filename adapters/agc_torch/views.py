@@ -55,7 +55,9 @@ def views(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[View, Vie
 def _views(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[View, View]:
     axes = entry.axes
     if gradient.layout == torch.sparse_coo:
-        return _sparse_views(entry, weight, gradient)
+        pair = _sparse_views(entry, weight, gradient)
+        pair[1].steady = False
+        return pair
     if gradient.layout != torch.strided:
         raise UnitsError(
             f"parameter {entry.name!r}: a gradient of layout {gradient.layout} is not supported; "
@@ -104,9 +106,12 @@ class View:
         Whether squares are added in float64 whatever the dtype: the other of the two is float64.
     home : (device, mesh)
         Where the numbers are; the mesh is None unless they are spread over one.
+    steady : bool
+        Whether the shape is the same in every step: not of the rows of a sparse gradient.
     """
 
     exact = False
+    steady = True
 
     def __init__(self, tensor: Tensor, axes: UnitAxes) -> None:
         if axes.view != axes.shape:

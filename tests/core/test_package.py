@@ -43,7 +43,7 @@ READING_ORDER = [
     "weights",
 ]
 EXTRAS = {  # what only one framework needs
-    "torch": {"passes", "shards"},
+    "torch": {"fused", "passes", "shards", "triton_kernels"},
     "jax": {"leaf_names"},
     "tensorflow": {"devices"},
 }

@@ -123,9 +123,8 @@ OPTIMIZERS = {
 }
 OTHERS = ["Adam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Adafactor", "Nadam", "Ftrl"]
 OTHERS += ["Lion", "Lamb"]
-if (
-    int(keras.__version__.split(".")[1]) >= 13
-):  # before that, Muon takes no variable of TensorFlow's
+# Before Keras 3.13, Muon takes no variable of TensorFlow's.
+if int(keras.__version__.split(".")[1]) >= 13:
     OTHERS += ["Muon"]
 
 

@@ -1,0 +1,632 @@
+"""AGC and SAM's perturbation of all parameters in a handful of launches, whatever their number.
+
+What depends on shapes, strides and dtypes alone stands in a :class:`Table`, which is made once; a
+step writes nothing but the addresses of tensors, if they changed. :mod:`agc_torch.triton_kernels`
+has the kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from agc.units import UnitAxes
+
+__all__ = [
+    "Decision",
+    "Move",
+    "Part",
+    "Table",
+    "available",
+    "memory_order",
+    "part_of",
+    "perturb",
+    "table",
+]
+
+Array = npt.NDArray[Any]
+Way: TypeAlias = Literal["rows", "columns", "gather"]
+
+_SWITCH: Final = "AGC_TORCH_TRITON"
+"""Environment variable that turns the kernels off, if it is 0."""
+_PLAIN: Final = (Tensor, torch.nn.Parameter)
+"""Types of tensors that have memory of their own; a subclass may not."""
+_WIDE_LOAD: Final = 16
+"""Bytes of the widest load."""
+_SUMS: Final = 256
+"""Units that a program decides on."""
+_PIECES: Final = 32
+"""Pieces of a unit that are added up one after the other; more are added up side by side."""
+_MANY: Final = 1024
+"""Pieces added up side by side."""
+
+
+class Tile(NamedTuple):
+    """What one program does: some units, and a piece of each.
+
+    Attributes
+    ----------
+    way : {"rows", "columns", "gather"}
+        How it walks through memory.
+    units, elements : int
+        Size of the block that it holds at a time.
+    piece : int
+        Elements of each unit that it takes.
+    """
+
+    way: Way
+    units: int
+    elements: int
+    piece: int
+
+
+_TILES: Final = (
+    (128, Tile("rows", 32, 64, 128)),
+    (4096, Tile("rows", 4, 512, 4096)),
+    (1 << 31, Tile("rows", 1, 2048, 1 << 15)),
+)
+"""Tiles of rows by the longest row that they are for."""
+_COLUMNS: Final = Tile("columns", 128, 16, 256)
+_GATHER: Final = Tile("gather", 16, 128, 4096)
+
+
+class Part(NamedTuple):
+    """What a table knows of one tensor: nothing that changes from step to step.
+
+    Attributes
+    ----------
+    order : (int, int, int, int)
+        Sizes ``G, I, O, K`` of the tensor in memory order; units are ``(G, O)``.
+    dtype : torch.dtype
+    aligned : bool
+        Whether the tensor starts at a multiple of 16 bytes.
+    exact : bool
+        Whether squares are added in float64 on every device.
+    """
+
+    order: tuple[int, int, int, int]
+    dtype: torch.dtype
+    aligned: bool
+    exact: bool
+
+    @property
+    def tile(self) -> Tile:
+        """How programs go through the tensor."""
+        g, _, outputs, window = self.order
+        if outputs == 1:
+            return next(tile for most, tile in _TILES if self.length <= most)
+        return _COLUMNS if g == window == 1 else _GATHER
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return self.order[0] * self.order[2]
+
+    @property
+    def length(self) -> int:
+        """Elements of a unit."""
+        return self.order[1] * self.order[3]
+
+    @property
+    def lanes(self) -> int:
+        """Elements in the widest load that every access to the tensor allows; 1 for no such."""
+        lanes = _WIDE_LOAD // self.dtype.itemsize
+        run = {"rows": self.length, "columns": self.units, "gather": 1}[self.tile.way]
+        return lanes if self.aligned and run % lanes == 0 else 1
+
+    @property
+    def kind(self) -> Part:
+        """A part that stands for all those that one launch covers."""
+        way = self.tile.way
+        rows, columns, gather = (1, self.tile.piece, 1, 1), (1, 1, 2, 1), (2, 1, 2, 1)
+        order = {"rows": rows, "columns": columns, "gather": gather}[way]
+        return self._replace(order=order, aligned=self.lanes > 1)
+
+
+def part_of(tensor: Tensor, axes: UnitAxes, *, exact: bool = False) -> Part | None:
+    """Return what a table needs to know of a tensor, or None if the kernels do not take it.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        Real numbers, shaped like ``axes.view``.
+    axes : UnitAxes
+        Which axes are reduced.
+    exact : bool
+        Whether squares are added in float64 on every device.
+    """
+    if type(tensor) not in _PLAIN:
+        return None
+    order = memory_order(axes.view, axes.reduce, tensor.stride())
+    if order is None:
+        return None
+    aligned = tensor.data_ptr() % _WIDE_LOAD == 0
+    return Part(order, tensor.dtype, aligned, exact or tensor.dtype == torch.float64)
+
+
+@lru_cache(maxsize=8192)
+def memory_order(
+    shape: tuple[int, ...], reduce: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[int, int, int, int] | None:
+    """Return the sizes ``G, I, O, K`` of a tensor in memory order, whose units are ``(G, O)``.
+
+    None for a tensor that is empty, has 2**31 elements or more, has holes or overlaps, or whose
+    units are spread further or lie in another order.
+
+    Examples
+    --------
+    >>> memory_order((64, 3, 7, 7), (1, 2, 3), (147, 49, 7, 1))
+    (64, 147, 1, 1)
+    >>> memory_order((768, 2304), (0,), (2304, 1))
+    (1, 768, 2304, 1)
+    """
+    axes = sorted((axis for axis, size in enumerate(shape) if size != 1), key=lambda a: -strides[a])
+    distance = 1
+    for axis in reversed(axes):
+        if strides[axis] != distance:
+            return None
+        distance *= shape[axis]
+    if not 0 < distance < 1 << 31:
+        return None
+    kept = [axis for axis in axes if axis not in reduce]
+    if kept != sorted(kept):
+        return None
+    runs: list[tuple[bool, int]] = [(True, 1)]
+    for axis in axes:
+        named = axis not in reduce
+        if runs[-1][0] == named:
+            runs[-1] = (named, runs[-1][1] * shape[axis])
+        else:
+            runs.append((named, shape[axis]))
+    if len(runs) > 4:
+        return None
+    sizes = [size for _, size in runs] + [1] * (4 - len(runs))
+    return sizes[0], sizes[1], sizes[2], sizes[3]
+
+
+class _Launch(NamedTuple):
+    """Tiles of one kind; those of weights come first."""
+
+    part: Part
+    tiles: Tensor
+    weights: int
+
+
+class Decision(NamedTuple):
+    """What happens to every unit.
+
+    Attributes
+    ----------
+    addresses : Tensor of int64, shape (tensors,)
+        Where the tensors start that it was made for.
+    numbers : Tensor of float64, shape (4, units)
+        Floor, limit, gradient norm, and factor: NaN for a unit that is not finite.
+    """
+
+    addresses: Tensor
+    numbers: Tensor
+
+
+class Table:
+    """Which program does what, for the weights and the gradients of some parameters.
+
+    Parameters
+    ----------
+    parts : sequence of (Part, Part)
+        Weight and gradient of each parameter, with equally many units.
+    rules : sequence of int
+        Which threshold each parameter has.
+    device : torch.device
+        Where the tensors are.
+
+    Attributes
+    ----------
+    units : int
+        Units of all parameters.
+    launches : int
+        Kernels that one clipping launches.
+    """
+
+    def __init__(
+        self, parts: Sequence[tuple[Part, Part]], rules: Sequence[int], device: torch.device
+    ) -> None:
+        self._device, self._pairs = device, len(parts)
+        if _float64_is_fast(device):
+            parts = [(w._replace(exact=True), g._replace(exact=True)) for w, g in parts]
+        tensors = [weight for weight, _ in parts] + [gradient for _, gradient in parts]
+        counts = [gradient.units for _, gradient in parts]
+        pieces = np.array([-(-part.length // part.tile.piece) for part in tensors])
+        units = np.array([part.units for part in tensors])
+        starts = np.cumsum(units * pieces) - units * pieces
+        self.units, self._sums = sum(counts), int(np.sum(units * pieces))
+
+        tiles: dict[Part, tuple[list[Array], list[Array]]] = {}
+        for index, (part, start) in enumerate(zip(tensors, starts.tolist(), strict=True)):
+            weights, gradients = tiles.setdefault(part.kind, ([], []))
+            (weights if index < self._pairs else gradients).append(_tiles(part, index, start))
+        self._launches = [
+            _Launch(kind, self._put(np.concatenate(weights + gradients)), sum(map(len, weights)))
+            for kind, (weights, gradients) in tiles.items()
+        ]
+        self._sizes = self._put([(p.units, p.length, *p.order[1:]) for p in tensors], np.int64)
+        self._places = self._put(np.stack([starts, pieces, units], -1), np.int64)
+        self._pair_U = self._put(np.repeat(np.arange(self._pairs), counts))
+        self._firsts = self._put(np.cumsum(counts) - counts, np.int64)
+        self._rules = self._put(rules)
+        long_U = np.repeat(pieces.reshape(2, -1).max(0) > _PIECES, counts)
+        # Units of each launch, how many a program decides on, and pieces added up at a time.
+        self._decisions = [
+            (self._put(np.flatnonzero(chosen)), *shape)
+            for chosen, shape in ((~long_U, (_SUMS, 1)), (long_U, (1, _MANY)))
+            if chosen.any()
+        ]
+        scaled = sum(len(launch.tiles) > launch.weights for launch in self._launches)
+        self.launches = len(self._launches) + len(self._decisions) + scaled
+
+        self._uploaded: tuple[object, Tensor] = (None, self._put([0] * len(tensors), np.int64))
+
+    def decide(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        thresholds: Sequence[float | Tensor],
+        *,
+        eps: float,
+        div_eps: float = 0.0,
+        grad_scale: Tensor | None = None,
+    ) -> Decision:
+        """Compute what happens to every unit (AGC-1, AGC-2).
+
+        Parameters
+        ----------
+        weights, gradients : sequence of Tensor
+            In the order of the table's parts, and laid out like them.
+        thresholds : sequence of float or scalar Tensor
+            Clipping thresholds, by the index in ``rules``.
+        eps, div_eps : float
+            Floors of the weights' norm, and of the gradients' in the division.
+        grad_scale : scalar Tensor, optional
+            What the gradients are still multiplied by.
+        """
+        addresses = self._upload([tensor.data_ptr() for tensor in (*weights, *gradients)])
+        one = _numbers((1.0,), self._device)
+        if any(isinstance(threshold, Tensor) for threshold in thresholds):
+            limits = torch.stack([torch.as_tensor(value).to(one.view(())) for value in thresholds])
+        else:
+            limits = _numbers(tuple(map(float, thresholds)), self._device)
+        scale = one if grad_scale is None else grad_scale.to(one)
+        with self._current():
+            return self._decide(addresses, limits, scale, eps, div_eps)
+
+    def scale(self, decision: Decision, *, zero: bool) -> None:
+        """Scale gradients in place (AGC-2 to AGC-4).
+
+        Parameters
+        ----------
+        decision : Decision
+            From :meth:`decide`.
+        zero : bool
+            Whether the gradient of a unit that is not finite becomes 0; else it becomes NaN.
+        """
+        with self._current():
+            self._scale(decision, zero=zero)
+
+    def _scale(self, decision: Decision, *, zero: bool, warmup: bool = False) -> None:
+        from agc_torch.triton_kernels import scale_kernel
+
+        for launch in self._launches:
+            tiles = launch.tiles[launch.weights :]
+            if len(tiles):
+                scale_kernel.run(
+                    decision.addresses,
+                    self._sizes,
+                    tiles,
+                    self._firsts,
+                    decision.numbers[3],
+                    self._pairs,
+                    **constants(launch.part),
+                    ZERO=zero,
+                    grid=(len(tiles),),
+                    warmup=warmup,
+                )
+
+    def compile(self) -> None:
+        """Compile all kernels and launch nothing, so that a failure leaves all gradients alone."""
+        one = _numbers((1.0,), self._device)
+        with self._current():
+            decision = self._decide(self._uploaded[1], one, one, 0.0, 0.0, warmup=True)
+            for zero in (False, True):
+                self._scale(decision, zero=zero, warmup=True)
+
+    def _current(self) -> AbstractContextManager[Any]:
+        """Make the tensors' GPU the one that Triton launches on."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _decide(
+        self,
+        addresses: Tensor,
+        thresholds: Tensor,
+        grad_scale: Tensor,
+        eps: float,
+        div_eps: float,
+        *,
+        warmup: bool = False,
+    ) -> Decision:
+        from agc_torch.triton_kernels import decide_kernel, norms_kernel
+
+        sums, numbers = thresholds.new_empty(self._sums), thresholds.new_empty(4, self.units)
+        for launch in self._launches:
+            norms_kernel.run(
+                addresses,
+                self._sizes,
+                launch.tiles,
+                sums,
+                **constants(launch.part),
+                EXACT=launch.part.exact,
+                grid=(len(launch.tiles),),
+                warmup=warmup,
+            )
+        for chosen, units, pieces in self._decisions:
+            decide_kernel.run(
+                sums,
+                self._places,
+                chosen,
+                len(chosen),
+                self._pair_U,
+                self._firsts,
+                self._rules,
+                thresholds,
+                grad_scale,
+                self._pairs,
+                self.units,
+                eps,
+                div_eps,
+                numbers,
+                SUMS=units,
+                PIECES=pieces,
+                grid=(-(-len(chosen) // units),),
+                warmup=warmup,
+            )
+
+        return Decision(addresses, numbers)
+
+    def _upload(self, addresses: list[int]) -> Tensor:
+        """Return the addresses of all tensors on the device; they are written if they changed."""
+        gpu = self._device.type == "cuda"
+        known = addresses, torch.cuda.current_stream(self._device) if gpu else None
+        if self._uploaded[0] != known:
+            sent = _sent(addresses, self._device)
+            if gpu and torch.cuda.is_current_stream_capturing():
+                return sent
+            self._uploaded = known, sent
+        return self._uploaded[1]
+
+    def _put(self, values: Any, dtype: npt.DTypeLike = np.int32) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype)).to(self._device)
+
+
+@lru_cache(maxsize=64)
+def table(
+    parts: tuple[tuple[Part, Part], ...], rules: tuple[int, ...], device: torch.device
+) -> Table | None:
+    """Return the table of some parameters, whose kernels compile; None if they do not.
+
+    Then a warning says why, once, and :func:`available` is False from now on.
+    """
+    made = Table(parts, rules, device)
+    try:
+        made.compile()
+    except Exception as error:  # whatever the compiler, the driver or the disk has to say
+        warnings.warn(
+            f"AGC's Triton kernels do not compile here, so clipping takes many launches "
+            f"({type(error).__name__}: {error}); {_SWITCH}=0 turns them off",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        os.environ[_SWITCH] = "0"
+        return None
+    return made
+
+
+_captured: list[Tensor] = []
+"""Memory that CUDA graphs copy from in every replay."""
+
+
+def _sent(addresses: list[int], device: torch.device) -> Tensor:
+    """Return numbers on the device, without waiting for it."""
+    pinned = device.type == "cuda"
+    host = torch.tensor(addresses, dtype=torch.int64, pin_memory=pinned)
+    if pinned and torch.cuda.is_current_stream_capturing():
+        _captured.append(host)
+    return host.to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=256)
+def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _tiles(part: Part, index: int, start: int) -> Array:
+    """Return the tiles of a tensor: its index, first unit, piece, and place of the sum."""
+    tile = part.tile
+    pieces = -(-part.length // tile.piece)
+    first = np.arange(0, part.units, tile.units)
+    unit, piece = np.repeat(first, pieces), np.tile(np.arange(pieces), len(first))
+    return np.stack([np.full_like(unit, index), unit, piece, start + piece * part.units + unit], -1)
+
+
+def constants(part: Part) -> dict[str, Any]:
+    """Return what a kernel is compiled for."""
+    tile = part.tile
+    return {
+        "DTYPE": _triton_dtypes()[part.dtype],
+        "WAY": tile.way,
+        "LANES": _WIDE_LOAD // part.dtype.itemsize if part.aligned else 1,
+        "UNITS": tile.units,
+        "ELEMENTS": tile.elements,
+        "PIECE": tile.piece,
+    }
+
+
+@cache
+def _triton_dtypes() -> dict[torch.dtype, Any]:
+    import triton.language as tl
+
+    names = ("float16", "bfloat16", "float32", "float64")
+    return {getattr(torch, name): getattr(tl, name) for name in names}
+
+
+@cache
+def _float64_is_fast(device: torch.device) -> bool:
+    """Tell whether float64 runs at half the rate of float32: else it would be the bottleneck."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) in {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+
+
+_PERTURBED: Final = (1024, 1 << 14)
+"""Elements that a program of SAM holds at a time, and that it takes."""
+
+
+class Move(NamedTuple):
+    """A weight that SAM perturbs, its gradient, and whether ASAM scales it."""
+
+    weight: Tensor
+    gradient: Tensor
+    adaptive: bool
+
+    @property
+    def fits(self) -> bool:
+        """Whether :func:`perturb` takes it."""
+        weight, gradient = self.weight, self.gradient
+        return (
+            type(weight) in _PLAIN
+            and type(gradient) in _PLAIN
+            and weight.dtype in _triton_dtypes()
+            and gradient.dtype in _triton_dtypes()
+            and weight.stride() == gradient.stride()
+            and memory_order(weight.shape, tuple(range(weight.dim())), weight.stride()) is not None
+        )
+
+    @property
+    def kind(self) -> tuple[torch.dtype, torch.dtype, int, bool]:
+        """Return what a launch is compiled for: dtypes, lanes and whether ASAM scales."""
+        weight, gradient = self.weight, self.gradient
+        lanes = _WIDE_LOAD // min(weight.itemsize, gradient.itemsize)
+        aligned = all(t.data_ptr() % _WIDE_LOAD == 0 for t in (weight, gradient))
+        wide = aligned and weight.numel() % lanes == 0
+        return weight.dtype, gradient.dtype, lanes if wide else 1, self.adaptive
+
+
+def perturb(moves: Sequence[Move], factor: Tensor, eta: float) -> list[Tensor]:
+    """Move weights to ``w + e``, and return copies of what they were (SAM-1, SAM-10).
+
+    Parameters
+    ----------
+    moves : sequence of Move
+        Of one GPU; all of them fit.
+    factor : scalar Tensor of float64
+        What gradients are multiplied by; 0 leaves the weights alone, whatever the gradients are.
+    eta : float
+        What ASAM adds to the magnitude of a weight.
+
+    Returns
+    -------
+    list of Tensor
+        Each laid out like its weight.
+    """
+    from agc_torch.triton_kernels import perturb_kernel
+
+    device = factor.device
+    copies = _copies([move.weight for move in moves])
+    groups: dict[Any, list[int]] = {}
+    for index, move in enumerate(moves):
+        groups.setdefault(move.kind, []).append(index)
+    for kind, group in groups.items():
+        chosen = [(moves[index], copies[index]) for index in group]
+        columns = zip(*((m.weight, m.gradient, copy) for m, copy in chosen), strict=True)
+        addresses = [tensor.data_ptr() for column in columns for tensor in column]
+        tiles, counts = _pieces(tuple(move.weight.numel() for move, _ in chosen), device)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            perturb_kernel[(len(tiles),)](
+                _sent(addresses, device),
+                counts,
+                tiles,
+                len(group),
+                factor,
+                _numbers((eta,), device),
+                **perturbation_constants(kind),
+            )
+    return copies
+
+
+def perturbation_constants(kind: tuple[torch.dtype, torch.dtype, int, bool]) -> dict[str, Any]:
+    """Return what the kernel of a kind of moves is compiled for."""
+    weight, gradient, lanes, adaptive = kind
+    names = _triton_dtypes()
+    return {
+        "DTYPE": names[weight],
+        "GRADIENT": names[gradient],
+        "WIDE": names[torch.promote_types(weight, torch.float32)],
+        "LANES": lanes,
+        "ADAPTIVE": adaptive,
+        "ELEMENTS": _PERTURBED[0],
+        "PIECE": _PERTURBED[1],
+    }
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Return tensors laid out like others, in one stretch of memory for each dtype."""
+    sizes = [-(-t.numel() * t.itemsize // _WIDE_LOAD) * _WIDE_LOAD // t.itemsize for t in tensors]
+    totals: dict[torch.dtype, int] = {}
+    starts = []
+    for tensor, size in zip(tensors, sizes, strict=True):
+        starts.append(totals.get(tensor.dtype, 0))
+        totals[tensor.dtype] = starts[-1] + size
+    device = tensors[0].device
+    flat = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in totals.items()}
+    return [
+        flat[tensor.dtype].as_strided(tensor.shape, tensor.stride(), start)
+        for tensor, start in zip(tensors, starts, strict=True)
+    ]
+
+
+@lru_cache(maxsize=64)
+def _pieces(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the tiles of tensors with so many elements: tensor and piece; and the elements."""
+    pieces = [-(-count // _PERTURBED[1]) for count in counts]
+    tensor = np.repeat(np.arange(len(counts)), pieces)
+    piece = np.concatenate([np.arange(n) for n in pieces])
+    tiles = np.stack([tensor, piece], -1).astype(np.int32)
+    return torch.from_numpy(tiles).to(device), torch.tensor(counts, device=device)
+
+
+def available(device: torch.device) -> bool:
+    """Tell whether the kernels run on a device: it is a GPU, and PyTorch came with Triton.
+
+    The environment variable ``AGC_TORCH_TRITON=0`` turns them off.
+    """
+    return (
+        device.type == "cuda"
+        and not torch.compiler.is_compiling()
+        and os.environ.get(_SWITCH) != "0"
+        and _triton_is_installed()
+    )
+
+
+@cache
+def _triton_is_installed() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True

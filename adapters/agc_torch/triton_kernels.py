@@ -1,0 +1,381 @@
+"""Kernels of AGC and SAM for GPUs, in Triton: each launch covers tiles of many tensors.
+
+A dense tensor in memory order is ``[G, I, O, K]``, of which ``(G, O)`` name a unit and ``(I, K)``
+are reduced. Three ways to walk through it are enough:
+
+* ``rows``, if O is 1: a unit is one stretch of memory;
+* ``columns``, if G and K are 1: neighbours in memory are the same element of neighbouring units;
+* ``gather``, anything else: transposed convolutions with groups.
+
+A tile is some units, and for long units a piece of each. No tile writes what another one reads, so
+there are no atomics, every sum has one order, and results are the same in every run.
+
+Every way, dtype and alignment is a kernel of its own: one for all of them would hold the registers
+of the hungriest. Hints on alignment stand on pointers and sizes, where the compiler keeps them.
+
+Importing this module imports Triton, which comes with PyTorch for CUDA and ROCm.
+"""
+
+# Annotations are read by Triton, so they are not postponed.
+import triton
+import triton.language as tl
+
+__all__ = ["decide_kernel", "norms_kernel", "perturb_kernel", "scale_kernel"]
+
+# The sum of squares between which float32 holds it, and every square that matters, well.
+_LEAST = tl.constexpr(1e-24)
+_MOST = tl.constexpr(1e37)
+
+
+@triton.jit
+def _tensor(
+    addresses,
+    sizes,
+    tensor,
+    DTYPE: tl.constexpr,
+    WAY: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Return the pointer of a tensor, its units, the elements of each, and I, O, K.
+
+    ``LANES`` is the number of elements in 16 bytes if loads may be that wide, else 1.
+    """
+    row = sizes + tensor.to(tl.int64) * 5
+    units = tl.load(row).to(tl.int32)
+    length = tl.load(row + 1).to(tl.int32)
+    inner = tl.load(row + 2).to(tl.int32)
+    outputs = tl.load(row + 3).to(tl.int32)
+    window = tl.load(row + 4).to(tl.int32)
+    start = tl.load(addresses + tensor).to(tl.pointer_type(DTYPE))
+    if LANES > 1:
+        start = tl.multiple_of(start, 16)  # a hint on the address would be lost in the cast
+        if WAY == "rows":
+            length = tl.multiple_of(length, LANES)
+        if WAY == "columns":
+            units = tl.multiple_of(units, LANES)
+            outputs = tl.multiple_of(outputs, LANES)
+    return start, units, length, inner, outputs, window
+
+
+@triton.jit
+def _block(
+    unit,
+    units,
+    element,
+    end,
+    length,
+    inner,
+    outputs,
+    window,
+    WAY: tl.constexpr,
+):
+    """Return offsets and mask of a block: units by elements, but elements by units in columns."""
+    if WAY == "rows":
+        offsets = (unit.to(tl.int64) * length)[:, None] + element[None, :]
+        mask = (unit < units)[:, None] & (element < end)[None, :]
+    elif WAY == "columns":
+        offsets = (element.to(tl.int64) * outputs)[:, None] + unit[None, :]
+        mask = (element < end)[:, None] & (unit < units)[None, :]
+    else:
+        g, o = (unit // outputs).to(tl.int64)[:, None], (unit % outputs)[:, None]
+        i, k = (element // window)[None, :], (element % window)[None, :]
+        offsets = ((g * inner + i) * outputs + o) * window + k
+        mask = (unit < units)[:, None] & (element < end)[None, :]
+    return offsets, mask
+
+
+@triton.jit
+def _squares(
+    start,
+    unit,
+    units,
+    first,
+    end,
+    length,
+    inner,
+    outputs,
+    window,
+    WAY: tl.constexpr,
+    UNITS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Return the sum of squares of each unit's elements from ``first`` to ``end``, in float64.
+
+    Squares are added up in ``WIDE`` lane by lane, and the lanes in float64.
+    """
+    if WAY == "columns":
+        total = tl.zeros([ELEMENTS, UNITS], dtype=WIDE)
+    else:
+        total = tl.zeros([UNITS, ELEMENTS], dtype=WIDE)
+    for at in range(first, end, ELEMENTS):
+        element = at + tl.arange(0, ELEMENTS)
+        offsets, mask = _block(unit, units, element, end, length, inner, outputs, window, WAY)
+        value = tl.load(start + offsets, mask=mask, other=0.0).to(WIDE)
+        total += value * value
+    return tl.sum(total.to(tl.float64), axis=0 if WAY == "columns" else 1)
+
+
+@triton.jit
+def norms_kernel(
+    addresses,
+    sizes,
+    tiles,
+    sums,
+    DTYPE: tl.constexpr,
+    WAY: tl.constexpr,
+    LANES: tl.constexpr,
+    UNITS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    PIECE: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Write the sum of squares of every unit, or of each of its pieces (AGC-3).
+
+    Parameters
+    ----------
+    addresses : int64, shape (tensors,)
+        Where each tensor starts.
+    sizes : int64, shape (tensors, 5)
+        Units, elements of each, I, O and K.
+    tiles : int64, shape (programs, 4)
+        Tensor, first unit, piece, and the place of the first unit's sum.
+    sums : float64
+        Sums of squares; those of one piece of neighbouring units are neighbours.
+    EXACT : bool
+        Whether squares are added up in float64; if not, in float32, and once more in float64
+        where that did not hold them.
+    """
+    tile = tiles + tl.program_id(0).to(tl.int64) * 4
+    start, units, length, inner, outputs, window = _tensor(
+        addresses, sizes, tl.load(tile), DTYPE, WAY, LANES
+    )
+    lane = tl.arange(0, UNITS)
+    unit = tl.multiple_of(tl.load(tile + 1).to(tl.int32), UNITS) + lane
+    first = tl.load(tile + 2).to(tl.int32) * PIECE
+    end = tl.minimum(length, first + PIECE)
+    if LANES > 1 and WAY == "rows":
+        end = tl.multiple_of(end, LANES)
+    if EXACT:
+        total = _squares(
+            start, unit, units, first, end, length, inner, outputs, window,
+            WAY, UNITS, ELEMENTS, tl.float64,
+        )  # fmt: skip
+    else:
+        total = _squares(
+            start, unit, units, first, end, length, inner, outputs, window,
+            WAY, UNITS, ELEMENTS, tl.float32,
+        )  # fmt: skip
+        inexact = (total < _LEAST) | (total > _MOST) | (total != total)
+        if tl.max(inexact.to(tl.int32), axis=0) > 0:
+            total = _squares(
+                start, unit, units, first, end, length, inner, outputs, window,
+                WAY, UNITS, ELEMENTS, tl.float64,
+            )  # fmt: skip
+    tl.store(sums + tl.load(tile + 3) + lane, total, mask=unit < units)
+
+
+@triton.jit
+def _total(sums, places, tensor, unit, mask, SUMS: tl.constexpr, PIECES: tl.constexpr):
+    """Add up the pieces of units; ``places`` has first sum, pieces and units of every tensor."""
+    row = places + tensor.to(tl.int64) * 3
+    first = tl.load(row, mask=mask, other=0)
+    pieces = tl.load(row + 1, mask=mask, other=0)
+    units = tl.load(row + 2, mask=mask, other=0)
+    total = tl.zeros([SUMS, PIECES], tl.float64)
+    for at in range(0, tl.max(pieces, axis=0), PIECES):
+        piece = (at + tl.arange(0, PIECES)).to(tl.int64)[None, :]
+        offsets = first[:, None] + piece * units[:, None] + unit[:, None]
+        total += tl.load(sums + offsets, mask=piece < pieces[:, None], other=0.0)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def decide_kernel(
+    sums,
+    places,
+    chosen,
+    count,
+    pairs,
+    firsts,
+    rules,
+    thresholds,
+    grad_scale,
+    gradients,
+    units,
+    eps: tl.float64,
+    div_eps: tl.float64,
+    numbers,
+    SUMS: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Write floor, limit, gradient norm and factor of every unit (AGC-1, AGC-2).
+
+    Parameters
+    ----------
+    sums : float64
+        From :func:`norms_kernel`.
+    places : int64, shape (tensors, 3)
+        First sum, pieces and units of every tensor; weights stand before gradients.
+    chosen : int32, shape (count,)
+        Units that are decided on.
+    pairs : int32, shape (units,)
+        Parameter that each unit belongs to.
+    firsts : int64, shape (parameters,)
+        The first unit of each parameter.
+    rules : int32, shape (parameters,)
+        Which threshold each parameter has.
+    thresholds : float64
+    grad_scale : float64, one number
+        What gradients are still multiplied by.
+    gradients : int
+        Index of the first gradient among the tensors, which is the number of parameters.
+    units : int
+        Number of all units.
+    numbers : float64, shape (4, units)
+    """
+    lane = tl.program_id(0) * SUMS + tl.arange(0, SUMS)
+    mask = lane < count
+    unit = tl.load(chosen + lane, mask=mask, other=0)
+    pair = tl.load(pairs + unit, mask=mask, other=0)
+    inside = unit - tl.load(firsts + pair, mask=mask, other=0)
+    weight = tl.sqrt(_total(sums, places, pair, inside, mask, SUMS, PIECES))
+    norm = tl.sqrt(_total(sums, places, gradients + pair, inside, mask, SUMS, PIECES))
+    norm = norm / tl.load(grad_scale)
+    floor = tl.where(weight < eps, eps, weight)  # keeps NaN
+    limit = floor * tl.load(thresholds + tl.load(rules + pair, mask=mask, other=0))
+    infinity = float("inf")
+    bad = ((norm < infinity) & (floor < infinity)) == 0
+    divisor = tl.where(norm > limit, tl.where(norm < div_eps, div_eps, norm), 1.0)
+    factor = tl.where(norm > limit, limit / divisor, 1.0)
+    factor = tl.where(bad, float("nan"), factor)
+    tl.store(numbers + unit, floor, mask=mask)
+    tl.store(numbers + units + unit, limit, mask=mask)
+    tl.store(numbers + 2 * units + unit, norm, mask=mask)
+    tl.store(numbers + 3 * units + unit, factor, mask=mask)
+
+
+@triton.jit
+def scale_kernel(
+    addresses,
+    sizes,
+    tiles,
+    firsts,
+    factors,
+    gradients,
+    DTYPE: tl.constexpr,
+    WAY: tl.constexpr,
+    LANES: tl.constexpr,
+    UNITS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    PIECE: tl.constexpr,
+    ZERO: tl.constexpr,
+):
+    """Multiply gradients by their factors, in place and with one rounding (AGC-2 to AGC-4).
+
+    A tile whose factors are all 1 reads nothing else. A unit whose factor is 1 is not written; in
+    columns, where it shares every word of memory with its neighbours, it keeps its bits.
+
+    Parameters
+    ----------
+    addresses, sizes, tiles
+        As for :func:`norms_kernel`; tiles of gradients only.
+    firsts : int64, shape (parameters,)
+        The first unit of each parameter.
+    factors : float64, shape (units,)
+        NaN for a unit that is not finite.
+    gradients : int
+        Index of the first gradient among the tensors.
+    ZERO : bool
+        Whether a unit that is not finite becomes 0.
+    """
+    tile = tiles + tl.program_id(0).to(tl.int64) * 4
+    tensor = tl.load(tile)
+    start, units, length, inner, outputs, window = _tensor(
+        addresses, sizes, tensor, DTYPE, WAY, LANES
+    )
+    unit = tl.multiple_of(tl.load(tile + 1).to(tl.int32), UNITS) + tl.arange(0, UNITS)
+    place = tl.load(firsts + tensor - gradients) + unit
+    factor = tl.load(factors + place, mask=unit < units, other=1.0)
+    changes = factor != 1.0
+    if tl.max(changes.to(tl.int32), axis=0) > 0:
+        first = tl.load(tile + 2).to(tl.int32) * PIECE
+        end = tl.minimum(length, first + PIECE)
+        if LANES > 1 and WAY == "rows":
+            end = tl.multiple_of(end, LANES)
+        axis: tl.constexpr = 0 if WAY == "columns" else 1
+        by = tl.expand_dims(factor, axis)
+        written = tl.expand_dims(changes, axis)
+        for at in range(first, end, ELEMENTS):
+            element = at + tl.arange(0, ELEMENTS)
+            offsets, mask = _block(unit, units, element, end, length, inner, outputs, window, WAY)
+            if WAY != "columns":  # where a mask that differs by unit would make accesses narrow
+                mask = mask & written
+            raw = tl.load(start + offsets, mask=mask, other=0.0)
+            value = raw.to(tl.float64) * by
+            if ZERO:
+                value = tl.where(by != by, 0.0, value)
+            if DTYPE != tl.float64:
+                value = value.to(tl.float32)  # the interpreter casts float64 to bfloat16 wrongly
+            tl.store(start + offsets, tl.where(written, value.to(DTYPE), raw), mask=mask)
+
+
+@triton.jit
+def perturb_kernel(
+    addresses,
+    counts,
+    tiles,
+    tensors,
+    factor,
+    eta,
+    DTYPE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    WIDE: tl.constexpr,
+    LANES: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Copy weights aside and move them to ``w + e`` (SAM-1, SAM-5, SAM-10).
+
+    Parameters
+    ----------
+    addresses : int64, shape (3 * tensors,)
+        Where weights, gradients and copies start.
+    counts : int64, shape (tensors,)
+        Elements of each.
+    tiles : int32, shape (programs, 2)
+        Tensor and piece.
+    tensors : int
+        Number of weights.
+    factor : float64, one number
+        What gradients are multiplied by; if it is 0, the weights stay, whatever the gradients are.
+    eta : float64, one number
+        What ASAM adds to the magnitude of a weight.
+    ADAPTIVE : bool
+        Whether gradients are multiplied by ``(|w| + eta)**2`` too.
+    """
+    tile = tiles + tl.program_id(0).to(tl.int64) * 2
+    tensor = tl.load(tile).to(tl.int64)
+    count = tl.load(counts + tensor)
+    weight = tl.load(addresses + tensor).to(tl.pointer_type(DTYPE))
+    gradient = tl.load(addresses + tensors + tensor).to(tl.pointer_type(GRADIENT))
+    copy = tl.load(addresses + 2 * tensors + tensor).to(tl.pointer_type(DTYPE))
+    if LANES > 1:
+        weight, copy = tl.multiple_of(weight, 16), tl.multiple_of(copy, 16)
+        gradient = tl.multiple_of(gradient, 16)
+        count = tl.multiple_of(count, LANES)
+    by = tl.load(factor).to(WIDE)
+    moves = (by + tl.zeros([ELEMENTS], WIDE)) != 0.0  # the interpreter mixes no scalar with a block
+    first = tl.load(tile + 1).to(tl.int64) * PIECE
+    for at in range(0, PIECE, ELEMENTS):
+        element = first + at + tl.arange(0, ELEMENTS)
+        mask = element < count
+        raw = tl.load(weight + element, mask=mask, other=0.0)
+        tl.store(copy + element, raw, mask=mask)
+        value = raw.to(WIDE)
+        move = by * tl.load(gradient + element, mask=mask & moves, other=0.0).to(WIDE)
+        if ADAPTIVE:
+            scale = tl.abs(value) + tl.load(eta).to(WIDE)
+            move = move * scale * scale
+        tl.store(weight + element, (value + move).to(DTYPE), mask=mask & moves)

@@ -1,0 +1,253 @@
+"""The kernels in Triton's interpreter, on the CPU, against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from agc import AGC, Units
+from agc.reference import adaptive_clip
+from agc_conformance.backends.torch.backend import TorchBackend
+from agc_conformance.runner import run_case
+from agc_conformance.vectors import load_vectors
+from agc_conformance.verdict import ulp, ulp_error
+from agc_torch import adaptive_clip_grad_, fused, plan
+from tests.helpers import draw
+
+# NumPy, by which the interpreter computes, warns of what a GPU does silently.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|underflow):RuntimeWarning")
+
+LIMITS = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 4, torch.float64: 8}
+
+
+@pytest.fixture(params=["float64 sums", "float32 sums"], autouse=True)
+def on_the_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the CPU for a GPU, of each of two kinds."""
+    monkeypatch.setattr(fused, "available", lambda device: True)
+    monkeypatch.setattr(fused, "_float64_is_fast", lambda device: request.param == "float64 sums")
+    fused.table.cache_clear()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A parameter: its shape and units, and how the two tensors lie in memory."""
+
+    shape: tuple[int, ...]
+    units: str
+    weight: Callable[[Tensor], Tensor] = torch.clone
+    gradient: Callable[[Tensor], Tensor] = torch.clone
+    scale: float = 1.0
+    rule: dict[str, Any] = field(default_factory=dict)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.t().contiguous().t()
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.to(memory_format=torch.channels_last)
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    flat = tensor.new_empty(tensor.numel() + 1)[1:]
+    return flat.copy_(tensor.flatten()).view(tensor.shape)
+
+
+def to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(dtype)
+
+
+CASES = {
+    "fan-in 4608": Case((6, 512, 3, 3), "o i h w -> o"),
+    "fan-in 27": Case((40, 3, 3, 3), "o i h w -> o"),
+    "fan-in 144": Case((5, 16, 3, 3), "o i h w -> o"),
+    "fan-in 288": Case((5, 32, 3, 3), "o i h w -> o"),
+    "fan-in 576": Case((5, 64, 3, 3), "o i h w -> o"),
+    "fan-in 1152": Case((5, 128, 3, 3), "o i h w -> o"),
+    "ragged": Case((37, 131), "o i -> o"),
+    "bias": Case((70,), "... ->"),
+    "scalar": Case((), "... ->"),
+    "vector of rank 3": Case((1, 1, 64), "... ->"),
+    "whole, in 10 pieces": Case((300, 1000), "... ->"),
+    "whole, in 40 pieces": Case((40, 1 << 15), "... ->"),
+    "rows in 3 pieces": Case((3, 70_000), "o i -> o"),
+    "columns in 3 pieces": Case((700, 130), "i o -> o"),
+    "columns, unaligned": Case((30, 20), "i o -> o", unaligned, unaligned),
+    "transposed": Case((20, 30), "o i -> o", transposed, transposed),
+    "transposed weight": Case((20, 30), "o i -> o", transposed),
+    "transposed gradient": Case((20, 30), "i o -> o", gradient=transposed),
+    "transposed convolution": Case((8, 6, 3, 3), "(g=2 i) o h w -> g o"),
+    "channels last": Case((6, 8, 3, 3), "o i h w -> o", channels_last, channels_last),
+    "channels last weight": Case((6, 8, 3, 3), "o i h w -> o", channels_last),
+    "unaligned": Case((6, 40), "o i -> o", unaligned, unaligned),
+    "unaligned gradient": Case((6, 400), "o i -> o", gradient=unaligned),
+    "every element": Case((4, 6), "a b -> a b"),
+    "experts": Case((3, 8, 20), "l i o -> l o"),
+    "depthwise": Case((9, 1, 3, 3), "o i h w -> o"),
+    "no weights": Case((5, 70), "o i -> o", torch.zeros_like),
+    "1e30": Case((5, 70), "o i -> o", scale=1e30),
+    "1e-30": Case((5, 70), "o i -> o", scale=1e-30, rule={"eps": 1e-35}),
+    "subnormal": Case((5, 70), "o i -> o", scale=1e-40, rule={"eps": 1e-45}),
+    "float16": Case((5, 72), "o i -> o", to(torch.float16), to(torch.float16)),
+    "bfloat16": Case((5, 72), "o i -> o", to(torch.bfloat16), to(torch.bfloat16)),
+    "float64": Case((5, 72), "o i -> o", to(torch.float64), to(torch.float64)),
+    "bfloat16 gradient": Case((5, 72), "o i -> o", gradient=to(torch.bfloat16)),
+    "float64 gradient": Case((5, 72), "o i -> o", gradient=to(torch.float64)),
+}  # fmt: skip
+
+
+def parameter(case: Case, seed: int = 0) -> Tensor:
+    """Return a parameter with a gradient of which some units are clipped."""
+    w, g = (case.scale * torch.tensor(a).float() for a in draw(case.shape, seed, small=True))
+    made = case.weight(w).requires_grad_()
+    made.grad_dtype = None  # a gradient of any dtype
+    made.grad = case.gradient(g)
+    return made
+
+
+def expect(parameters: dict[str, Tensor], rule: AGC) -> dict[str, np.ndarray]:
+    """Return the reference's clipped gradients."""
+    weights = {name: p.detach().double().numpy() for name, p in parameters.items()}
+    raw = {name: p.grad.double().numpy() for name, p in parameters.items()}
+    return dict(adaptive_clip(weights, raw, plan(parameters, rule), rule).gradients)
+
+
+def clip(parameters: dict[str, Tensor], rule: AGC) -> None:
+    """Clip, and compare gradients with the reference."""
+    expected = expect(parameters, rule)
+    raw = {name: p.grad.clone() for name, p in parameters.items()}
+    adaptive_clip_grad_(parameters, rule)
+    for name, p in parameters.items():
+        dtype = str(p.grad.dtype).removeprefix("torch.")
+        errors = ulp_error(p.grad.double().numpy(), expected[name], dtype)
+        assert errors.max() <= LIMITS[p.grad.dtype], name
+        same = torch.tensor(expected[name] == raw[name].double().numpy())
+        assert torch.equal(p.grad[same], raw[name][same]), name
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_layouts_and_dtypes(case: Case) -> None:
+    clip({"p": parameter(case)}, AGC(clipping=0.02, units={"p": case.units}, **case.rule))
+
+
+def test_everything_in_one_call() -> None:
+    parameters = {name: parameter(case, seed) for seed, (name, case) in enumerate(CASES.items())}
+    units = {name: case.units for name, case in CASES.items()}
+    clip(parameters, AGC(clipping=0.02, units=units, eps=1e-6))
+
+
+def test_thresholds_by_name() -> None:
+    cases = {name: CASES[name] for name in ("fan-in 27", "ragged", "transposed", "bias")}
+    parameters = {name: parameter(case, seed) for seed, (name, case) in enumerate(cases.items())}
+    units = {name: case.units for name, case in cases.items()}
+    clipping = {"ragged": 0.5, "bias": None, "transposed": lambda step: 0.1 + step, "*": 0.01}
+    clip(parameters, AGC(clipping=clipping, units=units))
+
+
+@pytest.mark.parametrize("policy", ["propagate", "zero"])
+@pytest.mark.parametrize("name", ["ragged", "columns, unaligned", "transposed convolution"])
+def test_poisoned_units(name: str, policy: str) -> None:
+    case = CASES[name]
+    p = parameter(case)
+    p.grad[0, 1], p.grad[3, 4] = math.nan, math.inf
+    with torch.no_grad():
+        p[6, 5] = math.inf
+    rule = AGC(clipping=0.02, units={"p": case.units}, nonfinite=policy)
+    expected = expect({"p": p}, rule)["p"]
+    adaptive_clip_grad_({"p": p}, rule)
+    np.testing.assert_allclose(p.grad.numpy(), expected, rtol=4e-7)
+
+
+def test_tensors_without_memory_take_the_other_path() -> None:
+    axes = Units("o i -> o").bind((4, 6))
+    assert fused.part_of(torch.ones(4, 6), axes) is not None
+    with FakeTensorMode():
+        assert fused.part_of(torch.ones(4, 6), axes) is None
+    for hole in (torch.ones(4, 12)[:, ::2], torch.ones(4, 1).expand(4, 6)):
+        assert fused.part_of(hole, axes) is None
+    assert fused.part_of(torch.ones(0, 6), Units("o i -> o").bind((0, 6))) is None
+
+
+def test_kernels_that_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(table: fused.Table) -> None:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(fused.Table, "compile", fail)
+    monkeypatch.setenv("AGC_TORCH_TRITON", "1")
+    case = CASES["ragged"]
+    with pytest.warns(RuntimeWarning, match="do not compile here.*OSError: no compiler"):
+        clip({"p": parameter(case)}, AGC(clipping=0.02, units={"p": case.units}))
+    assert os.environ["AGC_TORCH_TRITON"] == "0"
+
+
+SAM_CASES = {
+    "matrix": (64, 80),
+    "ragged": (37, 131),
+    "vector": (70,),
+    "scalar": (),
+    "two pieces": (3, 7000),
+}
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("poisoned", [False, True])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_sam_moves_weights(dtypes: tuple[torch.dtype, ...], poisoned: bool, adaptive: bool) -> None:
+    moves = []
+    for seed, shape in enumerate(SAM_CASES.values()):
+        w, g = (
+            torch.tensor(a).to(dtype) for a, dtype in zip(draw(shape, seed), dtypes, strict=True)
+        )
+        moves.append(fused.Move(w, g, adaptive and w.ndim >= 2))
+    moves.append(fused.Move(transposed(moves[0].weight), transposed(moves[0].gradient), adaptive))
+    before = [move.weight.clone() for move in moves]
+    if poisoned:
+        moves[1].gradient[2] = math.nan
+    factor = torch.tensor(0.0 if poisoned else 1e-3, dtype=torch.float64)
+    assert all(move.fits for move in moves)
+    copies = fused.perturb(moves, factor, 0.01)
+    for move, old, copy in zip(moves, before, copies, strict=True):
+        assert copy.stride() == move.weight.stride()
+        assert torch.equal(copy, old)
+        scale = (old.double().abs() + 0.01) ** 2 if move.adaptive else 1.0
+        step = torch.zeros(()) if poisoned else 1e-3 * scale * move.gradient.double()
+        expected = old.double() + step
+        size = torch.maximum(old.double().abs(), step.abs()).numpy()
+        dtype = str(old.dtype).removeprefix("torch.")
+        errors = np.abs(move.weight.double().numpy() - expected.numpy()) / ulp(size, dtype)
+        # One rounding of each product and sum, of which ASAM has five.
+        assert errors.max() <= (0 if poisoned else 5 if adaptive else 2)
+
+
+VECTORS = [
+    (vector, dtype)
+    for vector in load_vectors()
+    if vector.id.startswith("L1-")
+    for dtype in vector.dtypes()
+    if dtype in TorchBackend.dtypes
+]
+
+
+@pytest.mark.parametrize(
+    ("vector", "dtype"), VECTORS, ids=[f"{vector.id}:{dtype}" for vector, dtype in VECTORS]
+)
+def test_vectors(vector: Any, dtype: str) -> None:
+    record = run_case(TorchBackend("cpu"), vector, dtype)
+    assert record["status"] == "passed", record.get("detail")

@@ -28,15 +28,19 @@ from agc.config import Clipping
 from agc.errors import MissingGradientError, NonFiniteError
 from agc.plan import WHOLE, PlanEntry
 from agc_torch import fused
-from agc_torch.norms import all_norms, on_host
+from agc_torch.norms import all_norms, grouped, on_host
 from agc_torch.schedules import Step, value_at
 from agc_torch.shards import is_dtensor
 from agc_torch.stats import Stats, UnitNumbers
 from agc_torch.units import Model, resolve
 from agc_torch.views import Home, View, check_pair, views
 
-__all__ = ["adaptive_clip_grad_", "clip_", "limit_norm_", "whole"]
+__all__ = ["Memory", "adaptive_clip_grad_", "clip_", "limit_norm_", "whole"]
 
+_PLAIN: Final = (Tensor, torch.nn.Parameter)
+_REAL: Final = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_ALIGNMENT: Final = 16
+"""Bytes to which the place of a gradient in memory matters."""
 _CHUNK: Final = 1 << 22
 """Elements clipped at a time, which are read again while they are in the cache."""
 _COPY_BLOCK: Final = 1 << 16
@@ -128,6 +132,7 @@ def clip_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     missing: Callable[[PlanEntry, Tensor], None] | None = None,
+    memory: Memory | None = None,
 ) -> Stats:
     """Clip parameters paired with their entries of a plan; see :func:`adaptive_clip_grad_`.
 
@@ -144,6 +149,8 @@ def clip_(
         raise.
     missing : callable, optional
         Called with what has no gradient.
+    memory : Memory, optional
+        What was the same in the last step, for the same ``pairs``.
 
     Notes
     -----
@@ -151,19 +158,23 @@ def clip_(
     no gradient in this process, it stands for zeros, and counts as looked at.
     """
     with torch.no_grad():
-        jobs = _jobs(pairs, missing)
+        work = (memory or Memory()).work(pairs, missing)
         raises = rule.nonfinite == "raise" and not (found_inf is not None and found_inf.any())
         results = []
-        for chunk in _chunks(jobs):
-            result = chunk.decide(rule, step, grad_scale)
-            results.append((chunk, result))
-            if not raises:
-                chunk.scale(result, zero=rule.nonfinite == "zero")
-        if raises:
-            _raise_nonfinite([result for _, result in results])
-            for chunk, result in results:
-                chunk.scale(result, zero=False)
-    return Stats([job.entry.name for job in jobs], [result for _, result in results])
+        try:
+            for chunk in work.chunks:
+                result = chunk.decide(rule, step, grad_scale)
+                results.append((chunk, result))
+                if not raises:
+                    chunk.scale(result, zero=rule.nonfinite == "zero")
+            if raises:
+                _raise_nonfinite([result for _, result in results])
+                for chunk, result in results:
+                    chunk.scale(result, zero=False)
+        finally:
+            if memory is not None:
+                work.release()
+    return Stats(work.names, [result for _, result in results])
 
 
 def limit_norm_(
@@ -181,7 +192,7 @@ def limit_norm_(
         As in :func:`clip_`.
     """
     with torch.no_grad():
-        gradients = [job.gradient for job in _jobs(pairs, None)]
+        gradients = [job.gradient for _, job in _jobs(pairs, None)]
         if not gradients:
             return
         groups: dict[Home, list[View]] = {}
@@ -217,9 +228,10 @@ class _Job(NamedTuple):
 def _jobs(
     pairs: Iterable[tuple[PlanEntry, Tensor]],
     missing: Callable[[PlanEntry, Tensor], None] | None,
-) -> list[_Job]:
+) -> list[tuple[int, _Job]]:
+    """Return what there is to clip, with its place among the pairs."""
     jobs = []
-    for entry, parameter in pairs:
+    for place, (entry, parameter) in enumerate(pairs):
         gradient = parameter.grad
         if gradient is None:
             if missing is not None:
@@ -232,8 +244,102 @@ def _jobs(
         if entry.clipped:
             if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():
                 parameter.grad = gradient = gradient.coalesce()
-            jobs.append(_Job(entry, *views(entry, parameter, gradient)))
+            jobs.append((place, _Job(entry, *views(entry, parameter, gradient))))
     return jobs
+
+
+class Memory:
+    """What is the same from step to step, so that it is found once.
+
+    Shapes, strides and dtypes settle which tensors are clipped together and how each is seen. They
+    are compared in every step; tensors are not kept from one to the next.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: object = None
+        self._seen: list[object] | None = None
+        self._work = _Work([])
+
+    def work(
+        self,
+        pairs: Iterable[tuple[PlanEntry, Tensor]],
+        missing: Callable[[PlanEntry, Tensor], None] | None,
+    ) -> _Work:
+        """Return what there is to clip now."""
+        if torch.compiler.is_compiling() or not isinstance(pairs, list):
+            return _Work(_jobs(pairs, missing))
+        seen = _seen(pairs)
+        if seen is not None and self._pairs is pairs and self._seen == seen:
+            self._work.renew(pairs, missing)
+            return self._work
+        self._pairs, self._seen = pairs, seen
+        self._work = _Work(_jobs(pairs, missing))
+        return self._work
+
+
+def _seen(pairs: list[tuple[PlanEntry, Tensor]]) -> list[object] | None:
+    """Return what the way to clip plain tensors depends on; None if some are not plain."""
+    seen: list[object] = []
+    for _, parameter in pairs:
+        gradient = parameter.grad
+        if gradient is None:
+            seen.append(None)
+            continue
+        if type(gradient) is not Tensor or type(parameter) not in _PLAIN:
+            return None
+        if gradient.layout is not torch.strided or gradient.dtype not in _REAL:
+            return None
+        seen.append(
+            (
+                parameter.shape,
+                parameter.stride(),
+                parameter.data_ptr(),
+                gradient.shape,
+                gradient.stride(),
+                gradient.dtype,
+                gradient.data_ptr() % _ALIGNMENT,
+            )
+        )
+    return seen
+
+
+class _Work:
+    """What there is to clip in a step.
+
+    Attributes
+    ----------
+    chunks : list of _Chunk and _LaunchedChunk
+    names : list of str
+        Of the parameters.
+    """
+
+    def __init__(self, jobs: list[tuple[int, _Job]]) -> None:
+        self._jobs = jobs
+        self.chunks = list(_chunks([job for _, job in jobs]))
+        self.names = [job.entry.name for _, job in jobs]
+
+    def renew(
+        self,
+        pairs: list[tuple[PlanEntry, Tensor]],
+        missing: Callable[[PlanEntry, Tensor], None] | None,
+    ) -> None:
+        """See the tensors of another step."""
+        if missing is not None:
+            for entry, parameter in pairs:
+                if parameter.grad is None:
+                    missing(entry, parameter)
+        for place, job in self._jobs:
+            parameter = pairs[place][1]
+            gradient = parameter.grad
+            assert gradient is not None  # as in the step before
+            job.weight.renew(parameter)
+            job.gradient.renew(gradient)
+
+    def release(self) -> None:
+        """Let go of all tensors."""
+        for _, job in self._jobs:
+            job.weight.release()
+            job.gradient.release()
 
 
 def _chunks(jobs: list[_Job]) -> Iterable[_Chunk | _LaunchedChunk]:
@@ -289,19 +395,20 @@ class _Chunk:
 
     def __init__(self, jobs: list[_Job]) -> None:
         self._jobs = jobs
+        self._views = [job.weight for job in jobs] + [job.gradient for job in jobs]
+        self._counts = _counts(jobs)
+        self._groups = grouped(self._views) if on_host(self._views[0].home[0]) else None
 
     def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
         """Return norms and limits of all units (AGC-1)."""
-        jobs = self._jobs
-        threshold = _threshold(jobs[0].entry, step)
+        threshold = _threshold(self._jobs[0].entry, step)
         least = threshold if isinstance(threshold, float) else 0.0
-        both = [job.weight for job in jobs] + [job.gradient for job in jobs]
-        norms_U = all_norms(both, min(least, 1.0) * rule.eps)
+        norms_U = all_norms(self._views, min(least, 1.0) * rule.eps, self._groups)
         floor_U, norm_U = norms_U.view(2, norms_U.numel() // 2)
         floor_U = floor_U.clamp(min=rule.eps)
         if grad_scale is not None:
             norm_U = norm_U / grad_scale.to(norm_U.device, non_blocking=True)
-        return UnitNumbers(_counts(jobs), floor_U, floor_U * threshold, norm_U, rule.div_eps)
+        return UnitNumbers(self._counts, floor_U, floor_U * threshold, norm_U, rule.div_eps)
 
     def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:
         """Multiply every gradient by its scales, in place, with one rounding (AGC-2 to AGC-4)."""
@@ -338,19 +445,20 @@ class _LaunchedChunk:
 
     def __init__(self, jobs: list[_Job], table: fused.Table) -> None:
         self._jobs, self._table = jobs, table
+        self._counts, self._entries = _counts(jobs), _thresholds(jobs)[0]
 
     def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
         """Return norms and limits of all units (AGC-1)."""
         self._decision = self._table.decide(
             [job.weight.tensor for job in self._jobs],
             [job.gradient.tensor for job in self._jobs],
-            [_threshold(entry, step) for entry in _thresholds(self._jobs)[0]],
+            [_threshold(entry, step) for entry in self._entries],
             eps=rule.eps,
             div_eps=rule.div_eps,
             grad_scale=grad_scale,
         )
         floor_U, limit_U, norm_U, _ = self._decision.numbers.unbind()
-        return UnitNumbers(_counts(self._jobs), floor_U, limit_U, norm_U, rule.div_eps)
+        return UnitNumbers(self._counts, floor_U, limit_U, norm_U, rule.div_eps)
 
     def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:  # noqa: ARG002
         """Multiply clipped units by their scales, in place, with one rounding (AGC-2 to AGC-4)."""

@@ -23,7 +23,7 @@ from agc.units import UnitAxes
 from agc_torch.shards import norm_over
 from agc_torch.views import View
 
-__all__ = ["all_norms", "on_host", "wide"]
+__all__ = ["Group", "all_norms", "grouped", "on_host", "wide"]
 
 _BLOCK: Final = 64
 """Elements whose squares are added in float32."""
@@ -49,7 +49,7 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def all_norms(views: list[View], lower: float) -> Tensor:
+def all_norms(views: list[View], lower: float, groups: list[Group] | None = None) -> Tensor:
     """Norms of all units of tensors that have one home, flat.
 
     Parameters
@@ -58,6 +58,8 @@ def all_norms(views: list[View], lower: float) -> Tensor:
         Weights or gradients or both, not empty.
     lower : float
         The least that any norm is going to be compared with; what is less need not be accurate.
+    groups : list of Group, optional
+        What :func:`grouped` says of views like these.
 
     Returns
     -------
@@ -67,13 +69,15 @@ def all_norms(views: list[View], lower: float) -> Tensor:
     device, mesh = views[0].home
     host = on_host(device)
     norms_by_view = {} if host else _whole_norms(views)
-    for group in _groups(views) if host else []:
-        norms = _row_norms(list(group.values()))
-        if len(group) == len(views) and mesh is None:
+    if groups is None:
+        groups = grouped(views) if host else []
+    for group in groups:
+        norms = _row_norms([views[index].source for index in group.indices], group)
+        if len(group.indices) == len(views) and mesh is None:
             # As it stands: the usual case of large tensors.
             return _redo_out_of_range(norms, views, lower)
-        split = norms.split([rows.units for rows in group.values()])
-        norms_by_view.update(zip(group, split, strict=True))
+        split = norms.split([rows.units for rows in group.rows])
+        norms_by_view.update(zip(group.indices, split, strict=True))
     flat = torch.cat(
         [
             view.gather(norms_by_view[index] if index in norms_by_view else _unit_norms(view))
@@ -86,22 +90,15 @@ def all_norms(views: list[View], lower: float) -> Tensor:
 
 
 class _Rows(NamedTuple):
-    """A tensor whose units are one stretch of memory each: rows, with any number of axes before."""
+    """How a tensor lies in memory if its units are rows: the rows' sizes and strides, row last."""
 
-    tensor: Tensor
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     units: int
 
-    def flat(self) -> Tensor:
-        """Return the elements, row after row."""
-        if self.tensor.dim() == 1:
-            return self.tensor
-        return self.tensor.as_strided(self.shape, self.strides).reshape(-1)
-
-    def exact(self, mask: Tensor) -> Tensor:
+    def exact(self, tensor: Tensor, mask: Tensor) -> Tensor:
         """Return the norms of the rows in a flat mask, in float64."""
-        rows = self.tensor.as_strided(self.shape, self.strides)
+        rows = tensor.as_strided(self.shape, self.strides)
         length = self.shape[-1]
         masked = (rows if mask.all() else rows[mask.view(self.shape[:-1])]).reshape(-1, length)
         norms = [
@@ -113,19 +110,62 @@ class _Rows(NamedTuple):
         return vector_norm(torch.cat(norms), 2, -1)
 
 
-def _groups(views: list[View]) -> list[dict[int, _Rows]]:
-    """Group tensors on the host whose norms are taken together, by index in the list."""
-    groups: dict[int, dict[int, _Rows]] = {}
+class Group(NamedTuple):
+    """Tensors on the host whose norms are taken together.
+
+    Attributes
+    ----------
+    indices : list of int
+        Their places in the list of views.
+    rows : list of _Rows
+    small : bool
+        Whether they are copied.
+    in_order : bool
+        Whether all of them are small, and stand in memory row after row.
+    alike : bool
+        Whether they differ in the size of their first axis alone.
+    """
+
+    indices: list[int]
+    rows: list[_Rows]
+    small: bool
+    in_order: bool
+    alike: bool
+
+
+def grouped(views: list[View]) -> list[Group]:
+    """Group tensors on the host by size and length of rows: by what stays from step to step."""
+    groups: dict[tuple[bool, int], dict[int, _Rows]] = {}
     for index, view in enumerate(views):
         tensor = view.source
         layout = _layout(view.axes, tensor.stride())
         if layout is not None:
             length = layout[0][-1]
             if 0 < tensor.numel() <= _SMALL:
-                groups.setdefault(-length, {})[index] = _Rows(tensor, *layout)
+                groups.setdefault((True, length), {})[index] = _Rows(*layout)
             elif length >= _LONG and tensor.dtype == torch.float32 and not view.exact:
-                groups.setdefault(_blocks(length), {})[index] = _Rows(tensor, *layout)
-    return list(groups.values())
+                groups.setdefault((False, _blocks(length)), {})[index] = _Rows(*layout)
+    return [
+        Group(
+            list(group),
+            list(group.values()),
+            small,
+            small and all(_in_order(views[index].source, rows) for index, rows in group.items()),
+            len({views[index].source.shape[1:] for index in group}) == 1
+            and all(views[index].source.dim() for index in group),
+        )
+        for (small, _), group in groups.items()
+    ]
+
+
+def _in_order(tensor: Tensor, rows: _Rows) -> bool:
+    """Tell whether a tensor's memory is its rows, one after the other."""
+    distance = 1
+    for size, stride in zip(reversed(rows.shape), reversed(rows.strides), strict=True):
+        if size != 1 and stride != distance:
+            return False
+        distance *= size
+    return bool(tensor.is_contiguous())
 
 
 @lru_cache(maxsize=8192)
@@ -157,42 +197,53 @@ def _unit_norms(view: View) -> Tensor:
     return vector_norm(tensor, 2, axes.reduce, dtype=_accumulator(view)).flatten()
 
 
-def _row_norms(group: list[_Rows]) -> Tensor:
+def _row_norms(tensors: list[Tensor], group: Group) -> Tensor:
     """Norms of rows of one length, or of equally many blocks, in float64."""
-    length = group[0].shape[-1]
-    if group[0].tensor.numel() <= _SMALL:
-        copy = torch.cat([rows.flat() for rows in group]).double()
+    length = group.rows[0].shape[-1]
+    if group.small:
+        copy = _copied(tensors, group).double()
         return copy.square_().view(-1, length).sum(-1).sqrt_()
-    counts = [rows.units for rows in group]
-    table = group[0].tensor.new_empty(sum(counts), _blocks(length))
-    for rows, norms in zip(group, table.split(counts), strict=True):
-        _block_norms_(norms, rows)
+    counts = [rows.units for rows in group.rows]
+    table = tensors[0].new_empty(sum(counts), _blocks(length))
+    for tensor, rows, norms in zip(tensors, group.rows, table.split(counts), strict=True):
+        _block_norms_(norms, tensor, rows)
     squares = table.double().square_()
     whole = squares.sum(-1)
     # True if the energy is spread over fewer than _FEW equal blocks (participation ratio).
     inexact_U = vector_norm(squares, 2, -1) > whole / math.sqrt(_FEW)
     whole.sqrt_()
     if inexact_U.any():
-        for rows, norms, redo in zip(
-            group, whole.split(counts), inexact_U.split(counts), strict=True
+        for tensor, rows, norms, redo in zip(
+            tensors, group.rows, whole.split(counts), inexact_U.split(counts), strict=True
         ):
             if redo.any():
-                norms[redo] = rows.exact(redo)
+                norms[redo] = rows.exact(tensor, redo)
     return whole
 
 
-def _block_norms_(norms: Tensor, rows: _Rows) -> None:
+def _copied(tensors: list[Tensor], group: Group) -> Tensor:
+    """Return the elements of small tensors, row after row."""
+    if group.in_order and group.alike:  # which is one call without a view of each
+        return torch.cat(tensors).view(-1)
+    if group.in_order:
+        flat: Tensor = torch._utils._flatten_dense_tensors(tensors)
+        return flat
+    rows = zip(tensors, group.rows, strict=True)
+    return torch.cat([t.as_strided(r.shape, r.strides).reshape(-1) for t, r in rows])
+
+
+def _block_norms_(norms: Tensor, tensor: Tensor, rows: _Rows) -> None:
     """Write the norms of all blocks, a row of them for a row."""
     (*sizes, length), (*strides, _) = rows.shape, rows.strides
     blocks, rest = divmod(length, _BLOCK)
     norms = norms.view(*sizes, _blocks(length))
-    whole = rows.tensor.as_strided((*sizes, blocks, _BLOCK), (*strides, _BLOCK, 1))
+    whole = tensor.as_strided((*sizes, blocks, _BLOCK), (*strides, _BLOCK, 1))
     if not rest:
         vector_norm(whole, 2, -1, out=norms)
         return
     vector_norm(whole, 2, -1, out=norms[..., :blocks])
-    start = rows.tensor.storage_offset() + blocks * _BLOCK
-    last = rows.tensor.as_strided((*sizes, 1, rest), (*strides, 1, 1), start)
+    start = tensor.storage_offset() + blocks * _BLOCK
+    last = tensor.as_strided((*sizes, 1, rest), (*strides, 1, 1), start)
     vector_norm(last, 2, -1, out=norms[..., blocks:])
 
 

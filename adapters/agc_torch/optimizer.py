@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from agc import AGC, Plan
 from agc.errors import ConfigError, FormatError, ParameterError, ShapeError
 from agc.plan import PlanEntry
-from agc_torch.clip import clip_, limit_norm_, whole
+from agc_torch.clip import Memory, clip_, limit_norm_, whole
 from agc_torch.stats import Stats
 from agc_torch.units import Model, named_parameters, places, resolve
 
@@ -151,6 +151,7 @@ class Handle:
         self._pairs: list[tuple[PlanEntry, Tensor]] = []
         self._hooks: list[Any] = []
         self._running = self._nested = False
+        self._memory = Memory()
 
     @property
     def plan(self) -> Plan:
@@ -275,6 +276,7 @@ class Handle:
             grad_scale=grad_scale,
             found_inf=found_inf,
             missing=self._check_place,
+            memory=self._memory,
         )
         if self.max_norm is not None:
             limit_norm_(self._whole, self.max_norm, grad_scale=grad_scale)

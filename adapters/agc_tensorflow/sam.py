@@ -22,6 +22,7 @@ import tensorflow as tf
 from agc.checks import check_batch_given, check_microbatches, check_rule
 from agc.config import SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, ParameterError
+from agc.schedule import Schedule
 from agc.selectors import perturbed_names
 from agc_tensorflow.schedules import value_at
 from agc_tensorflow.units import named_variables, refuse_keras_2, variable_key
@@ -703,18 +704,23 @@ def _two_passes(
         present = [_dense(g) for g in ascent if g is not None]
         reduced = iter(tf.distribute.get_replica_context().all_reduce("sum", present))
         ascent = [None if g is None else next(reduced) for g in ascent]
-    values, norm = _perturbed_values(passes.variables, ascent, perturbs, rule, step)
+    rho = value_at("rho", rule.rho, step, _norm_dtype(passes.variables, perturbs))
+    values, norm = _perturbed_values(passes.variables, ascent, perturbs, rule, rho, step)
     perturbed = passes.perturbed(batch, values)
+    gradients = perturbed.gradients
+    if callable(rule.rho) and not isinstance(rule.rho, Schedule):
+        # Inside a graph a bad rho is NaN, which reaches no gradient that is the same everywhere.
+        gradients = [_poisoned(g, 0 * rho) for g in gradients]
     # Of the passes that saw the whole batch, the first.
     _carry_out(clean.state if rule.fraction == 1 else perturbed.state)
     if rule.nonfinite == "raise":
         _raise_unless_finite(norm)
     stats = SamStats(norm, clean.loss, perturbed.loss)
-    return clean.loss, perturbed.gradients, stats, report, *sizes
+    return clean.loss, gradients, stats, report, *sizes
 
 
 def _perturbed_values(
-    variables: list[Any], ascent: list[Any], perturbs: list[bool], rule: SAM, step: Any
+    variables: list[Any], ascent: list[Any], perturbs: list[bool], rule: SAM, rho: Any, step: Any
 ) -> tuple[list[Any], Any]:
     """Return ``w + e`` and the norm of the ascent gradient (SAM-1, SAM-2, SAM-10)."""
     values = [tf.convert_to_tensor(v) for v in variables]
@@ -736,7 +742,7 @@ def _perturbed_values(
     usable = (norm > 0) & tf.math.is_finite(norm)
     if rule.every != 1:
         usable &= tf.equal(tf.cast(step, tf.int64) % rule.every, 0)
-    factor = value_at("rho", rule.rho, step, dtype) / (norm + rule.eps)
+    factor = rho / (norm + rule.eps)
     out = []
     for i, value in enumerate(values):
         if i not in directions:

@@ -44,6 +44,11 @@ def squares(xp: Any, weights: Mapping[str, Any]) -> Any:
     return sum(xp.sum(xp.square(xp.abs(array))) for array in weights.values())
 
 
+def total(xp: Any, weights: Mapping[str, Any]) -> Any:
+    """Return the sum."""
+    return sum(xp.sum(array) for array in weights.values())
+
+
 def network_weights() -> dict[str, Array]:
     random = np.random.default_rng(0)
     shapes = {"inner_weight": (6, 8), "inner_bias": 8, "outer_weight": (8, 3), "outer_bias": 3}
@@ -169,10 +174,12 @@ class SamFunctionContract(SamContract):
 
     @pytest.mark.parametrize("nonfinite", ["skip_step", "skip_perturb"])
     @pytest.mark.parametrize("rho", NONSENSE)
-    def test_nonsense_of_a_traced_schedule(self, rho, nonfinite):
-        """It cannot raise, so the gradient is NaN."""
+    @pytest.mark.parametrize("loss", [squares, total])
+    def test_nonsense_of_a_traced_schedule(self, loss, rho, nonfinite):
+        """It cannot raise, so the gradient is NaN, even one that is the same everywhere."""
         rule = SAM(rho=lambda step: step / step * rho, nonfinite=nonfinite)
-        assert np.isnan(self.sharpen_ones(rule, "traced", step=4).gradients["w"]).all()
+        problem = SamProblem(rule, loss, {"w": np.ones(3)}, step=4)
+        assert np.isnan(self.driver.sharpen(problem, "traced").gradients["w"]).all()
 
     @pytest.mark.parametrize("rule", [SAM(every=2), SAM(rho=lambda _: 0.1)], ids=["every", "rho"])
     def test_a_step_is_needed(self, rule):

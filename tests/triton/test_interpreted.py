@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agc import AGC, Units
 from agc.reference import adaptive_clip
+from agc_conformance.backend import Backend
 from agc_conformance.backends.torch.backend import TorchBackend
 from agc_conformance.runner import run_case
 from agc_conformance.vectors import load_vectors
 from agc_conformance.verdict import ulp, ulp_error
 from agc_torch import adaptive_clip_grad_, fused, plan
+from tests.contract.clip import ClipContract, VectorsContract
 from tests.helpers import draw
+from tests.torch.driver import TorchDriver
 
 # NumPy, by which the interpreter computes, warns of what a GPU does silently.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|underflow):RuntimeWarning")
@@ -29,12 +33,40 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|underflo
 LIMITS = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 4, torch.float64: 8}
 
 
-@pytest.fixture(params=["float64 sums", "float32 sums"], autouse=True)
-def on_the_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the CPU for a GPU, of each of two kinds."""
-    monkeypatch.setattr(fused, "available", lambda device: True)
-    monkeypatch.setattr(fused, "_float64_is_fast", lambda device: request.param == "float64 sums")
+WAYS = ("float64 sums", "float32 sums")
+"""Of the two kinds of GPU."""
+
+
+def on_kernels(patch: pytest.MonkeyPatch, way: str) -> None:
+    """Take the CPU for a GPU."""
+    patch.setattr(fused, "available", lambda device: True)
+    patch.setattr(fused, "_float64_is_fast", lambda device: way == "float64 sums")
     fused.table.cache_clear()
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_kernels(monkeypatch, request.param)
+
+
+class KernelDriver(TorchDriver):
+    clip_ways = ("host", *WAYS)
+    accurate_ways = clip_ways
+
+    @contextmanager
+    def clipping(self, way: str) -> Iterator[Backend]:
+        with pytest.MonkeyPatch.context() as patch:
+            if way != "host":
+                on_kernels(patch, way)
+            yield TorchBackend()
+
+
+class TestClip(ClipContract):
+    driver = KernelDriver()
+
+
+class TestVectors(VectorsContract):
+    driver = KernelDriver()
 
 
 @dataclass(frozen=True)
@@ -134,37 +166,17 @@ def clip(parameters: dict[str, Tensor], rule: AGC) -> None:
         assert torch.equal(p.grad[same], raw[name][same]), name
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_layouts_and_dtypes(case: Case) -> None:
     clip({"p": parameter(case)}, AGC(clipping=0.02, units={"p": case.units}, **case.rule))
 
 
+@pytest.mark.usefixtures("way")
 def test_everything_in_one_call() -> None:
     parameters = {name: parameter(case, seed) for seed, (name, case) in enumerate(CASES.items())}
     units = {name: case.units for name, case in CASES.items()}
     clip(parameters, AGC(clipping=0.02, units=units, eps=1e-6))
-
-
-def test_thresholds_by_name() -> None:
-    cases = {name: CASES[name] for name in ("fan-in 27", "ragged", "transposed", "bias")}
-    parameters = {name: parameter(case, seed) for seed, (name, case) in enumerate(cases.items())}
-    units = {name: case.units for name, case in cases.items()}
-    clipping = {"ragged": 0.5, "bias": None, "transposed": lambda step: 0.1 + step, "*": 0.01}
-    clip(parameters, AGC(clipping=clipping, units=units))
-
-
-@pytest.mark.parametrize("policy", ["propagate", "zero"])
-@pytest.mark.parametrize("name", ["ragged", "columns, unaligned", "transposed convolution"])
-def test_poisoned_units(name: str, policy: str) -> None:
-    case = CASES[name]
-    p = parameter(case)
-    p.grad[0, 1], p.grad[3, 4] = math.nan, math.inf
-    with torch.no_grad():
-        p[6, 5] = math.inf
-    rule = AGC(clipping=0.02, units={"p": case.units}, nonfinite=policy)
-    expected = expect({"p": p}, rule)["p"]
-    adaptive_clip_grad_({"p": p}, rule)
-    np.testing.assert_allclose(p.grad.numpy(), expected, rtol=4e-7)
 
 
 def test_tensors_without_memory_take_the_other_path() -> None:
@@ -177,6 +189,7 @@ def test_tensors_without_memory_take_the_other_path() -> None:
     assert fused.part_of(torch.ones(0, 6), Units("o i -> o").bind((0, 6))) is None
 
 
+@pytest.mark.usefixtures("way")
 def test_kernels_that_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(table: fused.Table) -> None:
         raise OSError("no compiler")
@@ -236,18 +249,17 @@ def test_sam_moves_weights(dtypes: tuple[torch.dtype, ...], poisoned: bool, adap
         assert errors.max() <= (0 if poisoned else 5 if adaptive else 2)
 
 
-VECTORS = [
-    (vector, dtype)
+SAM_VECTORS = {
+    f"{vector.id}:{dtype}": (vector, dtype)
     for vector in load_vectors()
-    if vector.id.startswith("L1-")
+    if vector.id.startswith("L1-sam-")
     for dtype in vector.dtypes()
     if dtype in TorchBackend.dtypes
-]
+}
 
 
-@pytest.mark.parametrize(
-    ("vector", "dtype"), VECTORS, ids=[f"{vector.id}:{dtype}" for vector, dtype in VECTORS]
-)
-def test_vectors(vector: Any, dtype: str) -> None:
-    record = run_case(TorchBackend("cpu"), vector, dtype)
+@pytest.mark.parametrize("name", SAM_VECTORS)
+def test_vectors_of_sam(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_kernels(monkeypatch, WAYS[0])
+    record = run_case(TorchBackend("cpu"), *SAM_VECTORS[name])
     assert record["status"] == "passed", record.get("detail")

@@ -29,13 +29,11 @@ class Models:
 
     def __init__(self) -> None:
         self.images, self.labels = _batch()
-        neutral = core.seeded_parameters("F0")
         self.ours = agc_torch.nfnet(
             "F0", dropout=0.0, stochastic_depth=0.0, activation="gelu_erf", ws_eps="timm"
         )
-        agc_torch.from_neutral(self.ours, neutral)
         self.timm = timm_model("dm_nfnet_f0").eval()
-        self.timm.load_state_dict(_timm_state(neutral))
+        self.start()
         self.convolutions = [m for m in self.ours.modules() if isinstance(m, WSConv2d)]
         self.optimizer = agc_torch.sgd_nfnet(self.ours, lr=1e-3)
         self.peer = torch.optim.SGD(
@@ -43,6 +41,12 @@ class Models:
         )
         head = {id(p) for p in self.timm.head.parameters()}
         self.clipped = [p for p in self.timm.parameters() if id(p) not in head]
+
+    def start(self) -> None:
+        """Give both models the same weights."""
+        neutral = core.seeded_parameters("F0")
+        agc_torch.from_neutral(self.ours, neutral)
+        self.timm.load_state_dict(_timm_state(neutral))
 
     def contestant(self, name: str, condition: str) -> Callable[[], Any]:
         if name == "standardisation":
@@ -107,6 +111,7 @@ def test_speed(
 
 
 def test_contestants_do_the_same_work(models: Models) -> None:
+    models.start()  # other tests train
     ours, theirs = (models.contestant(name, "forward")() for name in ("ours", "timm"))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
     sizes = [sum(p.numel() for p in m.parameters()) for m in (models.ours, models.timm)]

@@ -1,0 +1,160 @@
+"""AGC in JAX: ours and ``optax.adaptive_grad_clip``, both jitted with donated gradients."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable
+from functools import reduce
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import agc_jax
+from agc import AGC
+from benchmarks.common import draw, flax_tree
+from benchmarks.gpu.conditions import (
+    CONDITIONS,
+    COPIED,
+    DTYPES,
+    accuracy,
+    least_bytes,
+    louder,
+    samples,
+    shapes_of,
+    with_ratios,
+)
+from benchmarks.gpu.race import Contestant, DoesNotApply, Entry, HostClock, Outcome, race
+from benchmarks.gpu.results import Job, Results
+from benchmarks.shapes import MODELS, declared, out_last
+
+__all__ = ["measure"]
+
+_CLIPPING: Final = 0.01
+
+
+def measure(job: Job, results: Results) -> None:
+    """Time clipping alone; one program of each contestant serves all shares of clipped units."""
+    _choose_device(job)
+    clock = HostClock(jax.block_until_ready)
+    for dtype in DTYPES:
+        for model in MODELS:
+            clipping = _Clipping(model, dtype, job)
+            for condition in CONDITIONS:
+                clipping.set_condition(condition)
+                outcomes = race(clipping.entries(), clock, job.effort(4, 6))
+                # Results are new arrays or donated ones, written whatever is clipped.
+                needs = dict.fromkeys(("agc", "optax"), least_bytes(clipping.size, 1.0))
+                results.add(
+                    model=model,
+                    dtype=dtype,
+                    condition=condition,
+                    compile_seconds=clipping.compile_seconds,
+                    base="agc",
+                    contestants=with_ratios(outcomes, needs, "agc"),
+                )
+
+
+def _choose_device(job: Job) -> None:
+    try:
+        jax.config.update("jax_default_device", jax.devices(job.device)[0])
+    except RuntimeError as error:
+        raise DoesNotApply(f"JAX {jax.__version__} sees no {job.device} device: {error}") from None
+
+
+class _Clipping:
+    """Parameters and gradients as Flax trees, and the contestants' compiled programs."""
+
+    def __init__(self, model: str, dtype: str, job: Job) -> None:
+        self._dtype, self._job = dtype, job
+        shapes = shapes_of(model, tiny=job.tiny)
+        self._shapes = {name: out_last(name, shape) for name, shape in shapes.items()}
+        drawn = {
+            name: draw(shape, "all", seed)
+            for seed, (name, shape) in enumerate(self._shapes.items())
+        }
+        self._loud = {name: gradient for name, (_, gradient) in drawn.items()}
+        self._weights = {name: jnp.asarray(weight, dtype) for name, (weight, _) in drawn.items()}
+        self._parameters = flax_tree(self._weights)
+        self.size = sum(weight.nbytes for weight in self._weights.values())
+        self._given: dict[str, jax.Array] = {}
+        self._fresh: Any = None
+        rule = AGC(clipping=_CLIPPING, units=declared(shapes, "... i o -> o", "kernel"))
+        self._clips = {
+            "agc": agc_jax.adaptive_grad_clip(rule, units=agc_jax.units(self._parameters)),
+            "optax": optax.adaptive_grad_clip(_CLIPPING),
+        }
+        self._programs: dict[str, Callable[[], Any]] = {}
+        self.compile_seconds: dict[str, float] = {}
+
+    def set_condition(self, condition: str) -> None:
+        """Choose which units are clipped from now on."""
+        self._given = {
+            name: jnp.asarray(loud * self._louder(name, condition, seed), self._dtype)
+            for seed, (name, loud) in enumerate(self._loud.items())
+        }
+
+    def entries(self) -> dict[str, Entry]:
+        return {
+            "agc": lambda: self._entry("agc"),
+            "optax": lambda: self._entry("optax"),
+            "copy": self._copy,
+        }
+
+    def _louder(self, name: str, condition: str, seed: int) -> Any:
+        axis = 0 if name.endswith("embedding") else -1
+        return louder(self._shapes[name], axis, condition, seed)
+
+    def _refresh(self) -> None:
+        self._fresh = jax.block_until_ready({n: g.copy() for n, g in self._given.items()})
+
+    def _entry(self, name: str) -> Contestant:
+        if name not in self._programs:
+            self._programs[name] = self._compiled(name)
+        clipped: list[Any] = []
+
+        def run() -> Any:
+            clipped[:] = [self._programs[name]()]
+            return clipped[0]
+
+        return Contestant(run, self._refresh, lambda: self._check(clipped[0]))
+
+    def _compiled(self, name: str) -> Callable[[], Any]:
+        clip = self._clips[name]
+        state = clip.init(self._parameters)
+
+        def update(gradients: Any, state: Any, parameters: Any) -> Any:
+            updates, _ = clip.update(flax_tree(gradients), state, parameters)
+            return updates
+
+        self._refresh()
+        start = time.perf_counter()
+        lowered = jax.jit(update, donate_argnums=0).lower(self._fresh, state, self._parameters)
+        program = lowered.compile()
+        self.compile_seconds[name] = time.perf_counter() - start
+        return lambda: program(self._fresh, state, self._parameters)
+
+    def _check(self, clipped: Any) -> Outcome:
+        """Compare with the reference, but for embeddings, whose units are columns in optax."""
+        tensors, units = {}, {}
+        for name in samples(self._shapes):
+            if not name.endswith("embedding"):
+                arrays = (self._weights[name], self._given[name], _leaf(clipped, name))
+                weight, gradient, result = (np.asarray(a, np.float64) for a in arrays)
+                tensors[name] = weight, gradient, result
+                units[name] = "... o -> o" if weight.ndim > 1 else "... ->"
+        return accuracy(tensors, units, self._dtype, _CLIPPING)
+
+    def _copy(self) -> Contestant:
+        size = 1 << 16 if self._job.tiny else COPIED
+        source = jnp.ones(size // 4, jnp.float32)
+        program = jax.jit(lambda x: x + 1)  # a copy, of which no compiler makes an alias
+        return Contestant(lambda: program(source), check=lambda: {"copied_bytes": size})
+
+
+def _leaf(tree: Any, name: str) -> Any:
+    """Return what :func:`benchmarks.common.flax_tree` put under a name."""
+    return reduce(operator.getitem, name.replace("weight", "kernel").split("."), tree)

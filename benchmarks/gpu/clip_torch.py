@@ -1,0 +1,138 @@
+"""AGC in PyTorch: ours, timm's, pytorch_optimizer's, ``clip_grad_norm_``, and a plain copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+import agc_torch
+from agc import AGC
+from agc_conformance.backends.peers import timm as timm_peer
+from benchmarks.gpu.conditions import (
+    CONDITIONS,
+    DTYPES,
+    accuracy,
+    least_bytes,
+    with_ratios,
+)
+from benchmarks.gpu.race import Contestant, DoesNotApply, Entry, Outcome, race
+from benchmarks.gpu.results import Job, Results
+from benchmarks.gpu.tensors import Tensors, clock_of, copy, numbers, use_triton
+from benchmarks.shapes import MODELS, declared
+
+__all__ = ["measure"]
+
+_CLIPPING: Final = 0.01
+_UNITS: Final = {0: "->", 1: "... ->"}
+"""Units by rank; every other tensor has one for each index of its first axis."""
+
+
+def measure(job: Job, results: Results) -> None:
+    """Time clipping alone, for every model, dtype and share of clipped units."""
+    clock = clock_of(job)
+    for dtype in DTYPES:
+        for model in MODELS:
+            tensors = Tensors(model, dtype, job)
+            clipping = _Clipping(tensors, dtype, job)
+            for condition in CONDITIONS:
+                tensors.set_condition(condition)
+                outcomes = race(clipping.entries(), clock, job.effort(5, 8))
+                least = least_bytes(tensors.size, tensors.clipped)
+                needs = dict.fromkeys(set(outcomes) - {"copy"}, least)
+                needs["clip_grad_norm_"] = 3 * tensors.size  # it reads, then reads and writes
+                results.add(
+                    model=model,
+                    dtype=dtype,
+                    condition=condition,
+                    clipped_share=tensors.clipped,
+                    base="agc",
+                    contestants=with_ratios(outcomes, needs, "agc"),
+                )
+
+
+class _Clipping:
+    """The contestants, on the same parameters."""
+
+    def __init__(self, tensors: Tensors, dtype: str, job: Job) -> None:
+        self._tensors, self._dtype, self._job = tensors, dtype, job
+        self._rule = AGC(clipping=_CLIPPING, units=declared(tensors.shapes, "o ... -> o"))
+        self._plan = agc_torch.plan(tensors.parameters, self._rule)
+        self._parameters = list(tensors.parameters.values())
+
+    def entries(self) -> dict[str, Entry]:
+        return {
+            "agc": self._ours,
+            "agc in a CUDA graph": self._graph,
+            "agc without Triton": self._without_triton,
+            "timm": self._timm,
+            "pytorch_optimizer": self._pytorch_optimizer,
+            "clip_grad_norm_": self._clip_grad_norm,
+            "copy": lambda: copy(self._job),
+        }
+
+    def _clip(self) -> None:
+        agc_torch.adaptive_clip_grad_(self._tensors.parameters, self._rule, plan=self._plan)
+
+    def _put_back(self, *, triton: bool = True) -> None:
+        use_triton(self._job, wanted=triton)
+        self._tensors.put_back()
+
+    def _check(self, found: Sequence[Tensor]) -> Outcome:
+        names = dict(zip(self._tensors.parameters, found, strict=True))
+        compared = {
+            name: tuple(map(numbers, (weight, gradient, names[name])))
+            for name, (weight, gradient) in self._tensors.sampled().items()
+        }
+        units = {name: _UNITS.get(w.ndim, "o ... -> o") for name, (w, _, _) in compared.items()}
+        return accuracy(compared, units, self._dtype, _CLIPPING)
+
+    def _check_in_place(self) -> Outcome:
+        return self._check(self._tensors.gradients)
+
+    def _ours(self) -> Contestant:
+        return Contestant(self._clip, self._put_back, self._check_in_place)
+
+    def _graph(self) -> Contestant:
+        if self._job.device != "cuda":
+            raise DoesNotApply("CUDA graphs need a GPU")
+        self._put_back()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles, and allocates
+            self._clip()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._clip()
+        return Contestant(graph.replay, self._put_back, self._check_in_place)
+
+    def _without_triton(self) -> Contestant:
+        if self._job.device != "cuda":
+            raise DoesNotApply("Triton's kernels need a GPU, and are off anyway")
+        return Contestant(self._clip, lambda: self._put_back(triton=False), self._check_in_place)
+
+    def _timm(self) -> Contestant:
+        agc = timm_peer.load()
+        return Contestant(
+            lambda: agc.adaptive_clip_grad(self._parameters, clip_factor=_CLIPPING),
+            self._put_back,
+            self._check_in_place,
+        )
+
+    def _pytorch_optimizer(self) -> Contestant:
+        from pytorch_optimizer.optimizer.agc import agc
+
+        pairs = list(zip(self._parameters, self._tensors.gradients, strict=True))
+        clipped: list[Tensor] = []
+
+        def run() -> None:
+            clipped[:] = [agc(parameter.detach(), gradient) for parameter, gradient in pairs]
+
+        return Contestant(run, self._put_back, lambda: self._check(clipped))
+
+    def _clip_grad_norm(self) -> Contestant:
+        clip = torch.nn.utils.clip_grad_norm_
+        return Contestant(lambda: clip(self._parameters, 1.0), self._put_back)

@@ -1,0 +1,128 @@
+"""Run the conformance suite on one backend, in parts side by side, and merge their results.
+
+``python -m benchmarks.gpu.conformance torch --out FILE``. A part that hangs or crashes takes none
+of the others with it: what is complete becomes one file, whose header names the parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from agc_conformance.records import Record, ResultFile, Writer, read_results
+from agc_conformance.suite import run
+from benchmarks.gpu.results import Job
+from benchmarks.gpu.stage import ABSENT, add_job, job_of
+
+__all__ = ["main", "merge"]
+
+BACKENDS: Final = {
+    "torch": "agc_conformance.backends.torch.backend:TorchBackend",
+    "jax": "agc_conformance.backends.jax.backend:JaxBackend",
+}
+"""Backends by name, found without an installed package's entry points."""
+_PARTS: Final = {
+    "torch": ("L1-*", "L[23]-*", "real-*", "model-*"),
+    "jax": ("L1-[a-k]*", "L1-[l-r]*", "L1-[s-z]*", "L[23]-*", "real-*", "model-*"),
+}
+"""Globs of ids that together are the whole suite."""
+_REHEARSED: Final = ("L1-eps-*",)
+_NO_AUTOTUNING: Final = "--xla_gpu_autotune_level=0"
+"""Option of XLA that shortens its compilation, which is most of what the suite waits for."""
+_LINES: Final = 15
+"""Lines of the output of a part that failed."""
+
+
+def merge(paths: Sequence[Path], out: Path, job: Job) -> ResultFile | None:
+    """Write the results of complete files into one, and return it; None if there are none.
+
+    Parameters
+    ----------
+    paths : sequence of path
+        Files of :func:`agc_conformance.suite.run` on one backend; those that are missing are left
+        out.
+    out : path
+        The file.
+    job : Job
+        Names the commit, if the files do not.
+    """
+    files = [read_results(path) for path in paths if path.exists()]
+    if not files:
+        return None
+    first = files[0].header
+    whole = len(files) == len(paths) and not job.tiny
+    select = None if whole else " ".join(str(file.header.get("select")) for file in files)
+    header = {**first, "select": select, "commit": first["commit"] or job.commit}
+    with Writer(out, header) as writer:  # type: ignore[arg-type]
+        for file in files:
+            records: list[Record] = [*file.results, *file.train, *file.models, *file.unavailable]
+            for record in records:
+                writer.write(record)
+    return read_results(out)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all parts, or one; return 0, 1 if something failed, or ``ABSENT``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.conformance", description=__doc__
+    )
+    parser.add_argument("backend", choices=BACKENDS)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--seconds", type=float, default=600.0, help="limit of all parts")
+    parser.add_argument("--part", metavar="GLOB", help="run this part alone, in this process")
+    add_job(parser)
+    options = parser.parse_args(arguments)
+    job = job_of(options)
+    if options.part is not None:
+        return run(BACKENDS[options.backend], options.out, device=job.device, select=options.part)
+    with tempfile.TemporaryDirectory() as folder:
+        return _parts(options.backend, options.out, job, options.seconds, Path(folder))
+
+
+def _parts(backend: str, out: Path, job: Job, seconds: float, folder: Path) -> int:
+    parts = _REHEARSED if job.tiny else _PARTS[backend]
+    flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), _NO_AUTOTUNING)))
+    environment = {**os.environ, **({"XLA_FLAGS": flags} if job.device == "cuda" else {})}
+    deadline = time.monotonic() + seconds
+    paths = [folder / f"{index}.jsonl" for index in range(len(parts))]
+    processes = []
+    for part, path in zip(parts, paths, strict=True):
+        command = [sys.executable, "-m", "benchmarks.gpu.conformance", backend]
+        command += ["--part", part, "--out", str(path), *job.arguments()]
+        with path.with_suffix(".log").open("w") as log:
+            processes.append(
+                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            )
+    failed = False
+    for part, path, process in zip(parts, paths, processes, strict=True):
+        try:
+            status = process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            status = "out of time"
+        failed |= status != 0
+        print(f"{part}: {'passed' if status == 0 else f'failed ({status})'}")
+        if status != 0:
+            print(*path.with_suffix(".log").read_text().splitlines()[-_LINES:], sep="\n")
+    merged = merge(paths, out, job)
+    if merged is None:
+        return 1
+    print(
+        ", ".join(f"{count} {status}" for status, count in (merged.footer or {})["counts"].items())
+    )
+    if merged.unavailable and not merged.results:
+        print(merged.unavailable[0]["reason"])
+        return ABSENT
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

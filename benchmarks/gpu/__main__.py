@@ -61,10 +61,10 @@ STAGES: Final = (
         Stage("conformance-torch", 140, "torch-{device}.jsonl"),
         Stage("conformance-jax", 140, "jax-{device}.jsonl"),
     ),
-    (Stage("agc", 105, "agc.json"),),
-    (Stage("sam", 45, "sam.json"),),
-    (Stage("nfnet", 95, "nfnet.json"),),
-    (Stage("jax", 75, "jax.json"),),
+    (Stage("agc", 110, "agc.json"),),
+    (Stage("sam", 50, "sam.json"),),
+    (Stage("nfnet", 90, "nfnet.json"),),
+    (Stage("jax", 70, "jax.json"),),
 )
 """Groups of stages, one after the other; those of a group, which time nothing, side by side."""
 _LINES: Final = 40

@@ -6,7 +6,7 @@ import operator
 import time
 from collections.abc import Callable
 from functools import reduce
-from typing import Any, Final
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,14 @@ import optax
 
 import agc_jax
 from agc import AGC
-from benchmarks.common import draw, flax_tree
+from benchmarks.common import flax_tree
 from benchmarks.gpu.conditions import (
+    CLIPPING,
     CONDITIONS,
     COPIED,
     DTYPES,
-    accuracy,
+    Truth,
+    drawn,
     least_bytes,
     louder,
     samples,
@@ -32,8 +34,6 @@ from benchmarks.gpu.results import Job, Results
 from benchmarks.shapes import MODELS, declared, out_last
 
 __all__ = ["measure"]
-
-_CLIPPING: Final = 0.01
 
 
 def measure(job: Job, results: Results) -> None:
@@ -72,20 +72,17 @@ class _Clipping:
         self._dtype, self._job = dtype, job
         shapes = shapes_of(model, tiny=job.tiny)
         self._shapes = {name: out_last(name, shape) for name, shape in shapes.items()}
-        drawn = {
-            name: draw(shape, "all", seed)
-            for seed, (name, shape) in enumerate(self._shapes.items())
-        }
-        self._loud = {name: gradient for name, (_, gradient) in drawn.items()}
-        self._weights = {name: jnp.asarray(weight, dtype) for name, (weight, _) in drawn.items()}
+        pairs = drawn(tuple(self._shapes.items()))
+        self._loud = {name: gradient for name, (_, gradient) in pairs.items()}
+        self._weights = {name: jnp.asarray(weight, dtype) for name, (weight, _) in pairs.items()}
         self._parameters = flax_tree(self._weights)
         self.size = sum(weight.nbytes for weight in self._weights.values())
         self._given: dict[str, jax.Array] = {}
         self._fresh: Any = None
-        rule = AGC(clipping=_CLIPPING, units=declared(shapes, "... i o -> o", "kernel"))
+        rule = AGC(clipping=CLIPPING, units=declared(shapes, "... i o -> o", "kernel"))
         self._clips = {
             "agc": agc_jax.adaptive_grad_clip(rule, units=agc_jax.units(self._parameters)),
-            "optax": optax.adaptive_grad_clip(_CLIPPING),
+            "optax": optax.adaptive_grad_clip(CLIPPING),
         }
         self._programs: dict[str, Callable[[], Any]] = {}
         self.compile_seconds: dict[str, float] = {}
@@ -96,6 +93,13 @@ class _Clipping:
             name: jnp.asarray(loud * self._louder(name, condition, seed), self._dtype)
             for seed, (name, loud) in enumerate(self._loud.items())
         }
+        # Embeddings are left out: their units are columns in optax.
+        names = [name for name in samples(self._shapes) if not name.endswith("embedding")]
+        pairs = {
+            name: (_numbers(self._weights[name]), _numbers(self._given[name])) for name in names
+        }
+        units = {n: "... o -> o" if w.ndim > 1 else "... ->" for n, (w, _) in pairs.items()}
+        self._truth = Truth(pairs, units, self._dtype)
 
     def entries(self) -> dict[str, Entry]:
         return {
@@ -120,7 +124,11 @@ class _Clipping:
             clipped[:] = [self._programs[name]()]
             return clipped[0]
 
-        return Contestant(run, self._refresh, lambda: self._check(clipped[0]))
+        def check() -> Outcome:
+            compare = self._truth.compare if name == "agc" else self._truth.deviation
+            return compare(lambda leaf: _numbers(_leaf(clipped[0], leaf)))
+
+        return Contestant(run, self._refresh, check)
 
     def _compiled(self, name: str) -> Callable[[], Any]:
         clip = self._clips[name]
@@ -137,22 +145,16 @@ class _Clipping:
         self.compile_seconds[name] = time.perf_counter() - start
         return lambda: program(self._fresh, state, self._parameters)
 
-    def _check(self, clipped: Any) -> Outcome:
-        """Compare with the reference, but for embeddings, whose units are columns in optax."""
-        tensors, units = {}, {}
-        for name in samples(self._shapes):
-            if not name.endswith("embedding"):
-                arrays = (self._weights[name], self._given[name], _leaf(clipped, name))
-                weight, gradient, result = (np.asarray(a, np.float64) for a in arrays)
-                tensors[name] = weight, gradient, result
-                units[name] = "... o -> o" if weight.ndim > 1 else "... ->"
-        return accuracy(tensors, units, self._dtype, _CLIPPING)
-
     def _copy(self) -> Contestant:
         size = 1 << 16 if self._job.tiny else COPIED
         source = jnp.ones(size // 4, jnp.float32)
         program = jax.jit(lambda x: x + 1)  # a copy, of which no compiler makes an alias
         return Contestant(lambda: program(source), check=lambda: {"copied_bytes": size})
+
+
+def _numbers(array: jax.Array) -> Any:
+    """Return an array's values in float64."""
+    return np.asarray(array, np.float64)
 
 
 def _leaf(tree: Any, name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -12,9 +11,10 @@ import agc_torch
 from agc import AGC
 from agc_conformance.backends.peers import timm as timm_peer
 from benchmarks.gpu.conditions import (
+    CLIPPING,
     CONDITIONS,
     DTYPES,
-    accuracy,
+    Truth,
     least_bytes,
     with_ratios,
 )
@@ -25,7 +25,6 @@ from benchmarks.shapes import MODELS, declared
 
 __all__ = ["measure"]
 
-_CLIPPING: Final = 0.01
 _UNITS: Final = {0: "->", 1: "... ->"}
 """Units by rank; every other tensor has one for each index of its first axis."""
 
@@ -38,7 +37,7 @@ def measure(job: Job, results: Results) -> None:
             tensors = Tensors(model, dtype, job)
             clipping = _Clipping(tensors, dtype, job)
             for condition in CONDITIONS:
-                tensors.set_condition(condition)
+                clipping.set_condition(condition)
                 outcomes = race(clipping.entries(), clock, job.effort(5, 8))
                 least = least_bytes(tensors.size, tensors.clipped)
                 needs = dict.fromkeys(set(outcomes) - {"copy"}, least)
@@ -58,9 +57,20 @@ class _Clipping:
 
     def __init__(self, tensors: Tensors, dtype: str, job: Job) -> None:
         self._tensors, self._dtype, self._job = tensors, dtype, job
-        self._rule = AGC(clipping=_CLIPPING, units=declared(tensors.shapes, "o ... -> o"))
+        self._rule = AGC(clipping=CLIPPING, units=declared(tensors.shapes, "o ... -> o"))
         self._plan = agc_torch.plan(tensors.parameters, self._rule)
         self._parameters = list(tensors.parameters.values())
+        self._places = {name: place for place, name in enumerate(tensors.parameters)}
+
+    def set_condition(self, condition: str) -> None:
+        """Choose which units are clipped from now on."""
+        self._tensors.set_condition(condition)
+        pairs = {
+            name: (numbers(weight), numbers(gradient))
+            for name, (weight, gradient) in self._tensors.sampled().items()
+        }
+        units = {name: _UNITS.get(w.ndim, "o ... -> o") for name, (w, _) in pairs.items()}
+        self._truth = Truth(pairs, units, self._dtype)
 
     def entries(self) -> dict[str, Entry]:
         return {
@@ -80,20 +90,14 @@ class _Clipping:
         use_triton(self._job, wanted=triton)
         self._tensors.put_back()
 
-    def _check(self, found: Sequence[Tensor]) -> Outcome:
-        names = dict(zip(self._tensors.parameters, found, strict=True))
-        compared = {
-            name: tuple(map(numbers, (weight, gradient, names[name])))
-            for name, (weight, gradient) in self._tensors.sampled().items()
-        }
-        units = {name: _UNITS.get(w.ndim, "o ... -> o") for name, (w, _, _) in compared.items()}
-        return accuracy(compared, units, self._dtype, _CLIPPING)
+    def _check(self) -> Outcome:
+        return self._truth.compare(lambda name: numbers(self._gradient(name)))
 
-    def _check_in_place(self) -> Outcome:
-        return self._check(self._tensors.gradients)
+    def _gradient(self, name: str) -> Tensor:
+        return self._tensors.gradients[self._places[name]]
 
     def _ours(self) -> Contestant:
-        return Contestant(self._clip, self._put_back, self._check_in_place)
+        return Contestant(self._clip, self._put_back, self._check)
 
     def _graph(self) -> Contestant:
         if self._job.device != "cuda":
@@ -107,19 +111,19 @@ class _Clipping:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._clip()
-        return Contestant(graph.replay, self._put_back, self._check_in_place)
+        return Contestant(graph.replay, self._put_back, self._check)
 
     def _without_triton(self) -> Contestant:
         if self._job.device != "cuda":
             raise DoesNotApply("Triton's kernels need a GPU, and are off anyway")
-        return Contestant(self._clip, lambda: self._put_back(triton=False), self._check_in_place)
+        return Contestant(self._clip, lambda: self._put_back(triton=False), self._check)
 
     def _timm(self) -> Contestant:
         agc = timm_peer.load()
         return Contestant(
-            lambda: agc.adaptive_clip_grad(self._parameters, clip_factor=_CLIPPING),
+            lambda: agc.adaptive_clip_grad(self._parameters, clip_factor=CLIPPING),
             self._put_back,
-            self._check_in_place,
+            lambda: self._truth.deviation(lambda name: numbers(self._gradient(name))),
         )
 
     def _pytorch_optimizer(self) -> Contestant:
@@ -131,7 +135,10 @@ class _Clipping:
         def run() -> None:
             clipped[:] = [agc(parameter.detach(), gradient) for parameter, gradient in pairs]
 
-        return Contestant(run, self._put_back, lambda: self._check(clipped))
+        def check() -> Outcome:
+            return self._truth.deviation(lambda name: numbers(clipped[self._places[name]]))
+
+        return Contestant(run, self._put_back, check)
 
     def _clip_grad_norm(self) -> Contestant:
         clip = torch.nn.utils.clip_grad_norm_

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from itertools import islice
 from math import prod
 from typing import Any, Final
@@ -13,14 +14,17 @@ import numpy.typing as npt
 from agc import Units
 from agc.reference import clip_units
 from agc_conformance.verdict import LIMITS, ulp_error
+from benchmarks.common import draw
 from benchmarks.gpu.race import Outcome, relative
 from benchmarks.shapes import MODELS
 
 __all__ = [
+    "CLIPPING",
     "CONDITIONS",
     "COPIED",
     "DTYPES",
-    "accuracy",
+    "Truth",
+    "drawn",
     "least_bytes",
     "louder",
     "samples",
@@ -30,6 +34,8 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 
+CLIPPING: Final = 0.01
+"""The threshold of all contestants."""
 CONDITIONS: Final = ("all", "none", "tenth")
 """Every unit is clipped, or none, or a random tenth of them."""
 DTYPES: Final = ("float32", "bfloat16")
@@ -37,7 +43,7 @@ COPIED: Final = 1 << 30
 """Bytes of the copy that bandwidth is measured by: far more than any cache."""
 _QUIET: Final = np.float32(1e-8)
 """What makes a gradient that is clipped one that is not."""
-_LARGEST: Final = 1 << 21
+_LARGEST: Final = 1 << 20
 """Elements of a tensor that is compared with the reference, at most."""
 _TINY: Final = 8
 """Longest axis of a rehearsal."""
@@ -52,6 +58,12 @@ def shapes_of(model: str, *, tiny: bool) -> dict[str, tuple[int, ...]]:
         return shapes
     few = islice(shapes.items(), _FEW)
     return {name: tuple(min(n, _TINY) for n in shape) for name, shape in few}
+
+
+@lru_cache(maxsize=2)
+def drawn(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, tuple[Array, Array]]:
+    """Return weights and gradients by name, in float32; every unit would be clipped."""
+    return {name: draw(shape, "all", seed) for seed, (name, shape) in enumerate(shapes)}
 
 
 def louder(shape: tuple[int, ...], axis: int, condition: str, seed: int) -> Array:
@@ -84,38 +96,51 @@ def samples(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     return [name for group in names.values() for name in dict.fromkeys((group[0], group[-1]))]
 
 
-def accuracy(
-    tensors: Mapping[str, tuple[Array, Array, Array]],
-    units: Mapping[str, str],
-    dtype: str,
-    limit: float,
-) -> Outcome:
-    """Compare clipped gradients with the float64 reference (AGC-2, AGC-3).
+class Truth:
+    """Clipped gradients of some tensors, from the float64 reference (AGC-2, AGC-3).
 
     Parameters
     ----------
-    tensors : mapping of name to (weight, gradient, clipped gradient)
+    tensors : mapping of name to (weight, gradient)
         In float64, which holds every value of the dtype.
     units : mapping of name to str
         Units patterns.
     dtype : str
         Dtype of the gradients.
-    limit : float
-        The clipping threshold.
-
-    Returns
-    -------
-    dict
-        ``max_ulp``, and ``right``: within the limit of the conformance suite, and not a bit of an
-        unclipped unit changed.
     """
-    worst, kept = 0.0, True
-    for name, (weight, gradient, found) in tensors.items():
-        truth = clip_units(gradient, weight, Units(units[name]), clipping=limit)
-        worst = max(worst, float(ulp_error(found, truth.gradient, dtype).max()))
-        still = np.broadcast_to(~truth.clipped, found.shape)
-        kept = kept and bool((found[still] == gradient[still]).all())
-    return {"max_ulp": worst, "right": bool(worst <= LIMITS[dtype] and kept)}
+
+    def __init__(
+        self, tensors: Mapping[str, tuple[Array, Array]], units: Mapping[str, str], dtype: str
+    ) -> None:
+        self._dtype = dtype
+        self._gradients = {name: gradient for name, (_, gradient) in tensors.items()}
+        self._clipped = {
+            name: clip_units(gradient, weight, Units(units[name]), clipping=CLIPPING)
+            for name, (weight, gradient) in tensors.items()
+        }
+
+    def compare(self, find: Callable[[str], Array]) -> Outcome:
+        """Return the largest error in ULP, and whether it is ``right``.
+
+        Right is what is within the limit of the conformance suite, and has changed not a bit of an
+        unclipped unit.
+
+        Parameters
+        ----------
+        find : callable
+            From a name to the clipped gradient, in float64.
+        """
+        worst, kept = 0.0, True
+        for name, truth in self._clipped.items():
+            found, gradient = find(name), self._gradients[name]
+            worst = max(worst, float(ulp_error(found, truth.gradient, self._dtype).max()))
+            still = np.broadcast_to(~truth.clipped, found.shape)
+            kept = kept and bool((found[still] == gradient[still]).all())
+        return {"max_ulp": worst, "right": worst <= LIMITS[self._dtype] and kept}
+
+    def deviation(self, find: Callable[[str], Array]) -> Outcome:
+        """Return the largest error in ULP of a peer, whose formula may differ."""
+        return {"max_ulp": self.compare(find)["max_ulp"]}
 
 
 def with_ratios(

@@ -88,8 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parts(backend: str, out: Path, job: Job, seconds: float, folder: Path) -> int:
     parts = _REHEARSED if job.tiny else _PARTS[backend]
-    flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), _NO_AUTOTUNING)))
-    environment = {**os.environ, **({"XLA_FLAGS": flags} if job.device == "cuda" else {})}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # parts share the cores
+    if job.device == "cuda":
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_NO_AUTOTUNING}".strip()
     deadline = time.monotonic() + seconds
     paths = [folder / f"{index}.jsonl" for index in range(len(parts))]
     processes = []

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from agc_torch import fused
-from benchmarks.common import draw
-from benchmarks.gpu.conditions import COPIED, louder, samples, shapes_of
+from benchmarks.gpu.conditions import COPIED, drawn, louder, samples, shapes_of
 from benchmarks.gpu.race import Clock, Contestant, CudaClock, DoesNotApply, HostClock
 from benchmarks.gpu.results import Job
 from benchmarks.shapes import parameters
@@ -87,6 +86,8 @@ class Tensors:
     ----------
     parameters : dict of name to Parameter
         Their ``grad`` are the same tensors all the time, as a CUDA graph needs it.
+    gradients : list of Tensor
+        Those tensors.
     clipped : float
         Share of the elements whose units are clipped.
     """
@@ -94,16 +95,11 @@ class Tensors:
     def __init__(self, model: str, dtype: str, job: Job) -> None:
         self.shapes = shapes_of(model, tiny=job.tiny)
         self.parameters: dict[str, nn.Parameter] = {}
-        self.gradients: list[Tensor] = []
         self._loud: list[Tensor] = []
-        for seed, (name, shape) in enumerate(self.shapes.items()):
-            weight, gradient = (
-                torch.from_numpy(array).to(job.device) for array in draw(shape, "all", seed)
-            )
+        for name, arrays in drawn(tuple(self.shapes.items())).items():
+            weight, gradient = (torch.from_numpy(array).to(job.device) for array in arrays)
             self.parameters[name] = nn.Parameter(weight.to(getattr(torch, dtype)))
             self._loud.append(gradient)
-        self._given: list[Tensor] = []
-        self.clipped = 1.0
         self.set_condition("all")
         self.gradients = [gradient.clone() for gradient in self._given]
         self.put_back()
@@ -116,13 +112,13 @@ class Tensors:
     def set_condition(self, condition: str) -> None:
         """Choose which units are clipped from now on."""
         clipped = 0.0
-        self._given = []
+        self._given: list[Tensor] = []
         for seed, (name, loud) in enumerate(zip(self.shapes, self._loud, strict=True)):
             factor = louder(self.shapes[name], 0, condition, seed)
             clipped += float((factor == 1).mean()) * math.prod(self.shapes[name])
             given = loud * torch.from_numpy(np.asarray(factor)).to(loud.device)
             self._given.append(given.to(self.parameters[name].dtype))
-        self.clipped = clipped / parameters(self.shapes)
+        self.clipped: float = clipped / parameters(self.shapes)
 
     def put_back(self) -> None:
         """Give every parameter its gradient as it was."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -75,8 +77,9 @@ class _Training:
     def __init__(self, mode: _Mode, job: Job) -> None:
         self._mode, self._job = mode, job
         layout = torch.channels_last if mode.layout == "channels_last" else torch.contiguous_format
-        pair = nfnet_torch.tiny_models() if job.tiny else nfnet_torch.models()
-        self._ours, self._theirs = (m.to(job.device, memory_format=layout) for m in pair)
+        self._ours, self._theirs = (
+            deepcopy(model).to(job.device, memory_format=layout) for model in _models(job.tiny)
+        )
         images, labels = nfnet_torch.batch(*((2, 32) if job.tiny else _BATCH))
         self.images = images.to(job.device, memory_format=layout)
         self._labels = labels.to(job.device) % (10 if job.tiny else 1000)
@@ -168,6 +171,11 @@ class _Training:
         ours, theirs = (self._forward(model).float() for model in (self._ours, self._theirs))
         difference = float((ours - theirs).abs().max() / theirs.abs().max())
         return {"difference": difference, "right": difference <= self._mode.agreement}
+
+
+@cache
+def _models(tiny: bool) -> tuple[nn.Module, nn.Module]:
+    return nfnet_torch.tiny_models() if tiny else nfnet_torch.models()
 
 
 def _entry(run: Callable[[], Any], prepare: Callable[[], None]) -> Entry:

@@ -72,7 +72,10 @@ def bound(weights: Sequence[Any], gradients: Sequence[Any], condition: str) -> C
         for action, piece in share:
             action(piece)
 
-    return lambda: list(pool.map(run, shares)) and None
+    def everywhere() -> None:
+        list(pool.map(run, shares))
+
+    return everywhere
 
 
 def _pieces(arrays: Sequence[Any], step: int = 1 << 20) -> list[Any]:

@@ -145,7 +145,8 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> report.Status:
         status = process.wait(max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         return "out of time"
-    return {0: "complete", ABSENT: "does not apply"}.get(status, "failed")
+    known: dict[int, report.Status] = {0: "complete", ABSENT: "does not apply"}
+    return known.get(status, "failed")
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

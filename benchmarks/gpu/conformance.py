@@ -103,26 +103,30 @@ def _parts(backend: str, out: Path, job: Job, seconds: float, folder: Path) -> i
             )
     failed = False
     for part, path, process in zip(parts, paths, processes, strict=True):
-        try:
-            status = process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            status = "out of time"
-        failed |= status != 0
-        print(f"{part}: {'passed' if status == 0 else f'failed ({status})'}")
-        if status != 0:
+        problem = _problem(process, deadline)
+        print(f"{part}: {problem or 'passed'}")
+        if problem is not None:
+            failed = True
             print(*path.with_suffix(".log").read_text().splitlines()[-_LINES:], sep="\n")
     merged = merge(paths, out, job)
-    if merged is None:
+    if merged is None or merged.footer is None:
         return 1
-    print(
-        ", ".join(f"{count} {status}" for status, count in (merged.footer or {})["counts"].items())
-    )
+    print(", ".join(f"{count} {status}" for status, count in merged.footer["counts"].items()))
     if merged.unavailable and not merged.results:
         print(merged.unavailable[0]["reason"])
         return ABSENT
     return int(failed)
+
+
+def _problem(process: subprocess.Popen[bytes], deadline: float) -> str | None:
+    """Wait for a part; return what is wrong with it, if anything is."""
+    try:
+        status = process.wait(max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return "out of time"
+    return None if status == 0 else f"exit status {status}"
 
 
 if __name__ == "__main__":

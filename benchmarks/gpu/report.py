@@ -37,7 +37,7 @@ _EVEN: Final = (1 - NOISE, 1 + NOISE)
 Status = Literal["complete", "failed", "out of time", "does not apply"]
 Judgement = Literal["met", "missed", "not measured", "does not apply"]
 
-_TITLES: Final = {
+_TITLES: Final[dict[Any, str]] = {
     **TITLES,
     "conformance-torch": "Conformance, PyTorch",
     "conformance-jax": "Conformance, JAX",

@@ -54,7 +54,7 @@ def use_triton(job: Job, *, wanted: bool) -> None:
 
 def numbers(tensor: Tensor) -> npt.NDArray[np.float64]:
     """Return a tensor's values in float64."""
-    return tensor.detach().double().cpu().numpy()
+    return np.asarray(tensor.detach().double().cpu())
 
 
 def copy(job: Job) -> Contestant:

@@ -157,7 +157,7 @@ def test_a_stage_that_ends_badly(
     code: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(program.Stage, "command", lambda *_: [sys.executable, "-c", code])
-    limit = 2 if "sleep" in code else 60
+    limit = 3 if "sleep" in code else 60
     stage = program.Stage("agc", limit, "agc.json")
     (tmp_path / "agc.json").write_text("of an older run", encoding="utf-8")
     (record,) = program._run([stage], tmp_path, Job("cpu", tiny=True))

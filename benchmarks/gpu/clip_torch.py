@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 from torch import Tensor
 
@@ -24,9 +22,6 @@ from benchmarks.gpu.tensors import Tensors, clock_of, copy, numbers, use_triton
 from benchmarks.shapes import MODELS, declared
 
 __all__ = ["measure"]
-
-_UNITS: Final = {0: "->", 1: "... ->"}
-"""Units by rank; every other tensor has one for each index of its first axis."""
 
 
 def measure(job: Job, results: Results) -> None:
@@ -69,7 +64,7 @@ class _Clipping:
             name: (numbers(weight), numbers(gradient))
             for name, (weight, gradient) in self._tensors.sampled().items()
         }
-        units = {name: _UNITS.get(w.ndim, "o ... -> o") for name, (w, _) in pairs.items()}
+        units = {n: "o ... -> o" if w.ndim > 1 else "... ->" for n, (w, _) in pairs.items()}
         self._truth = Truth(pairs, units, self._dtype)
 
     def entries(self) -> dict[str, Entry]:

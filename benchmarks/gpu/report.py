@@ -30,7 +30,6 @@ _SHARE: Final = 0.02
 """Largest share of a training step that AGC and the norm of SAM take together."""
 _FRACTION: Final = 1.25
 """Longest step with SAM on a fifth of the batch, as a multiple of one without SAM."""
-
 _EVEN: Final = (1 - NOISE, 1 + NOISE)
 """As fast, or as large: two identical programs differ by this much."""
 
@@ -273,7 +272,8 @@ def _cells(outcome: Outcome) -> list[str]:
         f"{device['low']:.4g} to {device['high']:.4g}",
         f"{host['median']:.3g}",
         _shown(outcome.get("relative"), "{:.3g}x"),
-        _shown(outcome.get("of_copy_bandwidth"), "{:.0%}"),
+        _shown(outcome.get("of_copy_bandwidth"), "{:.0%}")
+        or _shown(outcome.get("gigabytes_per_second"), "{:.0f} GB/s"),
         _shown(outcome.get("peak_bytes"), "{:.1f}", 1e-6),
         _shown(outcome.get("max_ulp"), "{:.2g}")
         + (" **wrong**" if outcome.get("right") is False else ""),
@@ -298,7 +298,9 @@ def _stages(run: Run) -> str:
 def _where(run: Run) -> str:
     made = run.provenance
     gpu = made["gpu"]
-    device = "CPU" if gpu is None else f"{gpu['name']}, {gpu['memory']}, driver {gpu['driver']}"
+    device = "GPU of unknown name" if made["device"] == "cuda" else "CPU"
+    if gpu is not None:
+        device = f"{gpu['name']}, {gpu['memory']}, driver {gpu['driver']}"
     packages = ", ".join(f"{name} {number}" for name, number in made["packages"].items())
     return (
         f"{device}; {made['platform']}; Python {made['python']}, {packages}; commit {made['commit']}; "
@@ -310,10 +312,10 @@ def document(run: Run) -> str:
     """Return the whole page in Markdown, the overview last, where a terminal shows it."""
     judged = verdicts(run)
     counts = Counter(verdict.judgement for verdict in judged)
-    parts = ["# AGC and SAM on a GPU", _where(run)]
+    parts = ["# AGC and SAM on a GPU", _where(run), _NOTES]
     for name, stage in run.stages.items():
         if run.cases(name):
-            parts += [f"## {_TITLES[name]}", _NOTES, _table(run, name)]
+            parts += [f"## {_TITLES[name]}", _table(run, name)]
         if stage["status"] != "complete":
             log = "\n".join(stage["log"])
             parts += [f"## {_TITLES[name]}: {stage['status']}", f"```text\n{log}\n```"]

@@ -106,7 +106,8 @@ class _Sharpness:
 
     def least_bytes(self) -> dict[str, float]:
         passes = dict(_PASSES)
-        passes["norm"] += self._rule.adaptive
+        if self._rule.adaptive:
+            passes["norm"] += 1
         passes["perturb without Triton"] = passes["perturb"]
         return {part: float(count * self._tensors.size) for part, count in passes.items()}
 

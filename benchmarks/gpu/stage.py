@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = Results(options.out, options.name, job)
         module.measure(job, results)
         results.finish()
-    except (DoesNotApply, ImportError) as reason:
+    except (DoesNotApply, ModuleNotFoundError) as reason:
         print(f"{type(reason).__name__}: {reason}")
         return ABSENT
     return 0

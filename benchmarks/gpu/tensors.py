@@ -42,10 +42,8 @@ def use_triton(job: Job, *, wanted: bool) -> None:
 
     Raises
     ------
-    DoesNotApply
-        If there is no GPU.
     RuntimeError
-        If there is one, and PyTorch came without Triton.
+        If they are wanted on a GPU, and PyTorch came without Triton.
     """
     os.environ["AGC_TORCH_TRITON"] = "1" if wanted else "0"
     if job.device == "cuda" and wanted and not fused.available(torch.device("cuda")):

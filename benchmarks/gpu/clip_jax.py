@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import reduce
 from typing import Any
 
@@ -40,22 +40,25 @@ def measure(job: Job, results: Results) -> None:
     """Time clipping alone; one program of each contestant serves all shares of clipped units."""
     _choose_device(job)
     clock = HostClock(jax.block_until_ready)
-    for dtype in DTYPES:
-        for model in MODELS:
-            clipping = _Clipping(model, dtype, job)
-            for condition in CONDITIONS:
-                clipping.set_condition(condition)
-                outcomes = race(clipping.entries(), clock, job.effort(4, 6))
-                # Results are new arrays or donated ones, written whatever is clipped.
-                needs = dict.fromkeys(("agc", "optax"), least_bytes(clipping.size, 1.0))
-                results.add(
-                    model=model,
-                    dtype=dtype,
-                    condition=condition,
-                    compile_seconds=clipping.compile_seconds,
-                    base="agc",
-                    contestants=with_ratios(outcomes, needs, "agc"),
-                )
+    with ThreadPoolExecutor() as pool:  # nothing is timed before everything is compiled
+        clippings = {
+            (dtype, model): _Clipping(model, dtype, job, pool)
+            for dtype in DTYPES
+            for model in MODELS
+        }
+    for (dtype, model), clipping in clippings.items():
+        for condition in CONDITIONS:
+            clipping.set_condition(condition)
+            outcomes = race(clipping.entries(), clock, job.effort(4, 6))
+            # Results are new arrays or donated ones, written whatever is clipped.
+            needs = dict.fromkeys(("agc", "optax"), least_bytes(clipping.size, 1.0))
+            results.add(
+                model=model,
+                dtype=dtype,
+                condition=condition,
+                base="agc",
+                contestants=with_ratios(outcomes, needs, "agc"),
+            )
 
 
 def _choose_device(job: Job) -> None:
@@ -68,7 +71,7 @@ def _choose_device(job: Job) -> None:
 class _Clipping:
     """Parameters and gradients as Flax trees, and the contestants' compiled programs."""
 
-    def __init__(self, model: str, dtype: str, job: Job) -> None:
+    def __init__(self, model: str, dtype: str, job: Job, pool: Executor) -> None:
         self._dtype, self._job = dtype, job
         shapes = shapes_of(model, tiny=job.tiny)
         self._shapes = {name: out_last(name, shape) for name, shape in shapes.items()}
@@ -80,12 +83,14 @@ class _Clipping:
         self._given: dict[str, jax.Array] = {}
         self._fresh: Any = None
         rule = AGC(clipping=CLIPPING, units=declared(shapes, "... i o -> o", "kernel"))
-        self._clips = {
+        clips = {
             "agc": agc_jax.adaptive_grad_clip(rule, units=agc_jax.units(self._parameters)),
             "optax": optax.adaptive_grad_clip(CLIPPING),
         }
-        self._programs: dict[str, Callable[[], Any]] = {}
-        self.compile_seconds: dict[str, float] = {}
+        self._programs = {
+            name: pool.submit(_compiled, clip, self._weights, self._parameters)
+            for name, clip in clips.items()
+        }
 
     def set_condition(self, condition: str) -> None:
         """Choose which units are clipped from now on."""
@@ -116,12 +121,11 @@ class _Clipping:
         self._fresh = jax.block_until_ready({n: g.copy() for n, g in self._given.items()})
 
     def _entry(self, name: str) -> Contestant:
-        if name not in self._programs:
-            self._programs[name] = self._compiled(name)
+        program = self._programs[name].result()
         clipped: list[Any] = []
 
         def run() -> Any:
-            clipped[:] = [self._programs[name]()]
+            clipped[:] = [program(self._fresh)]
             return clipped[0]
 
         def check() -> Outcome:
@@ -130,26 +134,23 @@ class _Clipping:
 
         return Contestant(run, self._refresh, check)
 
-    def _compiled(self, name: str) -> Callable[[], Any]:
-        clip = self._clips[name]
-        state = clip.init(self._parameters)
-
-        def update(gradients: Any, state: Any, parameters: Any) -> Any:
-            updates, _ = clip.update(flax_tree(gradients), state, parameters)
-            return updates
-
-        self._refresh()
-        start = time.perf_counter()
-        lowered = jax.jit(update, donate_argnums=0).lower(self._fresh, state, self._parameters)
-        program = lowered.compile()
-        self.compile_seconds[name] = time.perf_counter() - start
-        return lambda: program(self._fresh, state, self._parameters)
-
     def _copy(self) -> Contestant:
         size = 1 << 16 if self._job.tiny else COPIED
         source = jnp.ones(size // 4, jnp.float32)
         program = jax.jit(lambda x: x + 1)  # a copy, of which no compiler makes an alias
         return Contestant(lambda: program(source), check=lambda: {"copied_bytes": size})
+
+
+def _compiled(clip: Any, gradients: Any, parameters: Any) -> Callable[[Any], Any]:
+    """Compile a clip of gradients by name, which are donated and look like these."""
+    state = clip.init(parameters)
+
+    def update(gradients: Any, state: Any, parameters: Any) -> Any:
+        return clip.update(flax_tree(gradients), state, parameters)[0]
+
+    lowered = jax.jit(update, donate_argnums=0).lower(gradients, state, parameters)
+    program = lowered.compile()
+    return lambda fresh: program(fresh, state, parameters)
 
 
 def _numbers(array: jax.Array) -> Any:

@@ -21,18 +21,22 @@ from agc_conformance.suite import run
 from benchmarks.gpu.results import Job
 from benchmarks.gpu.stage import ABSENT, add_job, job_of
 
-__all__ = ["main", "merge"]
+__all__ = ["PARTS", "main", "merge"]
 
-BACKENDS: Final = {
+_BACKENDS: Final = {
     "torch": "agc_conformance.backends.torch.backend:TorchBackend",
     "jax": "agc_conformance.backends.jax.backend:JaxBackend",
 }
 """Backends by name, found without an installed package's entry points."""
-_PARTS: Final = {
-    "torch": ("L1-*", "L[23]-*", "real-*", "model-*"),
-    "jax": ("L1-[a-k]*", "L1-[l-r]*", "L1-[s-z]*", "L[23]-*", "real-*", "model-*"),
-}
-"""Globs of ids that together are the whole suite."""
+PARTS: Final = {
+    "torch": ("L[01]-*", "L2-*", "L3-*", "real-*", "model-*"),
+    "jax": (
+        "L[02]-*", "L1-[a-k]*", "L1-l*", "L1-[m-r]*", "L1-sam-[a-m]*", "L1-sam-[n-z]*", "L1-s[!a]*",
+        "L1-[t-z]*", "L3-*", "real-*", "model-tiny-optimizer", "model-tiny-trajectory", "model-tiny-o[!p]*",
+        "model-tiny-[!ot]*",
+    ),
+}  # fmt: skip
+"""Globs of ids that together are the whole suite; JAX compiles for each, so it has more of them."""
 _REHEARSED: Final = ("L1-eps-*",)
 _NO_AUTOTUNING: Final = "--xla_gpu_autotune_level=0"
 """Option of XLA that shortens its compilation, which is most of what the suite waits for."""
@@ -60,6 +64,7 @@ def merge(paths: Sequence[Path], out: Path, job: Job) -> ResultFile | None:
     whole = len(files) == len(paths) and not job.tiny
     select = None if whole else " ".join(str(file.header.get("select")) for file in files)
     header = {**first, "select": select, "commit": first["commit"] or job.commit}
+    header |= {key: any(file.header.get(key) for file in files) for key in ("train", "models")}
     with Writer(out, header) as writer:  # type: ignore[arg-type]
         for file in files:
             records: list[Record] = [*file.results, *file.train, *file.models, *file.unavailable]
@@ -73,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.conformance", description=__doc__
     )
-    parser.add_argument("backend", choices=BACKENDS)
+    parser.add_argument("backend", choices=_BACKENDS)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--seconds", type=float, default=600.0, help="limit of all parts")
     parser.add_argument("--part", metavar="GLOB", help="run this part alone, in this process")
@@ -81,13 +86,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     job = job_of(options)
     if options.part is not None:
-        return run(BACKENDS[options.backend], options.out, device=job.device, select=options.part)
+        return run(
+            _BACKENDS[options.backend],
+            options.out,
+            device=job.device,
+            select=options.part,
+            train=options.part.startswith("real"),
+            models=options.part.startswith("model"),
+        )
     with tempfile.TemporaryDirectory() as folder:
         return _parts(options.backend, options.out, job, options.seconds, Path(folder))
 
 
 def _parts(backend: str, out: Path, job: Job, seconds: float, folder: Path) -> int:
-    parts = _REHEARSED if job.tiny else _PARTS[backend]
+    parts = _REHEARSED if job.tiny else PARTS[backend]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # parts share the cores
     if job.device == "cuda":
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_NO_AUTOTUNING}".strip()

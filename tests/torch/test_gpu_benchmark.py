@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from agc_conformance.nfnets import ask as study
+from agc_conformance.runner import cases
+from agc_conformance.training.ask import TASKS, result_ids
+from agc_conformance.vectors import load_vectors
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import report
+from benchmarks.gpu import conformance, report
 from benchmarks.gpu.conditions import CONDITIONS, DTYPES, Truth, least_bytes, louder
 from benchmarks.gpu.race import Contestant, DoesNotApply, Effort, HostClock, race
 from benchmarks.gpu.results import Job
@@ -169,6 +174,20 @@ def test_the_limits_leave_time() -> None:
     assert sum(max(stage.limit for stage in group) for group in program.STAGES) <= 8 * 60 - 15
     files = [stage.file for group in program.STAGES for stage in group]
     assert len({*files, report.SUMMARY, "README.md"}) == 8
+
+
+@pytest.mark.parametrize("backend", conformance.PARTS)
+def test_the_parts_of_conformance_are_the_whole_suite(backend: str) -> None:
+    ids = [vector.id for vector, _ in cases(load_vectors())]
+    ids += [name for task in TASKS for name in result_ids(task)]
+    ids += [
+        name
+        for one, details in study.STUDIES.items()
+        if not details.full
+        for name in study.result_ids(one)
+    ]
+    for name in ids:
+        assert sum(fnmatchcase(name, part) for part in conformance.PARTS[backend]) == 1, name
 
 
 def test_a_race_goes_on_without_those_who_fail() -> None:

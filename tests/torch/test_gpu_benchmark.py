@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from agc_conformance.nfnets import ask as study
+from agc_conformance.records import Writer, make_header, make_result
 from agc_conformance.runner import cases
 from agc_conformance.training.ask import TASKS, result_ids
 from agc_conformance.vectors import load_vectors
@@ -188,6 +189,26 @@ def test_the_parts_of_conformance_are_the_whole_suite(backend: str) -> None:
     ]
     for name in ids:
         assert sum(fnmatchcase(name, part) for part in conformance.PARTS[backend]) == 1, name
+
+
+def test_parts_of_conformance_become_one_file(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    for path, part in zip(paths[:2], ("L1-*", "L2-*"), strict=True):
+        header = make_header(
+            "run", select=part, train=part == "L2-*", models=False, commit=None, backend="torch"
+        )
+        with Writer(path, header) as file:
+            file.write(make_result(part, clause="AGC-1", level=part[:2], status="passed"))
+    job = Job("cuda", commit="abc")
+    whole = conformance.merge(paths[:2], tmp_path / "whole.jsonl", job)
+    partial = conformance.merge(paths, tmp_path / "partial.jsonl", job)
+    assert whole is not None
+    assert partial is not None
+    assert [result["id"] for result in whole.results] == ["L1-*", "L2-*"]
+    assert whole.header["select"] is None
+    assert (whole.header["commit"], whole.header["train"]) == ("abc", True)
+    assert partial.header["select"] == "L1-* L2-*"
+    assert conformance.merge(paths[2:], tmp_path / "none.jsonl", job) is None
 
 
 def test_a_race_goes_on_without_those_who_fail() -> None:

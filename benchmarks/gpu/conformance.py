@@ -29,7 +29,7 @@ _BACKENDS: Final = {
 }
 """Backends by name, found without an installed package's entry points."""
 PARTS: Final = {
-    "torch": ("L[01]-*", "L2-*", "L3-*", "real-*", "model-*"),
+    "torch": ("L[02]-*", "L1-[a-r]*", "L1-[s-z]*", "L3-*", "real-*", "model-*"),
     "jax": (
         "L[02]-*", "L1-[a-k]*", "L1-l*", "L1-[m-r]*", "L1-sam-[a-m]*", "L1-sam-[n-z]*", "L1-s[!a]*",
         "L1-[t-z]*", "L3-*", "real-*", "model-tiny-optimizer", "model-tiny-trajectory", "model-tiny-o[!p]*",

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
-__all__ = ["CONDITIONS", "SAM_CONTESTANTS", "Measure", "bound", "draw", "nfnet_batch", "sam_batch"]
+__all__ = [
+    "CONDITIONS",
+    "SAM_CONTESTANTS",
+    "Measure",
+    "bound",
+    "draw",
+    "flax_tree",
+    "grid",
+    "nfnet_batch",
+    "over_turns",
+    "sam_batch",
+    "versions",
+]
 
 CONDITIONS = ("all", "none")
 """Every unit is clipped, or no unit is."""
@@ -58,7 +72,10 @@ def bound(weights: Sequence[Any], gradients: Sequence[Any], condition: str) -> C
         for action, piece in share:
             action(piece)
 
-    return lambda: list(pool.map(run, shares)) and None
+    def everywhere() -> None:
+        list(pool.map(run, shares))
+
+    return everywhere
 
 
 def _pieces(arrays: Sequence[Any], step: int = 1 << 20) -> list[Any]:
@@ -78,3 +95,36 @@ def nfnet_batch(count: int = 4, pixels: int = 128) -> tuple[Any, Any]:
     random = np.random.default_rng(0)
     images = random.normal(size=(count, pixels, pixels, 3))
     return images.astype(np.float32), random.integers(0, 1000, count)
+
+
+def flax_tree(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arrays by name as the tree that Flax makes of them: a ``weight`` is a ``kernel``."""
+    root: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *path, leaf = name.split(".")
+        tree = root
+        for key in path:
+            tree = tree.setdefault(key, {})
+        tree[leaf.replace("weight", "kernel")] = array
+    return root
+
+
+def over_turns(theirs: Iterable[float], ours: Iterable[float]) -> float:
+    """Return times as a multiple of others: the median over the turns, compared one by one."""
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def grid(rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; its second row says how columns are aligned."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
 
-from benchmarks.common import CONDITIONS, Measure
+from benchmarks.common import CONDITIONS, Measure, versions
 from benchmarks.shapes import MODELS
 
 TURNS = 8
@@ -66,13 +65,8 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
         "system": machine_info.get("system"),
         "python": machine_info.get("python_version"),
         "command": shlex.join(["python", "-m", "pytest", *_arguments()]),
-        "packages": {},
+        "packages": versions(PACKAGES),
     }
-    for name in PACKAGES:
-        try:
-            kept["packages"][name] = version(name)
-        except PackageNotFoundError:
-            continue
     machine_info.clear()
     machine_info.update(kept)
 

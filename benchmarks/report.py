@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agc.files import write_text
-from benchmarks.common import CONDITIONS
+from benchmarks.common import CONDITIONS, grid, over_turns
 
 __all__ = ["TARGETS", "Results", "main", "verdicts"]
 
@@ -122,7 +121,7 @@ class Results:
         The fastest rounds of each turn are compared; the result is the median over the turns.
         """
         ours, theirs = self._turns[case][base], self._turns[case][peer]
-        return statistics.median(theirs[turn]["min"] / ours[turn]["min"] for turn in ours)
+        return over_turns(*([turns[turn]["min"] for turn in ours] for turns in (theirs, ours)))
 
     def model_memory(self, framework: str, contestant: str) -> float | None:
         """Return the peak memory of a training step of F0, in copies of the parameters."""
@@ -228,7 +227,7 @@ def table(results: Results, framework: str) -> str:
             shares = [results.memory.get((*case[1:], contestant)) for case in cases]
             cells = ["" if share is None else f"{100 * share:.1f} %" for share in shares]
             rows.append([f"extra memory, {TITLES[contestant]}", *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return grid(rows)
 
 
 def model_table(results: Results) -> str:
@@ -244,7 +243,7 @@ def model_table(results: Results) -> str:
                 row.append(time if contestant == "ours" else f"{time} ({ratio:.2f}x)")
             memory = results.model_memory(framework, contestant)
             rows.append([*row, "" if memory is None else f"{memory:.2f} x parameters"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return grid(rows)
 
 
 def sam_table(results: Results) -> str:
@@ -253,7 +252,7 @@ def sam_table(results: Results) -> str:
     for framework in results.machines:
         costs = [f"{results.sam_cost(framework, name):.2f}x" for name in SAM_COSTS]
         rows.append([TITLES[framework], *costs])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return grid(rows)
 
 
 def document(results: Results) -> str:
@@ -270,8 +269,9 @@ def document(results: Results) -> str:
     parts.append("## SAM\n\n" + sam_table(results))
     parts.append("## Models\n\n" + model_table(results))
     marks = {True: "met", False: "**missed**"}
-    rows = [f"| {text} | {marks[met]} |" for text, met in verdicts(results)]
-    parts.append("## Targets\n\n" + "\n".join(["| target | |", "| --- | --- |", *rows]))
+    rows = [("target", "verdict"), ("---", "---")]
+    rows += [(text, marks[met]) for text, met in verdicts(results)]
+    parts.append("## Targets\n\n" + grid(rows))
     parts.append("## Provenance")
     for framework, machine in results.machines.items():
         commit = results.commits[framework]

@@ -12,7 +12,7 @@ import pytest
 
 import agc_jax
 from agc import AGC
-from benchmarks.common import Measure, bound, draw
+from benchmarks.common import Measure, bound, draw, flax_tree
 from benchmarks.shapes import MODELS, declared, out_last
 
 CONTESTANTS = ("ours", "optax", "bound")
@@ -22,18 +22,12 @@ class Tensors:
     """A model's parameters as a Flax tree, and the gradients of every round."""
 
     def __init__(self, model: str, condition: str) -> None:
-        self.parameters: dict[str, Any] = {}
-        self.gradients: dict[str, Any] = {}
-        for seed, (name, shape) in enumerate(MODELS[model]().items()):
-            for tree, array in zip(
-                (self.parameters, self.gradients),
-                draw(out_last(name, shape), condition, seed),
-                strict=True,
-            ):
-                *path, leaf = name.split(".")
-                for key in path:
-                    tree = tree.setdefault(key, {})
-                tree[leaf.replace("weight", "kernel")] = jax.numpy.asarray(array)
+        drawn = {
+            name: [jax.numpy.asarray(a) for a in draw(out_last(name, shape), condition, seed)]
+            for seed, (name, shape) in enumerate(MODELS[model]().items())
+        }
+        self.parameters = flax_tree({name: weight for name, (weight, _) in drawn.items()})
+        self.gradients = flax_tree({name: gradient for name, (_, gradient) in drawn.items()})
         self.steps: dict[str, tuple[Any, Any]] = {}
         for contestant, clip in {
             "ours": agc_jax.adaptive_grad_clip(

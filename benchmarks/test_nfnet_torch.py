@@ -12,11 +12,11 @@ from torch.nn.functional import cross_entropy
 
 import agc_torch
 from agc import nfnet as core
-from agc.weights.forms import FORMS
 from agc_conformance.backends.peers import timm as timm_peer
 from agc_torch.nfnet import WSConv2d
-from benchmarks.common import Measure, nfnet_batch
-from benchmarks.without_torchvision import timm_model
+from benchmarks import nfnet_torch
+from benchmarks.common import Measure
+from benchmarks.nfnet_torch import batch
 
 CONTESTANTS = ("ours", "timm", "standardisation")
 CONDITIONS = ("forward", "step")
@@ -28,25 +28,12 @@ class Models:
     """Both models with the same batch; dropout and stochastic depth off."""
 
     def __init__(self) -> None:
-        self.images, self.labels = _batch()
-        self.ours = agc_torch.nfnet(
-            "F0", dropout=0.0, stochastic_depth=0.0, activation="gelu_erf", ws_eps="timm"
-        )
-        self.timm = timm_model("dm_nfnet_f0").eval()
-        self.start()
+        self.images, self.labels = batch()
+        self.ours, self.timm = nfnet_torch.models()
         self.convolutions = [m for m in self.ours.modules() if isinstance(m, WSConv2d)]
         self.optimizer = agc_torch.sgd_nfnet(self.ours, lr=1e-3)
-        self.peer = torch.optim.SGD(
-            self.timm.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=2e-5
-        )
-        head = {id(p) for p in self.timm.head.parameters()}
-        self.clipped = [p for p in self.timm.parameters() if id(p) not in head]
-
-    def start(self) -> None:
-        """Give both models the same weights."""
-        neutral = core.seeded_parameters("F0")
-        agc_torch.from_neutral(self.ours, neutral)
-        self.timm.load_state_dict(_timm_state(neutral))
+        self.peer = torch.optim.SGD(self.timm.parameters(), **nfnet_torch.SGD)
+        self.clipped = nfnet_torch.clipped_by_timm(self.timm)
 
     def contestant(self, name: str, condition: str) -> Callable[[], Any]:
         if name == "standardisation":
@@ -83,19 +70,6 @@ class Models:
             weight.backward(weight.detach())
 
 
-def _batch(*size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = nfnet_batch(*size)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
-
-
-def _timm_state(neutral: dict[str, Any]) -> dict[str, torch.Tensor]:
-    form = FORMS["timm"]
-    return {
-        form.rename(spec): torch.from_numpy(form.encode(spec, neutral[spec.name]).astype("float32"))
-        for spec in core.parameters("F0")
-    }
-
-
 @pytest.fixture(scope="module")
 def models() -> Models:
     return Models()
@@ -111,7 +85,7 @@ def test_speed(
 
 
 def test_contestants_do_the_same_work(models: Models) -> None:
-    models.start()  # other tests train
+    nfnet_torch.start(models.ours, models.timm)  # other tests train
     ours, theirs = (models.contestant(name, "forward")() for name in ("ours", "timm"))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
     sizes = [sum(p.numel() for p in m.parameters()) for m in (models.ours, models.timm)]
@@ -121,13 +95,13 @@ def test_contestants_do_the_same_work(models: Models) -> None:
 @pytest.mark.parametrize("contestant", ["ours", "standardisation"])
 def test_share_of_standardisation(measure: Measure, models: Models, contestant: str) -> None:
     """Time a step and its weight standardisation, on images of the size that F0 is trained on."""
-    models.images, models.labels = _batch(16, core.variant("F0").train_pixels)
+    models.images, models.labels = batch(16, core.variant("F0").train_pixels)
     try:
         run = models.contestant(contestant, "step")
         case = {"framework": "torch", "model": "F0 in training", "condition": "step"}
         measure(run, rounds=2, **case, turn=0, contestant=contestant)
     finally:
-        models.images, models.labels = _batch()
+        models.images, models.labels = batch()
 
 
 @pytest.mark.parametrize("contestant", ["ours", "timm"])

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["timm_model"]
+__all__ = ["import_timm", "timm_model"]
 
 
 class _Anything(type):
@@ -41,10 +41,15 @@ class _Finder(MetaPathFinder, Loader):
         """Run nothing: the module needs no code."""
 
 
-def timm_model(name: str) -> Any:
-    """Return an untrained model of timm."""
+def import_timm() -> Any:
+    """Return the package, with or without torchvision."""
     if find_spec("torchvision") is None:
         sys.meta_path.insert(0, _Finder())
     import timm
 
-    return timm.create_model(name)
+    return timm
+
+
+def timm_model(name: str) -> Any:
+    """Return an untrained model of timm."""
+    return import_timm().create_model(name)

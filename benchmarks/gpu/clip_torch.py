@@ -1,0 +1,140 @@
+"""AGC in PyTorch: ours, timm's, pytorch_optimizer's, ``clip_grad_norm_``, and a plain copy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import agc_torch
+from agc import AGC
+from agc_conformance.backends.peers import timm as timm_peer
+from benchmarks.gpu.conditions import (
+    CLIPPING,
+    CONDITIONS,
+    DTYPES,
+    Truth,
+    least_bytes,
+    with_ratios,
+)
+from benchmarks.gpu.race import Contestant, DoesNotApply, Entry, Outcome, race
+from benchmarks.gpu.results import Job, Results
+from benchmarks.gpu.tensors import Tensors, clock_of, copy, numbers, use_triton
+from benchmarks.shapes import MODELS, declared
+
+__all__ = ["measure"]
+
+
+def measure(job: Job, results: Results) -> None:
+    """Time clipping alone, for every model, dtype and share of clipped units."""
+    clock = clock_of(job)
+    for dtype in DTYPES:
+        for model in MODELS:
+            tensors = Tensors(model, dtype, job)
+            clipping = _Clipping(tensors, dtype, job)
+            for condition in CONDITIONS:
+                clipping.set_condition(condition)
+                outcomes = race(clipping.entries(), clock, job.effort(5, 8))
+                least = least_bytes(tensors.size, tensors.clipped)
+                needs = dict.fromkeys(set(outcomes) - {"copy"}, least)
+                needs["clip_grad_norm_"] = 3 * tensors.size  # it reads, then reads and writes
+                results.add(
+                    model=model,
+                    dtype=dtype,
+                    condition=condition,
+                    clipped_share=tensors.clipped,
+                    base="agc",
+                    contestants=with_ratios(outcomes, needs, "agc"),
+                )
+
+
+class _Clipping:
+    """The contestants, on the same parameters."""
+
+    def __init__(self, tensors: Tensors, dtype: str, job: Job) -> None:
+        self._tensors, self._dtype, self._job = tensors, dtype, job
+        self._rule = AGC(clipping=CLIPPING, units=declared(tensors.shapes, "o ... -> o"))
+        self._plan = agc_torch.plan(tensors.parameters, self._rule)
+        self._parameters = list(tensors.parameters.values())
+        self._places = {name: place for place, name in enumerate(tensors.parameters)}
+
+    def set_condition(self, condition: str) -> None:
+        """Choose which units are clipped from now on."""
+        self._tensors.set_condition(condition)
+        pairs = {
+            name: (numbers(weight), numbers(gradient))
+            for name, (weight, gradient) in self._tensors.sampled().items()
+        }
+        units = {n: "o ... -> o" if w.ndim > 1 else "... ->" for n, (w, _) in pairs.items()}
+        self._truth = Truth(pairs, units, self._dtype)
+
+    def entries(self) -> dict[str, Entry]:
+        return {
+            "agc": self._ours,
+            "agc in a CUDA graph": self._graph,
+            "agc without Triton": self._without_triton,
+            "timm": self._timm,
+            "pytorch_optimizer": self._pytorch_optimizer,
+            "clip_grad_norm_": self._clip_grad_norm,
+            "copy": lambda: copy(self._job),
+        }
+
+    def _clip(self) -> None:
+        agc_torch.adaptive_clip_grad_(self._tensors.parameters, self._rule, plan=self._plan)
+
+    def _put_back(self, *, triton: bool = True) -> None:
+        use_triton(self._job, wanted=triton)
+        self._tensors.put_back()
+
+    def _check(self) -> Outcome:
+        return self._truth.compare(lambda name: numbers(self._gradient(name)))
+
+    def _gradient(self, name: str) -> Tensor:
+        return self._tensors.gradients[self._places[name]]
+
+    def _ours(self) -> Contestant:
+        return Contestant(self._clip, self._put_back, self._check)
+
+    def _graph(self) -> Contestant:
+        if self._job.device != "cuda":
+            raise DoesNotApply("CUDA graphs need a GPU")
+        self._put_back()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles, and allocates
+            self._clip()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._clip()
+        return Contestant(graph.replay, self._put_back, self._check)
+
+    def _without_triton(self) -> Contestant:
+        if self._job.device != "cuda":
+            raise DoesNotApply("Triton's kernels need a GPU, and are off anyway")
+        return Contestant(self._clip, lambda: self._put_back(triton=False), self._check)
+
+    def _timm(self) -> Contestant:
+        agc = timm_peer.load()
+        return Contestant(
+            lambda: agc.adaptive_clip_grad(self._parameters, clip_factor=CLIPPING),
+            self._put_back,
+            lambda: self._truth.deviation(lambda name: numbers(self._gradient(name))),
+        )
+
+    def _pytorch_optimizer(self) -> Contestant:
+        from pytorch_optimizer.optimizer.agc import agc
+
+        pairs = list(zip(self._parameters, self._tensors.gradients, strict=True))
+        clipped: list[Tensor] = []
+
+        def run() -> None:
+            clipped[:] = [agc(parameter.detach(), gradient) for parameter, gradient in pairs]
+
+        def check() -> Outcome:
+            return self._truth.deviation(lambda name: numbers(clipped[self._places[name]]))
+
+        return Contestant(run, self._put_back, check)
+
+    def _clip_grad_norm(self) -> Contestant:
+        clip = torch.nn.utils.clip_grad_norm_
+        return Contestant(lambda: clip(self._parameters, 1.0), self._put_back)

@@ -1,0 +1,145 @@
+"""Run the conformance suite on one backend, in parts side by side, and merge their results.
+
+``python -m benchmarks.gpu.conformance torch --out FILE``. A part that hangs or crashes takes none
+of the others with it: what is complete becomes one file, whose header names the parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from agc_conformance.records import Record, ResultFile, Writer, read_results
+from agc_conformance.suite import run
+from benchmarks.gpu.results import Job
+from benchmarks.gpu.stage import ABSENT, add_job, job_of
+
+__all__ = ["PARTS", "main", "merge"]
+
+_BACKENDS: Final = {
+    "torch": "agc_conformance.backends.torch.backend:TorchBackend",
+    "jax": "agc_conformance.backends.jax.backend:JaxBackend",
+}
+"""Backends by name, found without an installed package's entry points."""
+PARTS: Final = {
+    "torch": ("L[02]-*", "L1-[a-r]*", "L1-[s-z]*", "L3-*", "real-*", "model-*"),
+    "jax": (
+        "L[02]-*", "L1-[a-k]*", "L1-l*", "L1-[m-r]*", "L1-sam-[a-m]*", "L1-sam-[n-z]*", "L1-s[!a]*",
+        "L1-[t-z]*", "L3-*", "real-*", "model-tiny-optimizer", "model-tiny-trajectory", "model-tiny-o[!p]*",
+        "model-tiny-[!ot]*",
+    ),
+}  # fmt: skip
+"""Globs of ids that together are the whole suite; JAX compiles for each, so it has more of them."""
+_REHEARSED: Final = ("L1-eps-*",)
+_NO_AUTOTUNING: Final = "--xla_gpu_autotune_level=0"
+"""Option of XLA that shortens its compilation, which is most of what the suite waits for."""
+_LINES: Final = 15
+"""Lines of the output of a part that failed."""
+
+
+def merge(paths: Sequence[Path], out: Path, job: Job) -> ResultFile | None:
+    """Write the results of complete files into one, and return it; None if there are none.
+
+    Parameters
+    ----------
+    paths : sequence of path
+        Files of :func:`agc_conformance.suite.run` on one backend; those that are missing are left
+        out.
+    out : path
+        The file.
+    job : Job
+        Names the commit, if the files do not.
+    """
+    files = [read_results(path) for path in paths if path.exists()]
+    if not files:
+        return None
+    first = files[0].header
+    whole = len(files) == len(paths) and not job.tiny
+    select = None if whole else " ".join(str(file.header.get("select")) for file in files)
+    header = {**first, "select": select, "commit": first["commit"] or job.commit}
+    header |= {key: any(file.header.get(key) for file in files) for key in ("train", "models")}
+    with Writer(out, header) as writer:  # type: ignore[arg-type]
+        for file in files:
+            records: list[Record] = [*file.results, *file.train, *file.models, *file.unavailable]
+            for record in records:
+                writer.write(record)
+    return read_results(out)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all parts, or one; return 0, 1 if something failed, or ``ABSENT``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.conformance", description=__doc__
+    )
+    parser.add_argument("backend", choices=_BACKENDS)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--seconds", type=float, default=600.0, help="limit of all parts")
+    parser.add_argument("--part", metavar="GLOB", help="run this part alone, in this process")
+    add_job(parser)
+    options = parser.parse_args(arguments)
+    job = job_of(options)
+    if options.part is not None:
+        return run(
+            _BACKENDS[options.backend],
+            options.out,
+            device=job.device,
+            select=options.part,
+            train=options.part.startswith("real"),
+            models=options.part.startswith("model"),
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        return _parts(options.backend, options.out, job, options.seconds, Path(folder))
+
+
+def _parts(backend: str, out: Path, job: Job, seconds: float, folder: Path) -> int:
+    parts = _REHEARSED if job.tiny else PARTS[backend]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # parts share the cores
+    if job.device == "cuda":
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_NO_AUTOTUNING}".strip()
+    deadline = time.monotonic() + seconds
+    paths = [folder / f"{index}.jsonl" for index in range(len(parts))]
+    processes = []
+    for part, path in zip(parts, paths, strict=True):
+        command = [sys.executable, "-m", "benchmarks.gpu.conformance", backend]
+        command += ["--part", part, "--out", str(path), *job.arguments()]
+        with path.with_suffix(".log").open("w") as log:
+            processes.append(
+                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            )
+    failed = False
+    for part, path, process in zip(parts, paths, processes, strict=True):
+        problem = _problem(process, deadline)
+        print(f"{part}: {problem or 'passed'}")
+        if problem is not None:
+            failed = True
+            print(*path.with_suffix(".log").read_text().splitlines()[-_LINES:], sep="\n")
+    merged = merge(paths, out, job)
+    if merged is None or merged.footer is None:
+        return 1
+    print(", ".join(f"{count} {status}" for status, count in merged.footer["counts"].items()))
+    if merged.unavailable and not merged.results:
+        print(merged.unavailable[0]["reason"])
+        return ABSENT
+    return int(failed)
+
+
+def _problem(process: subprocess.Popen[bytes], deadline: float) -> str | None:
+    """Wait for a part; return what is wrong with it, if anything is."""
+    try:
+        status = process.wait(max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return "out of time"
+    return None if status == 0 else f"exit status {status}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

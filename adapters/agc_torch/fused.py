@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
@@ -24,9 +24,11 @@ from agc.units import UnitAxes
 __all__ = [
     "Decision",
     "Move",
+    "MoveKind",
     "Part",
     "Table",
     "available",
+    "gradient_norm",
     "memory_order",
     "part_of",
     "perturb",
@@ -304,7 +306,7 @@ class Table:
         else:
             limits = _numbers(tuple(map(float, thresholds)), self._device)
         scale = one if grad_scale is None else grad_scale.to(one)
-        with self._current():
+        with _on(self._device):
             return self._decide(addresses, limits, scale, eps, div_eps)
 
     def scale(self, decision: Decision, *, zero: bool) -> None:
@@ -317,7 +319,7 @@ class Table:
         zero : bool
             Whether the gradient of a unit that is not finite becomes 0; else it becomes NaN.
         """
-        with self._current():
+        with _on(self._device):
             self._scale(decision, zero=zero)
 
     def _scale(self, decision: Decision, *, zero: bool, warmup: bool = False) -> None:
@@ -342,14 +344,10 @@ class Table:
     def compile(self) -> None:
         """Compile all kernels and launch nothing, so that a failure leaves all gradients alone."""
         one = _numbers((1.0,), self._device)
-        with self._current():
+        with _on(self._device):
             decision = self._decide(self._uploaded[1], one, one, 0.0, 0.0, warmup=True)
             for zero in (False, True):
                 self._scale(decision, zero=zero, warmup=True)
-
-    def _current(self) -> AbstractContextManager[Any]:
-        """Make the tensors' GPU the one that Triton launches on."""
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _decide(
         self,
@@ -423,18 +421,23 @@ def table(
     Then a warning says why, once, and :func:`available` is False from now on.
     """
     made = Table(parts, rules, device)
+    return made if _compiles(made.compile) else None
+
+
+def _compiles(compile_kernels: Callable[[], None]) -> bool:
+    """Tell whether kernels compile; if not, say why, and turn all of them off."""
     try:
-        made.compile()
+        compile_kernels()
     except Exception as error:  # whatever the compiler, the driver or the disk has to say
         warnings.warn(
-            f"AGC's Triton kernels do not compile here, so clipping takes many launches "
+            f"AGC's and SAM's Triton kernels do not compile here, so a step takes many launches "
             f"({type(error).__name__}: {error}); {_SWITCH}=0 turns them off",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         os.environ[_SWITCH] = "0"
-        return None
-    return made
+        return False
+    return True
 
 
 _captured: list[Tensor] = []
@@ -448,6 +451,11 @@ def _sent(addresses: list[int], device: torch.device) -> Tensor:
     if pinned and torch.cuda.is_current_stream_capturing():
         _captured.append(host)
     return host.to(device, non_blocking=True)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the one that Triton launches on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @lru_cache(maxsize=256)
@@ -493,8 +501,30 @@ def _float64_is_fast(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) in {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
-_PERTURBED: Final = (1024, 1 << 14)
+_MOVED: Final = (1024, 1 << 14)
 """Elements that a program of SAM holds at a time, and that it takes."""
+
+
+class MoveKind(NamedTuple):
+    """What a kernel of SAM is compiled for; one launch covers all moves of a kind."""
+
+    weight: torch.dtype
+    gradient: torch.dtype
+    lanes: int
+    adaptive: bool
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The kernels' constants."""
+        names = _triton_dtypes()
+        return {
+            "DTYPE": names[self.weight],
+            "GRADIENT": names[self.gradient],
+            "LANES": self.lanes,
+            "ADAPTIVE": self.adaptive,
+            "ELEMENTS": _MOVED[0],
+            "PIECE": _MOVED[1],
+        }
 
 
 class Move(NamedTuple):
@@ -506,25 +536,44 @@ class Move(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether :func:`perturb` takes it."""
+        """Whether the kernels take it."""
         weight, gradient = self.weight, self.gradient
         return (
-            type(weight) in _PLAIN
+            available(weight.device)
+            and type(weight) in _PLAIN
             and type(gradient) in _PLAIN
             and weight.dtype in _triton_dtypes()
             and gradient.dtype in _triton_dtypes()
             and weight.stride() == gradient.stride()
             and memory_order(weight.shape, tuple(range(weight.dim())), weight.stride()) is not None
+            and _moving_compiles(self.kind, weight.device)
         )
 
     @property
-    def kind(self) -> tuple[torch.dtype, torch.dtype, int, bool]:
-        """Return what a launch is compiled for: dtypes, lanes and whether ASAM scales."""
+    def kind(self) -> MoveKind:
+        """What a launch that takes it is compiled for."""
         weight, gradient = self.weight, self.gradient
         lanes = _WIDE_LOAD // min(weight.itemsize, gradient.itemsize)
         aligned = all(t.data_ptr() % _WIDE_LOAD == 0 for t in (weight, gradient))
         wide = aligned and weight.numel() % lanes == 0
-        return weight.dtype, gradient.dtype, lanes if wide else 1, self.adaptive
+        return MoveKind(weight.dtype, gradient.dtype, lanes if wide else 1, self.adaptive)
+
+
+@lru_cache(maxsize=64)
+def _moving_compiles(kind: MoveKind, device: torch.device) -> bool:
+    """Tell whether SAM's kernels compile for a kind of moves."""
+    from agc_torch.triton_kernels import norm_kernel, perturb_kernel
+
+    def compile_kernels() -> None:
+        number = _numbers((0.0,), device)
+        counts = torch.zeros(1, dtype=torch.int64, device=device)
+        places = counts, counts, counts.int(), 1
+        with _on(device):
+            for kernel in (norm_kernel, perturb_kernel):
+                kernel.run(*places, number, number, **kind.constants, **warmup)
+
+    warmup: dict[str, Any] = {"grid": (1,), "warmup": True}
+    return _compiles(compile_kernels)
 
 
 def perturb(moves: Sequence[Move], factor: Tensor, eta: float) -> list[Tensor]:
@@ -548,15 +597,15 @@ def perturb(moves: Sequence[Move], factor: Tensor, eta: float) -> list[Tensor]:
 
     device = factor.device
     copies = _copies([move.weight for move in moves])
-    groups: dict[Any, list[int]] = {}
-    for index, move in enumerate(moves):
-        groups.setdefault(move.kind, []).append(index)
-    for kind, group in groups.items():
-        chosen = [(moves[index], copies[index]) for index in group]
-        columns = zip(*((m.weight, m.gradient, copy) for m, copy in chosen), strict=True)
+    for kind, group in _by_kind(moves).items():
+        columns = [
+            [moves[index].weight for index in group],
+            [moves[index].gradient for index in group],
+            [copies[index] for index in group],
+        ]
         addresses = [tensor.data_ptr() for column in columns for tensor in column]
-        tiles, counts = _pieces(tuple(move.weight.numel() for move, _ in chosen), device)
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        tiles, counts = _pieces(tuple(weight.numel() for weight in columns[0]), device)
+        with _on(device):
             perturb_kernel[(len(tiles),)](
                 _sent(addresses, device),
                 counts,
@@ -564,24 +613,50 @@ def perturb(moves: Sequence[Move], factor: Tensor, eta: float) -> list[Tensor]:
                 len(group),
                 factor,
                 _numbers((eta,), device),
-                **perturbation_constants(kind),
+                **kind.constants,
             )
     return copies
 
 
-def perturbation_constants(kind: tuple[torch.dtype, torch.dtype, int, bool]) -> dict[str, Any]:
-    """Return what the kernel of a kind of moves is compiled for."""
-    weight, gradient, lanes, adaptive = kind
-    names = _triton_dtypes()
-    return {
-        "DTYPE": names[weight],
-        "GRADIENT": names[gradient],
-        "WIDE": names[torch.promote_types(weight, torch.float32)],
-        "LANES": lanes,
-        "ADAPTIVE": adaptive,
-        "ELEMENTS": _PERTURBED[0],
-        "PIECE": _PERTURBED[1],
-    }
+def gradient_norm(moves: Sequence[Move], eta: float) -> Tensor:
+    """Return the norm of gradients, those of ASAM times ``|w| + eta``: a scalar in float64.
+
+    Parameters
+    ----------
+    moves : sequence of Move
+        Of one GPU, not empty; all of them fit.
+    eta : float
+        What ASAM adds to the magnitude of a weight.
+    """
+    from agc_torch.triton_kernels import norm_kernel
+
+    device = moves[0].weight.device
+    sums = []
+    for kind, group in _by_kind(moves).items():
+        chosen = [moves[index] for index in group]
+        addresses = [move.weight.data_ptr() for move in chosen]
+        addresses += [move.gradient.data_ptr() for move in chosen]
+        tiles, counts = _pieces(tuple(move.weight.numel() for move in chosen), device)
+        sums.append(torch.empty(len(tiles), dtype=torch.float64, device=device))
+        with _on(device):
+            norm_kernel[(len(tiles),)](
+                _sent(addresses, device),
+                counts,
+                tiles,
+                len(group),
+                _numbers((eta,), device),
+                sums[-1],
+                **kind.constants,
+            )
+    return torch.cat(sums).sum().sqrt()
+
+
+def _by_kind(moves: Sequence[Move]) -> dict[MoveKind, list[int]]:
+    """Return the places of the moves of each kind."""
+    groups: dict[MoveKind, list[int]] = {}
+    for index, move in enumerate(moves):
+        groups.setdefault(move.kind, []).append(index)
+    return groups
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
@@ -603,7 +678,7 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
 @lru_cache(maxsize=64)
 def _pieces(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the tiles of tensors with so many elements: tensor and piece; and the elements."""
-    pieces = [-(-count // _PERTURBED[1]) for count in counts]
+    pieces = [-(-count // _MOVED[1]) for count in counts]
     tensor = np.repeat(np.arange(len(counts)), pieces)
     piece = np.concatenate([np.arange(n) for n in pieces])
     tiles = np.stack([tensor, piece], -1).astype(np.int32)

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any, Final, NoReturn, TypeAlias
 
 import torch
@@ -484,27 +485,34 @@ class SharpnessAware:
             A scalar; None if there is no gradient, and no other process that could have one.
         """
         # All processes of a mesh add up the same groups, whatever has a gradient here.
-        whole: list[Tensor] = []
-        groups: dict[Shards, list[Tensor]] = {s: [] for s in map(_shards, candidates) if s}
+        held: dict[Shards | None, list[Tensor]] = {
+            shards: [] for shards in map(_shards, candidates)
+        }
+        plain: dict[Shards | None, list[Tensor]] = {}
+        launched: dict[tuple[Shards | None, torch.device], list[fused.Move]] = {}
         with torch.no_grad():
-            together: list[Tensor] = []
             for parameter, gradient in direction:
-                shards = _shards(parameter)
-                if shards is None and self._is_plain(parameter, gradient):
-                    together.append(local(gradient))
-                    continue
-                norms = groups[shards] if shards else whole
-                norms.append(_norm_of(self._scaled_blocks(parameter, gradient)))
-            if together:  # in float64 without a copy, many tensors a launch
-                whole += torch._foreach_norm(together, 2, torch.float64)
-            norms = whole + [_norm_over(*shards, held) for shards, held in groups.items()]
-        if not norms:
-            return None
+                shards, move = _shards(parameter), self._move(parameter, gradient)
+                if move.fits:
+                    launched.setdefault((shards, move.weight.device), []).append(move)
+                elif self._is_plain(parameter, gradient):
+                    plain.setdefault(shards, []).append(move.gradient)
+                else:
+                    held[shards].append(_norm_of(self._scaled_blocks(move)))
+            for shards, gradients in plain.items():
+                # In float64 without a copy, many tensors a launch.
+                held[shards] += torch._foreach_norm(gradients, 2, torch.float64)
+            for (shards, _), moves in launched.items():
+                held[shards].append(fused.gradient_norm(moves, self.rule.eta))
+            norms = held.pop(None, [])
+            norms += [_norm_over(*shards, shares) for shards, shares in held.items() if shards]
+        if len(norms) < 2:
+            return norms[0] if norms else None
         home = norms[0].device
         # Divided by the largest, so that squaring the norms of tensors cannot overflow.
         stacked = torch.stack([norm.to(home) for norm in norms])
-        largest = stacked.max()
-        safe = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+        limits = torch.finfo(stacked.dtype)
+        safe = stacked.max().clamp(limits.tiny, limits.max)
         return torch.linalg.vector_norm(stacked / safe) * safe
 
     def _perturb(self, ascent: _Ascent) -> None:
@@ -512,15 +520,13 @@ class SharpnessAware:
         norm = ascent.norm
         factor = value_at("rho", self.rule.rho, self._count) / (norm + self.rule.eps)
         factor = factor.clamp(max=torch.finfo(torch.float32).max)  # the norm may be subnormal
-        usable = (norm > 0) & norm.isfinite()
+        usable = (norm > 0) & (norm < torch.inf)
         factor = torch.where(usable, factor, 0.0)
         # Detached tensors throughout, so autograd does not record this.
-        moves = [fused.Move(local(p), local(g), self._is_scaled(p)) for p, g in ascent.direction]
         launched: dict[torch.device, list[fused.Move]] = {}
         others: list[fused.Move] = []
-        for move in moves:
-            fits = fused.available(move.weight.device) and move.fits
-            (launched.setdefault(move.weight.device, []) if fits else others).append(move)
+        for move in starmap(self._move, ascent.direction):
+            (launched.setdefault(move.weight.device, []) if move.fits else others).append(move)
         self._backup = [(move.weight, move.weight.clone()) for move in others]
         self._refusal = unwrap(self.model).register_state_dict_pre_hook(_RefuseToSave())
         for device, group in launched.items():
@@ -542,10 +548,14 @@ class SharpnessAware:
         ascent.direction.clear()  # the second pass needs the memory
         forget_weights(self.model)
 
-    def _scaled_blocks(self, parameter: Tensor, gradient: Tensor) -> Iterator[Tensor]:
-        """Yield blocks of numbers that have the norm of this process's shard of ``T g``."""
-        for w, g in _blocks(local(parameter), local(gradient)):
-            if self._is_scaled(parameter):
+    def _move(self, parameter: Tensor, gradient: Tensor) -> fused.Move:
+        """Return what this process holds of a parameter and its gradient."""
+        return fused.Move(local(parameter), local(gradient), self._is_scaled(parameter))
+
+    def _scaled_blocks(self, move: fused.Move) -> Iterator[Tensor]:
+        """Yield blocks of numbers that have the norm of ``T g``."""
+        for w, g in _blocks(move.weight, move.gradient):
+            if move.adaptive:
                 # As wide as the norm: in half precision the product would leave the range.
                 size = g.abs() if g.is_complex() else g
                 g = w.abs().double().add_(self.rule.eta).mul_(size.double())

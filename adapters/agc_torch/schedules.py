@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agc import Schedule
 from agc.schedule import schedule_value
-from agc_torch.norms import wide
+from agc_torch.norms import on_host, wide
 
 __all__ = ["Step", "value_at"]
 
@@ -44,10 +44,9 @@ def value_at(name: str, value: float | Callable[[Any], Any], step: Step) -> floa
     if not callable(value):
         return value
     if isinstance(step, Tensor):
-        compiling = torch.compiler.is_compiling()
-        if isinstance(value, Schedule) and (compiling or step.device.type != "cpu"):
+        if isinstance(value, Schedule) and not on_host(step.device):
             return _interpolate(value, step.to(wide(step.device)))
-        if compiling:
+        if torch.compiler.is_compiling():
             traced: Tensor = value(step)
             return traced
         step = int(step)

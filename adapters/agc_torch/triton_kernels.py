@@ -20,7 +20,7 @@ Importing this module imports Triton, which comes with PyTorch for CUDA and ROCm
 import triton
 import triton.language as tl
 
-__all__ = ["decide_kernel", "norms_kernel", "perturb_kernel", "scale_kernel"]
+__all__ = ["decide_kernel", "norm_kernel", "norms_kernel", "perturb_kernel", "scale_kernel"]
 
 # The sum of squares between which float32 holds it, and every square that matters, well.
 _LEAST = tl.constexpr(1e-24)
@@ -330,7 +330,6 @@ def perturb_kernel(
     eta,
     DTYPE: tl.constexpr,
     GRADIENT: tl.constexpr,
-    WIDE: tl.constexpr,
     LANES: tl.constexpr,
     ADAPTIVE: tl.constexpr,
     ELEMENTS: tl.constexpr,
@@ -365,6 +364,7 @@ def perturb_kernel(
         weight, copy = tl.multiple_of(weight, 16), tl.multiple_of(copy, 16)
         gradient = tl.multiple_of(gradient, 16)
         count = tl.multiple_of(count, LANES)
+    WIDE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     by = tl.load(factor).to(WIDE)
     moves = (by + tl.zeros([ELEMENTS], WIDE)) != 0.0  # the interpreter mixes no scalar with a block
     first = tl.load(tile + 1).to(tl.int64) * PIECE
@@ -379,3 +379,52 @@ def perturb_kernel(
             scale = tl.abs(value) + tl.load(eta).to(WIDE)
             move = move * scale * scale
         tl.store(weight + element, (value + move).to(DTYPE), mask=mask & moves)
+
+
+@triton.jit
+def norm_kernel(
+    addresses,
+    counts,
+    tiles,
+    tensors,
+    eta,
+    sums,
+    DTYPE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    LANES: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Add up the squares of gradients, a sum for each tile (SAM-1, SAM-10).
+
+    Parameters
+    ----------
+    addresses : int64, shape (2 * tensors,)
+        Where weights and gradients start.
+    counts, tiles, tensors, eta
+        As for :func:`perturb_kernel`.
+    sums : float64, shape (programs,)
+        What is written.
+    ADAPTIVE : bool
+        Whether gradients are multiplied by ``|w| + eta``.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(tiles + program * 2).to(tl.int64)
+    count = tl.load(counts + tensor)
+    weight = tl.load(addresses + tensor).to(tl.pointer_type(DTYPE))
+    gradient = tl.load(addresses + tensors + tensor).to(tl.pointer_type(GRADIENT))
+    if LANES > 1:
+        weight, gradient = tl.multiple_of(weight, 16), tl.multiple_of(gradient, 16)
+        count = tl.multiple_of(count, LANES)
+    first = tl.load(tiles + program * 2 + 1).to(tl.int64) * PIECE
+    total = tl.zeros([ELEMENTS], tl.float64)
+    for at in range(0, PIECE, ELEMENTS):
+        element = first + at + tl.arange(0, ELEMENTS)
+        mask = element < count
+        value = tl.load(gradient + element, mask=mask, other=0.0).to(tl.float64)
+        if ADAPTIVE:
+            size = tl.abs(tl.load(weight + element, mask=mask, other=0.0).to(tl.float64))
+            value = value * (size + tl.load(eta))
+        total += value * value
+    tl.store(sums + program, tl.sum(total, axis=0))

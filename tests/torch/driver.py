@@ -47,7 +47,7 @@ def numpy_of(values: Mapping[str, Tensor]) -> dict[str, Array]:
 
 def never_look_at_values(patch: pytest.MonkeyPatch) -> None:
     """Go the way of an accelerator, where reading a value is a host sync."""
-    for module in ("clip", "norms"):
+    for module in ("clip", "norms", "schedules"):
         patch.setattr(f"agc_torch.{module}.on_host", lambda device: False)
 
 

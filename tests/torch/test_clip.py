@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -512,6 +513,26 @@ def test_an_accelerator_is_not_waited_for(how, policy):
             stats = handle.stats()
         scalars = (stats.clipped, stats.nonfinite, stats.max_ratio, stats.min_scale)
         assert {value.device.type for value in scalars} == {"cuda"}
+
+
+def test_replays_count_steps(monkeypatch):
+    """A recorded step, run again and again as a CUDA graph is, goes on along its schedule."""
+    never_look_at_values(monkeypatch)
+    rule = AGC(clipping=Schedule([(0, 0.5), (4, 0.1)]))
+    parameters = model_of()
+    optimizer = torch.optim.SGD(parameters.values(), lr=0)
+    optimizer.param_groups[0]["capturable"] = True  # as Adam's, which takes tensors of a GPU alone
+    handle = agc_torch.attach(optimizer, parameters, rule)
+    gradients = {name: p.grad.clone() for name, p in parameters.items()}
+    recorded = make_fx(lambda: optimizer.step())()
+    for step in range(1, 6):
+        for name, p in parameters.items():
+            p.grad.copy_(gradients[name])
+        want = by_reference(parameters, rule, step)
+        with torch.no_grad():
+            recorded()
+        assert handle.steps == step + 1
+        check_gradients(gradient_arrays(parameters), want)
 
 
 def test_reading_telemetry_is_what_waits(monkeypatch):

@@ -123,12 +123,24 @@ def test_decisions(shape: tuple[int, int], capability: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_perturbation(dtype: torch.dtype, adaptive: bool, capability: int) -> None:
     weight = torch.ones(64, 64, dtype=dtype)
-    constants = fused.perturbation_constants(fused.Move(weight, weight.clone(), adaptive).kind)
-    ptx, uses = build(triton_kernels.perturb_kernel, constants, capability)
+    kind = fused.Move(weight, weight.clone(), adaptive).kind
+    ptx, uses = build(triton_kernels.perturb_kernel, kind.constants, capability)
     assert uses["LOCAL"] == uses["STACK"] == 0
     assert uses["REG"] <= 64
     assert "ld.global.v" in ptx
     assert "st.global.v" in ptx
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_norm_of_gradients(dtype: torch.dtype, adaptive: bool, capability: int) -> None:
+    weight = torch.ones(64, 64, dtype=dtype)
+    kind = fused.Move(weight, weight.clone(), adaptive).kind
+    ptx, uses = build(triton_kernels.norm_kernel, kind.constants, capability)
+    assert uses["LOCAL"] == uses["STACK"] == 0
+    assert uses["REG"] <= 64
+    assert "ld.global.v" in ptx
 
 
 def launches(model: Any, rule: AGC) -> int:

@@ -1,0 +1,174 @@
+"""How many kernels AGC and SAM launch on a GPU, counted without one: tensors without memory."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import agc_torch
+from agc import AGC, SAM
+from agc_conformance.backends.peers import timm
+from agc_torch import fused
+from agc_torch.nfnet import nfnet
+from benchmarks.shapes import gpt2_small
+
+FOREACH = {1: 110, 2: 64, 3: 48}
+"""Tensors that one launch of a foreach operation takes, by its lists of tensors."""
+BLOCKS, BLOCK = 320, 65536
+"""Blocks that one launch of it takes, and their elements."""
+NO_KERNELS = ("empty", "new_empty", "empty_like", "detach", "promote_types", "scalar_tensor")
+Build: TypeAlias = Callable[[], tuple[nn.Module, AGC]]
+KERNELS = ("norms", "decide", "scale", "norm", "perturb")
+
+
+class Launches(TorchDispatchMode):  # type: ignore[misc]
+    """Counts kernels of PyTorch's own, and the bytes that they move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        inputs = args[1:] if "copy_" in name else args
+        read = [leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)]
+        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if name.endswith("_"):  # in place
+            written = list(args[0]) if isinstance(args[0], (list, tuple)) else [args[0]]
+        if not func.is_view and name not in NO_KERNELS:
+            self.count += self._foreach(name, args) if name.startswith("_foreach") else 1
+            import os
+
+            if os.environ.get("SHOW"):
+                print(name, [tuple(r.shape) for r in read][:3], len(read), len(written))
+            self.bytes += sum(tensor.numel() * tensor.itemsize for tensor in read + written)
+        return result
+
+    @staticmethod
+    def _foreach(name: str, args: tuple[Any, ...]) -> int:
+        lists = [argument for argument in args if isinstance(argument, (list, tuple))]
+        most = FOREACH[len(lists)]
+        launches = tensors = blocks = 0
+        for tensor in lists[0]:
+            tensors += 1
+            last = math.ceil(tensor.numel() / BLOCK) - 1
+            for block in range(last + 1):
+                blocks += 1
+                if blocks == BLOCKS or (block == last and tensors == most):
+                    launches, blocks, tensors = launches + 1, 0, int(block < last)
+        launches += blocks > 0
+        if name == "_foreach_norm":  # two fills, and sums of the blocks' sums
+            launches += 2 + math.ceil(len(lists[0]) / most)
+        return launches
+
+
+class Kernel:
+    """Stands for a kernel of Triton's."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def run(self, *_: Any, warmup: bool = False, **__: Any) -> None:
+        self.count += not warmup
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.run
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Kernel]]:
+    """Take tensors without memory for a GPU's that has Triton."""
+    module = ModuleType("agc_torch.triton_kernels")
+    stand_ins = {f"{name}_kernel": Kernel() for name in KERNELS}
+    module.__dict__.update(stand_ins)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(fused, "_triton_dtypes", lambda: {torch.float32: None})
+    monkeypatch.setattr(fused, "available", lambda device: True)
+    for cached in (fused.table, fused._moving_compiles):
+        cached.cache_clear()
+    yield list(stand_ins.values())
+    for cached in (fused.table, fused._moving_compiles):
+        cached.cache_clear()
+
+
+class Gpt2(nn.ParameterDict):  # type: ignore[misc]
+    """Parameters of GPT-2, in the shapes that a list of them has."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            {name.replace(".", "/"): torch.empty(shape) for name, shape in gpt2_small().items()}
+        )
+
+
+def gpt2() -> tuple[nn.Module, AGC]:
+    model = Gpt2()
+    units = {n: "o i -> o" if p.ndim == 2 else "... ->" for n, p in model.named_parameters()}
+    return model, AGC(clipping=0.01, units=units)
+
+
+def f0() -> tuple[nn.Module, AGC]:
+    return nfnet("F0", 1000), AGC.profile("deepmind")
+
+
+def with_gradients(model: Build) -> tuple[nn.Module, AGC, int]:
+    """Return a model, how it is clipped, and the bytes of its parameters."""
+    with torch.device("meta"):
+        module, rule = model()
+        for parameter in module.parameters():
+            parameter.grad = torch.empty_like(parameter)
+    return module, rule, sum(p.numel() * p.itemsize for p in module.parameters())
+
+
+@pytest.mark.parametrize(("model", "most"), [(f0, 7), (gpt2, 3)])
+def test_agc_takes_a_handful(model: Build, most: int, kernels: list[Kernel]) -> None:
+    module, rule, size = with_gradients(model)
+    agc_torch.adaptive_clip_grad_(module, rule)
+    before = sum(kernel.count for kernel in kernels)
+    with Launches() as others:
+        agc_torch.adaptive_clip_grad_(module, rule)
+    assert sum(kernel.count for kernel in kernels) - before == most
+    assert others.count <= 1  # addresses, if they changed
+    assert others.bytes < size / 1000
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("model", [f0, gpt2])
+def test_sam_takes_a_few(model: Build, adaptive: bool, kernels: list[Kernel]) -> None:
+    module, _, size = with_gradients(model)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    sharpness = agc_torch.SharpnessAware(
+        module, SAM(rho=0.05, adaptive=adaptive, nonfinite="skip_perturb")
+    )
+    with sharpness.perturbed(optimizer):  # makes what is the same in every step
+        for parameter in module.parameters():
+            parameter.grad = torch.empty_like(parameter)
+    before = sum(kernel.count for kernel in kernels)
+    with Launches() as others, sharpness.perturbed(optimizer):
+        pass
+    assert others.count + sum(kernel.count for kernel in kernels) - before <= 30
+    assert others.bytes < 2.1 * size  # the restoration; the kernels move five times the size
+
+
+@pytest.mark.parametrize("model", [f0, gpt2])
+def test_without_triton_far_fewer_than_timm(model: Build) -> None:
+    module, rule, size = with_gradients(model)
+    with Launches() as ours:
+        agc_torch.adaptive_clip_grad_(module, rule)
+    with Launches() as theirs:
+        timm.load().adaptive_clip_grad(module.parameters(), clip_factor=0.01)
+    assert ours.count <= 2 * len(list(module.parameters()))
+    assert ours.count < theirs.count / 5
+    assert ours.bytes < 4.1 * size
+    assert ours.bytes < theirs.bytes / 2

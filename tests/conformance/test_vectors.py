@@ -28,7 +28,7 @@ from agc_conformance.data import (
 )
 from agc_conformance.flags import FLAGS
 from agc_conformance.lint import lint
-from agc_conformance.vectors import VECTORS, digest, load_vectors, vector_counts
+from agc_conformance.vectors import VECTORS, check_schema, digest, load_vectors, vector_counts
 
 
 @pytest.fixture
@@ -84,6 +84,7 @@ def test_files_that_no_module_makes_are_found_and_removed(folder: Path) -> None:
 
 
 def test_vectors_are_sound() -> None:
+    check_schema(VECTORS)
     assert lint() == []
 
 

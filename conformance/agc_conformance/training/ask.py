@@ -114,15 +114,17 @@ def sam_digits(steps: int = 50) -> TrainingTask:
 
 def _digits(steps: int, *, seed: int) -> TrainingTask:
     random = np.random.RandomState(seed)
-    images, labels = _load_digits()
+
+    def batch() -> tuple[Array, Array]:
+        images, labels = _load_digits()
+        chosen = random.randint(len(images), size=64)
+        return _batch(images[chosen], labels[chosen])
+
     return TrainingTask(
         rule=AGC(clipping=0.05, exclude=["head.*"]),
         optimizer=Optimizer(lr=0.2, momentum=0.9, nesterov=True, weight_decay=1e-3),
         weights=_weights(random, channels=1, classes=10),
-        batches=[
-            _batch(images[chosen], labels[chosen])
-            for chosen in (random.randint(len(images), size=64) for _ in range(steps))
-        ],
+        batches=[batch() for _ in range(steps)],
     )
 
 
@@ -134,22 +136,24 @@ def _load_digits() -> tuple[Array, Array]:
     return (data.images[:, None] - 8) / 6, data.target  # grey levels go from 0 to 16
 
 
+@cache
+def _load_photographs() -> list[Array]:
+    from sklearn.datasets import load_sample_image
+
+    names = ("china.jpg", "flower.jpg")
+    return [(load_sample_image(name).transpose(2, 0, 1) - 110.0) / 64 for name in names]
+
+
 def photographs(steps: int = 50) -> TrainingTask:
     """Build the second task: tell from which of two photographs a 24x24 RGB patch is.
 
     AGC has a schedule and leaves out nothing.
     """
-    from sklearn.datasets import load_sample_image
-
     random = np.random.RandomState(1)
     size = 24
-    photos = [
-        (load_sample_image(name).transpose(2, 0, 1) - 110.0) / 64
-        for name in ("china.jpg", "flower.jpg")
-    ]
 
     def patch(label: int) -> Array:
-        photo = photos[label]
+        photo = _load_photographs()[label]
         top, left = (random.randint(extent - size + 1) for extent in photo.shape[1:])
         cut: Array = photo[:, top : top + size, left : left + size]
         return cut

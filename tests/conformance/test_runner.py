@@ -281,7 +281,7 @@ CALLED = "called with device='cpu', it raises"
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nobody", "not registered; there are .*reference"),
+        ("nobody", "not registered; there are reference"),
         ("no_such_package.module:Thing", "there is no module 'no_such_package'"),
         ("agc.units:Thing", "agc.units has no 'Thing'"),
         ("nowhere.py:Thing", ".*no such Python file"),

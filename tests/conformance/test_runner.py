@@ -357,7 +357,7 @@ def test_an_absent_device_is_listed_and_fails(out: Path) -> None:
 
 
 @pytest.mark.parametrize(("select", "status"), [("L7-*", 1), ("L0-plan-*", 0)])
-def test_nothing_fails_and_plans_alone_can_be_asked_for(
+def test_selecting_nothing_fails_and_plans_alone_do_not(
     out: Path, select: str, status: int
 ) -> None:
     assert run(out, "--select", select) == status

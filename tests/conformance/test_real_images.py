@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +19,7 @@ from agc_conformance.backend import Backend, TrainingTask, TrainStep, Unsupporte
 from agc_conformance.backends.reference import ReferenceBackend
 from agc_conformance.report.figures import training_figures
 from agc_conformance.training import ask as real_images
-from agc_conformance.training.ask import (
-    TASKS,
-    drift_bound,
-    reference_run,
-    result_ids,
-    run_task,
-)
+from agc_conformance.training.ask import TASKS, drift_bound, reference_run, result_ids, run_task
 from agc_conformance.training.network import PARAMETERS, loss_and_gradients
 
 F = np.float32
@@ -247,12 +241,8 @@ class SharpnessForgotten(Float32):
 class DecayInTheGradients(Float32):
     def estimate(self, task: TrainingTask, w: Arrays, batch: Any) -> Any:
         loss, gradients, perturbed, restored = super().estimate(task, w, batch)
-        return (
-            loss,
-            {n: g + F(1e-3) * perturbed[n] for n, g in gradients.items()},
-            perturbed,
-            restored,
-        )
+        decayed = {n: g + F(1e-3) * perturbed[n] for n, g in gradients.items()}
+        return loss, decayed, perturbed, restored
 
 
 class ReportsThePerturbedLoss(Float32):
@@ -408,44 +398,33 @@ def test_a_mistake_is_noticed_by_the_result_that_is_there_for_it(mistake: type[B
     assert {kind for kind, record in found.items() if record["status"] == "failed"} == expected
 
 
+def change(**fields: Callable[[Any], Any]) -> Callable[[TrainStep], TrainStep]:
+    """Return a function that changes fields of a step by functions of what they hold."""
+    return lambda step: replace(step, **{k: f(getattr(step, k)) for k, f in fields.items()})
+
+
+CHANGES = {
+    "dtype": change(after=lambda w: {k: v.astype(np.float16) for k, v in w.items()}),
+    "shape": change(gradients=lambda g: {**g, "head.weight": np.zeros((16, 10), F)}),
+    "missing": change(clipped=lambda g: {k: v for k, v in g.items() if k != "head.bias"}),
+    "poisoned": change(clipped=lambda g: {**g, "head.bias": np.full(10, np.nan, F)}),
+    "planless": change(plan=lambda plan: None),
+    "silent": change(perturbed=lambda w: None),
+    "lost": change(perturbed=lambda w: {k: v * F(np.nan) for k, v in w.items()}),
+    "jump": change(before=lambda w: {k: np.nextafter(v, F(9)) for k, v in w.items()}),
+}
+
+
 class Odd(Float32):
     """Changes one thing about one step."""
 
-    def __init__(self, change: Any) -> None:
+    def __init__(self, changed: str) -> None:
         super().__init__()
-        self.change = change
+        self.change = CHANGES[changed]
 
     def train(self, task: TrainingTask) -> Iterator[TrainStep]:
         for index, step in enumerate(super().train(task)):
             yield self.change(step) if index == 1 else step
-
-
-def wrong_dtype(step: TrainStep) -> TrainStep:
-    return replace(step, after={k: v.astype(np.float16) for k, v in step.after.items()})
-
-
-def wrong_shape(step: TrainStep) -> TrainStep:
-    return replace(step, gradients={**step.gradients, "head.weight": np.zeros((16, 10), F)})
-
-
-def missing(step: TrainStep) -> TrainStep:
-    return replace(step, clipped={k: v for k, v in step.clipped.items() if k != "head.bias"})
-
-
-def poisoned(step: TrainStep) -> TrainStep:
-    return replace(step, clipped={**step.clipped, "head.bias": np.full(10, np.nan, F)})
-
-
-def planless(step: TrainStep) -> TrainStep:
-    return replace(step, plan=None)
-
-
-def silent(step: TrainStep) -> TrainStep:
-    return replace(step, perturbed=None)
-
-
-def jump(step: TrainStep) -> TrainStep:
-    return replace(step, before={k: np.nextafter(v, F(9)) for k, v in step.before.items()})
 
 
 def test_clauses_of_the_task_with_sam() -> None:
@@ -459,38 +438,34 @@ def test_clauses_of_the_task_with_sam() -> None:
 
 
 def test_a_step_in_which_weights_are_not_finite_never_passes() -> None:
-    def lost(step: TrainStep) -> TrainStep:
-        return replace(step, perturbed={k: v * F(np.nan) for k, v in step.perturbed.items()})
-
-    found = results(list(run_task(Odd(lost), "sam-digits", steps=3)))
+    found = results(list(run_task(Odd("lost"), "sam-digits", steps=3)))
     failed = {kind for kind, record in found.items() if record["status"] == "failed"}
     assert failed == {"perturb", "descent"}
 
 
 def test_what_sam_leaves_untold_is_no_success() -> None:
-    found = results(list(run_task(Odd(silent), "sam-digits", steps=3)))
+    found = results(list(run_task(Odd("silent"), "sam-digits", steps=3)))
     message = "step 1: the backend does not tell the perturbed weights of SAM"
     for kind in ("perturb", "descent", "clip", "update", "run"):
         assert found[kind]["status"] == "failed"
         assert found[kind]["detail"].startswith(message)
-    assert results(list(run_task(Odd(silent), "digits", steps=3)))["run"]["status"] == "passed"
+    assert results(list(run_task(Odd("silent"), "digits", steps=3)))["run"]["status"] == "passed"
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "message"),
+    ("changed", "kind", "message"),
     [
-        (wrong_dtype, "run", "after of conv1.weight is float16 (8, 1, 3, 3), it should be float32"),
-        (wrong_shape, "clip", "gradients of head.weight is float32 (16, 10)"),
-        (missing, "update", "clipped has no head.bias"),
-        (poisoned, "clip", "head.bias is excluded, but its gradient was changed"),
-        (poisoned, "run", "clipped gradient of head.bias is nan off"),
-        (planless, "plan", "the backend yields no plan"),
-        (jump, "update", "conv1.weight is not what it was after the step before"),
+        ("dtype", "run", "after of conv1.weight is float16 (8, 1, 3, 3), it should be float32"),
+        ("shape", "clip", "gradients of head.weight is float32 (16, 10)"),
+        ("missing", "update", "clipped has no head.bias"),
+        ("poisoned", "clip", "head.bias is excluded, but its gradient was changed"),
+        ("poisoned", "run", "clipped gradient of head.bias is nan off"),
+        ("planless", "plan", "the backend yields no plan"),
+        ("jump", "update", "conv1.weight is not what it was after the step before"),
     ],
-    ids=lambda value: getattr(value, "__name__", None),
 )
-def test_what_a_backend_yields_is_checked(change: Any, kind: str, message: str) -> None:
-    record = results(list(run_task(Odd(change), "digits", steps=3)))[kind]
+def test_what_a_backend_yields_is_checked(changed: str, kind: str, message: str) -> None:
+    record = results(list(run_task(Odd(changed), "digits", steps=3)))[kind]
     assert record["status"] == "failed"
     assert record["detail"].startswith("step 1: ")
     assert message in record["detail"]
@@ -557,10 +532,7 @@ def test_the_figure_is_small_deterministic_svg_with_every_clipped_layer(
 
 
 def test_the_figure_of_a_run_with_a_broken_step_shows_a_gap() -> None:
-    records = list(run_task(Odd(missing), "digits", steps=3))
-    assert ["units" in record["layers"]["conv2.weight"] for record in records[:3]] == [
-        True,
-        False,
-        True,
-    ]
+    records = list(run_task(Odd("missing"), "digits", steps=3))
+    known = ["units" in record["layers"]["conv2.weight"] for record in records[:3]]
+    assert known == [True, False, True]
     assert "conv2.weight" in training_figures(records)["digits"]

@@ -122,28 +122,19 @@ def test_a_wrong_line_is_named(
         read_results(file)
 
 
-def test_a_missing_footer(file: Path) -> None:
-    file.write_text("\n".join(lines(file)[:-1]) + "\n")
-    with pytest.raises(FormatError, match=r"r\.jsonl, line 3: the file ends without a footer"):
-        read_results(file)
-
-
-def test_a_truncated_line(file: Path) -> None:
-    file.write_text(file.read_text()[:-150])
-    with pytest.raises(FormatError, match=r"line \d: not JSON, or truncated"):
-        read_results(file)
-
-
-def test_a_lost_line(file: Path) -> None:
-    text = lines(file)
-    file.write_text("\n".join([text[0], *text[2:]]) + "\n")
-    with pytest.raises(FormatError, match="records are missing"):
-        read_results(file)
-
-
-def test_something_after_the_footer(file: Path) -> None:
-    file.write_text(file.read_text() + lines(file)[1] + "\n")
-    with pytest.raises(FormatError, match="line 5: something follows the footer"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:-1], r"r\.jsonl, line 3: the file ends without a footer"),
+        (lambda text: [*text[:-1], text[-1][:20]], "line 4: not JSON, or truncated"),
+        (lambda text: [text[0], *text[2:]], "records are missing"),
+        (lambda text: [*text, text[1]], "line 5: something follows the footer"),
+    ],
+    ids=["no footer", "truncated", "lost", "more"],
+)
+def test_lines_that_are_lost_or_too_many(file: Path, change: Any, message: str) -> None:
+    file.write_text("\n".join(change(lines(file))) + "\n")
+    with pytest.raises(FormatError, match=message):
         read_results(file)
 
 

@@ -82,13 +82,25 @@ def broken(do: Any, vector: str = "L1-none-gradient", dtype: str = "float32") ->
     return dict(run_case(backend, VECTORS[vector], dtype))
 
 
-def test_an_exception_is_an_error() -> None:
-    def fail(clip: Any, problem: Problem) -> Outcome:
-        raise ZeroDivisionError("by zero")
+SHAPE = "L1-error-shape"
 
-    record = broken(fail)
-    assert record["status"] == "error"
-    assert record["detail"].startswith("ZeroDivisionError: by zero (test_runner.py:")
+
+@pytest.mark.parametrize(
+    ("error", "vector", "status", "detail"),
+    [
+        (ZeroDivisionError("0"), "L1-tie", "error", r"ZeroDivisionError: 0 \(test_runner.py:"),
+        (Unsupported("not here"), "L1-tie", "unsupported", "not here$"),
+        (ConfigError("no"), SHAPE, "failed", ".*ShapeError was expected, not ConfigError"),
+        (ShapeError("shapes differ"), SHAPE, "failed", r".*does not name \['weight'\]"),
+    ],
+)
+def test_what_a_backend_raises(error: Exception, vector: str, status: str, detail: str) -> None:
+    def fail(clip: Any, problem: Problem) -> Outcome:
+        raise error
+
+    record = broken(fail, vector)
+    assert record["status"] == status
+    assert re.match(detail, record["detail"])
 
 
 class Quitter(ReferenceBackend):
@@ -117,14 +129,6 @@ def test_nobody_but_the_user_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Quitter, "reason", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run_case(Quitter(), VECTORS["L1-tie"], "float32")
-
-
-def test_unsupported_is_not_passed() -> None:
-    def refuse(clip: Any, problem: Problem) -> Outcome:
-        raise Unsupported("not here")
-
-    record = broken(refuse)
-    assert (record["status"], record["detail"]) == ("unsupported", "not here")
 
 
 def test_an_unknown_dtype_is_unsupported() -> None:
@@ -165,24 +169,8 @@ def test_a_backend_that_clips_in_place_cannot_hide() -> None:
     assert broken(wipe)["status"] == "failed"
 
 
-def test_another_error_than_the_right_one_fails() -> None:
-    def complain(clip: Any, problem: Problem) -> Outcome:
-        raise ConfigError("no")
-
-    record = broken(complain, "L1-error-shape")
-    assert record["status"] == "failed"
-    assert "ShapeError was expected, not ConfigError" in record["detail"]
-
-
-def test_an_error_must_name_the_parameter() -> None:
-    def complain(clip: Any, problem: Problem) -> Outcome:
-        raise ShapeError("shapes differ")
-
-    assert "does not name ['weight']" in broken(complain, "L1-error-shape")["detail"]
-
-
 def test_silence_where_an_error_is_expected() -> None:
-    record = broken(lambda clip, problem: Outcome(problem.gradients), "L1-error-shape")
+    record = broken(lambda clip, problem: Outcome(problem.gradients), SHAPE)
     assert (record["status"], record["detail"]) == (
         "failed",
         "ShapeError was expected; nothing was raised",
@@ -240,23 +228,6 @@ def test_subjects_are_not_asked_about_our_core() -> None:
     assert kinds == {"layer", "clip", "trajectory", "scenario"} | sharp
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("nobody", "not registered; there are reference"),
-        ("no_such_package.module:Thing", "there is no module 'no_such_package'"),
-        ("agc.units:Thing", "agc.units has no 'Thing'"),
-        ("nowhere.py:Thing", "no such Python file"),
-        ("agc_conformance.data:dtype_of", "called with device='cpu', it raises TypeError"),
-        (":x", "'' is no module; give package.module:object or path/to/file.py:object"),
-        ("..:x", "'..' is no module"),
-    ],
-)
-def test_backends_that_do_not_exist(spec: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=f"--backend {spec}: .*{message}"):
-        load_backend(spec, "cpu")
-
-
 OTHERS = """
 import sys
 from agc_conformance.backend import Backend
@@ -285,65 +256,92 @@ number = 3
 """
 
 
+FILES = {
+    "x.py": OTHERS,
+    "raises.py": "raise RuntimeError('no\\nway')",
+    "wrong.py": "x = (",
+    "exits.py": "import sys; sys.exit(0)",
+    "needs.py": "import a_framework_that_is_not_there",
+    "empty.py": "from agc_conformance.backend import Backend\nclass Empty(Backend): name = 'empty'",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with modules of backends."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+CALLED = "called with device='cpu', it raises"
+
+
 @pytest.mark.parametrize(
-    ("text", "name", "message"),
+    ("spec", "message"),
     [
-        ("raise RuntimeError('no\\nway')", "X", r"imported, it raises RuntimeError: no \(x.py:1\)"),
-        ("x = (", "X", r"imported, it raises SyntaxError: .* \(x.py, line 1\)"),
-        ("import sys; sys.exit(0)", "X", "imported, it raises SystemExit: 0"),
-        (OTHERS, "NoDevice", "called with device='cpu', it raises TypeError: .*'device'"),
-        (OTHERS, "Raises", "called with device='cpu', it raises RuntimeError: no "),
-        (OTHERS, "Exits", "called with device='cpu', it raises SystemExit: 0"),
-        (
-            OTHERS,
-            "Nameless",
-            "Nameless has no name, .*; derive it from agc_conformance.backend.Backend",
-        ),
-        (OTHERS, "Caffe", "layout must be one of torch, flax, keras, got 'caffe'"),
-        (OTHERS, "Unversioned", "asked for its versions and device, it raises LookupError: none"),
-        (OTHERS, "number", "called with device='cpu', it raises TypeError"),
+        ("nobody", "not registered; there are reference"),
+        ("no_such_package.module:Thing", "there is no module 'no_such_package'"),
+        ("agc.units:Thing", "agc.units has no 'Thing'"),
+        ("nowhere.py:Thing", ".*no such Python file"),
+        ("agc_conformance.data:dtype_of", f"{CALLED} TypeError"),
+        (":x", "'' is no module; give package.module:object or path/to/file.py:object"),
+        ("..:x", "'..' is no module"),
+        ("raises.py:X", r"imported, it raises RuntimeError: no \(raises.py:1\)"),
+        ("wrong.py:X", r"imported, it raises SyntaxError: .* \(wrong.py, line 1\)"),
+        ("exits.py:X", "imported, it raises SystemExit: 0"),
+        ("x.py:NoDevice", f"{CALLED} TypeError: .*'device'"),
+        ("x.py:Raises", f"{CALLED} RuntimeError: no "),
+        ("x.py:Exits", f"{CALLED} SystemExit: 0"),
+        ("x.py:Nameless", "Nameless has no name, .*; derive it from agc_conformance.backend.B"),
+        ("x.py:Caffe", "layout must be one of torch, flax, keras, got 'caffe'"),
+        ("x.py:Unversioned", "asked for its versions and device, it raises LookupError: none"),
+        ("x.py:number", f"{CALLED} TypeError"),
     ],
 )
-def test_backends_that_are_broken(
-    text: str, name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_backends_that_do_not_exist_or_are_broken(
+    spec: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, out = tmp_path / "x.py", tmp_path / "r.jsonl"
-    file.write_text(text)
-    assert agc_command("run", "--backend", f"{file}:{name}", "--out", out) == 2
+    assert agc_command("run", "--backend", spec, "--out", "r.jsonl") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(f"^agc: --backend {file}:{name}: {message}", line)
-    assert not out.exists()
+    assert re.search(f"^agc: --backend {re.escape(spec)}: {message}", line)
+    assert not (folder / "r.jsonl").exists()
 
 
-def test_a_backend_may_be_an_instance(tmp_path: Path) -> None:
-    file = tmp_path / "x.py"
-    file.write_text(OTHERS)
-    assert load_backend(f"{file}:instance", "cpu").name == "unnamed"
-    with pytest.raises(Unavailable, match="is made for cpu, not for cuda"):
-        load_backend(f"{file}:instance", "cuda")
+def test_a_backend_may_be_an_instance(folder: Path) -> None:
+    assert load_backend("x.py:instance", "cpu").name == "unnamed"
 
 
-def test_a_missing_framework_is_unavailable(tmp_path: Path) -> None:
-    file = tmp_path / "needs.py"
-    file.write_text("import a_framework_that_is_not_there\n")
-    with pytest.raises(Unavailable, match="a_framework_that_is_not_there"):
-        load_backend(f"{file}:Thing", "cpu")
-
-
-def test_a_missing_device_is_unavailable() -> None:
-    with pytest.raises(Unavailable, match="reference runs on the CPU only"):
-        load_backend("reference", "cuda")
+@pytest.mark.parametrize(
+    ("spec", "device", "message"),
+    [
+        ("x.py:instance", "cuda", "is made for cpu, not for cuda"),
+        ("needs.py:Thing", "cpu", "a_framework_that_is_not_there"),
+        ("reference", "cuda", "reference runs on the CPU only"),
+    ],
+)
+def test_what_is_unavailable(folder: Path, spec: str, device: str, message: str) -> None:
+    with pytest.raises(Unavailable, match=message):
+        load_backend(spec, device)
 
 
 def agc_command(*arguments: object) -> int:
     return main(["conformance", *map(str, arguments)])
 
 
-def test_the_command_writes_a_complete_file(tmp_path: Path) -> None:
-    out = tmp_path / "r.jsonl"
-    status = agc_command("run", "--backend", "reference", "--out", out, "--select", "L1-n*")
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "r.jsonl"
+
+
+def run(out: Path, *options: object, backend: str = "reference") -> int:
+    return agc_command("run", "--backend", backend, "--out", out, *options)
+
+
+def test_the_command_writes_a_complete_file(out: Path) -> None:
+    assert run(out, "--select", "L1-n*") == 0
     found = read_results(out)
-    assert status == 0
     assert found.header["backend"] == "reference"
     assert found.header["device"] == "cpu"
     assert found.header["select"] == "L1-n*"
@@ -352,48 +350,36 @@ def test_the_command_writes_a_complete_file(tmp_path: Path) -> None:
     assert {r["status"] for r in found.results} == {"passed"}
 
 
-def test_an_absent_device_is_listed_and_fails(tmp_path: Path) -> None:
-    out = tmp_path / "r.jsonl"
-    asked = ("run", "--backend", "reference", "--device", "cuda", "--out", out)
-    assert agc_command(*asked) == 1
+def test_an_absent_device_is_listed_and_fails(out: Path) -> None:
+    assert run(out, "--device", "cuda") == 1
     assert "CPU only" in read_results(out).unavailable[0]["reason"]
-    assert agc_command(*asked, "--allow-unavailable") == 0
+    assert run(out, "--device", "cuda", "--allow-unavailable") == 0
 
 
-def test_selecting_nothing_fails(tmp_path: Path) -> None:
-    out = tmp_path / "r.jsonl"
-    assert agc_command("run", "--backend", "reference", "--out", out, "--select", "L7-*") == 1
+@pytest.mark.parametrize(("select", "status"), [("L7-*", 1), ("L0-plan-*", 0)])
+def test_selecting_nothing_fails_and_plans_alone_do_not(
+    out: Path, select: str, status: int
+) -> None:
+    assert run(out, "--select", select) == status
 
 
 def test_a_backend_that_does_nothing_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What the core of this library does right is not to its credit."""
-    file, out = tmp_path / "empty.py", tmp_path / "r.jsonl"
-    file.write_text(
-        "from agc_conformance.backend import Backend\nclass Empty(Backend): name = 'empty'\n"
-    )
-    asked = ("run", "--backend", f"{file}:Empty", "--out", out)
-    assert agc_command(*asked) == 1
+    assert run(out, backend="empty.py:Empty") == 1
     assert "nothing passed beyond the plans of level 0" in capsys.readouterr().err
     assert {r["status"] for r in read_results(out).results} == {"unsupported"}
-    assert agc_command(*asked, "--role", "subject") == 0, "subjects are only looked at"
+    role = ("--role", "subject")
+    assert run(out, *role, backend="empty.py:Empty") == 0, "subjects are only looked at"
 
 
-def test_plans_alone_can_be_asked_for(tmp_path: Path) -> None:
-    out = tmp_path / "r.jsonl"
-    assert agc_command("run", "--backend", "reference", "--out", out, "--select", "L0-plan-*") == 0
+def run_example(out: Path, *options: object) -> int:
+    return run(out, "--no-train", *options, backend=f"{EXAMPLE}:MyBackend")
 
 
-def test_misuse_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert agc_command("run", "--backend", "nobody", "--out", tmp_path / "r.jsonl") == 2
-    assert "agc: --backend nobody: not registered" in capsys.readouterr().err
-
-
-def test_the_example_finds_what_the_readme_says(tmp_path: Path) -> None:
-    out = tmp_path / "mine.jsonl"
-    asked = ("run", "--backend", f"{EXAMPLE}:MyBackend", "--out", out, "--no-train")
-    assert agc_command(*asked) == 1
+def test_the_example_finds_what_the_readme_says(out: Path) -> None:
+    assert run_example(out) == 1
     found = read_results(out)
     bad = {r["id"] for r in found.results if r["status"] in ("failed", "error")}
     assert bad == {
@@ -404,15 +390,13 @@ def test_the_example_finds_what_the_readme_says(tmp_path: Path) -> None:
         "L1-error-no-gradients",
     }
     assert sum(r["status"] == "passed" for r in found.results) > 100
-    assert agc_command(*asked, "--role", "subject") == 0
+    assert run_example(out, "--role", "subject") == 0
 
 
-def test_a_backend_by_module_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_by_module_name(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLE.parent)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(Path.cwd()))])
-    out = tmp_path / "mine.jsonl"
-    asked = ("run", "--backend", "my_backend:MyBackend", "--out", out)
-    assert agc_command(*asked, "--select", "L1-layer-*") == 0
+    assert run(out, "--select", "L1-layer-*", backend="my_backend:MyBackend") == 0
 
 
 @pytest.mark.parametrize("out", ["folder", "file/r.jsonl", "locked/r.jsonl"])
@@ -471,35 +455,30 @@ def test_a_reader_that_has_seen_enough(command: tuple[str, ...], lines: int) -> 
         assert process.stderr.read() == b""
 
 
-def expected_failures(tmp_path: Path, text: str) -> int:
-    file = tmp_path / "mine.txt"
-    file.write_text(text)
-    out = tmp_path / "mine.jsonl"
-    return agc_command(
-        "run", "--backend", f"{EXAMPLE}:MyBackend", "--out", out, "--no-train", "--xfail", file
-    )
-
-
-def test_expected_failures_pass(tmp_path: Path) -> None:
-    text = "# known\nL1-error-[!u]*  accepts bad input\n"
-    assert expected_failures(tmp_path, text) == 0
-    counts = read_results(tmp_path / "mine.jsonl").footer
-    assert counts is not None
-    assert counts["counts"]["xfail"] == 5
-
-
-def test_an_unexpected_success_is_an_error(tmp_path: Path) -> None:
-    assert expected_failures(tmp_path, "L1-error-*  accepts bad input\n") == 1
-    results = read_results(tmp_path / "mine.jsonl").results
-    assert [r["id"] for r in results if r["status"] == "xpass"] == ["L1-error-units-misfit"]
-
-
-def test_an_expectation_that_means_nothing_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("more", "status", "unexpected", "message"),
+    [
+        ("", 0, [], ""),
+        ("L1-error-u*  accepts bad input\n", 1, ["L1-error-units-misfit"], ""),
+        ("L1-oops-*  gone\n", 1, [], "'L1-oops-*' matches no result that fails"),
+    ],
+)
+def test_expected_failures(
+    more: str,
+    status: int,
+    unexpected: list[str],
+    message: str,
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    text = "L1-error-[!u]*  accepts bad input\nL1-oops-*  gone\n"
-    assert expected_failures(tmp_path, text) == 1
-    assert "'L1-oops-*' matches no result that fails" in capsys.readouterr().err
+    file = out.with_name("mine.txt")
+    file.write_text(f"# known\nL1-error-[!u]*  accepts bad input\n{more}")
+    assert run_example(out, "--xfail", file) == status
+    found = read_results(out)
+    assert found.footer is not None
+    assert found.footer["counts"]["xfail"] == 5
+    assert [r["id"] for r in found.results if r["status"] == "xpass"] == unexpected
+    assert message in capsys.readouterr().err
 
 
 def test_an_expectation_without_a_reason(tmp_path: Path) -> None:
@@ -517,28 +496,27 @@ def test_an_expectation_may_name_a_dtype() -> None:
     assert line.hits == 1
 
 
+def teeth_of(out: Path, mutant: mutants.Mutant, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(teeth_module, "MUTANTS", [mutant])
+    monkeypatch.setattr(teeth_module, "FLAGS", {mutant.flag: ""})
+    return agc_command("teeth", "--out", out)
+
+
 def test_teeth_fail_if_a_mutant_survives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    survivor = mutants.Mutant(
-        "harmless", "Squeeze", "does nothing wrong", "clipping", mutants.clipping.Engine
-    )
-    monkeypatch.setattr(teeth_module, "MUTANTS", [survivor])
-    monkeypatch.setattr(teeth_module, "FLAGS", {"Squeeze": ""})
-    out = tmp_path / "teeth.jsonl"
-    assert agc_command("teeth", "--out", out) == 1
+    engine = mutants.clipping.Engine
+    survivor = mutants.Mutant("harmless", "Squeeze", "does nothing wrong", "clipping", engine)
+    assert teeth_of(out, survivor, monkeypatch) == 1
     assert [m["status"] for m in read_results(out).mutants] == ["survived"]
     error = capsys.readouterr().err
     assert "survived harmless" in error
     assert "no vector with the flag Squeeze" in error
 
 
-def test_teeth_pass_if_all_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teeth_pass_if_all_are_killed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = next(m for m in mutants.MUTANTS if m.flag == "GroupedSplit")
-    monkeypatch.setattr(teeth_module, "MUTANTS", [killed])
-    monkeypatch.setattr(teeth_module, "FLAGS", {"GroupedSplit": ""})
-    out = tmp_path / "teeth.jsonl"
-    assert agc_command("teeth", "--out", out) == 0
+    assert teeth_of(out, killed, monkeypatch) == 0
     (mutant,) = read_results(out).mutants
     assert "L1-layer-conv-transpose2d-grouped:float32" in mutant["killed_by"]
 
@@ -582,10 +560,8 @@ def test_the_core_is_asked_through_one_object() -> None:
 
 
 @pytest.mark.parametrize(("task", "results"), [("digits", 4), ("sam-digits", 6)])
-def test_training_can_be_selected(task: str, results: int, tmp_path: Path) -> None:
-    out = tmp_path / "r.jsonl"
-    asked = ("run", "--backend", "reference", "--out", out, "--select", f"real-{task}-*")
-    assert agc_command(*asked) == 0
+def test_training_can_be_selected(task: str, results: int, out: Path) -> None:
+    assert run(out, "--select", f"real-{task}-*") == 0
     found = read_results(out)
     assert {record["task"] for record in found.train} == {task}
     assert len(found.results) == results

@@ -77,20 +77,14 @@ def test_no_microbatch_is_empty():
 
 
 def test_sam_is_verified_by_all_of_its_numbers():
-    sam = {
-        "passes": 2,
-        "perturbation": 0.05,
-        "cosine": 1.0,
-        "gradient_error": 1e-7,
-        "restored": True,
+    fields = {  # what is right, and what is wrong
+        "passes": (2, 1),
+        "perturbation": (0.05, 0.0),
+        "cosine": (1.0, -1.0),
+        "gradient_error": (1e-7, 0.1),
+        "restored": (True, False),
     }
+    sam = {field: right for field, (right, _) in fields.items()}
     assert Verification(**sam).ok
-    wrong = {
-        "passes": 1,
-        "perturbation": 0.0,
-        "cosine": -1.0,
-        "gradient_error": 0.1,
-        "restored": False,
-    }
-    for field, value in wrong.items():
-        assert not Verification(**sam | {field: value}).ok, field
+    for field, (_, wrong) in fields.items():
+        assert not Verification(**sam | {field: wrong}).ok, field

@@ -1,7 +1,9 @@
-"""CONTRIBUTING.md names files and sessions that exist."""
+"""CONTRIBUTING.md names files and sessions that exist, and those of every adapter."""
 
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -25,3 +27,18 @@ def test_sessions_exist():
     }
     assert sessions >= {"lint", "typing", "tests", "conformance"}
     assert not {name for name in sessions if f"def {name}(" not in noxfile}
+
+
+EXTRAS = {  # what only one framework needs
+    "torch": {"fused", "passes", "shards", "triton_kernels"},
+    "jax": {"leaf_names"},
+    "tensorflow": {"devices"},
+}
+
+
+@pytest.mark.parametrize("framework", EXTRAS)
+def test_adapters_have_the_files_that_it_names(framework):
+    (order,) = re.findall(r"`(units layers [\w ]+)`, in this order", TEXT)
+    others = {"__init__", "commands"} | EXTRAS[framework]
+    files = {path.stem for path in (ROOT / "adapters" / f"agc_{framework}").glob("*.py")}
+    assert files - others == set(order.split())

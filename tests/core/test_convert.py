@@ -81,74 +81,32 @@ def test_neutral_files_are_what_the_library_reads(neutral, arrays):
     }
 
 
-@pytest.mark.parametrize(
-    ("form", "kernel", "dense", "squeeze", "gain", "skip"),
-    [
-        (
-            "torch",
-            "stages.1.1.conv1b.weight",
-            "head.weight",
-            "stages.1.1.se.fc0.weight",
-            "stages.1.1.shortcut.gain",
-            "stages.1.1.skip_gain",
-        ),
-        (
-            "flax",
-            "stages.1.1.conv1b.weight",
-            "head.weight",
-            "stages.1.1.se.fc0.weight",
-            "stages.1.1.conv1b.gain",
-            "stages.1.1.skip_gain",
-        ),
-        (
-            "keras",
-            "stages.1/1/conv1b/weight",
-            "head/weight",
-            "stages.1/1/se/fc0/weight",
-            "stages.1/1/conv1b/gain",
-            "stages.1/1/skip_gain",
-        ),
-        (
-            "timm",
-            "stages.1.1.conv2b.weight",
-            "head.fc.weight",
-            "stages.1.1.attn_last.fc1.weight",
-            "stages.1.1.conv2b.gain",
-            "stages.1.1.skipinit_gain",
-        ),
-        (
-            "haiku",
-            "NFNet/~/nf_block_2/~/conv1b/w",
-            "NFNet/~/linear/w",
-            "NFNet/~/nf_block_2/~/squeeze_excite/~/linear/w",
-            "NFNet/~/nf_block_2/~/conv1b/gain",
-            "NFNet/~/nf_block_2/skip_gain",
-        ),
-    ],
-)
-def test_names_and_layouts(tmp_path, neutral, arrays, form, kernel, dense, squeeze, gain, skip):
+KERAS_NAMES = {
+    "stages.1.1.conv1b.weight": "stages.1/1/conv1b/weight",
+    "stages.1.1.conv1b.gain": "stages.1/1/conv1b/gain",
+    "stages.1.1.se.fc0.weight": "stages.1/1/se/fc0/weight",
+    "stages.1.1.skip_gain": "stages.1/1/skip_gain",
+    "head.weight": "head/weight",
+}
+
+
+@pytest.mark.parametrize("form", FORM_NAMES)
+def test_names_and_layouts(tmp_path, neutral, arrays, form):
     path = tmp_path / "there"
     convert(neutral, path, form)
     found = dict(np.load(path)) if form == "haiku" else load_file(path)
     assert len(found) == 233
-    weight = arrays["stages.1.1.conv1b.weight"]  # h w i o
-    head, fc0 = arrays["head.weight"], arrays["stages.1.1.se.fc0.weight"]  # i o
-    if form in ("torch", "timm"):
-        assert found[kernel][5, 3, 2, 1] == weight[2, 1, 3, 5]
-        assert found[kernel].shape == (32, 8, 3, 3)
-        np.testing.assert_array_equal(found[dense], head.T)
-        np.testing.assert_array_equal(found[squeeze].reshape(32, 64), fc0.T)
-    else:
-        np.testing.assert_array_equal(found[kernel], weight)
-        np.testing.assert_array_equal(found[dense], head)
-        np.testing.assert_array_equal(found[squeeze], fc0)
-    if form == "timm":
-        assert found[squeeze].shape == (32, 64, 1, 1)
-        assert found[gain].shape == (32, 1, 1, 1)
-    elif form != "torch":
-        np.testing.assert_array_equal(found[gain], arrays["stages.1.1.conv1b.gain"])
-    assert found[skip].shape == ()
-    assert found[skip] == arrays["stages.1.1.skip_gain"]
+    specs = {spec.name: spec for spec in nfnet.parameters("tiny")}
+    for name, keras in KERAS_NAMES.items():
+        spec, value = specs[name], arrays[name]
+        own = {"keras": keras, "timm": FORMS["timm"].rename(spec), "haiku": spec.haiku}
+        stored = found[own.get(form, name)]
+        if form in ("torch", "timm"):
+            value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+        if form == "timm" and spec.kind in ("gain", "se"):
+            value = value.reshape(value.shape + (1,) * (4 - value.ndim))
+        assert stored.shape == value.shape
+        np.testing.assert_array_equal(stored, value)
 
 
 TIMM_F0 = {  # section of a published state dict of dm_nfnet_f0
@@ -219,22 +177,24 @@ print(load(sys.argv[1])[1]["head.bias"].dtype)
 """
 
 
-def test_bfloat16_needs_nothing_to_be_imported_before(tmp_path, arrays):
-    path = tmp_path / "narrow"
+@pytest.fixture
+def narrow(tmp_path, arrays):
+    """Return a file of bfloat16."""
     values = {name: value.astype(ml_dtypes.bfloat16) for name, value in arrays.items()}
-    save(path, nfnet.options("tiny"), values)
-    command = [sys.executable, "-c", READ_BFLOAT16, str(path)]
+    save(tmp_path / "narrow", nfnet.options("tiny"), values)
+    return tmp_path / "narrow"
+
+
+def test_bfloat16_needs_nothing_to_be_imported_before(narrow):
+    command = [sys.executable, "-c", READ_BFLOAT16, str(narrow)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr) == ("bfloat16", "")
 
 
-def test_bfloat16_names_the_extra(tmp_path, arrays, monkeypatch):
-    path = tmp_path / "narrow"
-    values = {name: value.astype(ml_dtypes.bfloat16) for name, value in arrays.items()}
-    save(path, nfnet.options("tiny"), values)
+def test_bfloat16_names_the_extra(narrow, monkeypatch):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(MissingPackageError, match=r"narrow: reading bfloat16 needs ml_dtypes"):
-        load(path)
+        load(narrow)
 
 
 def test_mixed_dtypes_are_aligned(tmp_path, arrays):
@@ -253,23 +213,16 @@ def test_mixed_dtypes_are_aligned(tmp_path, arrays):
         assert (8 + length + header[name]["data_offsets"][0]) % widths[header[name]["dtype"]] == 0
 
 
-def test_npz_holds_no_bfloat16(tmp_path, arrays):
-    values = {name: value.astype(ml_dtypes.bfloat16) for name, value in arrays.items()}
+def test_npz_holds_no_bfloat16(tmp_path, narrow):
+    chosen, values = load(narrow)
     with pytest.raises(ParameterError, match=r"stem\.conv0\.weight is bfloat16; haiku weights can"):
-        save(tmp_path / "x", nfnet.options("tiny"), values, "haiku")
-    assert not list(tmp_path.iterdir())
+        save(tmp_path / "x", chosen, values, "haiku")
+    assert folder(narrow) == ["narrow"]
 
 
 def test_options_go_with_the_weights(tmp_path, arrays):
-    chosen = nfnet.options(
-        "tiny",
-        7,
-        dropout=0.0,
-        stochastic_depth=0.1,
-        in_channels=1,
-        activation="silu",
-        ws_eps="timm",
-    )
+    rates = {"dropout": 0.0, "stochastic_depth": 0.1}
+    chosen = nfnet.options("tiny", 7, in_channels=1, activation="silu", ws_eps="timm", **rates)
     values = nfnet.seeded_parameters("tiny", 7, 1)
     source = tmp_path / "0"
     save(source, chosen, values)
@@ -292,13 +245,18 @@ def test_what_a_file_does_not_say(tmp_path, neutral):
     assert found.nbytes == 4 * 334_086
 
 
-def test_numpy_reads_haiku_files(tmp_path, neutral):
-    path = tmp_path / "haiku.npz"
-    convert(neutral, path, "haiku")
+def haiku_tree(items):
+    """Return DeepMind's tree of modules and leaves of names with a value each."""
     tree = {}
-    for key, value in np.load(path).items():  # no pickles inside
+    for key, value in items:
         module, _, name = key.rpartition("/")
         tree.setdefault(module, {})[name] = value
+    return tree
+
+
+def test_numpy_reads_haiku_files(tmp_path, neutral):
+    convert(neutral, tmp_path / "haiku.npz", "haiku")
+    tree = haiku_tree(np.load(tmp_path / "haiku.npz").items())  # no pickles inside
     assert len(tree) == 94
     assert set(tree["NFNet/~/linear"]) == {"w", "b"}
     assert set(tree["NFNet/~/nf_block_11/~/conv1b"]) == {"w", "gain", "bias"}
@@ -308,18 +266,15 @@ def test_numpy_reads_haiku_files(tmp_path, neutral):
 # --- What is it?
 
 
-@pytest.mark.parametrize("variant", [*nfnet.VARIANTS])
-@pytest.mark.parametrize("form", ["neutral", "torch", "haiku"])
-def test_variants_are_told_apart(variant, form):
+@pytest.mark.parametrize(
+    ("form", "variant"),
+    [
+        *itertools.product(["neutral", "torch", "haiku"], nfnet.VARIANTS),
+        *itertools.product(["keras", "timm"], ["F0", "F3+", "tiny"]),
+    ],
+)
+def test_forms_and_variants_are_told_apart(form, variant):
     specs = [FORMS[form].spec(spec) for spec in nfnet.parameters(variant, 21, 4)]
-    found, sized = guess({spec.name: spec.shape for spec in specs})
-    assert (found.name, sized.name) == (form, variant)
-
-
-@pytest.mark.parametrize("form", ["keras", "timm"])
-@pytest.mark.parametrize("variant", ["F0", "F3+", "tiny"])
-def test_forms_are_told_apart(variant, form):
-    specs = [FORMS[form].spec(spec) for spec in nfnet.parameters(variant)]
     found, sized = guess({spec.name: spec.shape for spec in specs})
     assert (found.name, sized.name) == (form, variant)
 
@@ -454,6 +409,18 @@ def npy(header):
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(32)
 
 
+@pytest.fixture
+def archive(tmp_path):
+    """Return a function that writes an archive of one array under any header."""
+
+    def write(header):
+        with zipfile.ZipFile(tmp_path / "x", "w") as file:
+            file.writestr("NFNet/~/linear/b.npy", npy(header))
+        return tmp_path / "x"
+
+    return write
+
+
 @pytest.mark.parametrize(
     "header",
     [
@@ -463,24 +430,23 @@ def npy(header):
         "{'descr': '<f3', 'fortran_order': False, 'shape': (8,), }",
     ],
 )
-def test_broken_headers_in_archives(tmp_path, header):
-    with zipfile.ZipFile(tmp_path / "x", "w") as archive:
-        archive.writestr("NFNet/~/linear/b.npy", npy(header))
+def test_broken_headers_in_archives(archive, header):
     with pytest.raises(FormatError, match="x: NFNet/~/linear/b cannot be read; "):
-        load(tmp_path / "x")
+        load(archive(header))
 
 
 def test_damaged_compression(tmp_path, arrays):
     haiku = {spec.haiku: arrays[spec.name] for spec in nfnet.parameters("tiny")}
-    np.savez_compressed(tmp_path / "x.npz", **haiku)
-    with zipfile.ZipFile(tmp_path / "x.npz") as archive:
-        info = archive.getinfo("NFNet/~/linear/w.npy")
-    data = bytearray((tmp_path / "x.npz").read_bytes())
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, **haiku)
+    with zipfile.ZipFile(path) as file:
+        info = file.getinfo("NFNet/~/linear/w.npy")
+    data = bytearray(path.read_bytes())
     names = struct.unpack_from("<HH", data, info.header_offset + 26)
     data[info.header_offset + 30 + sum(names)] = 7  # a kind of block that does not exist
-    (tmp_path / "x.npz").write_bytes(data)
+    path.write_bytes(data)
     with pytest.raises(FormatError, match=r"NFNet/~/linear/w cannot be read; .*invalid block type"):
-        load(tmp_path / "x.npz")
+        load(path)
 
 
 def later_version(data):
@@ -512,14 +478,13 @@ def encrypted(data):
         (outside, "x: NFNet/~/linear/b cannot be read; "),
     ],
 )
-def test_damaged_directories_of_archives(tmp_path, damage, message):
-    with zipfile.ZipFile(tmp_path / "x", "w") as archive:
-        archive.writestr("NFNet/~/linear/b.npy", npy("{}"))
-    data = bytearray((tmp_path / "x").read_bytes())
+def test_damaged_directories_of_archives(archive, damage, message):
+    path = archive("{}")
+    data = bytearray(path.read_bytes())
     damage(data)
-    (tmp_path / "x").write_bytes(data)
+    path.write_bytes(data)
     with pytest.raises(FormatError, match=message):
-        load(tmp_path / "x")
+        load(path)
 
 
 def test_objects_in_archives_are_not_unpickled(tmp_path, arrays):
@@ -716,10 +681,8 @@ def test_conversion_holds_a_tensor_or_two_at_a_time(large, tmp_path):
 
 
 def test_pickles_take_the_memory_of_one_file(large, tmp_path):
-    tree = {}
-    for spec in nfnet.parameters("F0"):
-        module, _, name = spec.haiku.rpartition("/")
-        tree.setdefault(module, {})[name] = np.zeros(spec.shape, "float16")
+    specs = nfnet.parameters("F0")
+    tree = haiku_tree((spec.haiku, np.zeros(spec.shape, "float16")) for spec in specs)
     with (tmp_path / "pickle").open("wb") as file:
         pickle.dump(tree, file)
     del tree
@@ -791,15 +754,10 @@ def flat_mapping(monkeypatch):
 @pytest.mark.parametrize("mapping", ["dict", "FlatMapping"])
 def test_released_files(tmp_path, neutral, arrays, flat_mapping, mapping, protocol):
     make = dict if mapping == "dict" else flat_mapping
-    tree = {}
-    for spec in nfnet.parameters("tiny"):
-        module, _, name = spec.haiku.rpartition("/")
-        tree.setdefault(module, {})[name] = arrays[spec.name]
+    tree = haiku_tree((spec.haiku, arrays[spec.name]) for spec in nfnet.parameters("tiny"))
     tree = make({module: make(leaves) for module, leaves in tree.items()})
-    path, back = (
-        tmp_path / "F0_haiku.npz",
-        tmp_path / "back",
-    )  # npz is what these pickles are called
+    back = tmp_path / "back"
+    path = tmp_path / "F0_haiku.npz"  # npz is what these pickles are called
     path.write_bytes(pickle.dumps(tree, protocol))
     found = convert(path, back, "neutral")
     assert (found.form, found.complete) == ("haiku", False)

@@ -49,18 +49,6 @@ def test_counts_by_kind():
     }
 
 
-def test_optimizer_groups():
-    groups = dict.fromkeys([(True, False), (False, True), (True, True)], (0, 0))
-    for spec in nfnet.parameters("F0"):
-        tensors, numbers = groups[spec.clipped, spec.decays]
-        groups[spec.clipped, spec.decays] = tensors + 1, numbers + math.prod(spec.shape)
-    assert groups == {
-        (True, False): (151, 113_492),
-        (False, True): (1, 3_072_000),
-        (True, True): (81, 68_303_792),
-    }
-
-
 @pytest.mark.parametrize("name", ["F0", "F7+", "tiny"])
 def test_what_decays_is_what_deepmind_decides_by_name(name):
     for spec in nfnet.parameters(name):
@@ -71,33 +59,9 @@ def test_what_decays_is_what_deepmind_decides_by_name(name):
         assert spec.clipped is not classifier
 
 
-def test_blocks_of_f0():
-    table = [
-        (b.stage, b.inputs, b.middle, b.outputs, b.groups, b.stride, b.projects)
-        for b in nfnet.blocks("F0")
-    ]
-    assert table == [
-        (0, 128, 128, 256, 1, 1, True),
-        (1, 256, 256, 512, 2, 2, True),
-        (1, 512, 256, 512, 2, 1, False),
-        (2, 512, 768, 1536, 6, 2, True),
-        *5 * [(2, 1536, 768, 1536, 6, 1, False)],
-        (3, 1536, 768, 1536, 6, 2, True),
-        *2 * [(3, 1536, 768, 1536, 6, 1, False)],
-    ]
-    names = [block.name for block in nfnet.blocks("F0")]
-    assert names[:4] == ["stages.0.0", "stages.1.0", "stages.1.1", "stages.2.0"]
-    assert len({*names}) == 12
-
-
-def test_expected_variances():
-    blocks = nfnet.blocks("F0")
-    variances = [1, 1.04, 1.04, 1.08, 1.04, 1.08, 1.12, 1.16, 1.2, 1.24, 1.04, 1.08]
-    np.testing.assert_allclose([block.variance for block in blocks], variances, rtol=1e-15)
-    betas = [1, 0.980580676, 0.980580676, 0.962250449, 0.980580676, 0.962250449, 0.944911183]
-    betas += [0.928476691, 0.912870929, 0.898026510, 0.980580676, 0.962250449]
-    np.testing.assert_allclose([block.beta for block in blocks], betas, rtol=0, atol=5e-10)
-    rates = [0.25 * block.stochastic_depth for block in blocks]
+def test_depths_and_variances():
+    """What the golden values of F0 do not show."""
+    rates = [0.25 * block.stochastic_depth for block in nfnet.blocks("F0")]
     np.testing.assert_allclose(rates, [i / 48 for i in range(12)], rtol=1e-15)
     of_f1 = [block for block in nfnet.blocks("F1") if block.stage >= 2]
     first2, first3 = of_f1[0], of_f1[12]
@@ -113,8 +77,6 @@ def test_bottlenecks_are_rounded_down_to_whole_groups():
 
 
 def test_stem():
-    sizes = [(c.inputs, c.outputs, c.stride) for c in nfnet.stem("F0")]
-    assert sizes == [(3, 16, 2), (16, 32, 1), (32, 64, 1), (64, 128, 2)]
     assert [conv.outputs for conv in nfnet.stem("F0+")] == [16, 32, 64, 192]  # timm: 24, 48, 96
     assert [conv.outputs for conv in nfnet.stem("tiny", 1)] == [16, 32, 64, 16]
     assert nfnet.stem("tiny", 1)[0].shape == (3, 3, 1, 16)
@@ -190,19 +152,11 @@ def test_seeded_values():
     np.testing.assert_allclose(first, [0.094380428674, 0.096865848106, 0.177997035107], atol=1e-12)
     assert values["stages.0.0.skip_gain"].shape == ()
     assert values["stages.0.0.skip_gain"] == pytest.approx(0.351593891613, abs=1e-12)
-    norm = math.sqrt(sum(float((value**2).sum()) for value in values.values()))
-    assert norm == pytest.approx(89.021062479, abs=1e-9)
     images, labels = nfnet.seeded_batch(2, 32)
     assert images.shape == (2, 32, 32, 3)
     expected = [-0.204707659485, 0.478943338058, -0.519438715057]
     np.testing.assert_allclose(images.ravel()[:3], expected, atol=1e-12)
     assert labels.tolist() == [1, 4]
-
-
-def test_seeded_values_of_f0():
-    values = nfnet.seeded_parameters("F0").values()
-    norm = math.sqrt(sum(float((value**2).sum()) for value in values))
-    assert norm == pytest.approx(336.842282731, abs=1e-9)
 
 
 def test_options():

@@ -1,7 +1,6 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -25,36 +24,6 @@ def test_core_loads_no_framework():
     ).split()
     assert "numpy" in loaded
     assert not set(loaded) & {*FRAMEWORKS, "agc_torch", "agc_jax", "agc_tensorflow"}
-
-
-READING_ORDER = [
-    "units",
-    "layers",
-    "views",
-    "norms",
-    "clip",
-    "schedules",
-    "stats",
-    "optimizer",
-    "sam",
-    "verify",
-    "nfnet",
-    "recipe",
-    "weights",
-]
-EXTRAS = {  # what only one framework needs
-    "torch": {"fused", "passes", "shards", "triton_kernels"},
-    "jax": {"leaf_names"},
-    "tensorflow": {"devices"},
-}
-
-
-@pytest.mark.parametrize("framework", EXTRAS)
-def test_adapters_have_the_same_files(framework):
-    folder = Path(__file__).parents[2] / "adapters" / f"agc_{framework}"
-    files = {path.stem for path in folder.glob("*.py")}
-    others = {"__init__", "commands"} | EXTRAS[framework]
-    assert files - others == set(READING_ORDER)
 
 
 @pytest.mark.parametrize("name", agc.__all__)

@@ -115,11 +115,9 @@ class Engine(ReferenceBackend):
         """Apply the non-finite policy to poisoned units."""
         if policy == "raise" and bad.any():
             raise NonFiniteError("a norm is not finite")
-        return (
-            np.asarray(np.where(bad, 0.0 if policy == "zero" else np.nan, out))
-            if bad.any()
-            else out
-        )
+        if not bad.any():
+            return out
+        return np.asarray(np.where(bad, 0.0 if policy == "zero" else np.nan, out))
 
     def store(self, values: Array, gradient: Array, weight: Array) -> Array:  # noqa: ARG002
         """Round to the gradient's dtype."""
@@ -525,12 +523,9 @@ class _NaiveAccumulation(Engine):
 @_mutant("DtypePromoted", "the result has the dtype of scale times gradient (optax)")
 class _Promoted(Engine):
     def store(self, values: Array, gradient: Array, weight: Array) -> Array:
-        narrow = gradient.dtype.itemsize < 4
-        return (
-            to_dtype(values, np.dtype(np.float32))
-            if narrow
-            else super().store(values, gradient, weight)
-        )
+        if gradient.dtype.itemsize < 4:
+            return to_dtype(values, np.dtype(np.float32))
+        return super().store(values, gradient, weight)
 
 
 @_mutant("ComplexSquare", "x**2 instead of |x|^2 (DeepMind)")
@@ -733,15 +728,9 @@ class _PerShardNorm(Engine):
             gradient = problem.gradients[key]
             assert isinstance(gradient, np.ndarray)
             count = shards if weight.shape and weight.shape[0] % shards == 0 else 1
+            alone = replace(problem, units={key: problem.units[key]})
             clipped = [
-                self.clip(
-                    replace(
-                        problem,
-                        parameters={key: w},
-                        gradients={key: g},
-                        units={key: problem.units[key]},
-                    )
-                ).gradients[key]
+                self.clip(replace(alone, parameters={key: w}, gradients={key: g})).gradients[key]
                 for w, g in zip(np.split(weight, count), np.split(gradient, count), strict=True)
             ]
             out[key] = np.concatenate([np.asarray(shard) for shard in clipped])
@@ -812,10 +801,9 @@ class _TokensUndecided(Engine):
 @_mutant("UnitsGuessed", "an unknown layer is stored out-first, whatever the rank")
 class _OutFirstWhereUnknown(Engine):
     def layer_plan(self, layer: Layer, rule: AGC) -> Plan:
+        out_first = Units("o ... -> o")
         known = [
-            p
-            if p.units or len(p.shape) < 3 or 1 in p.shape
-            else replace(p, units=Units("o ... -> o"))
+            p if p.units or len(p.shape) < 3 or 1 in p.shape else replace(p, units=out_first)
             for p in layer_parameters(layer)
         ]
         return make_plan(known, rule)

@@ -8,17 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from agc.config import AGC, SAM
-from agc.errors import (
-    AGCError,
-    AmbiguousUnitsError,
-    SelectorError,
-    UnitsError,
-    UnitsWarning,
-)
+from agc.errors import AGCError, AmbiguousUnitsError, SelectorError, UnitsError, UnitsWarning
 from agc.plan import WHOLE, Parameter, Plan
 from agc.schedule import Schedule
 from agc.units import Units
-from agc_conformance.backends.reference import ReferenceBackend
 from agc_conformance.core.functions import Core
 from agc_conformance.mutants.mutant import registered
 
@@ -30,7 +23,8 @@ _sam_mutant = registered("core", "SAM: ")
 # -- AGC -----------------------------------------------------------------------------------------
 
 
-class _LenientCore(Core):
+@_agc_mutant("AcceptsBadConfig", "a bad value is replaced by the default")
+class _LenientConfig(Core):
     """Accepts configurations that must be refused."""
 
     def config(self, data: Mapping[str, Any]) -> AGC:
@@ -40,12 +34,8 @@ class _LenientCore(Core):
             return AGC()
 
 
-@_agc_mutant("AcceptsBadConfig", "a bad value is replaced by the default")
-class _LenientConfig(ReferenceBackend):
-    core = _LenientCore()
-
-
-class _ForgetfulCore(Core):
+@_agc_mutant("RoundTrip", "a schedule becomes its first value")
+class _ForgetfulConfig(Core):
     def config(self, data: Mapping[str, Any]) -> AGC:
         rule = super().config(data)
         if isinstance(rule.clipping, Schedule):
@@ -53,22 +43,14 @@ class _ForgetfulCore(Core):
         return rule
 
 
-@_agc_mutant("RoundTrip", "a schedule becomes its first value")
-class _ForgetfulConfig(ReferenceBackend):
-    core = _ForgetfulCore()
-
-
-class _OtherDefaultsCore(Core):
+@_agc_mutant("WrongDefault", "eps = 1e-6")
+class _OtherDefaults(Core):
     def config(self, data: Mapping[str, Any]) -> AGC:
         return super().config({"eps": 1e-6, **data})
 
 
-@_agc_mutant("WrongDefault", "eps = 1e-6")
-class _OtherDefaults(ReferenceBackend):
-    core = _OtherDefaultsCore()
-
-
-class _PermissiveParser(Core):
+@_agc_mutant("PatternParser", "what cannot be parsed is the whole tensor")
+class _LenientParser(Core):
     def units(self, pattern: str, sizes: Mapping[str, int]) -> Units:
         try:
             return super().units(pattern, sizes)
@@ -76,12 +58,8 @@ class _PermissiveParser(Core):
             return WHOLE
 
 
-@_agc_mutant("PatternParser", "what cannot be parsed is the whole tensor")
-class _LenientParser(ReferenceBackend):
-    core = _PermissiveParser()
-
-
-class _UnverifiedCore(Core):
+@_agc_mutant("UnverifiedPattern", "plans drop patterns that match nothing")
+class _UnverifiedPlan(Core):
     def plan(self, parameters: Sequence[Parameter], rule: AGC, head: str | None) -> Plan:
         try:
             return super().plan(parameters, rule, head)
@@ -89,12 +67,8 @@ class _UnverifiedCore(Core):
             return super().plan(parameters, AGC(), head)
 
 
-@_agc_mutant("UnverifiedPattern", "plans drop patterns that match nothing")
-class _UnverifiedPlan(ReferenceBackend):
-    core = _UnverifiedCore()
-
-
-class _FewerUnitsCore(Core):
+@_agc_mutant("UnitsGuessed", "what nothing settles is one unit, without a word")
+class _WholeWhereUnknown(Core):
     def plan(self, parameters: Sequence[Parameter], rule: AGC, head: str | None) -> Plan:
         known = [p if p.units or p.layout else replace(p, layout="out-first") for p in parameters]
         try:
@@ -103,36 +77,24 @@ class _FewerUnitsCore(Core):
             return super().plan([replace(p, units=p.units or WHOLE) for p in known], rule, head)
 
 
-@_agc_mutant("UnitsGuessed", "what nothing settles is one unit, without a word")
-class _WholeWhereUnknown(ReferenceBackend):
-    core = _FewerUnitsCore()
-
-
-class _SilentCore(Core):
+@_agc_mutant("UnitsGuessed", "units that follow the layout follow it without a word")
+class _SilentLayout(Core):
     def plan(self, parameters: Sequence[Parameter], rule: AGC, head: str | None) -> Plan:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnitsWarning)
             return super().plan(parameters, rule, head)
 
 
-@_agc_mutant("UnitsGuessed", "units that follow the layout follow it without a word")
-class _SilentLayout(ReferenceBackend):
-    core = _SilentCore()
-
-
-class _OneAtATimeCore(Core):
+@_agc_mutant("UnitsGuessed", "an error names one undecided parameter at a time")
+class _OneAtATime(Core):
     def plan(self, parameters: Sequence[Parameter], rule: AGC, head: str | None) -> Plan:
         for parameter in parameters:
             super().plan([parameter], AGC(), head)
         return super().plan(parameters, rule, head)
 
 
-@_agc_mutant("UnitsGuessed", "an error names one undecided parameter at a time")
-class _OneAtATime(ReferenceBackend):
-    core = _OneAtATimeCore()
-
-
-class _MatricesOnlyCore(Core):
+@_agc_mutant("VectorRefused", "vectors of rank above 2 are undecided")
+class _VectorsUndecided(Core):
     def plan(self, parameters: Sequence[Parameter], rule: AGC, head: str | None) -> Plan:
         for parameter in parameters:
             if (
@@ -144,15 +106,11 @@ class _MatricesOnlyCore(Core):
         return super().plan(parameters, rule, head)
 
 
-@_agc_mutant("VectorRefused", "vectors of rank above 2 are undecided")
-class _VectorsUndecided(ReferenceBackend):
-    core = _MatricesOnlyCore()
-
-
 # -- SAM -----------------------------------------------------------------------------------------
 
 
-class _LenientSamCore(Core):
+@_sam_mutant("SamAcceptsBadConfig", "a bad value is replaced by the default")
+class _LenientRule(Core):
     def sam(self, data: Mapping[str, Any]) -> SAM:
         try:
             return super().sam(data)
@@ -160,33 +118,21 @@ class _LenientSamCore(Core):
             return SAM()
 
 
-@_sam_mutant("SamAcceptsBadConfig", "a bad value is replaced by the default")
-class _LenientRule(ReferenceBackend):
-    core = _LenientSamCore()
-
-
-class _ForgetfulSamCore(Core):
+@_sam_mutant("SamRoundTrip", "a schedule becomes its first value")
+class _ForgetfulRule(Core):
     def sam(self, data: Mapping[str, Any]) -> SAM:
         rule = super().sam(data)
         return replace(rule, rho=rule.radius(0)) if isinstance(rule.rho, Schedule) else rule
 
 
-@_sam_mutant("SamRoundTrip", "a schedule becomes its first value")
-class _ForgetfulRule(ReferenceBackend):
-    core = _ForgetfulSamCore()
-
-
-class _OtherSamDefaultsCore(Core):
+@_sam_mutant("SamDefault", "eps = 1e-12")
+class _OtherRuleDefaults(Core):
     def sam(self, data: Mapping[str, Any]) -> SAM:
         return super().sam({"eps": 1e-12, **data})
 
 
-@_sam_mutant("SamDefault", "eps = 1e-12")
-class _OtherRuleDefaults(ReferenceBackend):
-    core = _OtherSamDefaultsCore()
-
-
-class _PermissiveCore(Core):
+@_sam_mutant("SamUnverifiedPattern", "where nothing matches, everything is selected")
+class _PermissiveSelection(Core):
     def perturbed(self, names: Sequence[str], rule: SAM) -> Sequence[str]:
         try:
             return super().perturbed(names, rule)
@@ -194,16 +140,7 @@ class _PermissiveCore(Core):
             return list(names)
 
 
-@_sam_mutant("SamUnverifiedPattern", "where nothing matches, everything is selected")
-class _PermissiveSelection(ReferenceBackend):
-    core = _PermissiveCore()
-
-
-class _OnlyCore(Core):
+@_sam_mutant("SamSelection", "exclude is not obeyed beside only")
+class _OnlyWins(Core):
     def perturbed(self, names: Sequence[str], rule: SAM) -> Sequence[str]:
         return super().perturbed(names, replace(rule, exclude=()) if rule.only else rule)
-
-
-@_sam_mutant("SamSelection", "exclude is not obeyed beside only")
-class _OnlyWins(ReferenceBackend):
-    core = _OnlyCore()

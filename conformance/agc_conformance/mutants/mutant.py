@@ -12,6 +12,7 @@ import numpy as np
 from agc_conformance.backends.reference import ReferenceBackend
 from agc_conformance.clipping.ask import KINDS as CLIPPING
 from agc_conformance.core.ask import CORE_KINDS
+from agc_conformance.core.functions import Core
 from agc_conformance.nfnets.ask import run_study
 from agc_conformance.question import Kind
 from agc_conformance.runner import KINDS, cases, run_case
@@ -62,23 +63,33 @@ _KINDS: Final[Mapping[str, Mapping[str, Kind[Any, Any]]]] = {
 """Wing to the kinds of vectors that its mutants run."""
 
 
-def registered(
-    wing: Wing, prefix: str = ""
-) -> Callable[[str, str], Callable[[type[ReferenceBackend]], type[ReferenceBackend]]]:
-    """Return a decorator that registers a backend as a mutant, named after its class."""
+_Part = type[ReferenceBackend] | type[Core]
 
-    def described(
-        flag: str, comment: str
-    ) -> Callable[[type[ReferenceBackend]], type[ReferenceBackend]]:
-        def register(cls: type[ReferenceBackend]) -> type[ReferenceBackend]:
-            words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__.strip("_")).lower()
+
+def registered(wing: Wing, prefix: str = "") -> Callable[[str, str], Callable[[_Part], _Part]]:
+    """Return a decorator that registers a backend, or a backend's core, named after its class."""
+
+    def described(flag: str, comment: str) -> Callable[[_Part], _Part]:
+        def register(part: _Part) -> _Part:
+            words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", part.__name__.strip("_")).lower()
             name = prefix + words.replace("nan ", "NaN ")
-            MUTANTS.append(Mutant(name, flag, comment, wing, cls))
-            return cls
+            MUTANTS.append(Mutant(name, flag, comment, wing, _backend(part)))
+            return part
 
         return register
 
     return described
+
+
+def _backend(part: _Part) -> type[ReferenceBackend]:
+    if issubclass(part, ReferenceBackend):
+        return part
+
+    class Wrong(ReferenceBackend):
+        pass
+
+    Wrong.core = part()
+    return Wrong
 
 
 def run_mutant(mutant: Mutant, vectors: Sequence[Vector]) -> list[str]:

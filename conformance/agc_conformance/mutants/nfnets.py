@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from agc.nfnet import ALPHA, HEAD, Block
 from agc.plan import Parameter, Plan, make_plan
-from agc.reference.nfnet import Array, NFNet
+from agc.reference.nfnet import NFNet
 from agc.units import Units
 from agc_conformance.backend import ModelForward, ModelProblem, ModelRecipe, ModelStep
 from agc_conformance.backends.reference import ReferenceBackend
@@ -23,6 +23,12 @@ from agc_conformance.mutants.mutant import MUTANTS, Mutant
 from agc_conformance.nfnets.reference import MOMENTUM, RULE, WEIGHT_DECAY, ReferenceModels
 
 __all__: list[str] = []
+
+Array = npt.NDArray[Any]
+Arrays = Mapping[str, Array]
+Back = Callable[[Array], Array]
+BackOfTwo = Callable[[Array], tuple[Array, Array]]
+Models = type[ReferenceModels]
 
 
 def _mutant(name: str, comment: str, clause: str, models: ReferenceModels, select: str) -> None:
@@ -47,12 +53,10 @@ def _network(
     return register
 
 
-def _models(
-    name: str, comment: str, clause: str, kinds: str
-) -> Callable[[type[ReferenceModels]], type[ReferenceModels]]:
+def _models(name: str, comment: str, clause: str, kinds: str) -> Callable[[Models], Models]:
     """Register a wrong plan, optimizer or training mode."""
 
-    def register(models: type[ReferenceModels]) -> type[ReferenceModels]:
+    def register(models: Models) -> Models:
         _mutant(name, comment, clause, models(), kinds)
         return models
 
@@ -69,9 +73,7 @@ class _Standardised(NFNet):
         """Return the squared norm that standardises the filters; here the right one, unfloored."""
         return np.asarray(np.sum(centred**2, (0, 1, 2)))
 
-    def standardise(
-        self, weight: Array, gain: Array
-    ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+    def standardise(self, weight: Array, gain: Array) -> tuple[Array, BackOfTwo]:
         _, backward = super().standardise(weight, gain)
         centred = weight - weight.mean((0, 1, 2))
         return centred * gain / np.sqrt(self.squared_norm(centred)), backward
@@ -129,7 +131,7 @@ class _NoConstant(NFNet):
 
 @_network("gates up to 1", "squeeze and excite is not doubled")
 class _SingleGates(NFNet):
-    def gate(self, block: Block, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+    def gate(self, block: Block, x: Array) -> tuple[Array, Back]:
         out, backward = super().gate(block, x)
         return out / 2, lambda d: backward(d / 2)
 
@@ -145,7 +147,7 @@ class _VarianceReset(NFNet):
     "zeros in the average", "pooling counts the padding (flax's default); at odd sizes only", "odd"
 )
 class _CountsPadding(NFNet):
-    def pool(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+    def pool(self, x: Array) -> tuple[Array, Back]:
         _, height, width, _ = x.shape
         padded = np.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
         out, backward = super().pool(padded)
@@ -158,8 +160,8 @@ class _CountsPadding(NFNet):
 @_models("no smoothing", "cross-entropy with the labels as they are", "NFNET-2", "loss")
 class _NoSmoothing(ReferenceModels):
     def loss_and_gradients(
-        self, problem: ModelProblem, weights: Mapping[str, npt.NDArray[Any]]
-    ) -> tuple[float, dict[str, npt.NDArray[Any]]]:
+        self, problem: ModelProblem, weights: Arrays
+    ) -> tuple[float, dict[str, Array]]:
         return super().loss_and_gradients(replace(problem, smoothing=0.0), weights)
 
 
@@ -167,9 +169,7 @@ class _NoSmoothing(ReferenceModels):
     "mean without gradient", "standardisation takes the mean for a constant", "gradients", "NFNET-2"
 )
 class _DetachedMean(NFNet):
-    def standardise(
-        self, weight: Array, gain: Array
-    ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+    def standardise(self, weight: Array, gain: Array) -> tuple[Array, BackOfTwo]:
         out, backward = super().standardise(weight, gain)
 
         def without_mean(d: Array) -> tuple[Array, Array]:
@@ -188,7 +188,7 @@ class _DetachedMean(NFNet):
     "NFNET-2",
 )
 class _PaddingTakesGradients(NFNet):
-    def pool(self, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+    def pool(self, x: Array) -> tuple[Array, Back]:
         out, _ = super().pool(x)
         _, height, width, _ = x.shape
         return out, lambda d: (d / 4).repeat(2, 1).repeat(2, 2)[:, :height, :width]
@@ -215,7 +215,7 @@ class _PooledMean(ReferenceModels):
 class _EarlySignals(ReferenceModels):
     def forward(self, problem: ModelProblem) -> ModelForward:
         class Early(NFNet):
-            def gate(self, block: Block, x: Array) -> tuple[Array, Callable[[Array], Array]]:
+            def gate(self, block: Block, x: Array) -> tuple[Array, Back]:
                 early.append(x.var((0, 1, 2)).mean())
                 return super().gate(block, x)
 
@@ -230,21 +230,20 @@ class _EarlySignals(ReferenceModels):
 
 @_models("rescaled depth", "stochastic depth divides by the rate kept (timm)", "NFNET-1", "depth")
 class _RescaledDepth(ReferenceModels):
-    def kept(self, rate: float, uniform: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def kept(self, rate: float, uniform: Array) -> Array:
         return super().kept(rate, uniform) / (1 - rate)
 
 
 @_models("depth by batch", "one draw for all images of a batch", "NFNET-1", "depth")
 class _DepthByBatch(ReferenceModels):
-    def kept(self, rate: float, uniform: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def kept(self, rate: float, uniform: Array) -> Array:
         return super().kept(rate, np.full_like(uniform, uniform[0]))
 
 
 def _replanned(plan: Plan, change: Callable[[Parameter], Parameter], **rule: Any) -> Plan:
     known = [Parameter(entry.name, entry.shape, entry.units, "out-last") for entry in plan]
-    return make_plan(
-        [change(p) for p in known], replace(RULE, unit_rule="declared", **rule), head=HEAD
-    )
+    declared = replace(RULE, unit_rule="declared", **rule)
+    return make_plan([change(parameter) for parameter in known], declared, head=HEAD)
 
 
 @_models(
@@ -277,12 +276,8 @@ class _NothingLeftOut(ReferenceModels):
 @_models("momentum with the learning rate", "v = 0.9 v + lr g, as in Keras", "NFNET-5", "optimizer")
 class _RateInMomentum(ReferenceModels):
     def nfnet_update(
-        self,
-        weight: npt.NDArray[Any],
-        gradient: npt.NDArray[Any],
-        buffer: npt.NDArray[Any],
-        rate: float,
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        self, weight: Array, gradient: Array, buffer: Array, rate: float
+    ) -> tuple[Array, Array]:
         step = rate * (gradient + (WEIGHT_DECAY * weight if weight.ndim > 1 else 0.0))
         buffer = MOMENTUM * buffer + step
         return step + MOMENTUM * buffer, buffer
@@ -291,12 +286,8 @@ class _RateInMomentum(ReferenceModels):
 @_models("decoupled decay", "p -= lr * wd * p, beside the momentum", "NFNET-5", "optimizer")
 class _DecoupledDecay(ReferenceModels):
     def nfnet_update(
-        self,
-        weight: npt.NDArray[Any],
-        gradient: npt.NDArray[Any],
-        buffer: npt.NDArray[Any],
-        rate: float,
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        self, weight: Array, gradient: Array, buffer: Array, rate: float
+    ) -> tuple[Array, Array]:
         buffer = MOMENTUM * buffer + gradient
         decay = WEIGHT_DECAY * weight if weight.ndim > 1 else 0.0
         return rate * (gradient + MOMENTUM * buffer + decay), buffer
@@ -305,25 +296,15 @@ class _DecoupledDecay(ReferenceModels):
 @_models("gains decay", "weight decay of all parameters", "NFNET-5", "optimizer")
 class _GainsDecay(ReferenceModels):
     def nfnet_update(
-        self,
-        weight: npt.NDArray[Any],
-        gradient: npt.NDArray[Any],
-        buffer: npt.NDArray[Any],
-        rate: float,
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        return super().nfnet_update(
-            weight, gradient + (0.0 if weight.ndim > 1 else WEIGHT_DECAY * weight), buffer, rate
-        )
+        self, weight: Array, gradient: Array, buffer: Array, rate: float
+    ) -> tuple[Array, Array]:
+        decay = 0.0 if weight.ndim > 1 else WEIGHT_DECAY * weight
+        return super().nfnet_update(weight, gradient + decay, buffer, rate)
 
 
 @_models("no clipping", "the optimizer never calls AGC", "NFNET-5", "optimizer")
 class _NoClipping(ReferenceModels):
-    def clip(
-        self,
-        plan: Plan,  # noqa: ARG002
-        weights: Mapping[str, npt.NDArray[Any]],  # noqa: ARG002
-        gradients: Mapping[str, npt.NDArray[Any]],
-    ) -> dict[str, npt.NDArray[Any]]:
+    def clip(self, plan: Plan, weights: Arrays, gradients: Arrays) -> dict[str, Array]:  # noqa: ARG002
         return dict(gradients)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,12 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agc.config import AGC, SAM
-from agc.errors import (
-    ConfigError,
-    MissingGradientError,
-    NonFiniteError,
-    SelectorError,
-)
+from agc.errors import ConfigError, MissingGradientError, NonFiniteError, SelectorError
 from agc.selectors import perturbed_names
 from agc_conformance.backend import (
     Examples,
@@ -42,8 +37,31 @@ __all__ = ["SharpnessEngine"]
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
 Gradients = dict[str, Array | None]
+Evaluated = tuple[float, Gradients]
 
 _mutant = registered("sharpness", "SAM: ")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Where a loss is evaluated.
+
+    Attributes
+    ----------
+    problem : SharpnessProblem
+        With the examples of the whole batch.
+    weights : dict of name to array
+        They may be perturbed.
+    rows : array of int
+        Examples of this micro-batch.
+    ascent : dict of name to array or None
+        Gradients of the first pass, for the second.
+    """
+
+    problem: SharpnessProblem
+    weights: Arrays
+    rows: Array
+    ascent: Gradients = field(default_factory=dict)
 
 
 class SharpnessEngine(Engine):
@@ -81,10 +99,9 @@ class SharpnessEngine(Engine):
 
     # -- gradients ------------------------------------------------------------------------------
 
-    def loss_and_gradients(
-        self, weights: Arrays, examples: Examples, rows: Array
-    ) -> tuple[float, Gradients]:
+    def loss_and_gradients(self, at: Pass) -> Evaluated:
         """Mean loss of some examples and its gradients, in the dtype of the weights."""
+        weights, examples, rows = at.weights, at.problem.examples, at.rows
         loss, gradients = 0.0, dict.fromkeys(weights)
         for name, a in examples.curvatures.items():
             away = weights[name].astype(np.float64) - examples.centers[name][rows]
@@ -94,21 +111,13 @@ class SharpnessEngine(Engine):
         self.state *= self.growth
         return loss, gradients
 
-    def ascent(
-        self, weights: Arrays, examples: Examples, rows: Array, problem: SharpnessProblem
-    ) -> tuple[float, Gradients]:
+    def ascent(self, at: Pass) -> Evaluated:
         """First pass."""
-        return self.loss_and_gradients(weights, examples, self.first(rows, problem.rule))
+        return self.loss_and_gradients(replace(at, rows=self.first(at.rows, at.problem.rule)))
 
-    def descent(
-        self,
-        weights: Arrays,
-        examples: Examples,
-        rows: Array,
-        ascent: Gradients,  # noqa: ARG002
-    ) -> tuple[float, Gradients]:
+    def descent(self, at: Pass) -> Evaluated:
         """Second pass, at the perturbed weights."""
-        return self.loss_and_gradients(weights, examples, rows)
+        return self.loss_and_gradients(at)
 
     def before_ascent(self) -> Mapping[str, Array | None]:
         """Gradients that the first pass adds to: none, even if old ones are left (SAM-4)."""
@@ -162,18 +171,16 @@ class SharpnessEngine(Engine):
             return np.zeros(gradient.shape)
         return np.asarray(factor * scale * scale * gradient)
 
-    def perturbation(
-        self, gradients: Gradients, weights: Arrays, problem: SharpnessProblem
-    ) -> tuple[Arrays, float]:
-        """Perturbation of every selected parameter with a gradient, and the norm."""
-        chosen, rule = self.chosen(problem), problem.rule
-        present = {n: g for n, g in gradients.items() if g is not None and n in chosen}
+    def perturbation(self, at: Pass) -> tuple[Arrays, float]:
+        """Perturbation of every selected parameter with an ascent gradient, and the norm."""
+        chosen, rule = self.chosen(at.problem), at.problem.rule
+        present = {n: g for n, g in at.ascent.items() if g is not None and n in chosen}
         if not present:
             self.nothing_to_perturb()
         wide = {name: g.astype(np.float64) for name, g in present.items()}
-        scales = {name: self.scale(weights[name], rule) for name in present}
+        scales = {name: self.scale(at.weights[name], rule) for name in present}
         norm = self.global_norm({name: scales[name] * g for name, g in wide.items()}, present)
-        factor = self.length(self.radius(rule, problem.step), norm, rule)
+        factor = self.length(self.radius(rule, at.problem.step), norm, rule)
         return {name: self.step_of(scales[name], g, factor) for name, g in wide.items()}, norm
 
     def nothing_to_perturb(self) -> None:
@@ -222,8 +229,9 @@ class SharpnessEngine(Engine):
         """Both passes, for every micro-batch and replica."""
         rule, examples, weights = problem.rule, problem.examples, dict(problem.parameters)
         if not self.perturbs(rule, problem.step):
-            rows = np.arange(len(examples))
-            loss, gradients = self.loss_and_gradients(weights, examples, rows)
+            loss, gradients = self.loss_and_gradients(
+                Pass(problem, weights, np.arange(len(examples)))
+            )
             return SharpnessOutcome(gradients, weights, loss)
         parts = self.parts(len(examples), rule, replicas)
         clean: list[tuple[int, float]] = []
@@ -234,14 +242,14 @@ class SharpnessEngine(Engine):
         for micro in range(rule.microbatches):
             firsts: list[tuple[int, Gradients]] = []
             for share in parts:
-                loss, first = self.ascent(weights, examples, share[micro], problem)
+                loss, first = self.ascent(Pass(problem, weights, share[micro]))
                 count = len(self.first(share[micro], rule))
                 clean.append((count, loss))
                 firsts.append((count, _added(first, self.before_ascent())))
             after = self.state
             for share, ascent in zip(parts, self.reduce(firsts, rule), strict=True):
-                rows = self.descent_rows(share[micro], rule)
-                e, norm = self.perturbation(ascent, weights, problem)
+                at = Pass(problem, weights, self.descent_rows(share[micro], rule), ascent)
+                e, norm = self.perturbation(at)
                 norms.append(norm)
                 skip |= self.policy(norm, rule)
                 copies = {name: weights[name].copy() for name in e}
@@ -249,12 +257,12 @@ class SharpnessEngine(Engine):
                     w = weights[name]
                     w[...] = to_dtype(w.astype(np.float64) + move, w.dtype)
                 self.state = self.state_of_descent(before, after)
-                loss, gradients = self.descent(weights, examples, rows, ascent)
+                loss, gradients = self.descent(at)
                 gradients = _added(gradients, self.before_descent(ascent))
                 self.state = self.state_of_step(before, after)
                 self.restore(weights, copies, e)
-                perturbed.append((len(rows), loss))
-                descents.append((len(rows), gradients))
+                perturbed.append((len(at.rows), loss))
+                descents.append((len(at.rows), gradients))
         return SharpnessOutcome(
             self.average(descents),
             weights,
@@ -271,6 +279,7 @@ class SharpnessEngine(Engine):
     def sharpness_trajectory(self, task: SharpnessTask) -> list[Mapping[str, Array]]:
         """Follow SAM, AGC and the optimizer in the dtype of the weights; update in float64."""
         problem, optimizer = task.problem, task.optimizer
+        behind = Problem(problem.clipping or AGC(clipping=None), {}, {})
         dtypes = {name: value.dtype for name, value in problem.parameters.items()}
         weights = {name: value.astype(np.float64) for name, value in problem.parameters.items()}
         momenta = {name: np.zeros_like(value) for name, value in weights.items()}
@@ -283,7 +292,10 @@ class SharpnessEngine(Engine):
             outcome = self.before_step(now, optimizer)
             weights = dict(outcome.weights)
             if not outcome.skipped:
-                weights, momenta = self.after_estimate(now, optimizer, outcome, momenta)
+                gradients = {name: g for name, g in outcome.gradients.items() if g is not None}
+                weights, momenta = self.update(
+                    Step(behind, optimizer, weights, momenta, gradients, step)
+                )
             step += 1
             out.append({name: to_dtype(value, dtypes[name]) for name, value in weights.items()})
         return out
@@ -295,20 +307,6 @@ class SharpnessEngine(Engine):
     def before_step(self, problem: SharpnessProblem, optimizer: Optimizer) -> SharpnessOutcome:  # noqa: ARG002
         """Compute the gradient of one step."""
         return self.estimate(problem)
-
-    def after_estimate(
-        self,
-        problem: SharpnessProblem,
-        optimizer: Optimizer,
-        outcome: SharpnessOutcome,
-        momenta: Arrays,
-    ) -> tuple[Arrays, Arrays]:
-        """Apply AGC, decay and the optimizer (SAM-6)."""
-        behind = Problem(problem.clipping or AGC(clipping=None), {}, {})
-        gradients = {name: g for name, g in outcome.gradients.items() if g is not None}
-        return self.update(
-            Step(behind, optimizer, outcome.weights, momenta, gradients, problem.step)
-        )
 
     def sharpen_compiled(self, problem: SharpnessProblem) -> SharpnessOutcome:
         """Estimate."""
@@ -371,17 +369,12 @@ def _added(gradients: Gradients, more: Mapping[str, Array | None]) -> Gradients:
 
 @_mutant("PerLayerNorm", "every parameter is moved by rho in its own direction")
 class _NormPerParameter(SharpnessEngine):
-    def perturbation(
-        self, gradients: Gradients, weights: Arrays, problem: SharpnessProblem
-    ) -> tuple[Arrays, float]:
-        e, norm = super().perturbation(gradients, weights, problem)
-        alone = {
-            name: super(_NormPerParameter, self).perturbation(
-                {**dict.fromkeys(gradients), name: gradients[name]}, weights, problem
-            )[0][name]
-            for name in e
-        }
-        return alone, norm
+    def perturbation(self, at: Pass) -> tuple[Arrays, float]:
+        e, norm = super().perturbation(at)
+        for name in e:
+            alone = {**dict.fromkeys(at.ascent), name: at.ascent[name]}
+            e[name] = super().perturbation(replace(at, ascent=alone))[0][name]
+        return e, norm
 
 
 @_mutant("AscentSign", "w - e: downhill, with the optimizer's own sign")
@@ -476,10 +469,8 @@ class _ZeroOverZero(SharpnessEngine):
     "StaleGradient", "both steps use the first gradient (NoteDance; no_sync after the forward)"
 )
 class _SecondIsFirst(SharpnessEngine):
-    def descent(
-        self, weights: Arrays, examples: Examples, rows: Array, ascent: Gradients
-    ) -> tuple[float, Gradients]:
-        return super().descent(weights, examples, rows, ascent)[0], ascent
+    def descent(self, at: Pass) -> Evaluated:
+        return super().descent(at)[0], at.ascent
 
 
 # -- restoring -----------------------------------------------------------------------------------
@@ -507,21 +498,18 @@ class _VectorsForgotten(SharpnessEngine):
 
 @_mutant("UnusedParameter", "a gradient of ones is made up")
 class _MadeUp(SharpnessEngine):
-    def loss_and_gradients(
-        self, weights: Arrays, examples: Examples, rows: Array
-    ) -> tuple[float, Gradients]:
-        loss, gradients = super().loss_and_gradients(weights, examples, rows)
-        return loss, {n: np.ones_like(weights[n]) if g is None else g for n, g in gradients.items()}
+    def loss_and_gradients(self, at: Pass) -> Evaluated:
+        loss, gradients = super().loss_and_gradients(at)
+        ones = {name: np.ones_like(weight) for name, weight in at.weights.items()}
+        return loss, {name: ones[name] if g is None else g for name, g in gradients.items()}
 
 
 @_mutant("UnusedParameter", "every parameter is taken to have a gradient")
 class _NoneBreaks(SharpnessEngine):
-    def perturbation(
-        self, gradients: Gradients, weights: Arrays, problem: SharpnessProblem
-    ) -> tuple[Arrays, float]:
-        for gradient in gradients.values():
+    def perturbation(self, at: Pass) -> tuple[Arrays, float]:
+        for gradient in at.ascent.values():
             gradient.ravel()  # type: ignore[union-attr]
-        return super().perturbation(gradients, weights, problem)
+        return super().perturbation(at)
 
 
 @_mutant("NonFiniteAscent", "no policy: NaN is added to the weights and the step is taken")
@@ -580,11 +568,11 @@ class _PreviousBatch(SharpnessEngine):
         self.previous = problem.examples
         return outcome
 
-    def ascent(
-        self, weights: Arrays, examples: Examples, rows: Array, problem: SharpnessProblem
-    ) -> tuple[float, Gradients]:
-        other = self.previous if problem.step and self.previous else examples
-        return super().ascent(weights, other, rows, problem)
+    def ascent(self, at: Pass) -> Evaluated:
+        problem = at.problem
+        if problem.step and self.previous:
+            problem = replace(problem, examples=self.previous)
+        return super().ascent(replace(at, problem=problem))
 
 
 @_mutant("DescentOnSubset", "both passes see the ascent examples")
@@ -676,12 +664,10 @@ class _UnscaledNorm(SharpnessEngine):
 
 @_mutant("ExcludedInNorm", "the norm of everything, the perturbation of what is selected")
 class _NormOfEverything(SharpnessEngine):
-    def perturbation(
-        self, gradients: Gradients, weights: Arrays, problem: SharpnessProblem
-    ) -> tuple[Arrays, float]:
-        chosen = self.chosen(problem)
-        every = replace(problem, rule=replace(problem.rule, only=(), exclude=()))
-        e, norm = super().perturbation(gradients, weights, every)
+    def perturbation(self, at: Pass) -> tuple[Arrays, float]:
+        chosen = self.chosen(at.problem)
+        every = replace(at.problem, rule=replace(at.problem.rule, only=(), exclude=()))
+        e, norm = super().perturbation(replace(at, problem=every))
         return {name: move for name, move in e.items() if name in chosen}, norm
 
 
@@ -721,40 +707,25 @@ class _CountsPasses(SharpnessEngine):
 
 @_mutant("AgcOnAscent", "both gradients are clipped (composer)")
 class _BothClipped(SharpnessEngine):
-    def ascent(
-        self, weights: Arrays, examples: Examples, rows: Array, problem: SharpnessProblem
-    ) -> tuple[float, Gradients]:
-        loss, gradients = super().ascent(weights, examples, rows, problem)
-        if problem.clipping is None:
+    def ascent(self, at: Pass) -> Evaluated:
+        loss, gradients = super().ascent(at)
+        if at.problem.clipping is None:
             return loss, gradients
-        clipped = self.clip(Problem(problem.clipping, weights, gradients, step=problem.step))
-        return loss, dict(clipped.gradients)  # type: ignore[arg-type]
+        clip = Problem(at.problem.clipping, at.weights, gradients, step=at.problem.step)
+        return loss, dict(self.clip(clip).gradients)  # type: ignore[arg-type]
 
 
 @_mutant("AgcAgainstPerturbedWeights", "clipped before the weights are restored (composer)")
 class _ClippedTooEarly(SharpnessEngine):
-    rule_behind: AGC | None = None
-
-    def before_step(self, problem: SharpnessProblem, optimizer: Optimizer) -> SharpnessOutcome:
-        self.rule_behind = problem.clipping
-        return super().before_step(problem, optimizer)
-
-    def descent(
-        self, weights: Arrays, examples: Examples, rows: Array, ascent: Gradients
-    ) -> tuple[float, Gradients]:
-        loss, gradients = super().descent(weights, examples, rows, ascent)
-        if self.rule_behind is None:
+    def descent(self, at: Pass) -> Evaluated:
+        loss, gradients = super().descent(at)
+        if at.problem.clipping is None:
             return loss, gradients
-        return loss, dict(self.clip(Problem(self.rule_behind, weights, gradients)).gradients)  # type: ignore[arg-type]
+        clip = Problem(at.problem.clipping, at.weights, gradients)
+        return loss, dict(self.clip(clip).gradients)  # type: ignore[arg-type]
 
-    def after_estimate(
-        self,
-        problem: SharpnessProblem,
-        optimizer: Optimizer,
-        outcome: SharpnessOutcome,
-        momenta: Arrays,
-    ) -> tuple[Arrays, Arrays]:
-        return super().after_estimate(replace(problem, clipping=None), optimizer, outcome, momenta)
+    def update(self, step: Step) -> tuple[Arrays, Arrays]:
+        return super().update(replace(step, problem=Problem(AGC(clipping=None), {}, {})))
 
 
 class _DecayInLoss(SharpnessEngine):
@@ -772,28 +743,18 @@ class _DecayInLoss(SharpnessEngine):
             return gradients
         return {n: None if g is None else g + self.decay * weights[n] for n, g in gradients.items()}
 
-    def ascent(
-        self, weights: Arrays, examples: Examples, rows: Array, problem: SharpnessProblem
-    ) -> tuple[float, Gradients]:
-        loss, gradients = super().ascent(weights, examples, rows, problem)
-        return loss, self.with_decay(weights, gradients, self.decay_ascent)
+    def ascent(self, at: Pass) -> Evaluated:
+        loss, gradients = super().ascent(at)
+        return loss, self.with_decay(at.weights, gradients, self.decay_ascent)
 
-    def descent(
-        self, weights: Arrays, examples: Examples, rows: Array, ascent: Gradients
-    ) -> tuple[float, Gradients]:
-        loss, gradients = super().descent(weights, examples, rows, ascent)
-        return loss, self.with_decay(weights, gradients, self.decay_descent)
+    def descent(self, at: Pass) -> Evaluated:
+        loss, gradients = super().descent(at)
+        return loss, self.with_decay(at.weights, gradients, self.decay_descent)
 
-    def after_estimate(
-        self,
-        problem: SharpnessProblem,
-        optimizer: Optimizer,
-        outcome: SharpnessOutcome,
-        momenta: Arrays,
-    ) -> tuple[Arrays, Arrays]:
-        if self.decay_descent and not optimizer.decoupled:
-            optimizer = replace(optimizer, weight_decay=0.0)
-        return super().after_estimate(problem, optimizer, outcome, momenta)
+    def update(self, step: Step) -> tuple[Arrays, Arrays]:
+        if self.decay_descent and not step.optimizer.decoupled:
+            step = replace(step, optimizer=replace(step.optimizer, weight_decay=0.0))
+        return super().update(step)
 
 
 @_mutant("DecayInGradient", "weight decay is in the ascent gradient")

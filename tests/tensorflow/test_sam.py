@@ -191,6 +191,17 @@ def test_saved_and_loaded_it_goes_on_as_if_never_stopped(tmp_path):
     check_same(loaded.trainable_variables, wrapped.trainable_variables)
 
 
+def test_statistics_of_a_fraction_come_from_the_whole_batch():
+    def build():
+        return stack(L.BatchNormalization, dense(2))
+
+    rule = SAM(rho=1.0, fraction=0.5)
+    model, _ = train(build, images(), rule, epochs=1, batch_size=16, run_eagerly=True)
+    twin = build()
+    twin(images()[0], training=True)
+    check_arrays(model.non_trainable_variables, twin.non_trainable_variables)
+
+
 class TestNonFinite:
     def train(self, rule, **options):
         """Train on an infinity; return the model, whose weights must not move."""

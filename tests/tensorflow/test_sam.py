@@ -170,7 +170,9 @@ modes = pytest.mark.parametrize("eager", [True, False], ids=["eager", "graph"])
 modes_of_fit = pytest.mark.parametrize(
     "options", [{"run_eagerly": True}, {}, {"jit_compile": True}], ids=["eager", "graph", "xla"]
 )
-run_or_trace = pytest.mark.parametrize("wrap", [WRAPPERS["eager"], WRAPPERS["graph"]])
+run_or_trace = pytest.mark.parametrize(
+    "wrap", [WRAPPERS["eager"], WRAPPERS["graph"]], ids=["eager", "graph"]
+)
 
 # What fit does
 
@@ -327,11 +329,11 @@ class Adds(L.Layer):
 
 
 class TestLossesThatLayersAdd:
+    RULE = SAM(rho=0.1, microbatches=3, fraction=0.5)
+
     def model(self, activity=True):
         layers = [L.ActivityRegularization(l2=0.2)] if activity else []
         return net(regularizer=keras.regularizers.L2(0.3), extra=[*layers, Adds()])
-
-    RULE = SAM(rho=0.1, microbatches=3, fraction=0.5)
 
     @modes_of_fit
     def test_fit_takes_the_reference_step(self, options):

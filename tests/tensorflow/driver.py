@@ -25,8 +25,8 @@ from tests.helpers import Array
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "eager": lambda function: function,
-    "graph": tf.function,
-    "xla": lambda function: tf.function(function, jit_compile=True),
+    "graph": partial(tf.function, autograph=False),  # as in Keras' fit
+    "xla": partial(tf.function, autograph=False, jit_compile=True),
 }
 
 

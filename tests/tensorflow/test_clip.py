@@ -71,13 +71,6 @@ def test_sparse_rows_come_once_in_their_dtype():
     assert got.indices.dtype == tf.int64
 
 
-def test_sparse_columns_are_passed_on_if_they_are_excluded():
-    table = tf.Variable(tf.ones((9, 5)), name="t")
-    gradient = tf.IndexedSlices(tf.ones((1, 5)), tf.constant([4]))
-    [kept] = adaptive_clip_gradients([gradient], [table], AGC(exclude=["t"]))
-    assert kept is gradient
-
-
 def test_gradients_of_a_tape():
     model = keras.Sequential(
         [
@@ -105,18 +98,6 @@ def test_gradients_of_a_tape():
 
 
 # Schedules
-
-
-def test_schedule_of_tensors_inside_a_graph():
-    rule = AGC(clipping=lambda step: 0.5 / (1.0 + tf.cast(step, tf.float32)))
-    variable = tf.Variable([3.0, 4.0], name="w")
-
-    @tf.function(autograph=False)
-    def clip(step):
-        return adaptive_clip_gradients([tf.constant([9.0, 0.0])], [variable], rule, step=step)
-
-    for step in range(3):
-        assert clip(tf.constant(step))[0].numpy()[0] == pytest.approx(2.5 / (1 + step))
 
 
 def test_schedule_that_returns_nonsense():
@@ -156,8 +137,8 @@ def test_a_model_is_not(model):
 
 
 def test_switched_off_and_excluded_gradients_are_passed_on():
-    a, b = tf.Variable([3.0], name="a"), tf.Variable([3.0], name="b")
-    gradients = [tf.constant([9.0]), tf.constant([9.0])]
+    a, b = tf.Variable([3.0], name="a"), tf.Variable(tf.ones((9, 5)), name="b")
+    gradients = [tf.constant([9.0]), tf.IndexedSlices(tf.ones((1, 5)), tf.constant([4]))]
     rule = AGC(clipping={"a": None, "*": 0.1}, exclude=["b"])
     clipped, stats = adaptive_clip_gradients(gradients, [a, b], rule, return_stats=True)
     assert clipped[0] is gradients[0]

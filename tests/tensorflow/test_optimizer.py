@@ -17,14 +17,7 @@ from keras import layers, optimizers
 
 import agc_tensorflow
 from agc import AGC, Schedule
-from agc.errors import (
-    AmbiguousUnitsError,
-    ConfigError,
-    FormatError,
-    NonFiniteError,
-    ParameterError,
-    SelectorError,
-)
+from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError, SelectorError
 from agc_tensorflow import AdaptiveGradClip, adaptive_clip_gradients
 
 RULE = AGC(clipping=0.02)
@@ -174,18 +167,7 @@ def test_fit(mode, micro):
     assert set(stats.parameters()) == {"body.kernel", "body.bias"}
     assert stats.total().units == 6
     assert int(optimizer.iterations) == 2 * len(batches)
-
-
-def test_statistics_are_the_last_updates():
-    wrapped, inside = AdaptiveGradClip("sgd", AGC(clipping=0.7, units=MATRICES)), variables()
-    wrapped.build(inside)
-    assert wrapped.stats().parameters() == {}
-    for step in range(2):
-        _, want = adaptive_clip_gradients(
-            gradients(step), inside, AGC(clipping=0.7, units=MATRICES), return_stats=True
-        )
-        wrapped.apply(gradients(step), inside)
-        assert wrapped.stats().parameters() == want.parameters()
+    assert optimizer.plan == agc_tensorflow.plan(model, rule)
 
 
 def test_embeddings_stay_sparse_in_fit():
@@ -207,12 +189,13 @@ def test_embeddings_stay_sparse_in_fit():
 
 
 class TestLossScale:
-    def test_overflow_skips_the_step_whatever_the_policy(self):
+    def test_policy_raise_leaves_a_skipped_step_to_the_scaler(self):
         wrapped = AdaptiveGradClip("sgd", AGC(nonfinite="raise", units=MATRICES))
-        inside = variables()
+        inside, bad = variables(), gradients()
+        bad[1] *= np.inf
+        with pytest.raises(NonFiniteError, match="'b'"):
+            wrapped.apply(bad, inside)
         scaler = optimizers.LossScaleOptimizer(wrapped, initial_scale=1024.0)
-        bad = gradients()
-        bad[1] = bad[1] * np.inf
         scaler.apply(bad, inside)
         assert float(scaler.dynamic_scale) == 512
         assert equal(inside, variables())
@@ -236,39 +219,35 @@ class TestLossScale:
         assert wrapped.stats().total().clipped > 0
         assert history.history["loss"][1] < history.history["loss"][0]
 
-    def test_the_other_nesting_is_refused(self):
-        scaler = optimizers.LossScaleOptimizer(optimizers.SGD(0.1))
-        with pytest.raises(ConfigError, match=r"LossScaleOptimizer\(AdaptiveGradClip\(inner"):
-            AdaptiveGradClip(scaler, RULE)
-
-
-class TestLearningRate:
-    def test_setting_it_reaches_the_inner_optimizer(self):
-        inner = optimizers.SGD(0.1)
-        wrapped = AdaptiveGradClip(inner, RULE)
-        wrapped.learning_rate = 0.5
-        assert float(inner.learning_rate) == 0.5
-        wrapped.learning_rate = optimizers.schedules.ExponentialDecay(0.25, 1, 0.5)
-        assert float(inner.learning_rate) == 0.25
-        assert float(wrapped.learning_rate) == 0.25
-
-    def test_callbacks(self):
-        model, wrapped = with_network(optimizers.SGD(0.1))
-        model.compile(wrapped, LOSS)
-        callbacks = [
-            keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.8 if epoch < 2 else rate),
-            keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=1e9),
-        ]
-        model.fit(*data(), epochs=3, verbose=0, callbacks=callbacks)
-        assert float(wrapped.inner_optimizer.learning_rate) == pytest.approx(0.2)
+    @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss scale"])
+    def test_mirrored_strategy_equals_one_device(self, scaled, mirrored):
+        """Two replicas reduce their gradients before AGC, so nothing differs from one device."""
+        results = []
+        for scope in (tf.distribute.get_strategy(), mirrored):
+            keras.utils.set_random_seed(0)
+            with scope.scope():
+                model = with_table()
+                inner = optimizers.SGD(0.5, momentum=0.9, weight_decay=0.1)
+                wrapped = AdaptiveGradClip(inner, RULE, model=model)
+                outer = optimizers.LossScaleOptimizer(wrapped) if scaled else wrapped
+                model.compile(outer, LOSS, jit_compile=False)
+            x, y = data()
+            model.fit(np.abs(4 * x).astype(int) % 9, y, batch_size=8, verbose=0, shuffle=False)
+            results.append((weights_of(model), wrapped.stats().total()))
+        (one, one_stats), (two, two_stats) = results
+        assert same(one, two, 1e-6)
+        assert (one_stats.units, one_stats.clipped) == (two_stats.units, two_stats.clipped)
+        assert one_stats.max_ratio == pytest.approx(two_stats.max_ratio, rel=1e-4)
 
 
 def test_settings_are_the_inner_optimizers():
     inner = optimizers.AdamW(0.1, beta_1=0.7, weight_decay=0.25, use_ema=True)
     wrapped = AdaptiveGradClip(inner, RULE, name="clipped")
     assert (wrapped.name, wrapped.beta_1, wrapped.weight_decay) == ("clipped", 0.7, 0.25)
-    wrapped.weight_decay = 0.5
-    assert inner.weight_decay == 0.5
+    wrapped.weight_decay = wrapped.learning_rate = 0.5
+    assert inner.weight_decay == float(inner.learning_rate) == 0.5
+    wrapped.learning_rate = optimizers.schedules.ExponentialDecay(0.25, 1, 0.5)
+    assert float(inner.learning_rate) == float(wrapped.learning_rate) == 0.25
     with pytest.raises(AttributeError, match="nothing_like_it"):
         _ = wrapped.nothing_like_it
 
@@ -297,48 +276,26 @@ def test_moving_average_is_kept_and_taken():
     assert same(*results)
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss scale"])
-def test_mirrored_strategy_equals_one_device(scaled, mirrored):
-    """Two replicas reduce their gradients before AGC, so nothing differs from one device."""
-    results = []
-    for scope in (tf.distribute.get_strategy(), mirrored):
-        keras.utils.set_random_seed(0)
-        with scope.scope():
-            model = with_table()
-            inner = optimizers.SGD(0.5, momentum=0.9, weight_decay=0.1)
-            wrapped = AdaptiveGradClip(inner, RULE, model=model)
-            outer = optimizers.LossScaleOptimizer(wrapped) if scaled else wrapped
-            model.compile(outer, LOSS, jit_compile=False)
-        x, y = data()
-        model.fit(np.abs(4 * x).astype(int) % 9, y, batch_size=8, verbose=0, shuffle=False)
-        results.append((weights_of(model), wrapped.stats().total()))
-    (one, one_stats), (two, two_stats) = results
-    assert same(one, two, 1e-6)
-    assert (one_stats.units, one_stats.clipped) == (two_stats.units, two_stats.clipped)
-    assert one_stats.max_ratio == pytest.approx(two_stats.max_ratio, rel=1e-4)
-
-
-class Sub(keras.Model):
-    """A model whose layers get other names every time it is made."""
+class Types(keras.Model):
+    """Layers of many types, whose automatic names are others every time they are made."""
 
     def __init__(self, **options):
         super().__init__(**options)
-        self.embed = layers.Embedding(9, 4)
-        self.rnn = layers.GRU(4)
-        self.mix = layers.MultiHeadAttention(2, 3)
-        self.head = layers.Dense(3)
+        self.mix, self.rnn = layers.MultiHeadAttention(2, 3), layers.GRU(4)
 
     def call(self, x):
-        x = self.embed(x)
-        return self.head(self.rnn(self.mix(x, x)))
+        x = x[..., None]
+        return self.rnn(self.mix(x, x))
 
 
 class Squares(keras.Model):
     """Layers of one shape, whose automatic names are others every time they are made."""
 
+    each = None
+
     def __init__(self, **options):
         super().__init__(**options)
-        self.parts = [layers.Dense(4) for _ in range(3)]
+        self.parts = [layers.Dense(4, name=self.each) for _ in range(3)]
 
     def call(self, x):
         for part in self.parts:
@@ -346,15 +303,8 @@ class Squares(keras.Model):
         return x
 
 
-class Twins(keras.Model):
-    """Two layers of one name."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.parts = [layers.Dense(4, name="twin") for _ in range(2)]
-
-    def call(self, x):
-        return self.parts[1](self.parts[0](x))
+class Triplets(Squares):
+    each = "triplet"
 
 
 def functional() -> Any:
@@ -366,15 +316,16 @@ def functional() -> Any:
 def saved(model: Any, folder: Path) -> Any:
     """Return what is loaded of a model that is saved."""
     model.save(folder / "model.keras")
-    own = {"Sub": Sub, "Squares": Squares, "Twins": Twins}
+    own = {"Types": Types, "Squares": Squares, "Triplets": Triplets}
     return keras.models.load_model(folder / "model.keras", custom_objects=own)
 
 
-SHAPES_AGREE = {
+NAMES_DIFFER = {
     "sequential": lambda: keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.Dense(4)]),
     "nested, of its part's name": functional,
     "subclassed": Squares,
-    "two of one name": Twins,
+    "three of one name": Triplets,
+    "types": Types,
 }
 
 
@@ -399,20 +350,6 @@ class TestSaving:
         loaded.fit(*data(), batch_size=8, verbose=0, shuffle=False)
         assert same(weights_of(model), weights_of(loaded))
         assert found.stats().parameters() == wrapped.stats().parameters()
-
-    def test_units_of_layer_types_survive_other_layer_names(self, tmp_path):
-        model = Sub()
-        tokens = np.arange(24).reshape(8, 3) % 9
-        model(tokens)
-        wrapped = AdaptiveGradClip(optimizers.SGD(0.1), RULE, model=model)
-        model.compile(wrapped, LOSS, jit_compile=False)
-        model.fit(tokens, np.arange(8) % 3, verbose=0)
-        loaded = saved(model, tmp_path)
-        assert loaded.optimizer.plan == wrapped.plan
-        assert loaded.layers[0].name != model.layers[0].name
-        for one in (model, loaded):
-            one.fit(tokens, np.arange(8) % 3, verbose=0)
-        assert same(weights_of(model), weights_of(loaded))
 
     @pytest.mark.parametrize("when", ["before save", "before compile", "compiled again"])
     def test_layers_frozen_on_the_way(self, when, tmp_path):
@@ -476,25 +413,26 @@ class TestSaving:
         heads = {"head.kernel", "head.bias"}
         assert heads in [set(o.stats().parameters()) for o in loaded.optimizer.optimizers]
 
-    @pytest.mark.parametrize("kind", SHAPES_AGREE)
-    def test_pairing_by_names_where_shapes_agree(self, kind, tmp_path):
+    @pytest.mark.parametrize("kind", NAMES_DIFFER)
+    def test_pairing_by_names(self, kind, tmp_path):
         """Each parameter has a threshold of its own, and each is found again."""
-        model = SHAPES_AGREE[kind]()
+        model = NAMES_DIFFER[kind]()
         model(tf.zeros((1, 4)))
         names = [entry.name for entry in agc_tensorflow.plan(model, AGC())]
         rule = AGC(clipping={name: 10.0 ** -(2 + at) for at, name in enumerate(names)})
-        model.compile(AdaptiveGradClip(optimizers.SGD(0.5), rule, model=model), "mse")
+        wrapped = AdaptiveGradClip(optimizers.SGD(0.5), rule, model=model)
+        model.compile(wrapped, "mse", jit_compile=False)
         x = data()[0][:, :4]
         model.fit(x, x, verbose=0)
         for _ in range(2):
             layers.Dense(2)  # takes a name, so that automatic names differ
         loaded = saved(model, tmp_path)
-        start = weights_of(loaded)
-        assert same(start, weights_of(model))
+        assert loaded.optimizer.plan == wrapped.plan
+        assert same(weights_of(loaded), weights_of(model))
         for one in (model, loaded):
             one.fit(x, x, verbose=0, shuffle=False)
         assert same(weights_of(model), weights_of(loaded))
-        assert loaded.optimizer.stats().parameters() == model.optimizer.stats().parameters()
+        assert loaded.optimizer.stats().parameters() == wrapped.stats().parameters()
 
     def test_renamed_layers_of_which_some_are_missing(self):
         """A wrong pairing is refused where it matters, and has no effect elsewhere."""
@@ -573,26 +511,15 @@ class TestSaving:
 
 class TestRefuses:
     def test_variables_that_are_not_the_models(self):
-        wrapped = AdaptiveGradClip("sgd", RULE, model=network())
-        with pytest.raises(ParameterError, match=r"'a' of shape \(6, 5\) is not a parameter"):
-            wrapped.build(variables())
-
-    def test_optimizer_built_for_other_variables(self):
         inner = optimizers.SGD(0.1)
         inner.build(variables())
-        with pytest.raises(ParameterError, match=r"'a' of shape \(6, 5\) is not a parameter"):
-            AdaptiveGradClip(inner, RULE, model=network())
-
-    def test_model_that_is_not_built(self):
-        with pytest.raises(ParameterError, match="is not built"):
-            AdaptiveGradClip("sgd", RULE, model=keras.Sequential([layers.Dense(2)]))
-
-    def test_ambiguous_shape_without_a_model(self):
-        cube = keras.Variable(np.ones((2, 3, 4)), dtype="float32", name="cube")
-        with pytest.raises(
-            AmbiguousUnitsError, match=r"'cube' with shape.*Give the model: model=model"
+        wrapped = AdaptiveGradClip("sgd", RULE, model=network())
+        for call in (
+            lambda: wrapped.build(variables()),
+            lambda: AdaptiveGradClip(inner, RULE, model=network()),
         ):
-            AdaptiveGradClip("sgd", RULE).build([cube])
+            with pytest.raises(ParameterError, match=r"'a' of shape \(6, 5\) is not a parameter"):
+                call()
 
     def test_no_gradients(self):
         """As in Keras."""
@@ -603,16 +530,24 @@ class TestRefuses:
             optimizer.apply([], variables())
         assert wrapped.stats().total().units == 0
 
-    def test_what_is_no_optimizer(self):
-        with pytest.raises(ConfigError, match=r"keras.optimizers.Optimizer or its name, got 3"):
-            AdaptiveGradClip(3, RULE)
-
-    @pytest.mark.parametrize("again", ["wrapper", "inner"])
-    def test_clipping_twice(self, again):
+    def test_what_it_cannot_wrap(self):
         inner = optimizers.SGD(0.1)
         wrapped = AdaptiveGradClip(inner, RULE)
-        with pytest.raises(ConfigError, match="clipped by AGC already"):
-            AdaptiveGradClip(wrapped if again == "wrapper" else inner, RULE)
+        refused = [
+            (3, "keras.optimizers.Optimizer or its name, got 3"),
+            (wrapped, "clipped by AGC already"),
+            (inner, "clipped by AGC already"),
+            (
+                optimizers.LossScaleOptimizer(optimizers.SGD(0.1)),
+                r"LossScaleOptimizer\(AdaptiveGradClip\(inner",
+            ),
+        ]
+        if hasattr(optimizers, "MultiOptimizer"):  # which an older Keras lacks
+            each = optimizers.OptimizerMap(optimizers.SGD(0.1))
+            refused += [(optimizers.MultiOptimizer(each), "wrap each optimizer inside")]
+        for optimizer, message in refused:
+            with pytest.raises(ConfigError, match=message):
+                AdaptiveGradClip(optimizer, RULE)
 
     def test_plan_and_statistics_before_build(self):
         wrapped = AdaptiveGradClip("sgd", RULE)
@@ -620,20 +555,6 @@ class TestRefuses:
             _ = wrapped.plan
         with pytest.raises(ParameterError, match="no telemetry"):
             wrapped.stats()
-
-    def test_poisoned_gradient_if_asked_to(self):
-        wrapped = AdaptiveGradClip("sgd", AGC(nonfinite="raise", units=MATRICES))
-        inside = variables()
-        bad = gradients()
-        bad[1] = bad[1] * np.nan
-        with pytest.raises(NonFiniteError, match="'b'"):
-            wrapped.apply(bad, inside)
-        assert equal(inside, variables())
-
-    def test_raising_under_xla_says_what_to_do(self):
-        model, wrapped = with_network("sgd", AGC(nonfinite="raise"))
-        with pytest.raises(ConfigError, match=r"compile\(..., jit_compile=False\)"):
-            fit(model, wrapped, jit_compile=True)
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
@@ -666,10 +587,10 @@ def test_optimizer_that_is_built_already():
     assert wrapped.stats().total().clipped == 10
 
 
-def train(model: Any, optimizer: Any, **options: Any) -> Any:
-    """Compile and take three steps; return the weights' largest change."""
+def largest_change(model: Any, optimizer: Any) -> Any:
+    """Compile and take a step; return the weights' largest change."""
     before = weights_of(model)
-    fit(model, optimizer, batches=3, **options)
+    fit(model, optimizer, batches=1, run_eagerly=True)
     return max(np.abs(a - b).max() for a, b in zip(before, weights_of(model), strict=True))
 
 
@@ -700,7 +621,7 @@ class TestOverriddenMethods:
         assert equal(inside, by_hand([centred(gradient) for gradient in gradients()]))
         assert wrapped.stats().total().clipped > 0
 
-    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("mode", ["eager", "graph"])
     def test_apply_gradients_in_fit(self, mode):
         Centralized.calls = 0
         model, wrapped = with_network(Centralized(0.1))
@@ -750,7 +671,7 @@ class TestOverriddenMethods:
         wrapped.apply(gradients(1), inside)
         assert wrapped.stats().total().clipped > 0
 
-    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("mode", ["eager", "graph"])
     def test_what_goes_past_agc_is_refused_and_undone(self, mode):
         class Own(optimizers.SGD):
             def apply(self, grads, trainable_variables=None):
@@ -786,14 +707,10 @@ class TestDetach:
         again.apply(gradients(2))
         assert again.stats().total().clipped > 0
 
-    def test_in_fit(self):
-        model, wrapped = with_network(optimizers.SGD(100.0), AGC(clipping=1e-9))
-        assert train(model, wrapped) < 1e-3
-        assert train(model, wrapped.detach()) > 0.1
-
     def test_the_inner_optimizer_by_itself_goes_on_clipping_until_then(self):
         model, wrapped = with_network(optimizers.SGD(100.0), AGC(clipping=1e-9))
-        assert train(model, wrapped.inner_optimizer) < 1e-3
+        assert largest_change(model, wrapped.inner_optimizer) < 1e-3
+        assert largest_change(model, wrapped.detach()) > 0.1
 
 
 def test_an_optimizer_that_could_not_be_wrapped_can_be_wrapped():
@@ -805,38 +722,25 @@ def test_an_optimizer_that_could_not_be_wrapped_can_be_wrapped():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_row_sparse_gradients_of_columns_are_made_dense(mode):
-    """TensorFlow gives a kernel that multiplies sparse inputs a row-sparse gradient."""
-    rows = np.random.RandomState(0).binomial(1, 0.3, (8, 6)).astype("float32")
-    results = []
-    for sparse in (True, False):
-        keras.utils.set_random_seed(0)
-        inputs = keras.Input((6,), sparse=sparse)
-        model = keras.Model(inputs, layers.Dense(3, name="d")(inputs))
-        wrapped = AdaptiveGradClip(optimizers.SGD(0.5), RULE, model=model)
-        options = {**MODES[mode], "jit_compile": False} if sparse else MODES[mode]
-        model.compile(wrapped, "mse", **options)
-        given = tf.sparse.from_dense(rows) if sparse else rows
-        batch = tf.data.Dataset.from_tensors((given, np.ones((8, 3), "float32")))
-        model.fit(batch, verbose=0, epochs=2, shuffle=False)
-        assert wrapped.stats().parameters()["d.kernel"].units == 3
-        results.append(weights_of(model))
-    assert same(*results, 1e-6)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_rows_of_a_table_that_a_layer_looks_up(mode):
+@pytest.mark.parametrize(("pattern", "units"), [("n d -> d", 6), ("... ->", 1)])
+def test_row_sparse_gradients_of_other_units(pattern, units, mode):
     class Positions(layers.Layer):
+        def __init__(self, looks_up):
+            super().__init__(name="p")
+            self.looks_up = looks_up
+
         def build(self, shape):
             self.table = self.add_weight(shape=(9, shape[-1]), name="table")
 
         def call(self, x):
-            return x + tf.gather(self.table.value, [0, 2])
+            table = self.table.value
+            return x + (tf.gather(table, [0, 2]) if self.looks_up else tf.eye(9)[:3:2] @ table)
 
     results = []
-    for pattern, units in (("n d -> n", 2), ("n d -> d", 6), ("... ->", 1)):
+    for looks_up in (True, False):
+        keras.utils.set_random_seed(0)
         model = keras.Sequential(
-            [keras.Input((2, 6)), Positions(name="p"), layers.Flatten(), layers.Dense(3)]
+            [keras.Input((2, 6)), Positions(looks_up), layers.Flatten(), layers.Dense(3)]
         )
         rule = AGC(clipping=1e-4, units={"p.table": pattern})
         wrapped = AdaptiveGradClip(optimizers.SGD(0.5), rule, model=model)
@@ -844,10 +748,9 @@ def test_rows_of_a_table_that_a_layer_looks_up(mode):
         before = weights_of(model)[0]
         model.fit(np.ones((8, 2, 6)), np.zeros(8), verbose=0, batch_size=8)
         assert wrapped.stats().parameters()["p.table"].units == units
-        changed = np.flatnonzero((weights_of(model)[0] != before).any(axis=1)).tolist()
-        assert changed == [0, 2]
         results.append(weights_of(model)[0] - before)
-    assert all(np.abs(result).max() > 0 for result in results)
+    assert np.flatnonzero(results[0].any(axis=1)).tolist() == [0, 2]
+    np.testing.assert_allclose(*results, rtol=1e-5)
 
 
 def test_plan_marks_what_the_optimizer_does_not_have():
@@ -860,15 +763,6 @@ def test_plan_marks_what_the_optimizer_does_not_have():
     assert wrapped.plan.count == 4
     model.get_layer("head").trainable = False
     assert wrapped.plan["head.kernel"].inactive == "frozen"
-
-
-def test_multi_optimizer_is_wrapped_inside():
-    if not hasattr(optimizers, "MultiOptimizer"):
-        assert int(keras.__version__.split(".")[1]) < 14  # an older Keras lacks it
-        return
-    multi = optimizers.MultiOptimizer(optimizers.OptimizerMap(optimizers.SGD(0.1)))
-    with pytest.raises(ConfigError, match=r"wrap each optimizer inside"):
-        AdaptiveGradClip(multi, RULE)
 
 
 def test_variables_made_after_the_optimizer_say_so():
@@ -894,8 +788,3 @@ def test_quantized_layers(kind):
     kernels = {"int8": {"body.lora_kernel_a", "body.lora_kernel_b"}, "float8": {"body.kernel"}}
     found = set(wrapped.stats().parameters())
     assert found == kernels[kind] | {"body.bias", "head.kernel", "head.bias"}
-
-
-def test_plan_is_the_models():
-    model = network()
-    assert AdaptiveGradClip("sgd", RULE, model=model).plan == agc_tensorflow.plan(model, RULE)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -43,6 +46,22 @@ def numpy(value: Tensor) -> Array:
 
 def numpy_of(values: Mapping[str, Tensor]) -> dict[str, Array]:
     return {name: numpy(value) for name, value in values.items()}
+
+
+def saved_and_loaded(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "save": saved_and_loaded,
+    "averaged": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+}
+"""Ways to copy a model."""
 
 
 def never_look_at_values(patch: pytest.MonkeyPatch) -> None:

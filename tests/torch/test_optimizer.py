@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import io
 import pickle
 import types
 import warnings
@@ -19,13 +18,9 @@ from torch import Tensor, nn
 
 import agc_torch
 from agc import AGC, Schedule
-from agc.errors import (
-    ConfigError,
-    FormatError,
-    NonFiniteError,
-    ParameterError,
-    ShapeError,
-)
+from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError, ShapeError
+from agc.reference import Stats
+from tests.torch.driver import COPIES
 
 with warnings.catch_warnings():
     # PyTorch still uses torch.jit.script.
@@ -130,6 +125,9 @@ def test_two_optimizers_share_a_model():
     assert list(first.stats().parameters()) == ["0.weight", "2.weight"]
     assert list(second.stats().parameters()) == ["0.bias"]
     assert first.plan == second.plan
+    adam.zero_grad()
+    adam.step()  # as in plain PyTorch, an optimizer without gradients does nothing
+    assert second.stats().units == 0
 
 
 # Closures
@@ -140,16 +138,6 @@ def evaluate(model: nn.Module, optimizer: torch.optim.Optimizer, step: int = 0) 
     loss = loss_of(model, step)
     loss.backward()
     return loss
-
-
-@pytest.mark.parametrize("how", ["positional", "keyword"])
-def test_closure_is_wrapped(how):
-    model, optimizer, _ = attached()
-    for step in range(3):
-        closure = functools.partial(evaluate, model, optimizer, step)
-        loss = optimizer.step(closure) if how == "positional" else optimizer.step(closure=closure)
-        assert loss.item() > 0
-    assert same(model, by_hand())
 
 
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
@@ -192,23 +180,21 @@ def limits(weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("first", ["agc", "scheduler"])
 def test_learning_rate_schedulers(first):
     """A scheduler patches ``step`` on the optimizer object."""
-
-    def train(attach: Callable[[nn.Module, torch.optim.Optimizer], bool]) -> nn.Module:
-        model = network()
-        optimizer = sgd(model)
-        clips = first == "agc" and attach(model, optimizer)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5)
-        clips = clips or attach(model, optimizer)
-        for step in range(3):
-            evaluate(model, optimizer, step)
-            if not clips:
-                agc_torch.adaptive_clip_grad_(model, RULE)
-            optimizer.step()
+    expected, model = network(), network()
+    plain, optimizer = sgd(expected), sgd(model)
+    if first == "agc":
+        agc_torch.attach(optimizer, model, RULE)
+    schedulers = [
+        torch.optim.lr_scheduler.OneCycleLR(each, 0.1, total_steps=5) for each in (plain, optimizer)
+    ]
+    if first == "scheduler":
+        agc_torch.attach(optimizer, model, RULE)
+    for step in range(3):
+        train(expected, plain, [step], RULE)
+        train(model, optimizer, [step])
+        for scheduler in schedulers:
             scheduler.step()
-        return model
-
-    attached = train(lambda model, optimizer: bool(agc_torch.attach(optimizer, model, RULE)))
-    assert same(attached, train(lambda model, optimizer: False))
+    assert same(model, expected)
 
 
 def test_checkpoint_resumes_the_schedule():
@@ -271,13 +257,15 @@ def scaled_step(
 @pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW], ids=["sgd", "adamw"])
 def test_grad_scaler(kind, fused, unscale):
+    """A step that is skipped halves the scale, and the schedule does not advance."""
+    rule = AGC(clipping=Schedule([(0, 0.05), (2, 0.01)]))
     expected, model = network(), network()
-    train(expected, kind(expected.parameters(), 0.1, fused=fused), [0, 0, 0], RULE)
+    train(expected, kind(expected.parameters(), 0.1, fused=fused), rule=rule)
     optimizer = kind(model.parameters(), 0.1, fused=fused)
-    handle = agc_torch.attach(optimizer, model, RULE)
+    handle = agc_torch.attach(optimizer, model, rule)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-    for poison in (False, True, False, False):  # the second is skipped, and halves the scale
-        scaled_step(model, optimizer, scaler, unscale=unscale, poison=poison)
+    for step, poison in ((0, False), (1, True), (1, False), (2, False)):
+        scaled_step(model, optimizer, scaler, step, unscale=unscale, poison=poison)
         assert handle.stats().total().max_ratio < 1e4  # of unscaled gradients
     assert handle.steps == 3
     for got, wanted in zip(model.parameters(), expected.parameters(), strict=True):
@@ -297,18 +285,6 @@ def test_policy_raise_leaves_a_skipped_step_to_the_scaler(fused):
         optimizer.step()
 
 
-def test_schedule_does_not_advance_in_a_step_that_a_fused_optimizer_skips():
-    model = network()
-    optimizer = sgd(model, fused=True)
-    seen: list[int] = []
-    rule = AGC(clipping=lambda step: seen.append(step) or 0.1)
-    agc_torch.attach(optimizer, model, rule)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    for poison in (False, True, False):
-        scaled_step(model, optimizer, scaler, poison=poison)
-    assert sorted(set(seen)) == [0, 1]
-
-
 def test_step_that_takes_the_scaler_itself():
     class Old(torch.optim.SGD):
         def step(self, closure=None, grad_scaler=None):
@@ -325,23 +301,17 @@ def test_step_that_takes_the_scaler_itself():
 # Whose parameters
 
 
-def test_parameter_group_that_joins_later():
+def test_parameters_that_join_later():
     model = network()
     optimizer = torch.optim.SGD(model[0].parameters(), 0.1)
     handle = agc_torch.attach(optimizer, model, RULE)
     train(model, optimizer, [0])
     assert list(handle.stats().parameters()) == ["0.weight", "0.bias"]
-    optimizer.add_param_group({"params": model[2].parameters()})
-    optimizer.step()
-    assert list(handle.stats().parameters()) == ["0.weight", "0.bias", "2.weight"]
-
-
-def test_layer_that_joins_the_model_and_the_optimizer():
-    model, optimizer, handle = attached()
     model.append(nn.Linear(3, 2))
-    optimizer.add_param_group({"params": model[3].parameters()})
+    for layer in (2, 3):
+        optimizer.add_param_group({"params": model[layer].parameters()})
     train(model, optimizer, [0])
-    assert "3.weight" in handle.stats().parameters()
+    assert list(handle.stats().parameters())[2:] == ["2.weight", "3.weight", "3.bias"]
     assert "3.weight" in handle.plan
 
 
@@ -357,17 +327,6 @@ def test_parameter_of_another_model():
     loss_of(model).backward()
     with pytest.raises(ParameterError, match=r"of shape \(7,\) that is not the model's"):
         optimizer.step()
-
-
-def test_attached_twice():
-    model, optimizer, handle = attached()
-    assert agc_torch.attached(optimizer) is handle
-    with pytest.raises(ParameterError, match=r"attached to this SGD already; remove\(\)"):
-        agc_torch.attach(optimizer, model, RULE)
-    handle.remove()
-    handle.remove()
-    assert agc_torch.attached(optimizer) is None
-    agc_torch.attach(optimizer, model, RULE)
 
 
 @pytest.mark.parametrize("given", [None, object(), "sgd"])
@@ -395,19 +354,7 @@ def test_step_without_gradients_clips_nothing_and_counts(closure):
     assert same(model, network())
     assert handle.steps == 1
     assert handle.stats().parameters() == {}
-    total = handle.stats().total()
-    assert (total.units, total.clipped, total.max_ratio, total.min_scale) == (0, 0, 0.0, 1.0)
-
-
-def test_one_of_several_optimizers_without_gradients():
-    """An expert that was not used; as plain PyTorch, its optimizer does nothing."""
-    model = nn.ModuleDict({"a": nn.Linear(6, 3), "b": nn.Linear(6, 3)})
-    optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in model.values()]
-    handles = [agc_torch.attach(one, model, AGC()) for one in optimizers]
-    model["a"](batch()).sum().backward()
-    for one in optimizers:
-        one.step()
-    assert [handle.stats().units for handle in handles] == [4, 0]
+    assert handle.stats().total() == Stats(0, 0, 0, 0.0, 1.0)
 
 
 def test_the_plan_says_what_the_optimizer_lacks_and_what_is_frozen():
@@ -487,11 +434,7 @@ def assign(model: nn.Module) -> None:
     model.load_state_dict(state, assign=True)
 
 
-def assign_one_layer(model: nn.Module) -> None:
-    assign(model[2])
-
-
-@pytest.mark.parametrize("replace", [assign, assign_one_layer])
+@pytest.mark.parametrize("replace", [assign, lambda model: assign(model[2])])
 def test_parameters_that_were_replaced_after_the_optimizer_was_made(replace):
     model, optimizer, _ = attached()
     train(model, optimizer, [0])
@@ -521,9 +464,9 @@ class Grandchild(Child):
         return loss
 
 
-@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("given", ["gradients", "closure", "closure by name"])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, Child, Grandchild])
-def test_one_step_counts_once(kind, closure):
+def test_one_step_counts_once(kind, given):
     for parent in (torch.optim.SGD, Child):  # PyTorch hooks the class of every optimizer there is
         parent(network().parameters(), 0.1)
     rule = AGC(clipping=Schedule([(0, 0.5), (2, 0.01)]))
@@ -531,12 +474,15 @@ def test_one_step_counts_once(kind, closure):
     optimizer = kind(model.parameters(), 0.1)
     handle = agc_torch.attach(optimizer, model, rule)
     for step in range(3):
-        gradients = functools.partial(evaluate, model, optimizer, step)
-        if closure:
-            optimizer.step(gradients)
-        else:
-            gradients()
+        closure = functools.partial(evaluate, model, optimizer, step)
+        if given == "gradients":
+            closure()
             optimizer.step()
+        else:
+            loss = (
+                optimizer.step(closure) if given == "closure" else optimizer.step(closure=closure)
+            )
+            assert loss.item() > 0
         assert handle.stats().total().clipped > 0
     assert handle.steps == 3
     assert same(model, by_hand(rule))
@@ -565,10 +511,8 @@ def test_step_that_fails_leaves_no_trace():
     assert kept.value.__traceback__ is not None  # it keeps the frames of the step that failed
 
 
-class Wrapper(torch.optim.Optimizer):
-    """A wrapper that is no optimizer of its own: no hooks, and a step that calls the inner
-    one's.
-    """
+class NoOptimizer:
+    """As apex's FP16_Optimizer: a wrapper that is not a subclass."""
 
     name = "optimizer"
 
@@ -582,6 +526,10 @@ class Wrapper(torch.optim.Optimizer):
 
     def zero_grad(self):
         getattr(self, self.name).zero_grad()
+
+
+class Wrapper(NoOptimizer, torch.optim.Optimizer):
+    """A subclass without hooks, whose step calls the inner one's."""
 
 
 class Lookahead(Wrapper):
@@ -605,37 +553,17 @@ class Hooked(Lookahead):
         self._patch_step_function()
 
 
-class NoOptimizer:
-    """As apex's FP16_Optimizer: not a subclass."""
-
-    def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self.optimizer = inner
-        self.param_groups = inner.param_groups
-
-    def step(self):
-        self.optimizer.step()
-
-    def zero_grad(self):
-        self.optimizer.zero_grad()
-
-
-class Local(Wrapper):
-    """As PostLocalSGDOptimizer."""
-
-    name = "optim"
-
-
 def average(inner: torch.optim.Optimizer) -> torch.optim.Optimizer:
     averager = type("Averager", (), {"average_parameters": lambda self, params: None})()
     return PostLocalSGDOptimizer(inner, averager)
 
 
 WRAPPERS = {
+    "none": lambda inner: inner,
     "plain": Wrapper,
     "lookahead": Lookahead,
     "hooked": Hooked,
     "no optimizer": NoOptimizer,
-    "local": Local,
     "post-local SGD": average,
     "twice": lambda inner: Lookahead(Wrapper(inner)),
     "scheduler inside": lambda inner: (
@@ -652,13 +580,15 @@ def test_wrappers_are_looked_through(name):
     assert agc_torch.attached(optimizer) is None
     handle = agc_torch.attach(optimizer, model, RULE)
     assert agc_torch.attached(optimizer) is agc_torch.attached(inner) is handle
-    with pytest.raises(ParameterError, match=r"attached to this .* already"):
+    with pytest.raises(ParameterError, match=r"attached to this .* already; remove\(\)"):
         agc_torch.attach(optimizer, model, RULE)
     train(model, optimizer)
     assert handle.steps == 3
     assert same(model, by_hand())
     handle.remove()
+    handle.remove()
     assert agc_torch.attached(optimizer) is None
+    agc_torch.attach(optimizer, model, RULE)
 
 
 class Ascent(torch.optim.Optimizer):
@@ -752,11 +682,7 @@ def partially(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step = functools.partial(optimizer.step)
 
 
-def scheduled(optimizer: torch.optim.Optimizer) -> None:
-    torch.optim.lr_scheduler.StepLR(optimizer, 1)
-
-
-@pytest.mark.parametrize("replace", [logged, partially, scheduled])
+@pytest.mark.parametrize("replace", [logged, partially])
 def test_a_step_that_calls_the_one_it_replaced(replace):
     model = network()
     optimizer = sgd(model)
@@ -790,53 +716,36 @@ def test_removed_as_a_context_manager():
     assert torch.equal(model[0].weight.grad, raw)
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value))}
+some_copies = pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 
 
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("order", ["handle last", "handle first"])
+@some_copies
+@pytest.mark.parametrize("order", [1, -1], ids=["handle last", "handle first"])
 def test_copy_of_model_optimizer_and_handle_clips(how, order):
-    model, optimizer, handle = attached(momentum=0.9)
+    model, optimizer, handle = parts = attached(momentum=0.9)
     train(model, optimizer, [0])
-    parts: tuple[Any, ...] = (model, optimizer, handle)
-    if order == "handle first":
-        handle_copy, optimizer_copy, model_copy = COPIES[how](parts[::-1])
-    else:
-        model_copy, optimizer_copy, handle_copy = COPIES[how](parts)
-    assert agc_torch.attached(optimizer_copy) is handle_copy
+    twin, twin_optimizer, twin_handle = COPIES[how](parts[::order])[::order]
+    assert agc_torch.attached(twin_optimizer) is twin_handle
     assert agc_torch.attached(optimizer) is handle
-    assert handle_copy.model is model_copy
-    assert (handle_copy.steps, handle_copy.plan) == (1, handle.plan)
+    assert twin_handle.model is twin
+    assert (twin_handle.steps, twin_handle.plan) == (1, handle.plan)
     train(model, optimizer, [1])
-    train(model_copy, optimizer_copy, [1])
-    assert same(model, model_copy)
+    train(twin, twin_optimizer, [1])
+    assert same(model, twin)
 
 
-@pytest.mark.parametrize("how", COPIES)
+@some_copies
 def test_copy_of_the_optimizer_alone_is_seen_to_be_detached(how):
     parts = attached()
     assert agc_torch.attached(COPIES[how](parts[1])) is None
 
 
-def save_and_load(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-OWN_COPIES = COPIES | {
-    "save": save_and_load,
-    "averaged": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
-}
-
-
-@pytest.mark.parametrize("how", OWN_COPIES)
+@pytest.mark.parametrize("how", COPIES)
 def test_a_model_that_keeps_its_handle(how):
     model, optimizer, handle = attached(momentum=0.9)
     model.agc = handle
     train(model, optimizer, [0])
-    twin = OWN_COPIES[how](model)
+    twin = COPIES[how](model)
     assert twin.agc.model is twin
     assert agc_torch.attached(twin.agc.optimizer) is twin.agc
     assert agc_torch.attached(optimizer) is handle
@@ -847,7 +756,7 @@ def test_a_model_that_keeps_its_handle(how):
     assert same(model, twin)
 
 
-@pytest.mark.parametrize("how", COPIES)
+@some_copies
 def test_a_copy_that_starts_at_the_handle_of_a_model_that_keeps_it(how):
     model, _, model.agc = attached()
     handle = COPIES[how](model.agc)
@@ -881,44 +790,31 @@ def elsewhere(tensor: Tensor) -> Tensor:
     return tensor.new_empty(tensor.numel() + 1)[1:].copy_(tensor.flatten()).view(tensor.shape)
 
 
-def change_gradient(change: Callable[[Tensor], Tensor | None]) -> Callable[[nn.Parameter], None]:
-    def apply(p: nn.Parameter) -> None:
-        p.grad_dtype = None  # a gradient of any dtype
-        p.grad = change(p.grad)
-
-    return apply
-
-
-def change_weight(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Parameter], None]:
-    def apply(p: nn.Parameter) -> None:
-        p.data = change(p.data)
-
-    return apply
-
-
-CHANGES = {
-    "gone": change_gradient(lambda g: None),
-    "turned": change_gradient(turned),
-    "elsewhere": change_gradient(elsewhere),
-    "wide": change_gradient(Tensor.double),
-    "sparse": change_gradient(lambda g: g.to_sparse(1)),
-    "holes": change_gradient(lambda g: g.repeat_interleave(2, 1)[:, ::2]),
-    "weights turned": change_weight(turned),
-    "weights elsewhere": change_weight(elsewhere),
-    "weights half": change_weight(Tensor.half),
+CHANGES: dict[str, tuple[str, Callable[[Tensor], Tensor | None]]] = {
+    "gone": ("grad", lambda g: None),
+    "turned": ("grad", turned),
+    "elsewhere": ("grad", elsewhere),
+    "wide": ("grad", Tensor.double),
+    "sparse": ("grad", lambda g: g.to_sparse(1)),
+    "holes": ("grad", lambda g: g.repeat_interleave(2, 1)[:, ::2]),
+    "weights turned": ("data", turned),
+    "weights elsewhere": ("data", elsewhere),
+    "weights half": ("data", Tensor.half),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_step_unlike_the_one_before(change):
+@pytest.mark.parametrize(("attribute", "change"), CHANGES.values(), ids=CHANGES)
+def test_a_step_unlike_the_one_before(attribute, change):
     torch.manual_seed(0)
     rule = AGC(clipping=0.02)
     # Rows that are summed in blocks.
     model, _, handle = attached(nn.Linear(600, 9, bias=False), rule)
-    for apply in (lambda p: None, change, lambda p: None):
+    for differs in (False, True, False):
         model.zero_grad()
         (10 * model(torch.randn(4, 600).to(model.weight.dtype))).square().mean().backward()
-        apply(model.weight)
+        if differs:
+            model.weight.grad_dtype = None  # a gradient of any dtype
+            setattr(model.weight, attribute, change(getattr(model.weight, attribute)))
         alone = copy.deepcopy(model)
         alone.weight.grad_dtype = None
         gradient = model.weight.grad

@@ -78,7 +78,7 @@ def test_command_line_needs_a_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     names = re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE)
-    assert names == ["classify", "conformance", "convert", "demo"]
+    assert names == ["classify", "conformance", "convert", "demo", "recipe"]
 
 
 def test_command_without_its_packages_says_what_to_install(capsys, monkeypatch):

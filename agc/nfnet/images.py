@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from agc.errors import DTypeError, ShapeError
 
-__all__ = ["MEAN", "MORE", "STD", "evaluation_image", "resize_bicubic"]
+__all__ = ["MEAN", "MORE", "STD", "evaluation_image", "normalise", "resize_bicubic"]
 
 Array = npt.NDArray[np.float32]
 
@@ -26,39 +27,75 @@ _TABLE: Final = 1024
 """TensorFlow rounds positions between two pixels to this fraction."""
 
 
-def evaluation_image(image: npt.NDArray[Any], pixels: int) -> Array:
+def evaluation_image(
+    image: npt.NDArray[Any],
+    pixels: int,
+    *,
+    more: int = MORE,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+    resize: Callable[[npt.NDArray[Any], int, int], Array] | None = None,
+) -> Array:
     """Return an image as DeepMind's evaluation gives it to the model.
 
-    Both sides are resized to ``pixels + 32``, whatever the image's proportions, the middle is cut
-    out, and ImageNet's mean and standard deviation make it standard. What bicubic interpolation
-    overshoots stays.
+    Both sides are resized to ``pixels + more``, whatever the image's proportions, the middle is cut
+    out, and mean and standard deviation make it standard. What bicubic interpolation overshoots
+    stays.
 
     Parameters
     ----------
-    image : uint8 array, shape (height, width, 3)
-        Red, green and blue.
+    image : uint8 array, shape (height, width, channels)
+        As many channels as ``mean`` has numbers: red, green and blue by default.
     pixels : int
         Side of the result: ``variant.test_pixels``.
+    more : int
+        Pixels that are cut off in all.
+    mean, std : sequence of float
+        Of each channel, for values from 0 to 1; ImageNet's by default.
+    resize : callable, optional
+        Takes an image, a height and a width; :func:`resize_bicubic` if None.
 
     Returns
     -------
-    float32 array, shape (pixels, pixels, 3)
+    float32 array, shape (pixels, pixels, channels)
 
     Raises
     ------
     ShapeError, DTypeError
         If it is not such an image.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ShapeError(f"image must have the shape (height, width, 3), got {image.shape}")
+    channels = len(mean)
+    if image.ndim != 3 or image.shape[2] != channels or 0 in image.shape:
+        raise ShapeError(
+            f"image must have the shape (height, width, {channels}), got {image.shape}"
+        )
     if image.dtype != np.uint8:
         raise DTypeError(f"image must be uint8, from 0 to 255, got {image.dtype}")
     if pixels < 1:
         raise ShapeError(f"pixels must be >= 1, got {pixels}")
-    start = (MORE + 1) // 2
+    start = (more + 1) // 2
     middle = slice(start, start + pixels)
-    resized = resize_bicubic(image, pixels + MORE, pixels + MORE)[middle, middle]
-    standard = (resized - 255 * np.array(MEAN)) / (255 * np.array(STD))
+    resized = (resize or resize_bicubic)(image, pixels + more, pixels + more)
+    return normalise(resized[middle, middle], mean, std)
+
+
+def normalise(
+    images: npt.NDArray[Any], mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> Array:
+    """Subtract the mean of each channel and divide by its standard deviation, in float64.
+
+    Parameters
+    ----------
+    images : array, shape (..., channels)
+        Values from 0 to 255.
+    mean, std : sequence of float
+        For values from 0 to 1.
+
+    Returns
+    -------
+    float32 array of the same shape
+    """
+    standard = (images - 255 * np.array(mean)) / (255 * np.array(std))
     return np.asarray(standard, np.float32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -25,6 +26,8 @@ MORE: Final = 32
 
 _TABLE: Final = 1024
 """TensorFlow rounds positions between two pixels to this fraction."""
+_GRID: Final = 2.0**16
+_FINE: Final = 2.0**24
 
 
 def evaluation_image(
@@ -106,6 +109,9 @@ def resize_bicubic(image: npt.NDArray[Any], height: int, width: int) -> Array:
     remaining weights are scaled to sum to 1. Positions between two pixels are multiples of 1/1024,
     as there.
 
+    Weights are rounded to multiples of 2^-24, rows in between to 2^-16. All sums of a uint8 image
+    are then exact in float64, so that the result has the same bits whatever adds them up.
+
     Parameters
     ----------
     image : array, shape (h, w, channels)
@@ -116,25 +122,33 @@ def resize_bicubic(image: npt.NDArray[Any], height: int, width: int) -> Array:
     -------
     float32 array, shape (height, width, channels)
     """
-    rows = _along_first_axis(image, height)
-    return np.asarray(_along_first_axis(rows.swapaxes(0, 1), width).swapaxes(0, 1), np.float32)
+    rows = np.rint(_along_first_axis(image, height) * _GRID) / _GRID
+    columns = _along_first_axis(rows.swapaxes(0, 1), width)
+    return np.ascontiguousarray(columns.swapaxes(0, 1), np.float32)
 
 
 def _along_first_axis(image: npt.NDArray[Any], size: int) -> npt.NDArray[np.float64]:
-    length = len(image)
+    index, weights = _taps(len(image), size)
+    flat = np.ascontiguousarray(image, np.float64).reshape(len(image), -1)
+    result = np.einsum("st,stk->sk", weights, flat[index])
+    return np.asarray(result).reshape(size, *image.shape[1:])
+
+
+@lru_cache(maxsize=256)
+def _taps(length: int, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return which pixels each output is made of, shape (size, 4), and their weights."""
     # In float32, because TensorFlow's rounding decides which fraction is nearest.
     scale = np.float32(length) / np.float32(size)
     centres = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
     first = np.floor(centres).astype(np.int64)
-    fraction = np.rint((centres - first.astype(np.float32)) * np.float32(_TABLE)) / _TABLE
-    taps = [(first + step, _keys(np.abs(fraction - step))) for step in (-1, 0, 1, 2)]
-    weights = [np.where((index >= 0) & (index < length), weight, 0) for index, weight in taps]
-    total = np.sum(weights, axis=0)
-    result = np.zeros((size, *image.shape[1:]))
-    for (index, _), weight in zip(taps, weights, strict=True):
-        pixels = image[np.clip(index, 0, length - 1)]
-        result += (weight / total)[:, None, None] * pixels
-    return result
+    place = np.rint((centres - first.astype(np.float32)) * np.float32(_TABLE))
+    steps = np.arange(-1, 3)
+    index = first[:, None] + steps
+    weights = _keys(np.abs(place.astype(np.float64)[:, None] / _TABLE - steps))
+    weights[(index < 0) | (index >= length)] = 0
+    weights = np.rint(weights / weights.sum(axis=1, keepdims=True) * _FINE) / _FINE
+    weights[np.arange(size), weights.argmax(axis=1)] += 1 - weights.sum(axis=1)
+    return np.clip(index, 0, length - 1), weights
 
 
 def _keys(distance: npt.NDArray[Any]) -> npt.NDArray[Any]:

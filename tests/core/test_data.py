@@ -146,6 +146,8 @@ def test_a_batch():
     assert batch.images.dtype == np.uint8
     assert batch.numbers.tolist() == list(range(64, 96))
     assert batch.labels.dtype == batch.mix_labels.dtype == np.int32
+    for n, *labels in zip(batch.numbers.tolist(), batch.labels, batch.mix_labels, strict=True):
+        assert labels == [TRAIN[image_at(RECIPE.seed, 401, 2 * n + k)][1] for k in range(2)]
     assert batch.ratio.dtype == np.float32
     assert ((batch.ratio >= 0) & (batch.ratio <= 1)).all()
     base = Batches(replace(RECIPE, augment=replace(RECIPE.augment, randaugment=None)), TRAIN)[2]

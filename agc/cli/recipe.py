@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, Final
 
+from agc.data import PARTS, Batches, Evaluation, digest, open_source
 from agc.recipe import Recipe, load_recipe, shipped_recipes, to_toml
 from agc.recipe.files import flat
 
@@ -14,7 +16,7 @@ _EXAMPLE: Final = """\
 examples:
   agc recipe show nfnet-f0
   agc recipe show nfnet-f0 --set train.batch=1024 > mine.toml
-  agc recipe check mine.toml
+  agc recipe check mine.toml --data /data/imagenet
   agc recipe diff nfnet-f0 mine.toml
 """
 
@@ -38,6 +40,9 @@ def register(subparsers: Any) -> None:
     check = actions.add_parser("check", help="report the first mistake, or the length and the id")
     _add_recipe(check, "recipe")
     _add_changes(check)
+    check.add_argument(
+        "--data", type=Path, metavar="DIR", help="open the images in this folder too"
+    )
     check.set_defaults(run=_check)
 
     diff = actions.add_parser("diff", help="list the keys that differ; exit status 1 if any does")
@@ -75,6 +80,10 @@ def _check(arguments: argparse.Namespace) -> int:
     print(f"{arguments.recipe} is valid", *_summary(recipe), sep="\n")
     for key, note in recipe.notes.items():
         print(f"{key}: {note}")
+    if arguments.data is not None:
+        train, test = (open_source(recipe, part, arguments.data) for part in PARTS)
+        Evaluation(recipe, test, batch=1)[0]
+        print(f"first batch: SHA-256 {digest(Batches(recipe, train)[0])}")
     return 0
 
 

@@ -22,11 +22,12 @@ The rules, each with a test:
 from agc.data.batches import Batch, Batches
 from agc.data.digest import digest
 from agc.data.evaluation import Evaluation, EvaluationBatch
-from agc.data.sources import Source, open_source
+from agc.data.sources import PARTS, Source, open_source
 from agc.data.targets import normalisation_table, soft_labels
 from agc.nfnet.images import normalise
 
 __all__ = [
+    "PARTS",
     "Batch",
     "Batches",
     "Evaluation",

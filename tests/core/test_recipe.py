@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from agc.nfnet import VARIANTS
 from agc.recipe import Recipe, load_recipe, numbers, shipped_recipes, to_toml
 from agc.recipe.tables import Sharpness
 from agc.schedule import WarmupCosine, WarmupDecay
+from tests.core import data_hashes
 
 IMAGENET = [f"nfnet-f{n}" for n in range(7)]
 
@@ -67,6 +70,16 @@ def test_unpublished_values_are_marked():
         assert all("not published" in notes[key] for key in keys)
     with pytest.raises(ConfigError, match="NF-ResNet-50 is no NFNet"):
         load_recipe("nf-resnet-ablation").model.options()
+
+
+def test_the_documentation_shows_a_recipe(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "recipes.md"
+    (block,) = re.findall(r"^```toml\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    path = tmp_path / "mine.toml"
+    path.write_text(block, encoding="utf-8")
+    recipe = load_recipe(path)
+    assert recipe.model.dropout == VARIANTS["F1"].dropout
+    assert recipe.notes == {"sam.rho": "my choice"}
 
 
 # --- numbers of a step ----------------------------------------------------------------------------
@@ -338,6 +351,14 @@ def test_check(capsys):
     assert capsys.readouterr().err == (
         "agc: nfnet-f0: train.batch must be an integer >= 1, got 0\n"
     )
+
+
+def test_check_opens_the_images(capsys, tmp_path):
+    assert main(["recipe", "check", "conformance", "--data", str(tmp_path)]) == 0
+    hashes = json.loads(data_hashes.FILE.read_text(encoding="utf-8"))["conformance"]
+    assert f"first batch: SHA-256 {hashes['step 0']}\n" in capsys.readouterr().out
+    assert main(["recipe", "check", "fashion-mini", "--data", str(tmp_path)]) == 2
+    assert "there is neither train-images-idx3-ubyte nor" in capsys.readouterr().err
 
 
 def test_diff(capsys):

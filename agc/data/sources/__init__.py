@@ -6,8 +6,8 @@ or an image of Pillow; a label is an integer from 0 on. A row must be the same w
 for, and safe to ask for from several threads.
 """
 
-from agc.data.sources.choose import open_source
+from agc.data.sources.choose import PARTS, open_source
 from agc.data.sources.rows import Source, read_row
 from agc.data.sources.synthetic import Synthetic
 
-__all__ = ["Source", "Synthetic", "open_source", "read_row"]
+__all__ = ["PARTS", "Source", "Synthetic", "open_source", "read_row"]

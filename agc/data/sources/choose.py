@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal, get_args
 
 from agc.data.sources.folder import Folder
 from agc.data.sources.idx import open_idx
@@ -13,12 +13,15 @@ from agc.data.sources.synthetic import Synthetic
 from agc.errors import ConfigError, FormatError
 from agc.recipe import Recipe
 
-__all__ = ["check_count_of_images", "open_source"]
+__all__ = ["PARTS", "Part", "check_count_of_images", "open_source"]
+
+Part = Literal["train", "test"]
+
+PARTS: Final[tuple[Part, ...]] = get_args(Part)
+"""The two sets of images of a recipe."""
 
 
-def open_source(
-    recipe: Recipe, part: Literal["train", "test"], folder: Path | None = None
-) -> Source:
+def open_source(recipe: Recipe, part: Part, folder: Path | None = None) -> Source:
     """Open the images that a recipe is about.
 
     ======================  ========================================================

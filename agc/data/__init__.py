@@ -3,7 +3,7 @@
 What random numbers are made of is in ``uniforms``; ``order``, ``crop``, ``resize``, ``mix``,
 ``operations`` with ``randaugment``, and ``masks`` each do one thing with them; ``examples`` puts
 these together for one example, ``batches`` and ``evaluation`` for a step. Images come from
-``sources``.
+``sources``; ``initial`` draws a model's first values.
 
 The rules, each with a test:
 
@@ -22,6 +22,7 @@ The rules, each with a test:
 from agc.data.batches import Batch, Batches
 from agc.data.digest import digest
 from agc.data.evaluation import Evaluation, EvaluationBatch
+from agc.data.initial import initial_values
 from agc.data.sources import PARTS, Source, open_source
 from agc.data.targets import normalisation_table, soft_labels
 from agc.nfnet.images import normalise
@@ -34,6 +35,7 @@ __all__ = [
     "EvaluationBatch",
     "Source",
     "digest",
+    "initial_values",
     "normalisation_table",
     "normalise",
     "open_source",

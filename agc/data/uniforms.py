@@ -33,6 +33,8 @@ class Purpose(IntEnum):
     """Masks; an item is an example."""
     DROPOUT = 5
     """Masks; an item is an example."""
+    INITIAL = 6
+    """Initial values; an item is a parameter, by its place in the model."""
 
 
 class Stream:

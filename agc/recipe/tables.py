@@ -488,8 +488,7 @@ class Sharpness:
     rule : SAM
         ``group`` takes the place of its ``scope`` and ``microbatches``.
     group : int or "batch"
-        Examples, counted by their number in the batch, that share one perturbation: from the first
-        ``ceil(fraction * group)`` of them, or, for ``"batch"``, from every ``1 / fraction``-th.
+        Examples, in the order of the batch, that share one perturbation; see :meth:`ascent`.
     """
 
     rule: SAM = field(default_factory=SAM)
@@ -504,6 +503,23 @@ class Sharpness:
         for name in ("scope", "microbatches"):
             if getattr(self.rule, name) != getattr(plain, name):
                 raise ConfigError(f"{name} is decided by group; leave it out")
+
+    def ascent(self, batch: int) -> tuple[int, ...]:
+        """Return the places in a batch whose examples give the ascent gradients.
+
+        They are the first ``ceil(fraction * group)`` of each group, or, if the whole batch shares a
+        perturbation, as many spread evenly over the batch, so that every host has its part.
+
+        Parameters
+        ----------
+        batch : int
+            ``train.batch``.
+        """
+        size = batch if self.group == "batch" else self.group
+        count = math.ceil(self.rule.fraction * size)
+        if self.group == "batch":
+            return tuple(n * batch // count for n in range(count))
+        return tuple(start + n for start in range(0, batch, size) for n in range(count))
 
 
 @dataclass(frozen=True, kw_only=True)

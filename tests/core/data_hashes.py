@@ -5,12 +5,13 @@ The file is a promise: whoever has begun a training goes on with the same bits.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from agc.data import Batches, Evaluation, digest, open_source
+from agc.data import Batches, Evaluation, digest, initial_values, open_source
 from agc.recipe import Recipe, load_recipe
 
 FILE: Final = Path(__file__).with_suffix(".json")
@@ -38,11 +39,16 @@ STEPS: Final = (0, 1, 6, 49)
 
 
 def measure(recipe: Recipe) -> dict[str, str]:
-    """Return step to digest of the batch, and those of the evaluation."""
+    """Return step to digest of the batch, those of the evaluation, and of the initial values."""
     batches = Batches(recipe, open_source(recipe, "train"))
     evaluation = Evaluation(recipe, open_source(recipe, "test"), batch=32)
-    return {f"step {step}": digest(batches[step]) for step in STEPS} | {
-        f"evaluation {n}": digest(batch) for n, batch in enumerate(evaluation)
+    initial = hashlib.sha256()
+    for name, value in initial_values(recipe).items():
+        initial.update(f"{name} {value.shape}\n".encode() + value.astype("<f4").tobytes())
+    return {
+        **{f"step {step}": digest(batches[step]) for step in STEPS},
+        **{f"evaluation {n}": digest(batch) for n, batch in enumerate(evaluation)},
+        "initial values": initial.hexdigest(),
     }
 
 

@@ -16,17 +16,19 @@ from agc.data import (
     Batches,
     Evaluation,
     digest,
+    initial_values,
     normalisation_table,
     normalise,
     open_source,
     soft_labels,
 )
 from agc.data.crop import DRAWS, Box, crop_box
+from agc.data.initial import normal_numbers
 from agc.data.mix import CUTMIX_DRAWS, MIXUP_DRAWS, cut_in, cutmix_box, is_cutmix, mixup_ratio
 from agc.data.order import image_at
 from agc.data.uniforms import Purpose, Stream, integer
 from agc.errors import ConfigError, FormatError, ShapeError
-from agc.nfnet import blocks
+from agc.nfnet import blocks, parameters
 from agc.recipe import load_recipe
 from agc.recipe.tables import Augment, Crop, RandAugment
 from tests.core import data_hashes
@@ -397,3 +399,42 @@ def test_two_kinds_of_resizing():
         chosen = replace(recipe, input=replace(recipe.input, resize=resize))
         spread.append(Evaluation(chosen, [(stripes, 0)], batch=1)[0].images.std())
     assert spread[1] < 0.2 * spread[0] or spread[0] < 0.2
+
+
+# --- initial values -------------------------------------------------------------------------------
+
+
+def test_normal_numbers():
+    stream = Stream(3, Purpose.INITIAL)
+    numbers = normal_numbers(stream, 7, 50_000)
+    assert stats.kstest(numbers, "norm").pvalue > 1e-3
+    assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.02
+    np.testing.assert_array_equal(normal_numbers(stream, 7, 10), numbers[:10])
+    bounded = normal_numbers(stream, 7, 20_000, 0.5)  # needs more pairs than are drawn at first
+    assert np.abs(bounded).max() <= 0.5
+    assert stats.kstest(bounded, stats.truncnorm(-0.5, 0.5).cdf).pvalue > 1e-3
+
+
+def test_initial_values():
+    recipe = load_recipe("conformance", ["model.variant=tiny"])
+    values = initial_values(recipe)
+    assert list(values) == [spec.name for spec in parameters("tiny")]
+    for spec in parameters("tiny"):
+        value = values[spec.name]
+        assert value.shape == spec.shape
+        assert value.dtype == np.float32
+        how = spec.initial
+        if how.distribution == "constant":
+            assert (value == np.float32(how.value)).all()
+        elif value.size > 500:
+            width = {"normal": 1, "truncated": 0.8796}[how.distribution] * how.value
+            assert value.std() == pytest.approx(width, rel=5 / np.sqrt(value.size))
+    assert (
+        values["stem.conv0.weight"] != initial_values(replace(recipe, seed=1))["stem.conv0.weight"]
+    ).all()
+    grey = replace(
+        recipe,
+        model=replace(recipe.model, in_channels=1),
+        input=replace(recipe.input, mean=(0.5,), std=(0.5,)),
+    )
+    assert initial_values(grey)["stem.conv0.weight"].shape == (3, 3, 1, 16)

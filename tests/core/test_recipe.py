@@ -194,6 +194,18 @@ def test_from_python():
     replace(recipe, agc=AGC(clipping=Schedule([(0, 0.1)])))
 
 
+def test_ascent():
+    """20 % of a batch: by groups, and of every host when all share a perturbation."""
+    sam = Sharpness(rule=SAM(fraction=0.2), group=8)
+    assert sam.ascent(24) == (0, 1, 8, 9, 16, 17)
+    assert Sharpness(rule=SAM(fraction=0.2), group=32).ascent(64) == (*range(7), *range(32, 39))
+    assert Sharpness(rule=SAM(fraction=0.2)).ascent(30) == (0, 5, 10, 15, 20, 25)
+    places = Sharpness(rule=SAM(fraction=0.3)).ascent(64)
+    assert len(set(places)) == 20
+    assert [sum(place // 16 == host for place in places) for host in range(4)] == [5] * 4
+    assert Sharpness(rule=SAM()).ascent(8) == tuple(range(8))
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 

@@ -58,12 +58,12 @@ def grey(image: Image) -> Image:
 
 def sharpness(image: Image, factor: float) -> Image:
     """Blend with the image smoothed by (1 1 1; 1 5 1; 1 1 1) / 13, but for the border."""
-    wide = image.astype(np.int64)
+    wide = image.astype(np.int16)  # holds 13 * 255
     height, width = image.shape[:2]
     total = 4 * wide[1:-1, 1:-1]
     for row in range(3):
         for column in range(3):
-            total = total + wide[row : height - 2 + row, column : width - 2 + column]
+            total += wide[row : height - 2 + row, column : width - 2 + column]
     smooth = np.array(image)
     smooth[1:-1, 1:-1] = total // 13
     return blend(smooth, image, factor)
@@ -114,7 +114,7 @@ def solarize(image: Image, threshold: int) -> Image:
 
 def solarize_add(image: Image, addition: int) -> Image:
     """Add to values below 128."""
-    added = np.minimum(image.astype(np.int64) + addition, 255).astype(np.uint8)
+    added = np.minimum(image.astype(np.int16) + np.int16(addition), 255).astype(np.uint8)
     return np.where(image < 128, added, image)
 
 
@@ -161,8 +161,11 @@ def warp(image: Image, transform: tuple[Any, ...]) -> Image:
     x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
     column, row = _nearest(a * x + b * y + c), _nearest(d * x + e * y + f)
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    pixels = image[np.clip(row, 0, height - 1), np.clip(column, 0, width - 1)]
-    return np.where(inside[:, :, None], pixels, np.uint8(FILL))
+    result: Image = image.reshape(height * width, -1).take(
+        row * width + column, axis=0, mode="clip"
+    )
+    result[~inside] = FILL
+    return result
 
 
 def _nearest(positions: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:

@@ -22,6 +22,7 @@ The rules, each with a test:
 from agc.data.batches import Batch, Batches
 from agc.data.digest import digest
 from agc.data.evaluation import Evaluation, EvaluationBatch
+from agc.data.feed import feed
 from agc.data.initial import initial_values
 from agc.data.sources import PARTS, Source, open_source
 from agc.data.targets import normalisation_table, soft_labels
@@ -35,6 +36,7 @@ __all__ = [
     "EvaluationBatch",
     "Source",
     "digest",
+    "feed",
     "initial_values",
     "normalisation_table",
     "normalise",

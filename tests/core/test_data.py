@@ -16,6 +16,7 @@ from agc.data import (
     Batches,
     Evaluation,
     digest,
+    feed,
     initial_values,
     normalisation_table,
     normalise,
@@ -140,6 +141,22 @@ def test_threads_and_pickles_and_the_order_of_asking_change_nothing():
     assert again == [plain[step] for step in (5, 3, 1, 0, 2, 4)]
     assert digest(pickle.loads(pickle.dumps(batches))[np.int64(3)]) == plain[3]
     assert digest(Batches(replace(RECIPE, seed=1), TRAIN)[3]) != plain[3]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_feed(threads):
+    batches = Batches(RECIPE, TRAIN)
+    found = [digest(batch) for batch in feed(batches, range(41, 50), threads=threads)]
+    assert found == [digest(batches[step]) for step in range(41, 50)]
+    assert next(feed(batches, range(3, 50), threads=threads)).numbers[0] == 96
+    broken = [*TRAIN]
+    broken[image_at(RECIPE.seed, 401, 64)] = (None, 0)  # the first image of step 1
+    made = feed(Batches(RECIPE, broken), range(3), threads=threads)
+    assert next(made).numbers[0] == 0
+    with pytest.raises(FormatError, match="an image is uint8"):
+        next(made)
+    with pytest.raises(ConfigError, match="threads must be an integer >= 1"):
+        next(feed(batches, [], threads=0))
 
 
 def test_a_batch():

@@ -7,8 +7,9 @@ import pytest
 import tensorflow as tf
 from sklearn.datasets import load_sample_images
 
-from agc.data import operations
+from agc.data import Batch, Batches, digest, open_source, operations
 from agc.data.crop import DRAWS, crop_box
+from agc.recipe import load_recipe
 from agc.recipe.tables import Crop
 
 CHINA, FLOWER = (image[:, 50:550] for image in load_sample_images().images)
@@ -106,3 +107,21 @@ def test_crops_are_distributed_like_those_of_tensorflow(height, width):
     ]
     assert max(gaps) < limit
     assert largest_gap(numbers(ours("torchvision"))[0], numbers(theirs)[0]) > 1.5 * limit
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_loader(parallel):
+    """``tf.data`` over the project's batches: in order, bit for bit, from any step on."""
+    recipe = load_recipe("conformance", ["train.steps=8"])
+    batches = Batches(recipe, open_source(recipe, "train"))
+    like = batches[0]
+
+    def make(step):
+        types = [tf.as_dtype(array.dtype) for array in like]
+        arrays = tf.numpy_function(lambda step: tuple(batches[step]), [step], types)
+        return Batch(*(tf.ensure_shape(a, b.shape) for a, b in zip(arrays, like, strict=True)))
+
+    data = tf.data.Dataset.range(3, 8).map(make, num_parallel_calls=parallel, deterministic=True)
+    for step, batch in zip(range(3, 8), data.prefetch(2), strict=True):
+        assert isinstance(batch, Batch)
+        assert digest(Batch(*(array.numpy() for array in batch))) == digest(batches[step])

@@ -84,7 +84,7 @@ class Recipe:
     notes: Mapping[str, str] = field(default_factory=FrozenMap, compare=False)
 
     def __post_init__(self) -> None:
-        if self.schema != SCHEMA or isinstance(self.schema, bool):
+        if type(self.schema) is not int or self.schema != SCHEMA:
             raise ConfigError(f"schema must be {SCHEMA} for this release, got {self.schema!r}")
         object.__setattr__(self, "seed", check_count("seed", self.seed, 0))
         if self.seed >= _SEEDS:

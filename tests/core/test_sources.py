@@ -274,7 +274,7 @@ def test_fashion_mnist():
     train, test = (open_source(recipe, part, FASHION) for part in ("train", "test"))
     assert np.bincount([test[n][1] for n in range(len(test))]).tolist() == [1000] * 10
     batch = Batches(recipe, train)[100]
-    assert batch.images.shape == (256, 16, 16, 1)
+    assert batch.images.shape == (128, 16, 16, 1)
     assert abs(batch.images.mean()) < 0.4
     assert 0.7 < batch.images.std() < 1.2
     whole = np.concatenate([part.images for part in Evaluation(recipe, test, batch=2500)])

@@ -14,7 +14,7 @@ from agc.config import AGC, SAM
 from agc.errors import ConfigError
 from agc.recipe.tables import Sharpness
 
-__all__ = ["check_keys", "dotted", "fields_of", "tables_of"]
+__all__ = ["check_keys", "check_tables", "dotted", "fields_of", "tables_of"]
 
 _BARE: Final = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -46,6 +46,20 @@ def check_keys(cls: Any, data: Any, where: str = "", root: Any = None) -> None:
     for name, nested in tables_of(cls).items():
         if name in data:
             check_keys(nested, data[name], f"{where}{name}.", root or cls)
+
+
+def check_tables(table: Any, where: str = "") -> None:
+    """Raise ConfigError unless each table in a table, and in those, is of its class.
+
+    What comes from a file always is; a recipe may also be made in Python.
+    """
+    optional = {item.name for item in fields(table) if item.default is None}
+    for name, cls in tables_of(type(table)).items():
+        value = getattr(table, name)
+        if isinstance(value, cls):
+            check_tables(value, f"{where}{name}.")
+        elif value is not None or name not in optional:
+            raise ConfigError(f"{where}{name} must be of the class {cls.__name__}, got {value!r}")
 
 
 def tables_of(cls: Any) -> dict[str, type]:

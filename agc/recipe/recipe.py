@@ -14,7 +14,7 @@ from agc.checks import check_count
 from agc.config import AGC, SAM, FrozenMap
 from agc.errors import AGCError, ConfigError
 from agc.nfnet import VARIANTS
-from agc.recipe.keys import check_keys, dotted, fields_of, tables_of
+from agc.recipe.keys import check_keys, check_tables, dotted, fields_of, tables_of
 from agc.recipe.tables import (
     Augment,
     Checkpoint,
@@ -92,6 +92,7 @@ class Recipe:
         if not isinstance(self.notes, Mapping):
             raise ConfigError(f"notes must be a table, got {self.notes!r}")
         object.__setattr__(self, "notes", FrozenMap(self.notes))
+        check_tables(self)
         self._fill()
         self._check()
 

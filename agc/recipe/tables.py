@@ -20,6 +20,7 @@ from agc.checks import (
     check_number,
     check_patterns,
     check_positive,
+    check_rule,
 )
 from agc.config import SAM
 from agc.errors import ConfigError
@@ -495,6 +496,7 @@ class Sharpness:
     group: int | Literal["batch"] = "batch"
 
     def __post_init__(self) -> None:
+        check_rule(self.rule, SAM)
         if self.group != "batch":
             if isinstance(self.group, str):
                 raise ConfigError(f'group must be an integer or "batch", got {self.group!r}')

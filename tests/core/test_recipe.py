@@ -192,6 +192,12 @@ def test_from_python():
     with pytest.raises(ConfigError, match=r"use agc\.Schedule"):
         replace(recipe, agc=AGC(clipping=lambda step: 0.1))
     replace(recipe, agc=AGC(clipping=Schedule([(0, 0.1)])))
+    with pytest.raises(ConfigError, match="sam must be of the class Sharpness, got SAM"):
+        replace(recipe, sam=SAM())
+    with pytest.raises(ConfigError, match=r"input\.crop must be of the class Crop, got None"):
+        replace(recipe, input=replace(recipe.input, crop=None))
+    with pytest.raises(ConfigError, match=r"rule must be an agc\.SAM"):
+        Sharpness(rule=AGC())
 
 
 def test_ascent():

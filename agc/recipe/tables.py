@@ -55,7 +55,7 @@ __all__ = [
 
 Init = Literal["random", "file"]
 Head = Literal["keep", "new"]
-SourceKind = Literal["idx", "folder", "npz", "rows", "synthetic"]
+SourceKind = Literal["idx", "folder", "npz", "rows", "synthetic", "digits"]
 CropRule = Literal["tensorflow", "torchvision", "none"]
 Resize = Literal["bicubic", "pillow"]
 Order = Literal["mix-first", "augment-first"]
@@ -137,7 +137,7 @@ class Split:
 
     Attributes
     ----------
-    kind : {"idx", "folder", "npz", "rows", "synthetic"}
+    kind : {"idx", "folder", "npz", "rows", "synthetic", "digits"}
         How it is stored; see :func:`agc.data.open_source`.
     split : str
         Which part of the data: a folder's or file's name, or the prefix of IDX files.

@@ -23,7 +23,7 @@ IMAGENET = [f"nfnet-f{n}" for n in range(7)]
 
 
 def test_shipped():
-    others = ["conformance", "fashion-mini", "jft-finetune", "nf-resnet-ablation"]
+    others = ["conformance", "digits-mini", "fashion-mini", "jft-finetune", "nf-resnet-ablation"]
     assert shipped_recipes() == sorted([*IMAGENET, *others])
 
 
@@ -314,7 +314,9 @@ def test_mistakes_in_other_recipes(name, change, message):
 
 def test_files(tmp_path):
     path = tmp_path / "mine.toml"
-    with pytest.raises(ConfigError, match=r"no recipe 'mine'; give the path .* conformance, fash"):
+    with pytest.raises(
+        ConfigError, match=r"no recipe 'mine'; give the path .* conformance, digits"
+    ):
         load_recipe("mine")
     with pytest.raises(FormatError, match=r"mine\.toml: cannot be read as a recipe"):
         load_recipe(path)
@@ -405,6 +407,7 @@ def test_help(capsys):
 # Measured once; each is a promise to whoever has a checkpoint or a log.
 IDS = {
     "conformance": "fb923296e2958dc6",
+    "digits-mini": "cd19c8d99d264e7b",
     "fashion-mini": "3e2574ca113a6014",
     "jft-finetune": "05f8cf44fe4be14a",
     "nf-resnet-ablation": "5cf991a8bbb55bb1",

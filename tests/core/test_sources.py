@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from agc.data import Batches, Evaluation, digest, open_source
 from agc.data.sources import Synthetic, read_row
+from agc.data.sources.digits import open_digits
 from agc.data.sources.folder import Folder
 from agc.data.sources.idx import open_idx
 from agc.data.sources.npz import open_npz
@@ -97,6 +99,22 @@ def test_synthetic():
     assert near < 0.8 * far  # the class shows
     with pytest.raises(IndexError):
         source[40]
+
+
+def test_digits():
+    """The images of scikit-learn, and the mean that the recipe says."""
+    recipe = load_recipe("digits-mini")
+    train, test = (open_source(recipe, part) for part in ("train", "test"))
+    digits = load_digits()
+    assert [test[n][1] for n in range(297)] == digits.target[1500:].tolist()
+    np.testing.assert_array_equal(test[0][0], np.floor(digits.images[1500] * 255 / 16))
+    pixels = np.stack([train[n][0] for n in range(1500)]) / 255
+    assert abs(pixels.mean() - recipe.input.mean[0]) < 1e-3
+    assert abs(pixels.std() - recipe.input.std[0]) < 1e-3
+    with pytest.raises(FormatError, match="the digits have the splits train, test, not 'all'"):
+        open_digits("all", 10)
+    with pytest.raises(FormatError, match="digits: labels reach from 0 to 9"):
+        open_digits("test", 9)
 
 
 def test_all_forms_give_the_same_batches(tmp_path, folders):

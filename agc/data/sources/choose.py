@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from agc.data.sources.digits import open_digits
 from agc.data.sources.folder import Folder
 from agc.data.sources.idx import open_idx
 from agc.data.sources.npz import open_npz
@@ -31,6 +32,7 @@ def open_source(recipe: Recipe, part: Part, folder: Path | None = None) -> Sourc
     ``folder``              ``{split}/CLASS/IMAGE``
     ``npz``                 ``{split}.npz`` with ``images`` and ``labels``
     ``synthetic``           none
+    ``digits``              none; scikit-learn has them
     ``rows``                none: give your own sequence to :class:`agc.data.Batches`
     ======================  ========================================================
 
@@ -57,6 +59,8 @@ def open_source(recipe: Recipe, part: Part, folder: Path | None = None) -> Sourc
     source: Source
     if split.kind == "synthetic":
         source = Synthetic(split.split, split.images, classes, channels)
+    elif split.kind == "digits":
+        source = open_digits(split.split, classes)
     elif split.kind == "rows":
         raise ConfigError(
             f'data.{part}.kind="rows" has no files: give a sequence of (image, label) to '

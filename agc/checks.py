@@ -20,6 +20,7 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_distinct",
+    "check_flag",
     "check_inexact",
     "check_microbatches",
     "check_not_negative",
@@ -82,9 +83,9 @@ def check_step(step: Any) -> int:
     return _integer("step", step, 0)
 
 
-def check_count(name: str, value: Any) -> int:
-    """Return a count as a Python integer; raise ConfigError if it is not an integer from 1 on."""
-    return _integer(name, value, 1)
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """Return a count as a Python integer; raise ConfigError unless it is an integer >= least."""
+    return _integer(name, value, least)
 
 
 def _integer(name: str, value: Any, least: int) -> int:
@@ -95,6 +96,12 @@ def _integer(name: str, value: Any, least: int) -> int:
     if number < least:
         raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}")
     return number
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ConfigError unless a value is a bool."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}")
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:

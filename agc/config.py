@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, get_args
 from agc.checks import (
     check_choice,
     check_count,
+    check_flag,
     check_not_negative,
     check_number,
     check_pattern,
@@ -321,8 +322,7 @@ class SAM:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rho", _number_or_schedule("rho", self.rho))
-        if not isinstance(self.adaptive, bool):
-            raise ConfigError(f"adaptive must be True or False, got {self.adaptive!r}")
+        check_flag("adaptive", self.adaptive)
         object.__setattr__(self, "eta", check_not_negative("eta", self.eta))
         object.__setattr__(self, "eps", check_not_negative("eps", self.eps))
         requirement = "a number above 0 and at most 1"

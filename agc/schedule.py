@@ -9,10 +9,18 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Final
 
-from agc.checks import check_positive, check_step
+from agc.checks import check_not_negative, check_number, check_positive, check_step
 from agc.errors import ConfigError
 
-__all__ = ["SCHEDULE", "Schedule", "schedule_from_data", "schedule_to_data", "schedule_value"]
+__all__ = [
+    "SCHEDULE",
+    "Schedule",
+    "WarmupCosine",
+    "WarmupDecay",
+    "schedule_from_data",
+    "schedule_to_data",
+    "schedule_value",
+]
 
 SCHEDULE: Final = "@schedule"
 """Key of a schedule's points in data."""
@@ -80,6 +88,82 @@ class Schedule:
             return low
         end, high = self.points[right]
         return low + (high - low) * ((step - start) / (end - start))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupCosine:
+    """Learning rate: linear from 0 to the peak, then half a cosine to the end.
+
+    Parameters
+    ----------
+    peak : float
+        Largest value, at least 0.
+    steps : float
+        Steps at which ``end`` is reached; in training, how many there are.
+    warmup : float, default 0
+        Steps of warm-up, at most ``steps``; may be a fraction, as DeepMind's 1563.92 for NFNets.
+    end : float, default 0
+        Value that the cosine leads to.
+
+    Raises
+    ------
+    ConfigError
+        If a number is outside these bounds.
+
+    Examples
+    --------
+    >>> rate = WarmupCosine(peak=1.6, steps=112_602, warmup=5 * 1_281_167 / 4096)
+    >>> rate(0), round(rate(1564), 6)
+    (0.0, 1.6)
+    """
+
+    peak: float
+    steps: float
+    warmup: float = 0.0
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "peak", check_not_negative("peak", self.peak))
+        object.__setattr__(self, "steps", check_positive("steps", self.steps))
+        within = f"a number from 0 to the {self.steps:g} steps"
+        check_number("warmup", self.warmup, within, lambda warmup: 0 <= warmup <= self.steps)
+        check_not_negative("end", self.end)
+
+    def __call__(self, step: int) -> float:
+        """Return the value at a step, counted from 0."""
+        if step < self.warmup:
+            return self.peak * step / self.warmup
+        span = max(1, self.steps - self.warmup)
+        angle = math.pi * min(step - self.warmup, span) / span
+        return self.end + (self.peak - self.end) * 0.5 * (1 + math.cos(angle))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupDecay:
+    """Decay of an average of the weights: ``min(decay, (1 + step) / (10 + step))``.
+
+    Parameters
+    ----------
+    decay : float
+        Largest value, in [0, 1).
+    warmup : bool, default True
+        Whether the decay rises with the step, from 0.1; otherwise it is constant.
+
+    Raises
+    ------
+    ConfigError
+        If the decay is not in [0, 1).
+    """
+
+    decay: float
+    warmup: bool = True
+
+    def __post_init__(self) -> None:
+        check_number("decay", self.decay, "a number in [0, 1)", lambda decay: 0 <= decay < 1)
+
+    def __call__(self, step: int) -> float:
+        """Return the decay of the update at a step, counted from 0."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
 
 def schedule_to_data(name: str, value: Any) -> Any:

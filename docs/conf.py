@@ -14,3 +14,5 @@ html_title = "agc-sam"
 exclude_patterns = ["_build"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+# Napoleon takes words of a type, such as shape, for references, and several classes have a shape.
+suppress_warnings = ["ref.python"]

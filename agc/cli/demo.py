@@ -30,6 +30,7 @@ from agc.errors import ConfigError
 from agc.files import check_target, named_files, replacing, write_text, written
 from agc.nfnet import parameters
 from agc.packages import need
+from agc.schedule import WarmupCosine
 
 __all__ = [
     "CLASSES",
@@ -152,13 +153,8 @@ def gratings(random: np.random.Generator, count: int) -> tuple[Array, Array]:
 
 def learning_rates(peak: float, steps: int) -> list[float]:
     """Return the learning rate of each step: 5 % linear warm-up, then half a cosine down to 0."""
-    warm = max(1, round(0.05 * steps))
-    return [
-        peak * step / warm
-        if step < warm
-        else peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-        for step in range(steps)
-    ]
+    rate = WarmupCosine(peak=peak, steps=steps, warmup=max(1, round(0.05 * steps)))
+    return [rate(step) for step in range(steps)]
 
 
 def initial_values(seed: int) -> dict[str, Array]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy.typing as npt
 
 from agc.errors import DTypeError, ShapeError
 
-__all__ = ["MEAN", "MORE", "STD", "evaluation_image", "resize_bicubic"]
+__all__ = ["MEAN", "MORE", "STD", "evaluation_image", "normalise", "resize_bicubic"]
 
 Array = npt.NDArray[np.float32]
 
@@ -24,41 +26,79 @@ MORE: Final = 32
 
 _TABLE: Final = 1024
 """TensorFlow rounds positions between two pixels to this fraction."""
+_GRID: Final = 2.0**16
+_FINE: Final = 2.0**24
 
 
-def evaluation_image(image: npt.NDArray[Any], pixels: int) -> Array:
+def evaluation_image(
+    image: npt.NDArray[Any],
+    pixels: int,
+    *,
+    more: int = MORE,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+    resize: Callable[[npt.NDArray[Any], int, int], Array] | None = None,
+) -> Array:
     """Return an image as DeepMind's evaluation gives it to the model.
 
-    Both sides are resized to ``pixels + 32``, whatever the image's proportions, the middle is cut
-    out, and ImageNet's mean and standard deviation make it standard. What bicubic interpolation
-    overshoots stays.
+    Both sides are resized to ``pixels + more``, whatever the image's proportions, the middle is cut
+    out, and mean and standard deviation make it standard. What bicubic interpolation overshoots
+    stays.
 
     Parameters
     ----------
-    image : uint8 array, shape (height, width, 3)
-        Red, green and blue.
+    image : uint8 array, shape (height, width, channels)
+        As many channels as ``mean`` has numbers: red, green and blue by default.
     pixels : int
         Side of the result: ``variant.test_pixels``.
+    more : int
+        Pixels that are cut off in all.
+    mean, std : sequence of float
+        Of each channel, for values from 0 to 1; ImageNet's by default.
+    resize : callable, optional
+        Takes an image, a height and a width; :func:`resize_bicubic` if None.
 
     Returns
     -------
-    float32 array, shape (pixels, pixels, 3)
+    float32 array, shape (pixels, pixels, channels)
 
     Raises
     ------
     ShapeError, DTypeError
         If it is not such an image.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ShapeError(f"image must have the shape (height, width, 3), got {image.shape}")
+    channels = len(mean)
+    if image.ndim != 3 or image.shape[2] != channels or 0 in image.shape:
+        raise ShapeError(
+            f"image must have the shape (height, width, {channels}), got {image.shape}"
+        )
     if image.dtype != np.uint8:
         raise DTypeError(f"image must be uint8, from 0 to 255, got {image.dtype}")
     if pixels < 1:
         raise ShapeError(f"pixels must be >= 1, got {pixels}")
-    start = (MORE + 1) // 2
+    start = (more + 1) // 2
     middle = slice(start, start + pixels)
-    resized = resize_bicubic(image, pixels + MORE, pixels + MORE)[middle, middle]
-    standard = (resized - 255 * np.array(MEAN)) / (255 * np.array(STD))
+    resized = (resize or resize_bicubic)(image, pixels + more, pixels + more)
+    return normalise(resized[middle, middle], mean, std)
+
+
+def normalise(
+    images: npt.NDArray[Any], mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> Array:
+    """Subtract the mean of each channel and divide by its standard deviation, in float64.
+
+    Parameters
+    ----------
+    images : array, shape (..., channels)
+        Values from 0 to 255.
+    mean, std : sequence of float
+        For values from 0 to 1.
+
+    Returns
+    -------
+    float32 array of the same shape
+    """
+    standard = (images - 255 * np.array(mean)) / (255 * np.array(std))
     return np.asarray(standard, np.float32)
 
 
@@ -68,6 +108,9 @@ def resize_bicubic(image: npt.NDArray[Any], height: int, width: int) -> Array:
     Keys' cubic with a = -0.5 between pixel centres; where it would reach beyond the image, the
     remaining weights are scaled to sum to 1. Positions between two pixels are multiples of 1/1024,
     as there.
+
+    Weights are rounded to multiples of 2^-24, rows in between to 2^-16. All sums of a uint8 image
+    are then exact in float64, so that the result has the same bits whatever adds them up.
 
     Parameters
     ----------
@@ -79,25 +122,33 @@ def resize_bicubic(image: npt.NDArray[Any], height: int, width: int) -> Array:
     -------
     float32 array, shape (height, width, channels)
     """
-    rows = _along_first_axis(image, height)
-    return np.asarray(_along_first_axis(rows.swapaxes(0, 1), width).swapaxes(0, 1), np.float32)
+    rows = np.rint(_along_first_axis(image, height) * _GRID) / _GRID
+    columns = _along_first_axis(rows.swapaxes(0, 1), width)
+    return np.ascontiguousarray(columns.swapaxes(0, 1), np.float32)
 
 
 def _along_first_axis(image: npt.NDArray[Any], size: int) -> npt.NDArray[np.float64]:
-    length = len(image)
+    index, weights = _taps(len(image), size)
+    flat = np.ascontiguousarray(image, np.float64).reshape(len(image), -1)
+    result = np.einsum("st,stk->sk", weights, flat[index])
+    return np.asarray(result).reshape(size, *image.shape[1:])
+
+
+@lru_cache(maxsize=256)
+def _taps(length: int, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return which pixels each output is made of, shape (size, 4), and their weights."""
     # In float32, because TensorFlow's rounding decides which fraction is nearest.
     scale = np.float32(length) / np.float32(size)
     centres = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
     first = np.floor(centres).astype(np.int64)
-    fraction = np.rint((centres - first.astype(np.float32)) * np.float32(_TABLE)) / _TABLE
-    taps = [(first + step, _keys(np.abs(fraction - step))) for step in (-1, 0, 1, 2)]
-    weights = [np.where((index >= 0) & (index < length), weight, 0) for index, weight in taps]
-    total = np.sum(weights, axis=0)
-    result = np.zeros((size, *image.shape[1:]))
-    for (index, _), weight in zip(taps, weights, strict=True):
-        pixels = image[np.clip(index, 0, length - 1)]
-        result += (weight / total)[:, None, None] * pixels
-    return result
+    place = np.rint((centres - first.astype(np.float32)) * np.float32(_TABLE))
+    steps = np.arange(-1, 3)
+    index = first[:, None] + steps
+    weights = _keys(np.abs(place.astype(np.float64)[:, None] / _TABLE - steps))
+    weights[(index < 0) | (index >= length)] = 0
+    weights = np.rint(weights / weights.sum(axis=1, keepdims=True) * _FINE) / _FINE
+    weights[np.arange(size), weights.argmax(axis=1)] += 1 - weights.sum(axis=1)
+    return np.clip(index, 0, length - 1), weights
 
 
 def _keys(distance: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -139,14 +139,15 @@ def _family() -> dict[str, Variant]:
             depths = tuple(depth * (n + 1) for depth in (1, 2, 6, 3))
             variants[name] = Variant(name, depths, rate, train, test, widths)
     variants["tiny"] = Variant("tiny", (1, 2, 6, 3), 0.2, 32, 32, (32, 64, 96, 96), 8, 10)
+    variants["mini"] = Variant("mini", (1, 1, 1, 1), 0.0, 16, 16, (32, 64, 96, 96), 8, 10)
     return variants
 
 
 VARIANTS: Final[Mapping[str, Variant]] = MappingProxyType(_family())
-"""Name to variant: F0 to F7, the wider F0+ to F7+, and ``tiny`` for tests and first steps.
+"""Name to variant: F0 to F7, the wider F0+ to F7+, and two for tests and first steps.
 
 ``tiny`` is F0 with narrow stages: 334,086 parameters in 233 tensors with the same names, every code
-path.
+path. ``mini`` has one block in each stage.
 """
 
 
@@ -211,11 +212,11 @@ class Options:
             "a rate in [0, 1]",
             lambda rate: 0 <= rate <= 1,
         )
-        if self.activation not in GAMMAS:
+        if self.activation not in list(GAMMAS):
             raise ConfigError(
                 f"unknown activation {self.activation!r}; the activations are {', '.join(GAMMAS)}"
             )
-        if self.ws_eps not in WS_EPS:
+        if self.ws_eps not in list(WS_EPS):
             raise ConfigError(f"ws_eps must be 'deepmind' or 'timm', got {self.ws_eps!r}")
 
 

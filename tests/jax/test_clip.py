@@ -20,6 +20,7 @@ import agc_jax
 from agc import AGC, Schedule, Units
 from agc.errors import ConfigError, DTypeError, MissingGradientError, ParameterError
 from agc.reference import adaptive_clip
+from agc_conformance import hlo
 from tests.contract.clip import ClipContract, check_gradients
 from tests.helpers import draw
 from tests.jax.driver import JaxDriver
@@ -275,6 +276,30 @@ def test_nothing_waits_for_the_host() -> None:
         by_hand, _ = agc_jax.adaptive_clip_gradients(gradients, params, scheduled, step=3)
     assert same(clipped, by_hand)
     assert stats.total().units == 6
+
+
+def test_what_telemetry_exchanges_does_not_grow_with_the_devices() -> None:
+    """Whether units or what they are summed over are sharded."""
+    shapes = {"kernel0": (3, 64), "kernel1": (3, 64), "deep": (64, 3), "bias": (64,)}
+    rule = AGC(units={"bias": "o ->", "*": "i o -> o"})
+    exchanges = []
+    for count in (2, 4, 8):
+        mesh = jax.make_mesh(
+            (count,), ("d",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]
+        )
+        tree = {
+            name: jax.ShapeDtypeStruct(
+                shape,
+                np.float32,
+                sharding=jax.NamedSharding(mesh, jax.P(*("d" if n == 64 else None for n in shape))),
+            )
+            for name, shape in shapes.items()
+        }
+        step = jax.jit(lambda g, w: agc_jax.adaptive_clip_gradients(g, w, rule))
+        text = step.lower(tree, tree).compile().as_text()
+        exchanges.append(hlo.parse(text).collectives)
+    assert exchanges[0] == exchanges[1] == exchanges[2]
+    assert 0 < exchanges[0].count <= 4
 
 
 @older_xla

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agc.errors import FormatError
-from agc_conformance.hlo import Collectives, Program, parse
+from agc_conformance.compiled.hlo import Collectives, Program, parse
 
 HBM, VMEM = "f32[100,200]{1,0:T(8,128)}", "f32[100,200]{1,0:T(8,128)S(1)}"
 PADDED = 4 * 104 * 256

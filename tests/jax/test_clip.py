@@ -20,7 +20,7 @@ import agc_jax
 from agc import AGC, Schedule, Units
 from agc.errors import ConfigError, DTypeError, MissingGradientError, ParameterError
 from agc.reference import adaptive_clip
-from agc_conformance import hlo
+from agc_conformance.compiled import hlo
 from tests.contract.clip import ClipContract, check_gradients
 from tests.helpers import draw
 from tests.jax.driver import JaxDriver

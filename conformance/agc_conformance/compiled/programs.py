@@ -1,113 +1,36 @@
-"""Compile AGC's JAX programs ahead of time for a TPU, on a machine that need not have one.
-
-libtpu holds the whole TPU compiler and compiles for topologies that the machine does not have. The
-status is ``compiled``, never ``passed``: nothing ran. It shows that every program lowers and fits,
-and how many bytes the compiler says it will move, beside the least possible and beside optax's
-clipping of the same tree.
-
-The compiler counts every byte that an operation reads or writes, also between the chip's memory and
-its vector memory, where it prefetches operands. So the least possible is not within reach, and the
-comparison with optax, compiled in the same way, says more.
-
-Run it in an environment of its own: ``python -m agc_conformance.tpu --out tpu-aot.json``.
-"""
+"""The programs that are compiled, and what each may cost."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
 from agc import AGC, Schedule
-from agc.errors import MissingPackageError
-from agc_conformance.records import TpuRecord, Writer, make_header
 
-__all__ = ["Program", "compile_programs", "main", "programs"]
+__all__ = ["Peer", "Program", "gpu_programs", "tpu_programs"]
 
-TOPOLOGY: Final = "v5e:2x2"
+GPU: Final = "H100"
+TPU: Final = "v5e:2x2"
+POD: Final = "v5e:16x16"
+LARGE_POD: Final = "v5p:8x16x16"
 
 Shapes = dict[str, tuple[int, ...]]
 Tree = dict[str, Any]
+Function = Callable[..., Any]
+Devices = Callable[[str], Any]
+"""From the name of a target to its devices."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Compile every program, write a file of records, and return the exit status.
+@dataclass(frozen=True)
+class Peer:
+    """What a program is compared with."""
 
-    The file appears under its name only when it is complete.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m agc_conformance.tpu",
-        description="Compile AGC's JAX programs for a TPU topology.",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="result file")
-    parser.add_argument("--topology", default=TOPOLOGY, help=f"for example {TOPOLOGY}, the default")
-    options = parser.parse_args(arguments)
-
-    def show(done: int, total: int, program: str) -> None:
-        print(f"[{done + 1}/{total}] {program}", file=sys.stderr, flush=True)
-
-    header = make_header(
-        "tpu",
-        device="tpu",
-        device_name=f"{options.topology} (ahead of time)",
-        versions=_versions(),
-        command=f"python -m agc_conformance.tpu --topology {options.topology}",
-    )
-    try:
-        devices = _devices(options.topology)
-    except MissingPackageError as error:
-        print(f"agc_conformance.tpu: {error}", file=sys.stderr)
-        return 2
-    failed = 0
-    with Writer(options.out, header) as file:
-        for record in _compile(devices, options.topology, show):
-            file.write(record)
-            failed += record["status"] != "compiled"
-            print(f"    {record['status']}: {record['detail']}", file=sys.stderr, flush=True)
-    return int(failed > 0)
-
-
-def compile_programs(
-    topology: str = TOPOLOGY, *, progress: Callable[[int, int, str], None] | None = None
-) -> list[TpuRecord]:
-    """Compile every AGC program for a TPU topology.
-
-    Parameters
-    ----------
-    topology : str, default "v5e:2x2"
-        Name of a topology that libtpu knows.
-    progress : callable, optional
-        Called with the number of programs done, the number of all programs, and the id of the next.
-
-    Returns
-    -------
-    list of TpuRecord
-        One record for each program: bytes accessed as the compiler counts them, the least possible,
-        and, if the program has a peer, the bytes of optax's clipping as ``optax_bytes_accessed``.
-
-    Raises
-    ------
-    MissingPackageError
-        If libtpu, JAX or the adapter is not installed.
-    """
-    return list(_compile(_devices(topology), topology, progress))
-
-
-def _compile(
-    devices: Any, topology: str, progress: Callable[[int, int, str], None] | None
-) -> Iterator[TpuRecord]:
-    todo = list(programs(devices))
-    for done, program in enumerate(todo):
-        if progress is not None:
-            progress(done, len(todo), program.id)
-        yield _record(program, topology)
+    name: str
+    function: Function
+    arguments: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -118,190 +41,273 @@ class Program:
     ----------
     id : str
         Name in the report.
+    target : str
+        TPU topology or GPU.
     function : callable
         The function to compile.
     arguments : tuple
         Trees of ``jax.ShapeDtypeStruct`` with shardings.
-    minimum : int
-        Least number of bytes that one device must read and write.
+    minimum : int, optional
+        Least number of bytes that one device must read and write, if that says anything.
+    most : float
+        What it may move in device memory, in multiples of the minimum.
     donate : tuple of int
         Indices of the arguments whose memory is donated.
-    peer : (callable, tuple), optional
-        The same with optax's clipping: function and arguments.
+    options : mapping
+        Options of the compiler.
+    peer : Peer, optional
+        What it is compared with.
+    at_most_peer : tuple of str
+        The costs that may not exceed the peer's.
     """
 
     id: str
-    function: Callable[..., Any]
+    target: str
+    function: Function
     arguments: tuple[Any, ...]
-    minimum: int
+    minimum: int | None = None
+    most: float = math.inf
     donate: tuple[int, ...] = ()
-    peer: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    peer: Peer | None = None
+    at_most_peer: tuple[Literal["kernels", "collective_bytes"], ...] = ()
 
 
-def programs(devices: Any) -> Iterator[Program]:
-    """Yield every program for these devices."""
+def tpu_programs(devices: Devices) -> Iterator[Program]:
+    """Yield the programs for TPUs: those of one chip, then those of a pod."""
+    place = _on_one(devices(TPU))
+    for name, rule, shapes, most in _TPU_TREES:
+        for dtype, largest in zip(("float32", "bfloat16"), most, strict=True):
+            compared = name != "transformer"  # optax takes other units for its layers
+            yield _clip(
+                f"{name} {dtype}", TPU, rule, _tree(shapes, dtype, place), largest, compared
+            )
+    tree = _tree(_nfnet_f0(), "float32", place)
+    yield _clip("NFNet-F0 float32", TPU, _OUT_LAST, tree, 1.25, telemetry=True)
+    yield _step("NFNet-F0 float32", TPU, tree, place, 1.36)
+    dfs = {"xla_memory_scheduler": "dfs"}
+    yield _step("NFNet-F0 float32", TPU, tree, place, 1.15, options=dfs)
+    yield from _pod_programs(devices)
+
+
+def gpu_programs(devices: Devices) -> Iterator[Program]:
+    """Yield the programs for a GPU.
+
+    A gradient is read for its norm and again to scale it: 4 passes, where 3 are the least.
+    """
+    place = _on_one(devices(GPU))
+    more: dict[str, Any] = {
+        "options": {"xla_gpu_autotune_level": 0},  # there is nothing to time kernels on
+        "at_most_peer": ("kernels",),
+    }
+    for name, rule, shapes in (("NFNet-F0", _OUT_LAST, _nfnet_f0()), ("GPT-2", _GPT2, _gpt2())):
+        for dtype, most in (("float32", 1.37), ("bfloat16", 1.4)):
+            tree = _tree(shapes, dtype, place)
+            yield _clip(f"{name} {dtype}", GPU, rule, tree, most, compared=True, **more)
+        tree = _tree(shapes, "float32", place)
+        yield _clip(f"{name} float32", GPU, rule, tree, 1.38, compared=True, telemetry=True, **more)
+    yield _step("NFNet-F0 float32", GPU, _tree(_nfnet_f0(), "float32", place), place, 1.45, **more)
+
+
+def _pod_programs(devices: Devices) -> Iterator[Program]:
+    """Yield programs for many chips, of which the exchange matters."""
+    import optax
+
+    import agc_jax
+
+    pod = _mesh(devices(POD))
+    tree = _tree(_nfnet_f0(), "float32", _along_the_longest_axis(pod))
+    exchange: dict[str, Any] = {"at_most_peer": ("collective_bytes",)}
+    what = f"fully sharded over {pod.size} NFNet-F0 float32"
+    yield _clip(what, POD, _OUT_LAST, tree, math.inf, compared=True, **exchange)
+    # As many numbers for each parameter whatever the number of devices.
+    large = _mesh(devices(LARGE_POD))
+    shapes: Shapes = {"wide.kernel": (512, 2 * large.size), "tall.kernel": (large.size, 512)}
+    shapes |= {"kernel": (512, large.size), "bias": (2 * large.size,)}
+    small_tree, tree = (
+        _tree(shapes, "float32", _along_the_longest_axis(mesh)) for mesh in (pod, large)
+    )
+    function = _clip_function(_OUT_LAST, telemetry=True)
+    yield Program(
+        f"clip and telemetry, fully sharded over {large.size} stand-in float32",
+        LARGE_POD,
+        function,
+        (tree, tree),
+        peer=Peer(f"{pod.size} devices", function, (small_tree, small_tree)),
+        **exchange,
+    )
+    sgd = optax.sgd(0.1, 0.9, nesterov=True)
+    rule = AGC(units=_OUT_LAST.units)
+    step, plain = (
+        _training_step(tx, pod) for tx in (optax.chain(agc_jax.adaptive_grad_clip(rule), sgd), sgd)
+    )
+    yield Program(
+        f"training step, replicated over {pod.size} stand-in float32",
+        POD,
+        *step,
+        peer=Peer("without AGC", *plain),
+        **exchange,
+    )
+
+
+def _clip(
+    what: str,
+    target: str,
+    rule: AGC,
+    tree: Tree,
+    most: float,
+    compared: bool = False,
+    *,
+    telemetry: bool = False,
+    **more: Any,
+) -> Program:
+    """Return the program that clips a tree, compared with optax's or not."""
+    name = "clip and telemetry" if telemetry else "clip"
+    separator = ", " if what.startswith("fully") else " "
+    return Program(
+        name + separator + what,
+        target,
+        _clip_function(rule, telemetry=telemetry),
+        (tree, tree),
+        3 * _bytes(tree),
+        most,
+        peer=Peer("optax", _optax_clip, (tree, tree)) if compared else None,
+        **more,
+    )
+
+
+def _clip_function(rule: AGC, *, telemetry: bool) -> Function:
+    import agc_jax
+
+    def function(gradients: Any, params: Any) -> Any:
+        result = agc_jax.adaptive_clip_gradients(gradients, params, rule)
+        return result if telemetry else result[0]
+
+    return function
+
+
+def _optax_clip(gradients: Any, params: Any) -> Any:
+    import optax
+
+    return optax.adaptive_grad_clip(0.01).update(gradients, optax.EmptyState(), params)[0]
+
+
+def _step(
+    what: str,
+    target: str,
+    params: Tree,
+    place: Any,
+    most: float,
+    *,
+    options: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Program:
+    """Return an optimizer's step: everything a rule can ask for, and SGD."""
     import jax
     import optax
 
     import agc_jax
 
-    place = jax.sharding.SingleDeviceSharding(devices[0])
-    peer = optax.adaptive_grad_clip(0.01)
-
-    def clip(rule: AGC, *, stats: bool = False) -> Callable[..., Any]:
-        def function(gradients: Any, params: Any) -> Any:
-            result = agc_jax.adaptive_clip_gradients(gradients, params, rule)
-            return result if stats else result[0]
-
-        return function
-
-    def optax_clip(gradients: Any, params: Any) -> Any:
-        return peer.update(gradients, optax.EmptyState(), params)[0]
-
-    for name, (shapes, rule) in _TREES.items():
-        for dtype in ("float32", "bfloat16"):
-            tree = _tree(shapes, dtype, lambda _: place)
-            # optax takes other units for the layers of the block, so the two do not compare.
-            other = None if name == "transformer" else (optax_clip, (tree, tree))
-            least = 3 * _bytes(tree)
-            yield Program(f"clip {name} {dtype}", clip(rule), (tree, tree), least, peer=other)
-    tree = _tree(_nfnet_f0(), "float32", lambda _: place)
-    least = 3 * _bytes(tree)
-    yield Program(
-        "clip and telemetry NFNet-F0 float32",
-        clip(AGC(units=_OUT_LAST), stats=True),
-        (tree, tree),
-        least,
-    )
     rule = AGC(
         clipping={"stem*": None, "*": Schedule([(0, 0.04), (1000, 0.01)])},
         exclude=["@head"],
-        units=_OUT_LAST,
+        units=_OUT_LAST.units,
         nonfinite="zero",
         head="head",
     )
-    sgd = optax.sgd(0.1, 0.9, nesterov=True)
-    step, peer_step = (
-        _step(optax.chain(first, sgd), tree, place)
-        for first in (agc_jax.adaptive_grad_clip(rule), peer)
+
+    def step_of(first: Any) -> tuple[Function, tuple[Any, ...]]:
+        tx = optax.chain(first, optax.sgd(0.1, 0.9, nesterov=True))
+
+        def step(params: Any, state: Any, gradients: Any) -> Any:
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf.shape)),
+            jax.eval_shape(tx.init, params),
+        )
+        return step, (params, state, params)
+
+    scheduler = (options or {}).get("xla_memory_scheduler")
+    return Program(
+        f"step with SGD, schedule, zero policy{f', {scheduler}' if scheduler else ''} {what}",
+        target,
+        *step_of(agc_jax.adaptive_grad_clip(rule)),
+        5 * _bytes(params),  # parameters and momentum: read and written; gradients: read
+        most,
+        donate=(0, 1),
+        options=options or {},
+        peer=Peer("optax", *step_of(optax.adaptive_grad_clip(0.01))),
+        **more,
     )
-    least = 5 * _bytes(tree)  # parameters and momentum: read and written; gradients: read
-    yield Program(
-        "step with SGD, schedule, zero policy NFNet-F0 float32", *step, least, (0, 1), peer_step
-    )
-    if len(devices) > 1:
-        yield from _sharded(devices, clip(AGC(units=_OUT_LAST), stats=True), optax_clip)
 
 
-def _step(tx: Any, params: Any, place: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Return an optimizer's step and its arguments: parameters, state, gradients."""
+def _training_step(tx: Any, mesh: Any) -> tuple[Function, tuple[Any, ...]]:
+    """Return a step of a small network, its parameters replicated and its batch split."""
     import jax
-    import optax
+    import jax.numpy as jnp
 
-    def step(params: Any, state: Any, gradients: Any) -> Any:
+    def loss(params: Any, images: Any) -> Any:
+        hidden = images
+        for name in ("conv0", "conv1"):
+            hidden = jax.lax.conv_general_dilated(
+                hidden, params[f"{name}.kernel"], (2, 2), "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )  # fmt: skip
+            hidden = jax.nn.relu(hidden + params[f"{name}.bias"])
+        hidden = jnp.tanh(hidden.mean((1, 2)) @ params["dense.kernel"] + params["dense.bias"])
+        return jnp.mean((hidden @ params["head.kernel"]) ** 2)
+
+    def step(params: Any, state: Any, images: Any) -> Any:
+        gradients = jax.grad(loss)(params, images)
         updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
+        return jax.tree.map(jnp.add, params, updates), state
 
-    def placed(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    def placed(leaf: Any, *spec: str) -> Any:
+        sharding = jax.NamedSharding(mesh, jax.P(*spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return step, (params, jax.tree.map(placed, jax.eval_shape(tx.init, params)), params)
+    shapes: Shapes = {
+        "conv0.kernel": (3, 3, 3, 64),
+        "conv0.bias": (64,),
+        "conv1.kernel": (3, 3, 64, 128),
+        "conv1.bias": (128,),
+        "dense.kernel": (128, 512),
+        "dense.bias": (512,),
+        "head.kernel": (512, 10),
+    }
+    params = _tree(shapes, "float32", lambda _: jax.NamedSharding(mesh, jax.P()))
+    state = jax.tree.map(placed, jax.eval_shape(tx.init, params))
+    images = jax.ShapeDtypeStruct((mesh.size, 16, 16, 3), jnp.float32)
+    return step, (params, state, placed(images, "shard"))
 
 
-def _sharded(
-    devices: Any, clip: Callable[..., Any], optax_clip: Callable[..., Any]
-) -> Iterator[Program]:
-    """Yield the programs for all devices: sharded along units, and along reduced axes."""
+def _on_one(devices: Any) -> Callable[[tuple[int, ...]], Any]:
+    import jax
+
+    place = jax.sharding.SingleDeviceSharding(devices[0])
+    return lambda _: place
+
+
+def _mesh(devices: Any) -> Any:
     import jax
     import numpy as np
 
-    mesh = jax.sharding.Mesh(np.array(devices), ("shard",))
-    for what, axis in (("units", -1), ("sums", -2)):
-
-        def place(shape: tuple[int, ...], axis: int = axis) -> Any:
-            spec: list[str | None] = [None] * len(shape)
-            if len(shape) >= 2 and shape[axis] % len(devices) == 0:
-                spec[axis] = "shard"
-            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-
-        tree = _tree(_nfnet_f0(), "float32", place)
-        yield Program(
-            f"clip and telemetry, {what} split over {len(devices)} NFNet-F0 float32",
-            clip,
-            (tree, tree),
-            3 * _bytes(tree),
-            peer=(optax_clip, (tree, tree)),
-        )
+    return jax.sharding.Mesh(np.array(devices), ("shard",))
 
 
-def _record(program: Program, topology: str) -> TpuRecord:
-    record: dict[str, Any] = {
-        "type": "tpu",
-        "id": program.id,
-        "program": program.id,
-        "status": "compiled",
-        "topology": topology,
-        "minimum_bytes": program.minimum,
-        "bytes_accessed": None,
-        "detail": "",
-    }
-    try:
-        costs = _costs(program.function, program.arguments, program.donate)
-        other = None if program.peer is None else _costs(*program.peer, program.donate)
-    except Exception as error:  # a failure of the compiler is a result
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return {**record, "status": "failed", "detail": lines[0]}  # type: ignore[typeddict-item]
-    accessed = costs["bytes accessed"]
-    detail = f"{accessed / program.minimum:.2f} times the least"
-    if other is not None:
-        record["optax_bytes_accessed"] = other["bytes accessed"]
-        detail += f"; optax {other['bytes accessed'] / program.minimum:.2f} times"
-    more = {"bytes_accessed": accessed, "flops": costs.get("flops"), "detail": detail}
-    return {**record, **more}  # type: ignore[typeddict-item]
-
-
-def _costs(
-    function: Callable[..., Any], arguments: tuple[Any, ...], donate: tuple[int, ...]
-) -> Mapping[str, float]:
-    """Compile and return the compiler's own estimates for one device."""
+def _along_the_longest_axis(mesh: Any) -> Callable[[tuple[int, ...]], Any]:
+    """Shard the longest axis that the number of devices divides, of parameters that have one."""
     import jax
 
-    compiled = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
-    costs: Mapping[str, float] = compiled.cost_analysis()
-    return costs
+    def place(shape: tuple[int, ...]) -> Any:
+        fitting = [axis for axis, size in enumerate(shape) if size % mesh.size == 0]
+        longest = max(fitting, key=lambda axis: shape[axis], default=None)
+        spec = ["shard" if axis == longest else None for axis in range(len(shape))]
+        return jax.NamedSharding(mesh, jax.P(*spec))
 
-
-def _devices(topology: str) -> Any:
-    """Return the devices of a topology, which the machine need not have."""
-    # Keeps libtpu from asking a metadata server about this machine.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    try:
-        from jax.experimental import topologies
-
-        import agc_jax  # noqa: F401
-    except ImportError as error:
-        raise MissingPackageError(
-            f'programs for TPU need JAX ({error}); try: pip install "agc-sam[jax,conformance]" libtpu'
-        ) from error
-    try:
-        topology_description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    # A missing compiler and an unknown topology raise exceptions of several types.
-    except Exception as error:
-        raise MissingPackageError(
-            f"no TPU compiler for the topology {topology!r} ({str(error).splitlines()[0]}); "
-            "try: pip install libtpu"
-        ) from error
-    return topology_description.devices
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in ("jax", "jaxlib", "libtpu", "optax", "flax", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
+    return place
 
 
 def _tree(shapes: Shapes, dtype: str, place: Callable[[tuple[int, ...]], Any]) -> Any:
@@ -368,13 +374,28 @@ def _nfnet_f0() -> Shapes:
     return shapes
 
 
+def _gpt2() -> Shapes:
+    """GPT-2 small in Flax's layout, its output tied: 148 tensors, 124,439,808 parameters."""
+    width = 768
+    shapes: Shapes = {"wte.embedding": (50257, width), "wpe.embedding": (1024, width)}
+    for name in ("ln_f", *(f"h{block}.ln_{k}" for block in range(12) for k in (1, 2))):
+        shapes[f"{name}.scale"] = shapes[f"{name}.bias"] = (width,)
+    for block, (name, inputs, outputs) in itertools.product(
+        range(12), (("qkv", 1, 3), ("proj", 1, 1), ("up", 1, 4), ("down", 4, 1))
+    ):
+        shapes[f"h{block}.{name}.kernel"] = (inputs * width, outputs * width)
+        shapes[f"h{block}.{name}.bias"] = (outputs * width,)
+    return shapes
+
+
 # A tree of bare arrays has names, but no layer types.
-_OUT_LAST: Final = {"*.kernel": "... i o -> o"}
-_TREES: Final[dict[str, tuple[Shapes, AGC]]] = {
-    "conv": ({"kernel": (3, 3, 256, 512), "bias": (512,)}, AGC()),
-    "dense": ({"kernel": (1024, 4096), "bias": (4096,)}, AGC()),
-    "transformer": (
-        _transformer_block(),
+_OUT_LAST: Final = AGC(units={"*kernel": "... i o -> o"})
+_GPT2: Final = AGC(units={"*kernel": "... i o -> o", "*embedding": "v d -> v"})
+_TPU_TREES: Final[tuple[tuple[str, AGC, Shapes, tuple[float, float]], ...]] = (
+    ("conv", AGC(), {"kernel": (3, 3, 256, 512), "bias": (512,)}, (1.02, 1.05)),
+    ("dense", AGC(), {"kernel": (1024, 4096), "bias": (4096,)}, (1.02, 1.05)),
+    (
+        "transformer",
         AGC(
             units={
                 "query.kernel": "l i h d -> l h d",
@@ -385,10 +406,9 @@ _TREES: Final[dict[str, tuple[Shapes, AGC]]] = {
                 "embedding": "v d -> v",
             }
         ),
+        _transformer_block(),
+        (1.25, 1.15),  # the largest arrays leave no room on the chip, and are read twice
     ),
-    "NFNet-F0": (_nfnet_f0(), AGC(units=_OUT_LAST)),
-}
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    ("NFNet-F0", _OUT_LAST, _nfnet_f0(), (1.02, 1.05)),
+)
+"""Name, rule, shapes, and the most that may be moved in float32 and bfloat16."""

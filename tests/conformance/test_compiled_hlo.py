@@ -30,7 +30,19 @@ FUSIONS = """
   %b = f32[100,200]{1,0:T(8,128)} bitcast(%p.1)
   ROOT %slice = f32[8,128]{1,0:T(8,128)} slice(%b), slice={[0:8], [0:128]}
 }
+
+%both (p.4: f32[100,200]) -> (f32[200], s32[200]) {
+  %p.4 = f32[100,200]{1,0:T(8,128)} parameter(0)
+  ROOT %r = (f32[200]{0:T(256)}, s32[200]{0:T(256)}) reduce(%p.4, %i, %z, %z), dimensions={0}
+}
+
+%updated (p.2: f32[100,200], p.3: f32[8,128]) -> f32[100,200] {
+  %p.2 = f32[100,200]{1,0:T(8,128)} parameter(0)
+  %p.3 = f32[8,128]{1,0:T(8,128)} parameter(1)
+  ROOT %update = f32[100,200]{1,0:T(8,128)} dynamic-update-slice(%p.2, %p.3, %zero, %zero)
+}
 """
+PIECE = "f32[8,128]{1,0:T(8,128)}"
 CASES = {
     "a copy to the chip": (
         f"%s = ({VMEM}, {HBM}, u32[]{{:S(2)}}) copy-start(%a)",
@@ -44,15 +56,21 @@ CASES = {
     "its arrival": (f"%d = {VMEM} copy-done(%b)", 0),
     "operands in two memories": (f"%x = {HBM} multiply(%a, /*index=1*/%b)", 2 * PADDED),
     "a fusion": ("%f = f32[200]{0:T(256)} fusion(%a), kind=kLoop, calls=%whole", PADDED + 4 * 256),
+    "with two results": (
+        "%f = (f32[200]{0:T(256)}, s32[200]{0:T(256)}) fusion(%a), calls=%both",
+        PADDED + 2 * 4 * 256,
+    ),
     "of what is on the chip": ("%f = f32[200]{0:T(256)S(1)} fusion(%b), calls=%on_chip", 0),
     "that reads a slice": (
         "%f = f32[8,128]{1,0:T(8,128)S(1)} fusion(%a), calls=%sliced",
         4 * 8 * 128,
     ),
+    "an update in place": (f"%u = {HBM} dynamic-update-slice(%a, %c)", 2 * 4 * 8 * 128),
+    "in a fusion": (f"%f = {HBM} fusion(%a, %c), calls=%updated", 2 * 4 * 8 * 128),
     "a view": (f'%v = {VMEM} custom-call(%b), custom_call_target="ConcatBitcast"', 0),
     "a vector in tiles of two axes": ("%x = f32[3]{0:T(8,128)} negate(%b)", 4 * 1024),
     "a branch, the larger": (
-        f"%c = {VMEM} conditional(%b, %b), branch_computations={{%small, %large}}",
+        f"%d = {VMEM} conditional(%b, %b), branch_computations={{%small, %large}}",
         PADDED,
     ),
 }
@@ -72,7 +90,10 @@ BRANCHES = f"""
   ROOT %n.1 = {HBM} negate(%u)
 }}
 """
-ARGUMENTS = (f"%a = {HBM} parameter(0)", f"%b = {VMEM} parameter(1)")
+ARGUMENTS = tuple(
+    f"%{name} = {kind} parameter({place})"
+    for place, (name, kind) in enumerate({"a": HBM, "b": VMEM, "c": PIECE}.items())
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -105,14 +126,6 @@ def test_collectives(line: str, size: int) -> None:
 def test_what_is_unknown_is_no_guess() -> None:
     with pytest.raises(FormatError, match="'fft': no rule says which bytes it moves"):
         _ = program(*ARGUMENTS, f"%x = {HBM} fft(%a)").device_bytes
-    update = """
-%inside (p: f32[100,200]) -> f32[100,200] {
-  %p = f32[100,200]{1,0} parameter(0)
-  ROOT %d = f32[100,200]{1,0} dynamic-update-slice(%p, %p, %i)
-}
-"""
-    with pytest.raises(FormatError, match="update in place"):
-        _ = program(*ARGUMENTS, f"%f = {HBM} fusion(%a), calls=%inside", more=update).device_bytes
     with pytest.raises(FormatError, match="no line that begins with ENTRY"):
         parse("module @jit_f {}")
     with pytest.raises(FormatError, match="a bracket is not closed"):

@@ -77,6 +77,7 @@ class Instruction:
     attributes: str
     index: int
     """Place among the arguments, of a parameter."""
+    is_root: bool
 
     @property
     def called(self) -> list[str]:
@@ -142,13 +143,31 @@ class Program:
                 source, piece = x.arrays[0], x.arrays[1]
                 yield piece.moved + source.on_device * piece.size
             elif x.opcode == "fusion":
-                yield written + sum(self._read(x.called[0], n) for n in range(len(operands)))
+                yield self._written(x) + sum(
+                    self._read(x.called[0], n) for n in range(len(operands))
+                )
+            elif x.opcode == _UPDATE:
+                yield operands[1].moved + x.arrays[0].on_device * operands[1].size
             elif x.opcode in _SLICES:
                 yield written + operands[0].on_device * x.arrays[0].size
             elif x.opcode in _PLAIN or x.opcode.removesuffix("-start") in _COLLECTIVES:
                 yield written + sum(array.moved for array in operands)
             else:
                 raise FormatError(f"operation {x.opcode!r}: no rule says which bytes it moves")
+
+    def _written(self, fusion: Instruction) -> int:
+        """Bytes that a fusion writes; an array that it updates in place keeps the rest."""
+        computation = self.computations[fusion.called[0]]
+        (root,) = (x for x in computation.values() if x.is_root)
+        results = [root] * len(fusion.arrays)
+        if root.opcode == "tuple":
+            results = [computation[name] for name in root.operands]
+        return sum(
+            array.on_device * computation[x.operands[1]].arrays[0].size
+            if x.opcode == _UPDATE
+            else array.moved
+            for x, array in zip(results, fusion.arrays, strict=True)
+        )
 
     def _read(self, name: str, index: int) -> int:
         """Bytes that a fusion reads of one argument, of which it may need only slices."""
@@ -168,8 +187,8 @@ class Program:
         for key, x in computation.items():
             if name not in x.operands:
                 continue
-            if x.opcode == "dynamic-update-slice":
-                raise FormatError("an update in place inside a fusion: no rule for its bytes")
+            if x.opcode == _UPDATE and x.operands[0] == name:
+                continue  # in place
             if x.opcode in _SLICES:
                 slices += x.arrays
             elif x.opcode == "bitcast" and (more := self._slices(computation, key)) is not None:
@@ -196,13 +215,13 @@ def parse(text: str) -> Program:
         elif line.startswith("}"):
             current = None
         elif current is not None and (given := _INSTRUCTION.match(line)):
-            current[given[1]] = _instruction(_COMMENT.sub("", given[2]))
+            current[given[2]] = _instruction(_COMMENT.sub("", given[3]), given[1] is not None)
     if not entry:
         raise FormatError("no HLO: there is no line that begins with ENTRY")
     return Program(computations, entry)
 
 
-def _instruction(text: str) -> Instruction:
+def _instruction(text: str, is_root: bool) -> Instruction:
     """Parse what follows the ``=``: ``type opcode(operands), attributes``."""
     end = _closing(text, 0) if text.startswith("(") else text.index(" ")
     kind, rest = text[:end], text[end:].lstrip()
@@ -217,6 +236,7 @@ def _instruction(text: str) -> Instruction:
         tuple(_OPERAND.findall(inside)),
         rest[close:],
         int(inside) if opcode == "parameter" else -1,
+        is_root,
     )
 
 
@@ -257,7 +277,7 @@ def _is_free(x: Instruction) -> bool:
 
 
 _HEAD: Final = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_INSTRUCTION: Final = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
+_INSTRUCTION: Final = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*)$")
 _COMMENT: Final = re.compile(r"/\*.*?\*/")
 _ARRAY: Final = re.compile(r"([a-z]+[0-9][a-z0-9]*|pred)\[([0-9,]*)\](?:\{([^{}]*)\})?")
 _OPERAND: Final = re.compile(r"%([\w.\-]+)")
@@ -283,6 +303,7 @@ _FREE: Final = {
     *("partition-id", "replica-id", "tuple"),
 }
 _SLICES: Final = {"dynamic-slice", "slice"}
+_UPDATE: Final = "dynamic-update-slice"
 _COLLECTIVES: Final = {
     *("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"),
 }

@@ -51,12 +51,11 @@ def test_sums_of_other_platforms(platform: str, monkeypatch: pytest.MonkeyPatch)
     params, gradients = ({"w": array} for array in draw((3, 3, 512, 40), 1, np.float32))
     rule = AGC(units={"w": "h w i o -> o"}, clipping=Schedule([(0, 0.02), (10, 0.01)]))
     want = adaptive_clip(params, gradients, agc_jax.plan(params, rule), rule, step=5)
-    function = jax.jit(
-        lambda g, p: agc_jax.adaptive_clip_gradients(g, p, rule, step=jnp.int32(5))[0]
-    )
-    text = str(jax.make_jaxpr(function)(gradients, params))
+    function = jax.jit(lambda g, p, step: agc_jax.adaptive_clip_gradients(g, p, rule, step=step)[0])
+    arguments = gradients, params, jnp.int32(5)
+    text = str(jax.make_jaxpr(function)(*arguments))
     assert ("f64" in text) == (platform == "gpu")
-    check_gradients(jax.tree.map(np.asarray, function(gradients, params)), want)
+    check_gradients(jax.tree.map(np.asarray, function(*arguments)), want)
 
 
 def test_raise_policy_under_jit() -> None:

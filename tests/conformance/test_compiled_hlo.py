@@ -69,6 +69,11 @@ CASES = {
     "in a fusion": (f"%f = {HBM} fusion(%a, %c), calls=%updated", 2 * 4 * 8 * 128),
     "a view": (f'%v = {VMEM} custom-call(%b), custom_call_target="ConcatBitcast"', 0),
     "a vector in tiles of two axes": ("%x = f32[3]{0:T(8,128)} negate(%b)", 4 * 1024),
+    "a loop": (
+        f"%w = {HBM} while(%a), condition=%yes, body=%large, "
+        'backend_config={"known_trip_count":{"n":"3"}}',
+        3 * PADDED,
+    ),
     "a branch, the larger": (
         f"%d = {VMEM} conditional(%b, %b), branch_computations={{%small, %large}}",
         PADDED,
@@ -83,6 +88,11 @@ BRANCHES = f"""
 %small (t: f32[100,200]) -> f32[100,200] {{
   %t = {VMEM} parameter(0)
   ROOT %n = {VMEM} negate(%t)
+}}
+
+%yes (v: f32[100,200]) -> pred[] {{
+  %v = {VMEM} parameter(0)
+  ROOT %true = pred[] constant(true)
 }}
 
 %large (u: f32[100,200]) -> f32[100,200] {{
@@ -126,6 +136,8 @@ def test_collectives(line: str, size: int) -> None:
 def test_what_is_unknown_is_no_guess() -> None:
     with pytest.raises(FormatError, match="'fft': no rule says which bytes it moves"):
         _ = program(*ARGUMENTS, f"%x = {HBM} fft(%a)").device_bytes
+    with pytest.raises(FormatError, match="'while': no rule"):
+        _ = program(*ARGUMENTS, f"%w = {HBM} while(%a), body=%whole", more=FUSIONS).device_bytes
     with pytest.raises(FormatError, match="no line that begins with ENTRY"):
         parse("module @jit_f {}")
     with pytest.raises(FormatError, match="a bracket is not closed"):

@@ -137,6 +137,8 @@ class Program:
                 continue
             if x.opcode in ("call", "conditional"):
                 yield max(sum(self._moved(called)) for called in x.called)
+            elif x.opcode == "while" and (times := _TIMES.search(x.attributes)):
+                yield int(times[1]) * sum(sum(self._moved(called)) for called in x.called)
             elif x.opcode == "copy-start":  # into, from, context
                 yield x.arrays[0].moved + x.arrays[1].moved
             elif x.opcode == "slice-start":  # all of the source, the slice, context
@@ -282,7 +284,10 @@ _COMMENT: Final = re.compile(r"/\*.*?\*/")
 _ARRAY: Final = re.compile(r"([a-z]+[0-9][a-z0-9]*|pred)\[([0-9,]*)\](?:\{([^{}]*)\})?")
 _OPERAND: Final = re.compile(r"%([\w.\-]+)")
 _NAME: Final = re.compile(r"%?([\w.\-]+)")
-_CALLED: Final = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED: Final = re.compile(
+    r"(?:body|calls|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_TIMES: Final = re.compile(r'"known_trip_count":\{"n":"([0-9]+)"')
 _BRANCHES: Final = re.compile(r"branch_computations=\{([^}]*)\}")
 _TILE: Final = re.compile(r"T\(([0-9,]+)\)")
 _MEMORY: Final = re.compile(r"S\([0-9]+\)")
@@ -308,8 +313,11 @@ _COLLECTIVES: Final = {
     *("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"),
 }
 _PLAIN: Final = {
-    *("abs", "add", "and", "broadcast", "compare", "concatenate", "convert", "copy", "divide"),
-    *("gather", "maximum", "minimum", "multiply", "negate", "not", "or", "pad", "reduce"),
-    *("reshape", "reverse", "rsqrt", "select", "sqrt", "subtract", "transpose"),
+    *("abs", "add", "and", "bitcast-convert", "broadcast", "ceil", "clamp", "compare", "complex"),
+    *("concatenate", "convert", "copy", "cosine", "divide", "exponential", "floor", "gather"),
+    *("imag", "is-finite", "log", "maximum", "minimum", "multiply", "negate", "not", "or", "pad"),
+    *("power", "real", "reduce", "reduce-precision", "reduce-window", "remainder", "reshape"),
+    *("reverse", "rsqrt", "select", "shift-left", "shift-right-arithmetic", "shift-right-logical"),
+    *("sign", "sine", "sqrt", "subtract", "tanh", "transpose", "xor", "convolution", "dot"),
 }
 """Operations that read every operand once and write their results."""

@@ -84,9 +84,8 @@ def tpu_programs(devices: Devices) -> Iterator[Program]:
             )
     tree = _tree(_nfnet_f0(), "float32", place)
     yield _clip("NFNet-F0 float32", TPU, _OUT_LAST, tree, 1.25, telemetry=True)
-    yield _step("NFNet-F0 float32", TPU, tree, place, 1.36)
-    dfs = {"xla_memory_scheduler": "dfs"}
-    yield _step("NFNet-F0 float32", TPU, tree, place, 1.15, options=dfs)
+    yield _step(tree, place, 1.36)
+    yield _step(tree, place, 1.15, scheduler="dfs")
     yield from _pod_programs(devices)
 
 
@@ -187,17 +186,8 @@ def _optax_clip(gradients: Any, params: Any) -> Any:
     return optax.adaptive_grad_clip(0.01).update(gradients, optax.EmptyState(), params)[0]
 
 
-def _step(
-    what: str,
-    target: str,
-    params: Tree,
-    place: Any,
-    most: float,
-    *,
-    options: Mapping[str, Any] | None = None,
-    **more: Any,
-) -> Program:
-    """Return an optimizer's step: everything a rule can ask for, and SGD."""
+def _step(params: Tree, place: Any, most: float, scheduler: str = "") -> Program:
+    """Return an optimizer's step on NFNet-F0: everything a rule can ask for, and SGD."""
     import jax
     import optax
 
@@ -224,17 +214,16 @@ def _step(
         )
         return step, (params, state, params)
 
-    scheduler = (options or {}).get("xla_memory_scheduler")
+    name = f", {scheduler}" if scheduler else ""
     return Program(
-        f"step with SGD, schedule, zero policy{f', {scheduler}' if scheduler else ''} {what}",
-        target,
+        f"step with SGD, schedule, zero policy{name} NFNet-F0 float32",
+        TPU,
         *step_of(agc_jax.adaptive_grad_clip(rule)),
         5 * _bytes(params),  # parameters and momentum: read and written; gradients: read
         most,
         donate=(0, 1),
-        options=options or {},
+        options={"xla_memory_scheduler": scheduler} if scheduler else {},
         peer=Peer("optax", *step_of(optax.adaptive_grad_clip(0.01))),
-        **more,
     )
 
 

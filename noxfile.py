@@ -85,7 +85,7 @@ def report(session: nox.Session) -> None:
     # Results of devices that most machines lack are committed.
     committed = sorted(
         str(path)
-        for pattern in ("*-cuda.jsonl", "tpu-aot.json")
+        for pattern in ("*-cuda.jsonl", "*-aot.json")
         for path in (ROOT / "conformance" / "results").glob(pattern)
     )
     session.run("agc", "conformance", "report", *results, *committed, "--out", "report")
@@ -202,10 +202,18 @@ def triton(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def conformance_tpu(session: nox.Session) -> None:
-    """Compile every AGC program for a TPU topology, on a machine that need not have one."""
+    """Compile AGC's JAX programs for TPUs, on a machine that need not have one."""
     install(session, "jax", "conformance", groups=("pinned-jax", "tpu"))
     out = "conformance/results/tpu-aot.json"
-    session.run("python", "-m", "agc_conformance.tpu", "--out", out, *session.posargs)
+    session.run("python", "-m", "agc_conformance.compiled", "tpu", "--out", out, env=QUIET)
+
+
+@nox.session(default=False)
+def conformance_gpu(session: nox.Session) -> None:
+    """Compile AGC's JAX programs for a GPU, on a machine that need not have one."""
+    install(session, "jax", "conformance", groups=("pinned-jax", "gpu"))
+    out = "conformance/results/gpu-aot.json"
+    session.run("python", "-m", "agc_conformance.compiled", "gpu", "--out", out, env=QUIET)
 
 
 @nox.session(default=False)

@@ -371,22 +371,21 @@ def _group_small(
 
 
 def _count_units(g: jax.Array, w: jax.Array, clipping: jax.Array, *, limits: _Limits) -> Rows:
-    """Numbers of K parameters with U units each, from squared norms, all in one reduction."""
+    """Numbers of K parameters with U units each, from squared norms.
+
+    Four reductions, each of which is an all-reduce of K numbers where units are sharded. Of one
+    with four results XLA makes an exchange that grows with the number of devices.
+    """
     units = _decide(g, w, clipping, limits=limits)
-    wide = g.dtype.type
-    one = lax.full_like(g, 1)
-    rows = (
-        lax.convert_element_type(units.clipped, np.int32),
-        lax.convert_element_type(units.bad, np.int32),
-        lax.div(units.norm, units.floor),
-        lax.select(units.clipped, lax.div(one, units.divisor), one),
+    one = g.dtype.type(1)
+    divisor = lax.select(units.clipped, units.divisor, lax.full_like(g, 1))
+    clipped, bad = (
+        lax.reduce_sum(lax.convert_element_type(mask, np.int32), (1,))
+        for mask in (units.clipped, units.bad)
     )
-    start = (np.int32(0), np.int32(0), wide(0), wide(1))
-    return lax.reduce(rows, start, _combine, (1,))  # type: ignore[no-any-return]
-
-
-def _combine(a: Rows, b: Rows) -> Rows:
-    return a[0] + b[0], a[1] + b[1], lax.max(a[2], b[2]), lax.min(a[3], b[3])
+    max_ratio = lax.reduce(lax.div(units.norm, units.floor), one - one, lax.max, (1,))
+    max_divisor = lax.reduce(divisor, one, lax.max, (1,))
+    return clipped, bad, max_ratio, lax.div(lax.full_like(max_divisor, 1), max_divisor)
 
 
 def _thresholds(

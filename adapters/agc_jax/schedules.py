@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from agc import Schedule
 from agc.errors import ConfigError
@@ -47,10 +46,19 @@ def value_at(
         If what a schedule returns is no scalar, or is known and is not a finite number above 0.
     """
     if isinstance(value, Schedule):
-        steps, points = zip(*value.points, strict=True)
         dtype = jax.dtypes.canonicalize_dtype(dtype)
-        return jnp.interp(jnp.asarray(step, dtype), np.array(steps, dtype), np.array(points, dtype))
+        return _interpolate(value, jnp.asarray(step, dtype))
     return _call(name, value, step) if callable(value) else value
+
+
+def _interpolate(schedule: Schedule, step: jax.Array) -> jax.Array:
+    """Return the value at a step, without the loop that ``jnp.interp`` has."""
+    steps, values = (jnp.asarray(row, step.dtype) for row in zip(*schedule.points, strict=True))
+    right = jnp.searchsorted(steps, step, side="right", method="compare_all")
+    # Before the first point and after the last one both are the same.
+    left, right = jnp.maximum(right - 1, 0), jnp.minimum(right, len(steps) - 1)
+    part = (step - steps[left]) / jnp.maximum(steps[right] - steps[left], 1)
+    return values[left] + part * (values[right] - values[left])
 
 
 def _call(name: str, schedule: Callable[[Any], Any], step: Any) -> float | jax.Array:

@@ -48,7 +48,9 @@ def register(subparsers: Any) -> None:
     run.set_defaults(run=_run)
 
     report = commands.add_parser("report", help="present result files")
-    report.add_argument("files", type=Path, nargs="+", help="files of run, teeth and TPU records")
+    report.add_argument(
+        "files", type=Path, nargs="+", help="files of runs, teeth and compiled programs"
+    )
     report.add_argument(
         "--out", type=Path, metavar="DIR", help="also write HTML, Markdown, JUnit, JSON"
     )

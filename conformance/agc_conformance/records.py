@@ -6,13 +6,13 @@ name only when it is complete. Collecting results and presenting them share noth
 ========== ==========================================================================
 ``type``   holds
 ========== ==========================================================================
-header     program, machine and versions; ``kind`` is ``run``, ``teeth`` or ``tpu``
+header     program, machine and versions; ``kind`` is ``run``, ``teeth`` or ``compiled``
 result     one vector in one dtype on one backend
 train      one step of training on real images: numbers per layer, for the figures
 model      errors per layer of one comparison of an NFNet, for the figures
 unavailable a backend or device that is not on this machine, and why
 mutant     one wrong implementation and the vectors that catch it
-tpu        one program compiled ahead of time for a TPU: ``compiled``, never ``passed``
+program    one program compiled ahead of time: ``compiled``, never ``passed``
 footer     counts by status
 ========== ==========================================================================
 """
@@ -56,17 +56,18 @@ __all__ = [
     "FORMAT",
     "ULP_BINS",
     "VERSION",
+    "Costs",
     "Footer",
     "Header",
     "Kind",
     "ModelRecord",
     "MutantRecord",
+    "ProgramRecord",
     "Record",
     "ResultFile",
     "ResultRecord",
     "Role",
     "Status",
-    "TpuRecord",
     "TrainRecord",
     "UnavailableRecord",
     "Writer",
@@ -80,7 +81,7 @@ __all__ = [
 FORMAT: Final = "agc-results"
 VERSION: Final = 1
 
-Kind = Literal["run", "teeth", "tpu"]
+Kind = Literal["run", "teeth", "compiled"]
 Role = Literal["backend", "subject"]
 """A *backend* must conform. A *subject* is third-party code, which is reported but need not
 conform; its class says ``role = "subject"``."""
@@ -187,17 +188,28 @@ class MutantRecord(TypedDict):
     killed_by: list[str]
 
 
-class TpuRecord(TypedDict):
-    """One program compiled ahead of time for a TPU topology; other fields are shown as they are."""
+class Costs(TypedDict):
+    """What a compiled program costs one device."""
 
-    type: Literal["tpu"]
+    device_bytes: int
+    temporary_bytes: int
+    kernels: int
+    collectives: int
+    collective_bytes: int
+
+
+class ProgramRecord(TypedDict):
+    """One program compiled ahead of time, beside the least it must move and a peer."""
+
+    type: Literal["program"]
     id: str
-    status: Literal["compiled", "failed", "unavailable"]
-    topology: str
+    status: Literal["compiled", "failed"]
+    target: str
     detail: str
-    bytes_accessed: float | None
-    minimum_bytes: NotRequired[float | None]
-    flops: NotRequired[float | None]
+    minimum_bytes: NotRequired[int]
+    costs: NotRequired[Costs]
+    peer: NotRequired[str]
+    peer_costs: NotRequired[Costs]
 
 
 class Footer(TypedDict):
@@ -249,7 +261,7 @@ def make_header(kind: Kind, **more: Any) -> Header:
 
     Parameters
     ----------
-    kind : {"run", "teeth", "tpu"}
+    kind : {"run", "teeth", "compiled"}
         Kind of file.
     **more
         Further fields of :class:`Header`, for example ``backend="torch"``.
@@ -367,7 +379,7 @@ class ResultFile:
     models: list[ModelRecord] = field(default_factory=list)
     unavailable: list[UnavailableRecord] = field(default_factory=list)
     mutants: list[MutantRecord] = field(default_factory=list)
-    tpu: list[TpuRecord] = field(default_factory=list)
+    programs: list[ProgramRecord] = field(default_factory=list)
     footer: Footer | None = None
 
     @property
@@ -378,7 +390,7 @@ class ResultFile:
     @property
     def has_results(self) -> bool:
         """Whether the file holds anything to present."""
-        return any((self.results, self.unavailable, self.mutants, self.tpu))
+        return any((self.results, self.unavailable, self.mutants, self.programs))
 
 
 _FIELDS: Final[dict[str, str]] = {
@@ -387,7 +399,7 @@ _FIELDS: Final[dict[str, str]] = {
     "model": "models",
     "unavailable": "unavailable",
     "mutant": "mutants",
-    "tpu": "tpu",
+    "program": "programs",
 }
 
 
@@ -433,7 +445,7 @@ _CHECKS: Final = {
         "model": ModelRecord,
         "unavailable": UnavailableRecord,
         "mutant": MutantRecord,
-        "tpu": TpuRecord,
+        "program": ProgramRecord,
         "footer": Footer,
     }.items()
 }

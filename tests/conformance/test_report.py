@@ -49,6 +49,16 @@ def write(path: Path, kind: str, *records: Any, **header: Any) -> Path:
     return path
 
 
+def costs(device_bytes: int, kernels: int) -> dict[str, int]:
+    return {
+        "device_bytes": device_bytes,
+        "temporary_bytes": 81_920,
+        "kernels": kernels,
+        "collectives": 2,
+        "collective_bytes": 144,
+    }
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     def run(name: str, *records: Any, **header: Any) -> Path:
@@ -66,12 +76,15 @@ def files(tmp_path: Path) -> dict[str, Path]:
     }
     survivor = {**mutant, "status": "survived", "killed_by": []}
     compiled = {
-        "type": "tpu",
+        "type": "program",
         "id": "clip",
         "status": "compiled",
-        "topology": "v5e:2x2",
+        "target": "v5e:2x2",
         "detail": "",
-        "bytes_accessed": 123456.0,
+        "minimum_bytes": 1_000_000,
+        "costs": costs(1_020_000, kernels=25),
+        "peer": "optax",
+        "peer_costs": costs(1_340_000, kernels=33),
     }
     absent = {"type": "unavailable", "backend": "jax", "device": "tpu", "reason": "no TPU here"}
     return {
@@ -101,7 +114,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
         "absent": write(tmp_path / "absent.jsonl", "run", absent, backend="jax", device="tpu"),
         "teeth": write(tmp_path / "teeth.jsonl", "teeth", mutant),
         "survivor": write(tmp_path / "survivor.jsonl", "teeth", survivor),
-        "tpu": write(tmp_path / "tpu.jsonl", "tpu", compiled),
+        "compiled": write(tmp_path / "compiled.jsonl", "compiled", compiled),
     }
 
 
@@ -119,7 +132,7 @@ def quiet() -> Console:
         (["good"], 0),
         (["good", "peer"], 0),
         (["good", "absent"], 0),
-        (["good", "tpu", "teeth"], 0),
+        (["good", "compiled", "teeth"], 0),
         (["good", "bad"], 1),
         (["good", "survivor"], 1),
         (["absent"], 1),
@@ -131,7 +144,7 @@ def test_exit_status(files: dict[str, Path], names: list[str], status: int) -> N
 
 
 def test_headline_and_mood(files: dict[str, Path]) -> None:
-    everything = summary(files, "good", "bad", "peer", "absent", "teeth", "tpu")
+    everything = summary(files, "good", "bad", "peer", "absent", "teeth", "compiled")
     assert everything.headline == (
         "1 of 3 backends conform, 3 passed, 1 error, 1 failed, 1 xfail, 1 unsupported, "
         "1 unavailable, 1 of 1 mutants killed"
@@ -235,6 +248,9 @@ def test_html_shows_every_part(files: dict[str, Path]) -> None:
         "no TPU here",
         "v5e:2x2",
         "Compiled is not passed",
+        "1.02 MB, 1.020 x least (1.34 MB, 1.340 x least)",
+        "25 (33)",
+        "144 B in 2",
         "squeeze",
         "survived",
         "wrong axis",
@@ -289,7 +305,7 @@ def test_markdown(files: dict[str, Path]) -> None:
     text = markdown(summary(files, *files))
     assert "✗ 0/2" in text
     assert "✓ 2/2 1.5 ULP" in text
-    assert "compiled" in text
+    assert "| v5e:2x2 | compiled | 1.02 MB, 1.020 x least (1.34 MB, " in text
     assert "**survived**" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in tables)
@@ -303,11 +319,11 @@ def test_terminal(files: dict[str, Path]) -> None:
     assert "FAILED 0/2" in text
     assert "unavailable jax on tpu: no TPU here" in text
     assert "survived squeeze" in text
-    assert "1 of 1 programs compiled for a TPU (not run)" in text
+    assert "1 of 1 programs compiled ahead of time (not run)" in text
 
 
 def test_compiled_is_never_passed(files: dict[str, Path]) -> None:
-    found = summary(files, "tpu")
+    found = summary(files, "compiled")
     assert found.headline == "0 of 0 backends conform"
     assert found.mood == "partly"
 

@@ -20,6 +20,7 @@ import agc_jax
 from agc import AGC, Schedule, Units
 from agc.errors import ConfigError, DTypeError, MissingGradientError, ParameterError
 from agc.reference import adaptive_clip
+from agc_conformance.compiled import hlo
 from tests.contract.clip import ClipContract, check_gradients
 from tests.helpers import draw
 from tests.jax.driver import JaxDriver
@@ -50,12 +51,11 @@ def test_sums_of_other_platforms(platform: str, monkeypatch: pytest.MonkeyPatch)
     params, gradients = ({"w": array} for array in draw((3, 3, 512, 40), 1, np.float32))
     rule = AGC(units={"w": "h w i o -> o"}, clipping=Schedule([(0, 0.02), (10, 0.01)]))
     want = adaptive_clip(params, gradients, agc_jax.plan(params, rule), rule, step=5)
-    function = jax.jit(
-        lambda g, p: agc_jax.adaptive_clip_gradients(g, p, rule, step=jnp.int32(5))[0]
-    )
-    text = str(jax.make_jaxpr(function)(gradients, params))
+    function = jax.jit(lambda g, p, step: agc_jax.adaptive_clip_gradients(g, p, rule, step=step)[0])
+    arguments = gradients, params, jnp.int32(5)
+    text = str(jax.make_jaxpr(function)(*arguments))
     assert ("f64" in text) == (platform == "gpu")
-    check_gradients(jax.tree.map(np.asarray, function(gradients, params)), want)
+    check_gradients(jax.tree.map(np.asarray, function(*arguments)), want)
 
 
 def test_raise_policy_under_jit() -> None:
@@ -275,6 +275,30 @@ def test_nothing_waits_for_the_host() -> None:
         by_hand, _ = agc_jax.adaptive_clip_gradients(gradients, params, scheduled, step=3)
     assert same(clipped, by_hand)
     assert stats.total().units == 6
+
+
+def test_what_telemetry_exchanges_does_not_grow_with_the_devices() -> None:
+    """Whether units or what they are summed over are sharded."""
+    shapes = {"kernel0": (3, 64), "kernel1": (3, 64), "deep": (64, 3), "bias": (64,)}
+    rule = AGC(units={"bias": "o ->", "*": "i o -> o"})
+    exchanges = []
+    for count in (2, 4, 8):
+        mesh = jax.make_mesh(
+            (count,), ("d",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]
+        )
+        tree = {
+            name: jax.ShapeDtypeStruct(
+                shape,
+                np.float32,
+                sharding=jax.NamedSharding(mesh, jax.P(*("d" if n == 64 else None for n in shape))),
+            )
+            for name, shape in shapes.items()
+        }
+        step = jax.jit(lambda g, w: agc_jax.adaptive_clip_gradients(g, w, rule))
+        text = step.lower(tree, tree).compile().as_text()
+        exchanges.append(hlo.parse(text).collectives)
+    assert exchanges[0] == exchanges[1] == exchanges[2]
+    assert 0 < exchanges[0].count <= 4
 
 
 @older_xla

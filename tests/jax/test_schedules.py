@@ -31,6 +31,12 @@ def test_schedules(points, dtype, rtol):
         assert float(eager(3)) == pytest.approx(schedule(3), rel=rtol)
 
 
+def test_a_schedule_is_no_loop():
+    text = str(jax.make_jaxpr(partial(value_at, "x", Schedule(POINTS)))(jnp.int32(3)))
+    assert "while" not in text
+    assert "scan" not in text
+
+
 def test_numbers_and_functions():
     assert value_at("x", 0.3, jnp.asarray(7)) == 0.3
     assert value_at("x", lambda step: 1 / (1 + step), 3) == 0.25

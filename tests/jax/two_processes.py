@@ -10,53 +10,145 @@ os.environ.update(
 )
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import agc_jax
-from agc import AGC
+from agc import AGC, SAM
 from agc.errors import ConfigError, NonFiniteError
 
 RANK, PORT = int(sys.argv[1]), sys.argv[2]
+RNG = np.random.default_rng(0)
 
 
-def main() -> None:
+def normal(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+PARAMS = {"kernel": normal(8, 4), "bias": normal(4)}
+GRADIENTS = {name: 100 * value for name, value in PARAMS.items()}
+X, Y = normal(16, 8), normal(16, 4)
+
+
+def mesh(kind=AxisType.Auto):
+    return jax.make_mesh((4,), ("d",), axis_types=(kind,))
+
+
+def placed(array, *spec, on=None):
+    """Return an array of which each process has its part."""
+    sharding = NamedSharding(on or mesh(), PartitionSpec(*spec))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def split(tree):
+    """Split every array along its first axis, as fully sharded parameters are."""
+    return {name: placed(array, "d") for name, array in tree.items()}
+
+
+def whole(tree):
+    """Return trees of sharded arrays as every process has them."""
+    (leaf, *_), _ = jax.tree.flatten(tree)
+    everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    return jax.tree.map(np.asarray, jax.jit(lambda tree: tree, out_shardings=everywhere)(tree))
+
+
+def same_bits(tree, wanted):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b)), whole(tree), wanted)
+
+
+def close(tree, wanted):
+    """Other orders of summation move small elements by many ULP, so the largest is the measure."""
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
+    for a, b in zip(jax.tree.leaves(whole(tree)), jax.tree.leaves(wanted), strict=True):
+        assert np.abs(a - b).max() <= 2e-7 * largest
+
+
+def clip_in_every_layout():
+    layouts = {"whole": (), "units": (None, "d"), "sums": ("d",), "bias": ("d",)}
+    arrays = {name: ("bias" if name == "bias" else "kernel") for name in layouts}
+    params, gradients = (
+        {name: tree[array] for name, array in arrays.items()} for tree in (PARAMS, GRADIENTS)
+    )
+    rule = AGC(units={"bias": "o ->", "*": "i o -> o"})
+    wanted = agc_jax.adaptive_clip_gradients(gradients, params, rule)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        on = mesh(kind)
+        g, w = (
+            {name: placed(array, *layouts[name], on=on) for name, array in tree.items()}
+            for tree in (gradients, params)
+        )
+        clip = jax.jit(lambda g, w: agc_jax.adaptive_clip_gradients(g, w, rule))
+        same_bits(clip(g, w), wanted)
+
+
+def step_of_an_optimizer():
+    tx = optax.chain(agc_jax.adaptive_grad_clip(AGC()), optax.sgd(0.1, 0.9, nesterov=True))
+
+    def two_steps(gradients, params):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    run = jax.jit(two_steps)
+    same_bits(run(split(GRADIENTS), split(PARAMS)), run(GRADIENTS, PARAMS))
+
+
+def loss(params, x, y):
+    return jnp.mean((jnp.tanh(x @ params["kernel"] + params["bias"]) - y) ** 2)
+
+
+def sharpen_sharded_parameters():
+    for rule in (SAM(rho=0.05, fraction=0.5), SAM(rho=0.05, adaptive=True)):
+        function = jax.jit(agc_jax.sam_value_and_grad(loss, rule, batch_argnums=(1, 2)))
+        wanted = function(PARAMS, X, Y)
+        close(function(split(PARAMS), placed(X, "d"), placed(Y, "d")), wanted)
+
+
+def sharpen_replicas():
+    """In local scope each has a perturbation of its own, as micro-batches have."""
+    for scope, microbatches in (("global", 1), ("local", 4)):
+        function = agc_jax.sam_value_and_grad(
+            loss, SAM(rho=0.05, scope=scope), axis_name="d", batch_argnums=(1, 2)
+        )
+        specs = (PartitionSpec(), PartitionSpec("d"), PartitionSpec("d"))
+        run = jax.shard_map(function, mesh=mesh(), in_specs=specs, out_specs=PartitionSpec())
+        alone = agc_jax.sam_value_and_grad(
+            loss, SAM(rho=0.05, microbatches=microbatches), batch_argnums=(1, 2)
+        )
+        params = {name: placed(array) for name, array in PARAMS.items()}
+        answer = jax.jit(run)(params, placed(X, "d"), placed(Y, "d"))
+        close(answer, jax.jit(alone)(PARAMS, X, Y))
+
+
+def raise_on_all():
+    rule = AGC(nonfinite="raise")
+    poisoned = split({**GRADIENTS, "bias": np.full(4, np.nan, np.float32)})
+
+    def clip(g, w):
+        return agc_jax.adaptive_clip_gradients(g, w, rule)[0]
+
+    for call, error in ((jax.jit(clip), ConfigError), (clip, NonFiniteError)):
+        with pytest.raises(error):
+            call(poisoned, split(PARAMS))
+
+
+def main():
     jax.distributed.initialize(f"127.0.0.1:{PORT}", 2, RANK, initialization_timeout=60)
     assert (jax.process_count(), jax.device_count()) == (2, 4)
-    rng = np.random.default_rng(0)
-    params = {"kernel": rng.normal(size=(8, 4)), "bias": rng.normal(size=4)}
-    params = {name: value.astype(np.float32) for name, value in params.items()}
-    gradients = {name: 100 * value for name, value in params.items()}
-    wanted, _ = agc_jax.adaptive_clip_gradients(gradients, params, AGC())
-
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def split(tree):
-        sharding = NamedSharding(mesh, PartitionSpec("d"))
-        return {
-            name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
-            for name, x in tree.items()
-        }
-
-    clip = jax.jit(lambda g, w: agc_jax.adaptive_clip_gradients(g, w, AGC())[0])
-    together = jax.jit(lambda tree: tree, out_shardings=whole)(
-        clip(split(gradients), split(params))
-    )
-    for name, value in wanted.items():
-        assert np.array_equal(np.asarray(together[name]), value), name
-    print(RANK, "sharded over processes: the same bits", flush=True)
-
-    rule = AGC(nonfinite="raise")
-    poisoned = {**gradients, "bias": np.full(4, np.nan, np.float32)}
-    for name, call in {
-        "jit": jax.jit(lambda g, w: agc_jax.adaptive_clip_gradients(g, w, rule)[0]),
-        "eager": lambda g, w: agc_jax.adaptive_clip_gradients(g, w, rule)[0],
-    }.items():
-        try:
-            call(split(poisoned), split(params))
-        except (ConfigError, NonFiniteError) as error:
-            print(RANK, name, type(error).__name__, flush=True)
+    for check in (
+        clip_in_every_layout,
+        step_of_an_optimizer,
+        sharpen_sharded_parameters,
+        sharpen_replicas,
+        raise_on_all,
+    ):
+        check()
+        print(check.__name__, flush=True)
 
 
 main()

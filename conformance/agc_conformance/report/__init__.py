@@ -24,7 +24,7 @@ def report(
     Parameters
     ----------
     files : sequence of path
-        Files of runs, teeth and TPU records.
+        Files of runs, teeth and compiled programs.
     out : path, optional
         Folder for ``index.html``, ``report.md``, ``report.json`` and ``junit.xml``.
     console : Console, optional

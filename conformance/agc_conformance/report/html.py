@@ -11,7 +11,7 @@ from agc_conformance.clauses import CLAUSES
 from agc_conformance.flags import FLAGS
 from agc_conformance.records import bad_statuses
 from agc_conformance.report.figures import histograms, model_errors, training_figures
-from agc_conformance.report.summary import ULP_LIMITS, Cell, Summary
+from agc_conformance.report.summary import ULP_LIMITS, Cell, Summary, program_cells
 from agc_conformance.vectors import load_vectors
 
 __all__ = ["html"]
@@ -23,7 +23,6 @@ def html(summary: Summary) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["ulp"] = lambda value: "" if value is None else f"{value:.3g}"
-    environment.filters["size"] = _size
     template = files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         summary=summary,
@@ -46,6 +45,7 @@ def html(summary: Summary) -> str:
         short=_short,
         all_dtypes=_dtypes(summary),
         empty=Cell(),
+        program_cells=program_cells,
     )
 
 
@@ -98,13 +98,3 @@ def _models(summary: Summary) -> list[tuple[str, list[tuple[str, str]], Markup]]
         records = {title: those for title, those in records.items() if those}
         models.append((name, list(results), Markup(model_errors(records) if records else "")))
     return models
-
-
-def _size(value: float | None) -> str:
-    if value is None:
-        return ""
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"

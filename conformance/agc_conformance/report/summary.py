@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -12,7 +12,7 @@ from agc_conformance.records import ULP_BINS, ResultFile, ResultRecord, Role, ba
 from agc_conformance.sharpness.compare import SHARPNESS_LIMITS
 from agc_conformance.verdict import LIMITS
 
-__all__ = ["ULP_LIMITS", "Cell", "CellVerdict", "Column", "Summary", "summarize"]
+__all__ = ["ULP_LIMITS", "Cell", "CellVerdict", "Column", "Summary", "program_cells", "summarize"]
 
 CellVerdict = Literal["passed", "failed", "expected", "unsupported", "none"]
 
@@ -158,7 +158,7 @@ class Summary:
     backends: list[Column]
     subjects: list[Column]
     teeth: list[ResultFile]
-    tpu: list[ResultFile]
+    compiled: list[ResultFile]
     unavailable: list[dict[str, Any]]
     files: list[ResultFile]
     notices: list[str]
@@ -190,8 +190,8 @@ class Summary:
 
     @property
     def programs(self) -> list[dict[str, Any]]:
-        """Programs compiled for TPU topologies."""
-        return [dict(program) for file in self.tpu for program in file.tpu]
+        """Programs compiled ahead of time."""
+        return [dict(program) for file in self.compiled for program in file.programs]
 
     @property
     def ok(self) -> bool:
@@ -229,6 +229,38 @@ class Summary:
         return ", ".join(parts)
 
 
+def program_cells(program: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a table shows of a compiled program, by title; the peer's numbers in brackets."""
+    costs, peer = program.get("costs"), program.get("peer_costs")
+    minimum = program.get("minimum_bytes")
+
+    def both(show: Callable[[Mapping[str, int]], str]) -> str:
+        if costs is None:
+            return ""
+        return show(costs) + (f" ({show(peer)})" if peer is not None else "")
+
+    def moved(costs: Mapping[str, int]) -> str:
+        size: int = costs["device_bytes"]
+        return _size(size) if minimum is None else f"{_size(size)}, {size / minimum:.3f} x least"
+
+    return {
+        "Device memory": both(moved),
+        "Temporary": both(lambda costs: _size(costs["temporary_bytes"])),
+        "Kernels": both(lambda costs: str(costs["kernels"])),
+        "Exchanged": both(lambda c: f"{_size(c['collective_bytes'])} in {c['collectives']}"),
+        "Peer": program.get("peer", ""),
+        "Note": program["detail"],
+    }
+
+
+def _size(value: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
+
+
 def summarize(files: Iterable[ResultFile]) -> Summary:
     """Combine result files."""
     files = list(files)
@@ -248,7 +280,7 @@ def summarize(files: Iterable[ResultFile]) -> Summary:
         backends=[column for column in columns if column.role == "backend"],
         subjects=[column for column in columns if column.role == "subject"],
         teeth=[file for file in files if file.header["kind"] == "teeth"],
-        tpu=[file for file in files if file.header["kind"] == "tpu"],
+        compiled=[file for file in files if file.header["kind"] == "compiled"],
         unavailable=unavailable,
         files=files,
         notices=_notices(files, columns),
@@ -258,7 +290,7 @@ def summarize(files: Iterable[ResultFile]) -> Summary:
 def _notices(files: Sequence[ResultFile], columns: Sequence[Column]) -> list[str]:
     """List caveats for readers of the matrix."""
     notices = []
-    digests = {file.header.get("vectors") for file in files if file.header["kind"] != "tpu"}
+    digests = {file.header.get("vectors") for file in files if file.header["kind"] != "compiled"}
     if len(digests) > 1:
         notices.append("These runs used different vectors; run them again with the same suite.")
     for column in columns:

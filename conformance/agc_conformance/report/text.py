@@ -13,7 +13,7 @@ from rich.table import Table
 
 from agc_conformance.clauses import CLAUSES
 from agc_conformance.records import bad_statuses
-from agc_conformance.report.summary import ULP_LIMITS, Cell, Column, Summary
+from agc_conformance.report.summary import ULP_LIMITS, Cell, Column, Summary, program_cells
 
 __all__ = ["as_json", "junit", "markdown", "terminal"]
 
@@ -97,7 +97,7 @@ def terminal(summary: Summary, console: Console) -> None:
     if summary.programs:
         compiled = sum(program["status"] == "compiled" for program in summary.programs)
         console.print(
-            f"{compiled} of {len(summary.programs)} programs compiled for a TPU (not run)",
+            f"{compiled} of {len(summary.programs)} programs compiled ahead of time (not run)",
             highlight=False,
         )
     for notice in summary.notices:
@@ -160,18 +160,13 @@ def markdown(summary: Summary) -> str:
         ]
         lines += _table(["mutant", "flag", "what it does", "", "for example"], rows)
     if summary.programs:
-        lines += ["## TPU, compiled ahead of time (not run)", ""]
+        lines += ["## Compiled ahead of time (not run)", ""]
+        cells = [program_cells(p) for p in summary.programs]
         rows = [
-            [
-                p["id"],
-                p["topology"],
-                p["status"],
-                "" if p.get("bytes_accessed") is None else f"{p['bytes_accessed']:.3g}",
-                p["detail"],
-            ]
-            for p in summary.programs
+            [p["id"], p["target"], p["status"], *row.values()]
+            for p, row in zip(summary.programs, cells, strict=True)
         ]
-        lines += _table(["program", "topology", "status", "bytes accessed", ""], rows)
+        lines += _table(["program", "target", "status", *(t.lower() for t in cells[0])], rows)
     lines += ["## Provenance", ""]
     rows = []
     for file in summary.files:
@@ -296,6 +291,6 @@ def as_json(summary: Summary) -> str:
         "failures": [{"run": column.title, **result} for column, result in summary.failures],
         "unavailable": summary.unavailable,
         "mutants": summary.mutants,
-        "tpu": summary.programs,
+        "programs": summary.programs,
     }
     return json.dumps(data, indent=1) + "\n"

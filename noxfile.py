@@ -110,7 +110,13 @@ def tests(session: nox.Session, framework: str) -> None:
     install(session, framework, "conformance", "weights", groups=groups)
     if framework == "torch":
         install_peers(session)
-    session.run("pytest", *IN_PARALLEL, f"tests/{framework}", *session.posargs, env=QUIET)
+    # What JAX compiled in one process, no other compiles again, nor the next run.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(Path(session.virtualenv.location) / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    session.run("pytest", *IN_PARALLEL, f"tests/{framework}", *session.posargs, env=QUIET | cache)
 
 
 @nox.session(default=False)

@@ -49,10 +49,6 @@ class Launches(TorchDispatchMode):  # type: ignore[misc]
             written = list(args[0]) if isinstance(args[0], (list, tuple)) else [args[0]]
         if not func.is_view and name not in NO_KERNELS:
             self.count += self._foreach(name, args) if name.startswith("_foreach") else 1
-            import os
-
-            if os.environ.get("SHOW"):
-                print(name, [tuple(r.shape) for r in read][:3], len(read), len(written))
             self.bytes += sum(tensor.numel() * tensor.itemsize for tensor in read + written)
         return result
 

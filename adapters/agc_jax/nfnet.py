@@ -28,10 +28,12 @@ from agc.nfnet import (
     Block,
     Conv,
     Initial,
+    Masks,
     Options,
     Variant,
     WsEps,
     blocks,
+    check_masks,
     final_conv,
     options,
     parameters,
@@ -307,11 +309,18 @@ class NFBlock(nnx.Module):  # type: ignore[misc]
         self.skip_gain = nnx.Param(jnp.zeros((), param_dtype))
         self.activation = Activation(options.activation)
 
-    def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
-        """Take images of shape (n, h, w, inputs) to (n, h / stride, w / stride, outputs)."""
+    def __call__(
+        self, x: jax.Array, deterministic: bool | None = None, keep: jax.Array | None = None
+    ) -> jax.Array:
+        """Take images of shape (n, h, w, inputs) to (n, h / stride, w / stride, outputs).
+
+        ``keep`` is :attr:`agc.nfnet.Masks.stochastic_depth`, which is drawn if None.
+        """
         residual, shortcut = self.branches(x)
         deterministic = self.deterministic if deterministic is None else deterministic
-        if not deterministic and self.drop_rate > 0:
+        if keep is not None:
+            residual = residual * keep[:, self.block.index, None, None, None].astype(residual.dtype)
+        elif not deterministic and self.drop_rate > 0:
             residual = residual * self.kept(residual)
         return self.join(residual, shortcut)
 
@@ -400,13 +409,17 @@ class NFNet(nnx.Module):  # type: ignore[misc]
             leaves[place] = _draw(spec.initial, spec.shape, leaves[place].dtype, given)
         nnx.update(self, jax.tree.unflatten(structure, leaves))
 
-    def __call__(self, x: jax.Array, *, deterministic: bool | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, masks: Masks | None = None, deterministic: bool | None = None
+    ) -> jax.Array:
         """Return logits.
 
         Parameters
         ----------
         x : array, shape (n, h, w, in_channels)
             Normalised images of any size.
+        masks : Masks, optional
+            What stochastic depth and dropout keep, for training mode. They are drawn if None.
         deterministic : bool, optional
             Whether dropout and stochastic depth are off; the mode that ``train()`` and ``eval()``
             set if None.
@@ -418,13 +431,28 @@ class NFNet(nnx.Module):  # type: ignore[misc]
         Raises
         ------
         ShapeError, DTypeError
-            If these are not such images.
+            If these are not such images, or not masks of them.
+        ConfigError
+            If there are masks in evaluation mode, or not as :class:`agc.nfnet.Masks`.
         """
-        x = self.stem(self._check(x))
+        x = self._check(x)
+        still = self.dropout.deterministic if deterministic is None else deterministic
+        keep, dropout = check_masks(
+            masks,
+            self.options.variant,
+            x.shape[0],
+            convert=jnp.asarray,
+            boolean=jnp.dtype(bool),
+            training=not still,
+        )
+        x = self.stem(x)
         for stage in self.stages:
             for block in stage:
-                x = block(x, deterministic)
+                x = block(x, deterministic, keep)
         pooled = self._pool(self._finish(x))
+        if dropout is not None:
+            kept = pooled * dropout.astype(pooled.dtype)
+            return self.head(kept / (1 - self.options.dropout))
         return self.head(self.dropout(pooled, deterministic=deterministic))
 
     def features(self, x: jax.Array, *, deterministic: bool | None = None) -> dict[str, jax.Array]:

@@ -28,11 +28,13 @@ from agc.nfnet import (
     Block,
     Conv,
     Kind,
+    Masks,
     Options,
     ParameterSpec,
     Variant,
     WsEps,
     blocks,
+    check_masks,
     final_conv,
     options,
     stem,
@@ -337,10 +339,18 @@ class NFBlock(_Layer):
         _build(self.conv0, self.conv1, self.conv1b, self.conv2, self.shortcut, self.se)
         self.skip_gain = self.add("skip_gain", (), "skip_gain")
 
-    def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Take images of shape (n, h, w, inputs) to (n, h / stride, w / stride, outputs)."""
+    def call(
+        self, x: tf.Tensor, training: bool = False, keep: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        """Take images of shape (n, h, w, inputs) to (n, h / stride, w / stride, outputs).
+
+        ``keep`` is :attr:`agc.nfnet.Masks.stochastic_depth`, which is drawn if None.
+        """
         residual, shortcut = self.branches(x)
-        if training and self.drop_rate > 0:
+        if keep is not None:
+            column = tf.reshape(keep[:, self.block.index], (tf.shape(residual)[0], 1, 1, 1))
+            residual = residual * tf.cast(column, residual.dtype)
+        elif training and self.drop_rate > 0:
             residual = residual * self.kept(residual)
         return self.join(residual, shortcut)
 
@@ -381,10 +391,12 @@ class Stage(_Layer):
         """Create the variables."""
         _build(*self.blocks)
 
-    def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Go through the blocks."""
+    def call(
+        self, x: tf.Tensor, training: bool = False, keep: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        """Go through the blocks, with the mask of all blocks of the model."""
         for block in self.blocks:
-            x = block(x, training=training)
+            x = block(x, training=training, keep=keep)
         return x
 
 
@@ -441,7 +453,7 @@ class NFNet(keras.Model):  # type: ignore[misc]
         if not self.built:
             _build(self.stem, *self.stages, self.final_conv, self.head)
 
-    def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
+    def call(self, x: tf.Tensor, training: bool = False, masks: Masks | None = None) -> tf.Tensor:
         """Return logits.
 
         Parameters
@@ -450,6 +462,8 @@ class NFNet(keras.Model):  # type: ignore[misc]
             Normalised images of any size.
         training : bool
             Whether dropout and stochastic depth are on.
+        masks : Masks, optional
+            What these keep, with ``training=True``. They are drawn if None.
 
         Returns
         -------
@@ -458,13 +472,28 @@ class NFNet(keras.Model):  # type: ignore[misc]
         Raises
         ------
         ShapeError, DTypeError
-            If these are not such images.
+            If these are not such images, or not masks of them.
+        ConfigError
+            If there are masks without ``training``, or not as :class:`agc.nfnet.Masks`.
         """
         x = self._check(x)
+        keep, dropout = check_masks(
+            masks,
+            self.options.variant,
+            x.shape[0],
+            convert=tf.convert_to_tensor,
+            boolean=tf.bool,
+            training=training,
+        )
+        if keep is not None:  # a graph may not know its shape
+            keep = tf.ensure_shape(keep, (x.shape[0], sum(self.options.variant.depths)))
         x = self.stem(x)
         for stage in self.stages:
-            x = stage(x, training=training)
+            x = stage(x, training=training, keep=keep)
         pooled = self._pool(self._finish(x))
+        if dropout is not None:
+            kept = tf.cast(tf.reshape(dropout, tf.shape(pooled)), pooled.dtype)
+            return self.head(pooled * kept / (1 - self.options.dropout))
         return self.head(self.dropout(pooled, training=training))
 
     def features(self, x: tf.Tensor) -> dict[str, tf.Tensor]:

@@ -24,10 +24,12 @@ from agc.nfnet import (
     WS_EPS,
     Block,
     Conv,
+    Masks,
     Options,
     Variant,
     WsEps,
     blocks,
+    check_masks,
     final_conv,
     options,
     parameters,
@@ -380,10 +382,15 @@ class NFBlock(nn.Module):  # type: ignore[misc]
         self.skip_gain = nn.Parameter(torch.empty((), **factory))
         self.activation = Activation(options.activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Take images of shape (n, inputs, h, w) to (n, outputs, h / stride, w / stride)."""
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Take images of shape (n, inputs, h, w) to (n, outputs, h / stride, w / stride).
+
+        ``keep`` is :attr:`agc.nfnet.Masks.stochastic_depth`, which is drawn if None.
+        """
         residual, shortcut = self.branches(x)
-        if self.training and self.drop_rate > 0:
+        if keep is not None:
+            residual = residual * keep[:, self.block.index, None, None, None].to(residual.dtype)
+        elif self.training and self.drop_rate > 0:
             residual = residual * self.kept(residual)
         return self.join(residual, shortcut)
 
@@ -411,6 +418,16 @@ class NFBlock(nn.Module):  # type: ignore[misc]
     def join(self, residual: Tensor, shortcut: Tensor) -> Tensor:
         """Add the residual branch to the shortcut."""
         return torch.addcmul(shortcut, residual, (self.skip_gain * ALPHA).to(residual.dtype))
+
+
+class Chain(nn.Sequential):  # type: ignore[misc]
+    """The blocks of a stage, or the stages."""
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Go through them in order, with the mask of all blocks."""
+        for part in self:
+            x = part(x, keep)
+        return x
 
 
 class NFNet(nn.Module):  # type: ignore[misc]
@@ -446,7 +463,7 @@ class NFNet(nn.Module):  # type: ignore[misc]
         stages: list[list[NFBlock]] = [[] for _ in options.variant.depths]
         for block in blocks(options.variant):
             stages[block.stage].append(NFBlock(block, options, **factory))
-        self.stages = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
+        self.stages = Chain(*(Chain(*stage) for stage in stages))
         last = final_conv(options.variant)
         self.final_conv = WSConv2d(last, options.ws_eps, **factory)
         self.activation = Activation(options.activation)
@@ -468,13 +485,16 @@ class NFNet(nn.Module):  # type: ignore[misc]
                     bound = 2 * initial.value
                     nn.init.trunc_normal_(tensor, std=initial.value, a=-bound, b=bound)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, masks: Masks | None = None) -> Tensor:
         """Return logits.
 
         Parameters
         ----------
         x : Tensor, shape (n, in_channels, h, w)
             Normalised images of any size.
+        masks : Masks, optional
+            What stochastic depth and dropout keep, for training mode: arrays, or tensors on any
+            device. They are drawn if None.
 
         Returns
         -------
@@ -483,11 +503,24 @@ class NFNet(nn.Module):  # type: ignore[misc]
         Raises
         ------
         ShapeError, DTypeError
-            If these are not such images.
+            If these are not such images, or not masks of them.
+        ConfigError
+            If there are masks in evaluation mode, or not as :class:`agc.nfnet.Masks`.
         """
         self._check(x)
-        pooled = self._pool(self._finish(self.stages(self.stem(x))))
-        return self.head(F.dropout(pooled, self.options.dropout, self.training))
+        keep, dropout = check_masks(
+            masks,
+            self.options.variant,
+            x.shape[0],
+            convert=lambda mask: torch.as_tensor(mask, device=x.device),
+            boolean=torch.bool,
+            training=self.training,
+        )
+        pooled = self._pool(self._finish(self.stages(self.stem(x), keep)))
+        rate = self.options.dropout
+        if dropout is not None:
+            return self.head(pooled * dropout.to(pooled.dtype) / (1 - rate))
+        return self.head(F.dropout(pooled, rate, self.training))
 
     def features(self, x: Tensor) -> dict[str, Tensor]:
         """Return what comes out of each part, for the images that :meth:`forward` takes.

@@ -10,11 +10,12 @@ import numpy.typing as npt
 
 from agc.checks import check_count
 from agc.data.examples import Examples
-from agc.data.masks import Masks
+from agc.data.masks import RecipeMasks
 from agc.data.sources import Source
 from agc.data.sources.choose import check_count_of_images
 from agc.data.uniforms import Purpose
 from agc.errors import ConfigError
+from agc.nfnet import Masks
 from agc.recipe import Recipe
 
 __all__ = ["Batch", "Batches", "block_of"]
@@ -47,6 +48,11 @@ class Batch(NamedTuple):
     numbers: npt.NDArray[np.int64]
     keep: npt.NDArray[np.bool_] | None
     dropout: npt.NDArray[np.bool_] | None
+
+    @property
+    def masks(self) -> Masks:
+        """What an NFNet takes as ``masks``."""
+        return Masks(self.keep, self.dropout)
 
 
 class Batches:
@@ -90,7 +96,7 @@ class Batches:
                 f"sam.group={group} does not divide the {len(self._block)} examples of each of "
                 f"{hosts} hosts"
             )
-        self._masks = Masks(recipe)
+        self._masks = RecipeMasks(recipe)
 
     def __len__(self) -> int:
         """Return the number of steps."""

@@ -11,10 +11,10 @@ from agc.data.uniforms import Purpose, Stream
 from agc.nfnet import blocks, final_conv
 from agc.recipe import Recipe
 
-__all__ = ["Masks"]
+__all__ = ["RecipeMasks"]
 
 
-class Masks:
+class RecipeMasks:
     """The masks of a recipe's examples.
 
     Parameters

@@ -22,6 +22,7 @@ biases are ``(outputs,)``, a skip gain ``()``.
 """
 
 from agc.nfnet.architecture import Block, Conv, blocks, final_conv, same_padding, stem
+from agc.nfnet.masks import Masks, check_masks
 from agc.nfnet.parameters import HEAD, Initial, Kind, ParameterSpec, check_arrays, parameters
 from agc.nfnet.recipe import MOMENTUM, SMOOTHING, WEIGHT_DECAY, check_recipe, decays
 from agc.nfnet.seeded import seeded_batch, seeded_parameters
@@ -54,12 +55,14 @@ __all__ = [
     "Conv",
     "Initial",
     "Kind",
+    "Masks",
     "Options",
     "ParameterSpec",
     "Variant",
     "WsEps",
     "blocks",
     "check_arrays",
+    "check_masks",
     "check_recipe",
     "decays",
     "final_conv",

@@ -28,9 +28,11 @@ from agc.nfnet import (
     WS_EPS,
     Block,
     Conv,
+    Masks,
     Variant,
     blocks,
     check_arrays,
+    check_masks,
     final_conv,
     parameters,
     same_padding,
@@ -73,7 +75,7 @@ class NFNetPass:
 
 
 class NFNet:
-    """An NFNet with tanh-GELU and DeepMind's weight standardisation, in evaluation mode.
+    """An NFNet with tanh-GELU and DeepMind's weight standardisation; it draws nothing.
 
     Parameters
     ----------
@@ -82,6 +84,8 @@ class NFNet:
     arrays : mapping of str to array
         Every parameter by canonical name, in the neutral layout. The number of classes and of image
         channels are taken from them.
+    dropout : float, optional
+        Rate before the classifier, which rescales what a mask keeps; the variant's if None.
 
     Attributes
     ----------
@@ -103,8 +107,15 @@ class NFNet:
     2.280224321275
     """
 
-    def __init__(self, variant: str | Variant, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def __init__(
+        self,
+        variant: str | Variant,
+        arrays: Mapping[str, npt.NDArray[Any]],
+        *,
+        dropout: float | None = None,
+    ) -> None:
         self.variant = find_variant(variant)
+        self.dropout = self.variant.dropout if dropout is None else dropout
         bias = arrays.get(f"{HEAD}.bias")
         classes = None if bias is None or bias.ndim != 1 else bias.shape[0]
         first = arrays.get("stem.conv0.weight")
@@ -115,26 +126,25 @@ class NFNet:
 
     # -- the whole ------------------------------------------------------------------------------
 
-    def __call__(
-        self, images: npt.NDArray[Any], kept: Mapping[str, npt.NDArray[Any]] | None = None
-    ) -> NFNetPass:
+    def __call__(self, images: npt.NDArray[Any], masks: Masks | None = None) -> NFNetPass:
         """Return what a forward pass finds.
 
         Parameters
         ----------
         images : array, shape (n, h, w, channels)
             Of any size.
-        kept : mapping of str to array of shape (n,), optional
-            Stochastic depth by block name: 1 for the images that keep the residual branch, 0 for
-            the others. A block that is not here keeps all, as in evaluation.
+        masks : Masks, optional
+            What stochastic depth and dropout keep. All is kept where there is no mask, as in
+            evaluation.
 
         Raises
         ------
         ShapeError
-            If these are not such images.
+            If these are not such images, or not masks of them.
         """
         if images.ndim != 4 or images.shape[3] != self.channels:
             raise ShapeError(f"images: shape {images.shape} is not (n, h, w, {self.channels})")
+        masks = check_masks(masks, self.variant, len(images), convert=np.asarray)
         outputs: dict[str, Array] = {}
         residuals: list[Array] = []
         backs: list[Back] = []
@@ -142,15 +152,18 @@ class NFNet:
         outputs["stem"] = x
         backs.append(back)
         for block in blocks(self.variant):
-            keep = (
-                np.ones(len(images)) if kept is None else kept.get(block.name, np.ones(len(images)))
-            )
-            x, residual, back = self.block(block, x, np.asarray(keep, np.float64))
+            keep = np.ones(len(images))
+            if masks.stochastic_depth is not None:
+                keep = np.asarray(masks.stochastic_depth[:, block.index], np.float64)
+            x, residual, back = self.block(block, x, keep)
             outputs[block.name] = x
             residuals.append(residual)
             backs.append(back)
         pooled, back = self.finish(x)
         backs.append(back)
+        if masks.dropout is not None:
+            pooled, back = self.drop(pooled, masks.dropout)
+            backs.append(back)
         logits, back = self.dense(HEAD, pooled)
         backs.append(back)
 
@@ -222,6 +235,11 @@ class NFNet:
             return np.broadcast_to(d[:, None, None] / (shape[1] * shape[2]), shape)
 
         return x.mean((1, 2)), _chain([back_conv, back_active, back_mean])
+
+    def drop(self, x: Array, keep: npt.NDArray[Any]) -> tuple[Array, Back]:
+        """Set features to 0, and divide those that are kept by their share."""
+        factor = keep / (1 - self.dropout)
+        return x * factor, lambda d: d * factor
 
     # -- its parts ------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from tests.helpers import Array
 
 @dataclass(frozen=True)
 class Outputs:
-    """A model on a batch, in evaluation mode; the loss has label smoothing."""
+    """A model on a batch; the loss has label smoothing."""
 
     loss: Any
     logits: Array
@@ -185,8 +185,8 @@ class Driver(ABC):
         return nullcontext()
 
     @abstractmethod
-    def run(self, layer: Any, x: Array, train: bool = False) -> Array:
-        """Return what a model, block or layer makes of an array."""
+    def run(self, layer: Any, x: Array, train: bool = False, **options: Any) -> Array:
+        """Return what a model, block or layer makes of an array, and of other arguments."""
 
     @abstractmethod
     def call(self, model: Any, method: str, x: Array) -> Any:
@@ -197,8 +197,15 @@ class Driver(ABC):
         """Return how signals propagate in a model."""
 
     @abstractmethod
-    def outputs(self, model: Any, images: Array, labels: Array, mode: str | None = None) -> Outputs:
-        """Return all that a model computes."""
+    def outputs(
+        self,
+        model: Any,
+        images: Array,
+        labels: Array,
+        mode: str | None = None,
+        masks: core.Masks | None = None,
+    ) -> Outputs:
+        """Return all that a model computes, in training mode if there are masks."""
 
     def shapes(self, model: Any, images: Array, labels: Array) -> Outputs:
         """Return what has the shapes and dtypes of :meth:`outputs`."""

@@ -14,7 +14,8 @@ import pytest
 from agc import AGC
 from agc import nfnet as core
 from agc.errors import ConfigError, DTypeError, ShapeError
-from agc.reference.nfnet import NFNet
+from agc.nfnet import Masks
+from agc.reference.nfnet import NFNet, NFNetPass, smoothed_cross_entropy
 from agc_conformance.nfnets.golden import GOLDEN, LIMITS, SMOOTHING
 from tests.contract import Contract
 from tests.contract.driver import Driver, Outputs
@@ -30,6 +31,12 @@ WIDE = core.Variant("wide", (1, 1), 0.0, 32, 32, (512, 1024), 256)
 
 # Most tests take images of this size, so that a framework which compiles does so once.
 SIZE = (2, 20, 27)
+
+# Of SHALLOW on two images. Each block is kept by an image, and no two orders of the blocks agree.
+MASKS = Masks(
+    np.array([[True, True, False], [False, True, True]]),
+    np.arange(128).reshape(2, 64) % 5 > 1,
+)
 
 
 def normal(seed: int, *shape: int) -> Array:
@@ -302,6 +309,73 @@ class NFNetContract(Contract):
             close(row, kept, 1e-12 if dtype == "float64" else 2e-2)
         again = (self.driver.run(block, many, train=True) == x).all((1, 2, 3))
         assert not np.array_equal(again, dropped)
+
+    # Masks that are given
+
+    def masked(self, model: Any) -> NFNetPass:
+        """Return what SHALLOW does with the masks, in the reference."""
+        values = self.driver.adapter.to_neutral(model)
+        return NFNet(SHALLOW, values, dropout=model.options.dropout)(images_of(*SIZE), MASKS)
+
+    def test_masks(self, mode):
+        """Outputs and gradients are the reference's: so they are the same in every framework."""
+        model = self.driver.seeded(SHALLOW, dropout=0.4)
+        images, labels = core.seeded_batch(*SIZE)
+        found = self.driver.outputs(model, images, labels, mode, MASKS)
+        expected = self.masked(model)
+        loss, gradient = smoothed_cross_entropy(expected.logits, labels)
+        close(found.logits, expected.logits, EXACT.logits)
+        assert abs(float(found.loss) - loss) <= EXACT.loss
+        for name, wanted in expected.backward(gradient).items():
+            limit = EXACT.skip_gain if name.endswith("skip_gain") else EXACT.gradient
+            own = found.gradients[name]
+            if self.driver.channels_first and own.ndim > 1:
+                own = np.moveaxis(own, 0, -1)
+            assert relative(own, wanted) <= limit, name
+
+    @pytest.mark.parametrize(
+        ("dtype", "stored"), [("bfloat16", BFLOAT16), ("mixed_bfloat16", np.dtype("float32"))]
+    )
+    def test_masks_in_half_precision(self, dtype, stored):
+        model = self.driver.seeded(SHALLOW, dtype, dropout=0.4)
+        with self.driver.autocast():
+            images = images_of(*SIZE, dtype=stored)
+            logits = self.driver.run(model, images, train=True, masks=MASKS)
+        assert logits.dtype == BFLOAT16
+        close(logits, self.masked(model).logits, LIMITS["bfloat16"].logits)
+
+    def test_what_is_given_is_not_drawn(self):
+        images = images_of(16, 8)
+        masks = Masks(*(np.tile(mask, (8, 1)) for mask in MASKS))
+
+        def run(*each: Masks | None) -> list[Array]:
+            options = {"dropout": 0.4, "stochastic_depth": 0.5, "dtype": "float64", "seed": 0}
+            model = self.driver.nfnet(SHALLOW, **options)
+            self.driver.adapter.from_neutral(model, core.seeded_parameters(SHALLOW))
+            return [self.driver.run(model, images, train=True, masks=masks) for masks in each]
+
+        first, again, drawn = run(masks, masks, None)
+        np.testing.assert_array_equal(first, again)
+        np.testing.assert_array_equal(drawn, run(None)[0])  # no random number had been used up
+        for part in (masks._replace(dropout=None), masks._replace(stochastic_depth=None)):
+            assert relative(*run(part, part)) > 1e-3
+
+    def test_bad_masks(self):
+        model = self.driver.blank(SHALLOW)
+        depth, dropout = MASKS
+
+        def refuse(error: type[Exception], message: str, masks: Any, train: bool = True) -> None:
+            with pytest.raises(error, match=message):
+                self.run(model, train=train, masks=masks)
+
+        refuse(ConfigError, r"an agc\.nfnet\.Masks\(.*\), got tuple", tuple(MASKS))
+        refuse(ConfigError, "the model is in evaluation mode", MASKS, train=False)
+        shape = r"masks\.stochastic_depth must have the shape \(n, blocks\), here \(2, 3\), got "
+        refuse(ShapeError, shape + r"\(2, 2\)", MASKS._replace(stochastic_depth=depth[:, 1:]))
+        refuse(ShapeError, shape + r"\(3,\)", Masks(depth[0], None))
+        refuse(ShapeError, r"here \(2, 64\), got \(1, 64\)", Masks(None, dropout[:1]))
+        rescaled = (dropout / 0.6).astype("float32")
+        refuse(DTypeError, r"masks\.dropout must be bool.* got .*float32", Masks(depth, rescaled))
 
     @pytest.mark.parametrize("variant", ["tiny", "F1", SHALLOW])
     def test_rates_of_stochastic_depth(self, variant):

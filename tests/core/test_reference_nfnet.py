@@ -10,7 +10,15 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from agc.errors import ParameterError, ShapeError
-from agc.nfnet import VARIANTS, Variant, blocks, parameters, seeded_batch, seeded_parameters
+from agc.nfnet import (
+    VARIANTS,
+    Masks,
+    Variant,
+    blocks,
+    parameters,
+    seeded_batch,
+    seeded_parameters,
+)
 from agc.reference.nfnet import NFNet, smoothed_cross_entropy
 from agc_conformance.nfnets.golden import GOLDEN
 from tests.helpers import norm
@@ -44,23 +52,25 @@ def test_golden_values(name):
 
 
 @pytest.mark.parametrize(
-    "kept", [None, {"stages.1.0": np.array([0, 1]), "stages.1.1": np.array([1, 0])}]
+    "masks",
+    [None, Masks(np.array([[1, 0, 1], [1, 1, 0]], bool), np.arange(256).reshape(2, 128) % 3 > 0)],
 )
-def test_gradients_by_finite_differences(kept):
+def test_gradients_by_finite_differences(masks):
     arrays = seeded_parameters(SMALL)
     arrays["stages.1.0.conv1.weight"][..., :7] *= 1e-3  # filters below the floor
     arrays["stages.1.1.skip_gain"] *= 0
     images, labels = seeded_batch(2, 21, 26)  # both odd and even on the way down
 
     def loss(changed):
-        return smoothed_cross_entropy(NFNet(SMALL, changed)(images, kept).logits, labels)
+        model = NFNet(SMALL, changed, dropout=0.3)
+        return smoothed_cross_entropy(model(images, masks).logits, labels)
 
-    found = NFNet(SMALL, arrays)(images, kept)
+    found = NFNet(SMALL, arrays, dropout=0.3)(images, masks)
     gradients = found.backward(smoothed_cross_entropy(found.logits, labels)[1])
     random = np.random.RandomState(0)
     for name, array in arrays.items():
         direction = random.standard_normal(array.shape) * (abs(array).mean() + 1e-2)
-        step = 1e-5
+        step = 5e-6
         ends = [loss({**arrays, name: array + sign * step * direction})[0] for sign in (1, -1)]
         slope = (ends[0] - ends[1]) / (2 * step)
         assert slope == pytest.approx(np.sum(gradients[name] * direction), rel=1e-5, abs=3e-10), (
@@ -72,12 +82,26 @@ def test_stochastic_depth():
     arrays = seeded_parameters(SMALL)
     images, _ = seeded_batch(3, 20)
     model = NFNet(SMALL, arrays)
-    full, none = model(images), model(images, {"stages.1.1": np.zeros(3)})
-    mixed = model(images, {"stages.1.1": np.array([1, 0, 1])})
+
+    def keeping(*last):
+        return model(images, Masks(np.array([[True, True, keep] for keep in last]), None))
+
+    full, none, mixed = model(images), keeping(0, 0, 0), keeping(1, 0, 1)
     assert np.array_equal(none.outputs["stages.1.1"], full.outputs["stages.1.0"])
     assert not np.allclose(full.logits, none.logits, rtol=1e-4)
     assert np.allclose(mixed.logits[[0, 2]], full.logits[[0, 2]], rtol=1e-13)
     assert np.allclose(mixed.logits[1], none.logits[1], rtol=1e-13)
+
+
+def test_dropout():
+    arrays = seeded_parameters(SMALL)
+    images, _ = seeded_batch(2, 20)
+    keep = np.arange(256).reshape(2, 128) % 3 > 0
+    found = NFNet(SMALL, arrays, dropout=0.25)(images, Masks(None, keep))
+    pooled = NFNet(SMALL, arrays)(images).pooled
+    np.testing.assert_allclose(found.pooled, np.where(keep, pooled / 0.75, 0))
+    want = found.pooled @ arrays["head.weight"] + arrays["head.bias"]
+    np.testing.assert_allclose(found.logits, want)
 
 
 def test_outputs_and_sizes():

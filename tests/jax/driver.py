@@ -17,6 +17,7 @@ from jax.test_util import check_grads
 
 import agc_jax
 from agc import AGC
+from agc import nfnet as core
 from agc_conformance.backends.jax.backend import JaxBackend
 from agc_conformance.nfnets.golden import SMOOTHING
 from agc_jax.nfnet import Activation, WSConv2d
@@ -24,23 +25,27 @@ from tests.contract.driver import Driver, Optimizer, Outputs, SamProblem, Sharpe
 from tests.helpers import Array
 
 
-def loss_and_logits(model: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
-    logits = model(images)
+def loss_and_logits(
+    model: Any, images: jax.Array, labels: jax.Array, masks: core.Masks | None = None
+) -> tuple[Any, Any]:
+    logits = model(images, masks=masks)
     wanted = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     loss = optax.softmax_cross_entropy(logits, optax.smooth_labels(wanted, SMOOTHING)).mean()
     return loss, logits
 
 
-run = nnx.jit(lambda layer, x: layer(x))
+run = nnx.jit(lambda layer, x, **options: layer(x, **options))
 signals = nnx.jit(lambda model, images: model.signals(images))
 standardised = nnx.jit(lambda conv: conv.standardised())
 
 
 @nnx.jit
-def everything(model: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, ...]:
+def everything(
+    model: Any, images: jax.Array, labels: jax.Array, masks: core.Masks | None = None
+) -> tuple[Any, ...]:
     """Compute all of Outputs in one program, most of which they share."""
     derive = nnx.value_and_grad(loss_and_logits, has_aux=True)
-    (loss, logits), gradients = derive(model, images, labels)
+    (loss, logits), gradients = derive(model, images, labels, masks)
     return loss, logits, gradients, model.features(images), model.signals(images)
 
 
@@ -164,9 +169,9 @@ class JaxDriver(Driver):
             partial(agc_jax.adaptive_grad_clip, clipping=0.1),
         ]
 
-    def run(self, layer: Any, x: Array, train: bool = False) -> Array:
+    def run(self, layer: Any, x: Array, train: bool = False, **options: Any) -> Array:
         layer.train() if train else layer.eval()
-        return np.asarray(run(layer, jnp.asarray(x)))
+        return np.asarray(run(layer, jnp.asarray(x), **options))
 
     def call(self, model: Any, method: str, x: Array) -> Any:
         return getattr(model, method)(jnp.asarray(x))
@@ -174,11 +179,19 @@ class JaxDriver(Driver):
     def signals(self, model: Any, images: Array) -> Mapping[str, Array]:
         return {name: np.asarray(value) for name, value in signals(model, images).items()}
 
-    def outputs(self, model: Any, images: Array, labels: Array, mode: str | None = None) -> Outputs:
+    def outputs(
+        self,
+        model: Any,
+        images: Array,
+        labels: Array,
+        mode: str | None = None,
+        masks: core.Masks | None = None,
+    ) -> Outputs:
+        model.eval() if masks is None else model.train()
         large = model.options.variant.name == "F0"  # takes longer to run than to compile
         with optimized(large or not jax.config.read("jax_disable_most_optimizations")):
             loss, logits, gradients, *maps = jax.tree.map(
-                np.asarray, everything(model, jnp.asarray(images), jnp.asarray(labels))
+                np.asarray, everything(model, jnp.asarray(images), jnp.asarray(labels), masks)
             )
         return Outputs(loss, logits, values_of(gradients), *maps)
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 import agc_tensorflow
 from agc import AGC
+from agc import nfnet as core
 from agc_conformance.backend import Backend, Outcome, Problem, Unsupported
 from agc_conformance.backends.tensorflow.backend import TensorFlowBackend
 from agc_conformance.nfnets.golden import SMOOTHING
@@ -180,8 +181,8 @@ class TensorFlowDriver(Driver):
             partial(agc_tensorflow.AdaptiveGradClip, "sgd"),
         ]
 
-    def run(self, layer: Any, x: Array, train: bool = False) -> Array:
-        options = {"training": True} if train else {}
+    def run(self, layer: Any, x: Array, train: bool = False, **options: Any) -> Array:
+        options |= {"training": True} if train else {}
         return layer(tf.constant(x), **options).numpy()
 
     def call(self, model: Any, method: str, x: Array) -> Any:
@@ -190,17 +191,24 @@ class TensorFlowDriver(Driver):
     def signals(self, model: Any, images: Array) -> Mapping[str, Array]:
         return numpy_of(model.signals(images))
 
-    def outputs(self, model: Any, images: Array, labels: Array, mode: str | None = None) -> Outputs:
+    def outputs(
+        self,
+        model: Any,
+        images: Array,
+        labels: Array,
+        mode: str | None = None,
+        masks: core.Masks | None = None,
+    ) -> Outputs:
         named = named_variables(model)
 
-        def derive(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+        def derive(images: tf.Tensor, masks: Any) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
             with tf.GradientTape() as tape:
-                logits = model(images)
+                logits = model(images, training=masks is not None, masks=masks)
                 loss = mean_loss(logits, labels)
             return logits, loss, tape.gradient(loss, [v.value for v in named.values()])
 
         x = tf.constant(images)
-        logits, loss, gradients = WRAPPERS[mode or "eager"](derive)(x)
+        logits, loss, gradients = WRAPPERS[mode or "eager"](derive)(x, masks)
         by_name = numpy_of(dict(zip(named, gradients, strict=True)))
         maps = (numpy_of(model.features(x)), numpy_of(model.signals(x)))
         return Outputs(float(loss), logits.numpy(), by_name, *maps)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import agc_torch
 from agc import AGC
+from agc import nfnet as core
 from agc_conformance.backend import Backend
 from agc_conformance.backends.torch.backend import TorchBackend
 from agc_conformance.nfnets.golden import SMOOTHING
@@ -188,9 +189,9 @@ class TorchDriver(Driver):
     def autocast(self) -> Any:
         return torch.autocast("cpu", dtype=torch.bfloat16)
 
-    def run(self, layer: nn.Module, x: Array, train: bool = False) -> Array:
+    def run(self, layer: nn.Module, x: Array, train: bool = False, **options: Any) -> Array:
         with torch.no_grad():
-            return numpy(layer.train(train)(tensor(x)))
+            return numpy(layer.train(train)(tensor(x), **options))
 
     def call(self, model: nn.Module, method: str, x: Array) -> Any:
         return getattr(model, method)(torch.tensor(x))
@@ -199,14 +200,20 @@ class TorchDriver(Driver):
         return numpy_of(model.signals(tensor(images)))
 
     def outputs(
-        self, model: nn.Module, images: Array, labels: Array, mode: str | None = None
+        self,
+        model: nn.Module,
+        images: Array,
+        labels: Array,
+        mode: str | None = None,
+        masks: core.Masks | None = None,
     ) -> Outputs:
         x = tensor(images)
+        model.train(masks is not None)
         if mode == "channels_last":
             model = model.to(memory_format=torch.channels_last)
             x = x.to(memory_format=torch.channels_last)
         model.zero_grad()
-        logits = model(x)
+        logits = model(x, masks=masks)
         loss = mean_loss(logits, labels)
         loss.backward()
         with torch.no_grad():

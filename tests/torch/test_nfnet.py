@@ -9,9 +9,9 @@ from torch import Tensor
 import agc_torch
 from agc import AGC
 from agc import nfnet as core
-from agc.nfnet import seeded_batch
+from agc.nfnet import Masks, seeded_batch
 from tests.contract.golden import SINGLE
-from tests.contract.nfnet import SHALLOW, NFNetContract
+from tests.contract.nfnet import MASKS, SHALLOW, NFNetContract
 from tests.helpers import close, relative
 from tests.torch.driver import TorchDriver, tensor
 
@@ -102,11 +102,15 @@ def test_state_dict_round_trip(tmp_path):
 # What PyTorch itself warns of while it compiles.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize(("backend", "variant"), [("aot_eager", "tiny"), ("inductor", SHALLOW)])
-def test_compile(backend, variant):
+@pytest.mark.parametrize(
+    ("backend", "variant", "masks"),
+    [("aot_eager", "tiny", None), ("inductor", SHALLOW, None), ("aot_eager", SHALLOW, MASKS)],
+)
+def test_compile(backend, variant, masks):
     def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
         images, labels = seeded_batch(2, 32)
-        logits = model(tensor(images.astype("float32")))
+        model.train(masks is not None)
+        logits = model(tensor(images.astype("float32")), masks=masks and Masks(*map(tensor, masks)))
         torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).backward()
         named = model.named_parameters()
         return {"logits": logits.detach()} | {name: p.grad for name, p in named}

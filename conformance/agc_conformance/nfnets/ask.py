@@ -47,7 +47,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from agc.nfnet import Variant, blocks, seeded_batch, seeded_parameters
+from agc.nfnet import Masks, Variant, blocks, seeded_batch, seeded_parameters
 from agc_conformance.backend import (
     Backend,
     ModelForward,
@@ -368,7 +368,8 @@ def _depth(backend: Backend, study: Study, dtype: str) -> Verdicts:  # noqa: ARG
     problem = _problem(*size)
     network = _REFERENCE.network(_DEPTH, problem.parameters)
     kept = network(problem.images).logits
-    lost = network(problem.images, {blocks(_DEPTH)[1].name: np.zeros(_DEPTH_IMAGES)}).logits
+    without = Masks(np.array([[True, False]] * _DEPTH_IMAGES), None)
+    lost = network(problem.images, without).logits
     if got.shape != kept.shape:
         return {"depth": Verdict(f"the logits have the shape {got.shape}, not {kept.shape}")}
     errors = np.stack([np.abs(got - want).max(1) for want in (lost, kept)]) / np.abs(kept).max()

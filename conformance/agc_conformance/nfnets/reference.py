@@ -13,7 +13,7 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from agc import AGC
-from agc.nfnet import HEAD, blocks, parameters, variant
+from agc.nfnet import HEAD, Masks, blocks, parameters, variant
 from agc.plan import Parameter, Plan, make_plan
 from agc.reference import Result, adaptive_clip
 from agc.reference.nfnet import NFNet, smoothed_cross_entropy
@@ -45,16 +45,17 @@ class ReferenceModels:
 
     def forward(self, problem: ModelProblem) -> ModelForward:
         """Run forward; in training mode, draw stochastic depth from a separate generator."""
-        kept = None
+        masks = None
         if problem.stochastic_depth is not None:
             random = np.random.RandomState(0)
-            kept = {
-                block.name: self.kept(rate, random.uniform(size=len(problem.images)))
+            kept = [
+                self.kept(rate, random.uniform(size=len(problem.images)))
                 for block in blocks(problem.variant)
                 for rate in [block.stochastic_depth * problem.stochastic_depth]
-            }
+            ]
+            masks = Masks(np.stack(kept, axis=1), None)
         with threadpool_limits(1, "blas"):  # more threads slow down small products
-            forward = self.network(problem.variant, problem.parameters)(problem.images, kept)
+            forward = self.network(problem.variant, problem.parameters)(problem.images, masks)
         return ModelForward(forward.logits, forward.outputs, forward.signals)
 
     def gradients(self, problem: ModelProblem) -> ModelGradients:

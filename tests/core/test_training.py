@@ -8,10 +8,13 @@ import os
 import re
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from agc.cli import main
+from agc.cli import train as command
 from agc.data import digest, open_source
 from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError
 from agc.recipe import load_recipe
@@ -283,3 +286,52 @@ def test_launches():
     message = "microbatch=3 does not divide train.batch=4"
     with pytest.raises(ConfigError, match=re.escape(message)):
         Launch(microbatch=3).check(RECIPE)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def agc_train(tmp_path, monkeypatch):
+    """Return a function that runs ``agc train`` with a framework that counts."""
+
+    def run(*options, events=None, framework=None):
+        framework = framework or SimpleNamespace(trainer=lambda *_: Counting(events))
+        monkeypatch.setattr(command, "load_framework", lambda *_: framework)
+        changes = [f"--set={change}" for change in CHANGES]
+        folder = ["--framework=torch", f"--out={tmp_path}"]
+        return main(["train", "conformance", *folder, *changes, *options])
+
+    return run
+
+
+def test_command(tmp_path, agc_train, uninterrupted, capsys):
+    """SIGTERM stops it with a status of its own, and ``--resume`` goes on."""
+    events = {4: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    assert agc_train(events=events) == command.STOPPED == 75
+    assert "stopped and saved after 5 steps; --resume goes on" in capsys.readouterr().out
+    assert agc_train() == 2
+    assert "has a checkpoint of step 5" in capsys.readouterr().err
+    assert agc_train("--resume") == 0
+    assert content(tmp_path) == uninterrupted
+    said = capsys.readouterr().out
+    assert "step 8, ema weights: top-1 20.00%, top-5 40.00%, loss" in said
+    assert f"trained for 8 steps: {tmp_path}" in said
+
+
+def test_command_of_another_recipe(agc_train, capsys):
+    assert agc_train(events={4: lambda: os.kill(os.getpid(), signal.SIGTERM)}) == 75
+    changed = ("--resume", "--set=train.smoothing=0.2")
+    assert agc_train(*changed) == 2
+    assert "allow the change (--allow-changed)" in capsys.readouterr().err
+    assert agc_train(*changed, "--allow-changed") == 0
+
+
+def test_command_that_fails(agc_train, capsys):
+    assert agc_train(events={5: lambda: math.nan}) == 1
+    said = capsys.readouterr().err
+    assert said == "agc: the loss is nan at step 5; the checkpoint of step 4 is kept\n"
+    assert agc_train(framework=SimpleNamespace()) == 2
+    assert "agc train is not offered in torch as yet" in capsys.readouterr().err
+    assert agc_train("--microbatch=3") == 2
+    assert "microbatch=3 does not divide train.batch=4" in capsys.readouterr().err

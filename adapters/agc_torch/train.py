@@ -53,7 +53,7 @@ class Trainer:
         self._recipe = recipe
         self._microbatch = launch.microbatch or recipe.train.batch
         self._device = _device(launch.device)
-        self.facts = {
+        self.facts: Mapping[str, Any] = {
             "framework": "torch",
             "torch": str(torch.__version__),
             "device": str(self._device),

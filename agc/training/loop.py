@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from agc import __version__
-from agc.data import Batches, Evaluation, Source, feed, initial_values
+from agc.data import Batch, Batches, Evaluation, Source, feed, initial_values
 from agc.errors import ConfigError, NonFiniteError
 from agc.recipe import Numbers, Recipe, numbers
 from agc.training.checkpoints import Checkpoints
@@ -154,7 +154,7 @@ class Training:
             self._since = time.perf_counter()
             for batch in coming:
                 now = table.at(self.made)
-                self._waiting.append((self.made, now, self._trainer.step(batch, now)))
+                self._waiting.append((self.made, now, self._step(batch, now)))
                 self.made += 1
                 evaluate, stopping = self._must_evaluate(), stop()
                 save = self.made % recipe.checkpoint.every_steps == 0 or self.made == recipe.steps
@@ -173,11 +173,20 @@ class Training:
                     return False
         return True
 
+    def _step(self, batch: Batch, now: Numbers) -> Metrics:
+        try:
+            return self._trainer.step(batch, now)
+        except NonFiniteError as error:  # of a rule with nonfinite="raise"
+            self._log_steps()
+            raise NonFiniteError(f"step {self.made}: {error}") from None
+
     def _must_evaluate(self) -> bool:
         """Tell whether an evaluation is due at this step, and has not been made before."""
+        if not evaluation_due(self._recipe, self.made):
+            return False
         done = {(record["step"], record["weights"]) for record in self._evaluations}
         wanted = {(self.made, weights) for weights in self._recipe.evaluate.weights or ()}
-        return evaluation_due(self._recipe, self.made) and not wanted <= done
+        return not wanted <= done
 
     def _evaluate(self, stop: Callable[[], bool]) -> bool:
         """Evaluate and log it; return False, and log nothing, if the training is to stop first."""

@@ -199,6 +199,18 @@ def test_loss_that_is_not_finite(tmp_path, loss):
     assert (last["step"], last["loss"], end["reason"]) == (5, None, "diverged")
 
 
+def test_norms_that_are_not_finite(tmp_path):
+    """A rule may refuse them within the step; the steps before it are logged."""
+
+    def refuse():
+        raise NonFiniteError("a norm is nan")
+
+    message = "step 5: a norm is nan; the checkpoint of step 4 is kept"
+    with pytest.raises(NonFiniteError, match=message):
+        training(tmp_path, {5: refuse}, log_every=3).run()
+    assert [record["step"] for record in read_log(tmp_path / "log.jsonl")[-2:]] == [4, 5]
+
+
 def test_weights_that_are_not_finite(tmp_path):
     class Stray(Counting):
         def state(self):

@@ -225,8 +225,8 @@ class TrainingContract(Contract):
 
     @pytest.mark.parametrize("size", [25, 32])
     def test_evaluation(self, size):
-        """Every image once; the raw weights and the average are not mixed up."""
-        recipe = recipe_of("group")
+        """Every image once, nothing dropped; raw weights and average are not mixed up."""
+        recipe = load_recipe("conformance", SMALL)
         trainer = self.driver.trainer(recipe, Launch())
         state = start_of(recipe)
         trainer.load(state)
@@ -244,6 +244,10 @@ class TrainingContract(Contract):
             totals = trainer.evaluate(images, weights)
             assert (totals.top1, totals.top5, totals.images) == (top1, top5, 75)
             assert totals.loss == pytest.approx(loss, rel=1e-5)
+        # The next step is as if nothing had been between.
+        ((metrics, _),) = self.trained(recipe, state, range(1))
+        again = trainer.step(batches_of(recipe)[0], numbers(recipe).at(0))
+        assert float(again.loss) == float(metrics.loss)
 
     @pytest.mark.parametrize(("value", "hits"), [(0.0, (8, 40)), (np.nan, (0, 0))])
     def test_equal_logits(self, value, hits):

@@ -1,4 +1,4 @@
-"""PyTorch's part of ``agc classify`` and ``agc demo``; see :mod:`agc.cli.frameworks`."""
+"""PyTorch's part of ``agc classify``, ``demo`` and ``train``; see :mod:`agc.cli.frameworks`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from agc.nfnet import SMOOTHING, Options
 from agc_torch.nfnet import NFNet, nfnet
 from agc_torch.optimizer import attached
 from agc_torch.recipe import sgd_nfnet
+from agc_torch.train import trainer
 from agc_torch.weights import from_neutral
 
-__all__ = ["classifier", "train"]
+__all__ = ["classifier", "train", "trainer"]
 
 
 def classifier(options: Options, arrays: Mapping[str, Any]) -> Callable[[Any], Any]:

@@ -16,7 +16,7 @@ from agc.nfnet import ParameterSpec, check_arrays, parameters
 from agc_torch.nfnet import NFNet
 from agc_torch.units import named_parameters, unwrap
 
-__all__ = ["from_neutral", "to_neutral"]
+__all__ = ["array_of", "copy_array_", "from_neutral", "pairs_of", "to_neutral"]
 
 Array = npt.NDArray[Any]
 
@@ -47,7 +47,7 @@ def to_neutral(model: nn.Module) -> dict[str, Array]:
     >>> to_neutral(nfnet("tiny"))["stem.conv0.weight"].shape
     (3, 3, 3, 16)
     """
-    return {spec.name: _array(tensor) for spec, tensor in _pairs(model)}
+    return {spec.name: array_of(tensor) for spec, tensor in pairs_of(model)}
 
 
 def from_neutral(model: nn.Module, arrays: Mapping[str, Any]) -> None:
@@ -66,19 +66,14 @@ def from_neutral(model: nn.Module, arrays: Mapping[str, Any]) -> None:
         If a tensor is missing, unknown or of another shape; the message names them, and the model
         is as it was. Also as :func:`to_neutral`.
     """
-    pairs = _pairs(model)
+    pairs = pairs_of(model)
     check_arrays((spec for spec, _ in pairs), arrays)
     for spec, tensor in pairs:
-        array = np.asarray(arrays[spec.name])
-        if array.dtype.name not in ("float16", "float32", "float64"):
-            array = array.astype(np.float32)  # bfloat16 and the like, which PyTorch does not read
-        # Nor does it read another byte order, or strides that run backwards.
-        array = np.asarray(array, array.dtype.newbyteorder("="), order="C")
-        with torch.no_grad():
-            tensor.copy_(torch.tensor(array).permute(out_first_axes(array.ndim)))
+        copy_array_(tensor, arrays[spec.name])
 
 
-def _pairs(model: nn.Module) -> list[tuple[ParameterSpec, Tensor]]:
+def pairs_of(model: nn.Module) -> list[tuple[ParameterSpec, Tensor]]:
+    """Return each parameter with its facts, in the model's order; raise as :func:`to_neutral`."""
     bare = unwrap(model)
     if not isinstance(bare, NFNet):
         raise ParameterError(f"this needs a model made by nfnet(...), got {type(bare).__name__}")
@@ -98,8 +93,20 @@ def _pairs(model: nn.Module) -> list[tuple[ParameterSpec, Tensor]]:
     return [(spec, named[spec.name]) for spec in specs]
 
 
-def _array(tensor: Tensor) -> Array:
+def array_of(tensor: Tensor) -> Array:
+    """Return a copy of a parameter, or what has its shape, in the neutral layout."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
     return np.array(tensor.permute(out_last_axes(tensor.dim())).numpy(), order="C")
+
+
+def copy_array_(tensor: Tensor, values: Any) -> None:
+    """Put an array in the neutral layout into a parameter, or what has its shape."""
+    array = np.asarray(values)
+    if array.dtype.name not in ("float16", "float32", "float64"):
+        array = array.astype(np.float32)  # bfloat16 and the like, which PyTorch does not read
+    # Nor does it read another byte order, or strides that run backwards.
+    array = np.asarray(array, array.dtype.newbyteorder("="), order="C")
+    with torch.no_grad():
+        tensor.copy_(torch.tensor(array).permute(out_first_axes(array.ndim)))

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from agc.errors import ConfigError
 from agc.nfnet import Options
 from agc.packages import missing
+from agc.recipe import Recipe
+from agc.training import Launch, Trainer
 
 __all__ = ["Framework", "framework_names", "load_framework"]
 
@@ -71,6 +73,16 @@ class Framework(Protocol):
         (loss, clipped)
             After every step the loss before it (label smoothing 0.1) and the share of clipped
             units; stops after a loss that is not finite. At last, once, the accuracy and 0.
+        """
+        ...
+
+    def trainer(self, recipe: Recipe, launch: Launch) -> Trainer:
+        """Return a training of a recipe; absent where that is not offered as yet.
+
+        Raises
+        ------
+        ConfigError
+            If the recipe asks for what the framework cannot do, or there is no such device.
         """
         ...
 

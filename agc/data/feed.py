@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from agc.checks import check_count
 
 __all__ = ["feed"]
 
 B = TypeVar("B")
+B_co = TypeVar("B_co", covariant=True)
 
 
-def feed(batches: Sequence[B], steps: Iterable[int], *, threads: int = 2) -> Iterator[B]:
+class Indexed(Protocol[B_co]):
+    """What has an item for each index, as a sequence has."""
+
+    def __getitem__(self, index: int, /) -> B_co:
+        """Return an item."""
+        ...
+
+
+def feed(
+    batches: Indexed[B], steps: Iterable[int], *, threads: int = 2
+) -> Generator[B, None, None]:
     """Yield the batches of some steps in their order, while threads make the next ones.
 
     Threads share one Python: they run side by side while images are decoded and in the larger NumPy

@@ -1,6 +1,24 @@
-"""Training, as far as no framework is needed: states as neutral arrays, and checkpoints of them."""
+"""Training, as far as no framework is needed: loop, states as neutral arrays, checkpoints, log.
+
+Read ``trainer``, what a framework gives; ``loop``, what is done with it; then ``state``,
+``checkpoints``, ``log`` and ``stop``.
+"""
 
 from agc.training.checkpoints import Checkpoints
+from agc.training.log import read_log
+from agc.training.loop import Training
 from agc.training.state import State
+from agc.training.stop import stop_signals
+from agc.training.trainer import Launch, Metrics, Totals, Trainer
 
-__all__ = ["Checkpoints", "State"]
+__all__ = [
+    "Checkpoints",
+    "Launch",
+    "Metrics",
+    "State",
+    "Totals",
+    "Trainer",
+    "Training",
+    "read_log",
+    "stop_signals",
+]

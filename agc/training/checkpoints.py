@@ -174,7 +174,8 @@ class Checkpoints:
         if recipe_id != self._recipe.id and not self._allow_changed:
             raise FormatError(
                 f"{file}: the checkpoint is of the recipe {recipe_id[:12]}, not of "
-                f"{self._recipe.id[:12]}; choose another folder, or allow the change"
+                f"{self._recipe.id[:12]}; choose another folder, or allow the change "
+                "(--allow-changed)"
             )
         return facts
 

@@ -10,12 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from agc import AGC
 from agc import nfnet as core
+from agc.recipe import Recipe
+from agc.training import Launch, Trainer
 from agc.verification import Verification
 from agc_conformance.backend import Backend
 from tests.helpers import Array
@@ -222,6 +225,12 @@ class Driver(ABC):
     @abstractmethod
     def optimizer(self, model: Any, lr: float, way: str | None = None, **options: Any) -> Optimizer:
         """Return the recipe's optimizer, ``sgd_nfnet``, ready to use."""
+
+    def trainer(self, recipe: Recipe, launch: Launch) -> Trainer:
+        """Return a training of a recipe, as ``agc train`` runs it."""
+        module: Any = import_module(f"{self.adapter.__name__}.train")
+        made: Trainer = module.trainer(recipe, launch)
+        return made
 
     # SAM
 

@@ -18,7 +18,7 @@ def python(code):
 def test_core_loads_no_framework():
     """Not even where all of them are installed."""
     loaded = python(
-        "import sys, agc.cli.classify, agc.cli.convert, agc.cli.demo, agc.layer_table;"
+        "import sys, agc.cli.classify, agc.cli.convert, agc.cli.demo, agc.cli.train, agc.layer_table;"
         "import agc.data, agc.plan, agc.recipe, agc.reference.nfnet, agc.training;"
         "print(*{name.split('.')[0] for name in sys.modules})"
     ).split()
@@ -47,7 +47,7 @@ def test_command_line_needs_a_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     names = re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE)
-    assert names == ["classify", "conformance", "convert", "demo", "recipe"]
+    assert names == ["classify", "conformance", "convert", "demo", "recipe", "train"]
 
 
 def test_command_without_its_packages_says_what_to_install(capsys, monkeypatch):

@@ -1,0 +1,349 @@
+"""The loop of a training: what is left behind, whatever happens to it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from agc.cli import main
+from agc.cli import train as command
+from agc.data import digest, open_source
+from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError
+from agc.recipe import load_recipe
+from agc.training import Launch, Metrics, Totals, Training, read_log, stop_signals
+from agc.training.loop import evaluation_due
+
+CHANGES = [
+    "train.batch=4",
+    "train.steps=8",
+    "train.masks=[]",
+    "schedule.warmup_steps=2",
+    "sam.group=4",
+    "sam.fraction=0.5",
+    "evaluate.every_steps=3",
+    "checkpoint.every_steps=4",
+    "data.test.images=5",
+]
+RECIPE = load_recipe("conformance", CHANGES)
+
+
+class Counting:
+    """A trainer whose weights tell which batches it was given, and in which order.
+
+    ``events`` maps a step to what happens in it; what that returns is the loss.
+    """
+
+    def __init__(self, events=None):
+        self.facts = {"framework": "none"}
+        self.events = events or {}
+
+    def load(self, state):
+        self.now = state
+
+    def state(self):
+        return replace(self.now, facts=self.facts)
+
+    def step(self, batch, numbers):
+        step = self.now.step
+        loss = self.events.get(step, lambda: None)()
+        value = np.float32(int(digest(batch)[:6], 16) * numbers.rate)
+        weights = dict(self.now.parameters)
+        weights["head.bias"] = np.float32(0.75) * weights["head.bias"] + value
+        self.now = replace(self.now, step=step + 1, parameters=weights)
+        loss = float(value) if loss is None else loss
+        return Metrics(loss=np.float32(loss), units=8, clipped=2)
+
+    def evaluate(self, batches, weights):
+        images = sum(int(batch.weight.sum()) for batch in batches)
+        return Totals(float(self.now.parameters["head.bias"][0]), 1, 2, images)
+
+
+def training(folder, events=None, *, recipe=RECIPE, log_every=1, trainer=None, **options):
+    trainer = trainer or Counting(events)
+    sources = (open_source(recipe, part) for part in ("train", "test"))
+    launch = Launch(log_every=log_every)
+    return Training(recipe, trainer, *sources, folder, launch=launch, **options)
+
+
+def stopped(folder, steps):
+    """Train for so many steps, then stop."""
+    run = training(folder)
+    assert not run.run(lambda: run.made == steps)
+
+
+def content(folder):
+    """Return what a training left: its log without times, and its weights."""
+    records = [r for r in read_log(folder / "log.jsonl") if r["type"] in ("step", "evaluation")]
+    for record in records:
+        record.pop("images_per_second", None)
+    last = sorted(folder.glob("step-*"))[-1]
+    return records, (last / "parameters.safetensors").read_bytes(), last.name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert training(folder, log_every=3).run()
+    return content(folder)
+
+
+def test_log(uninterrupted):
+    records, _, last = uninterrupted
+    order = [(record["type"], record["step"]) for record in records]
+    steps = [("step", n) for n in range(8)]
+    evaluations = {n: 2 * [("evaluation", n)] for n in (3, 6, 8)}  # raw and average
+    expected = [*steps[:3], *evaluations[3], *steps[3:6], *evaluations[6]]
+    assert order == [*expected, *steps[6:], *evaluations[8]]
+    assert last == "step-000008"
+    step, evaluation = records[0], records[-1]
+    assert step.keys() == {"type", "step", "loss", "rate", "rho", "ema_decay", "clipped"}
+    assert step["clipped"] == 0.25
+    assert [record["rate"] for record in records[:2]] == [0, float(np.float32(0.00625))]
+    assert evaluation["images"] == 5
+    assert (evaluation["top1"], evaluation["top5"]) == (0.2, 0.4)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 8])
+def test_stopped_and_resumed(tmp_path, uninterrupted, steps):
+    """The folder is the same as without a stop; an evaluation that was skipped is made up for."""
+    stopped(tmp_path, steps)
+    assert content(tmp_path)[2] == f"step-{steps:06d}"
+    assert read_log(tmp_path / "log.jsonl")[-1]["reason"] == "stopped"
+    second = training(tmp_path, resume=True)
+    assert second.made == steps
+    assert second.run()
+    assert content(tmp_path) == uninterrupted
+    ends = [r["reason"] for r in read_log(tmp_path / "log.jsonl") if r["type"] == "end"]
+    assert ends == ["stopped", "finished"]
+
+
+def test_finished(tmp_path, uninterrupted):
+    """There is nothing left to do, and nothing is done twice."""
+    for _ in range(2):
+        assert training(tmp_path, resume=True).run()
+        assert content(tmp_path) == uninterrupted
+
+
+def test_killed(tmp_path, uninterrupted):
+    """What no checkpoint has is dropped from the log, and so is half a line."""
+
+    def kill():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training(tmp_path, {6: kill}).run()
+    log = tmp_path / "log.jsonl"
+    assert read_log(log)[-1]["step"] == 6
+    with log.open("a") as file:
+        file.write('{"type": "st')
+    assert training(tmp_path, resume=True).run()
+    assert content(tmp_path) == uninterrupted
+
+
+def test_killed_before_the_first_checkpoint(tmp_path, uninterrupted):
+    stopped(tmp_path, 1)
+    for path in tmp_path.glob("step-*/*"):
+        path.unlink()
+    for path in tmp_path.glob("step-*"):
+        path.rmdir()
+    assert training(tmp_path).run()
+    assert content(tmp_path) == uninterrupted
+
+
+def test_stopped_in_an_evaluation(tmp_path, uninterrupted):
+    """It is not logged, and made anew."""
+    first = training(tmp_path)
+    answers = iter([False, True, True])  # after the step; then before a batch and behind the last
+    assert not first.run(lambda: first.made == 3 and next(answers))
+    records = read_log(tmp_path / "log.jsonl")
+    assert [record["type"] for record in records] == ["start", *3 * ["step"], "end"]
+    assert training(tmp_path, resume=True).run()
+    assert content(tmp_path) == uninterrupted
+
+
+def test_signals(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    events = {2: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    with stop_signals() as stop:
+        assert not stop()
+        assert signal.getsignal(signal.SIGTERM) is not before[0]
+        assert not training(tmp_path, events).run(stop)
+        assert stop()
+        # The next one is for whoever had them before.
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert content(tmp_path)[2] == "step-000003"
+    with stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_loss_that_is_not_finite(tmp_path, loss):
+    """It is found although numbers are read later, and the last finite checkpoint stays."""
+    stray = training(tmp_path, {5: lambda: loss}, log_every=3)
+    with pytest.raises(
+        NonFiniteError, match=f"the loss is {loss} at step 5; the checkpoint of step 4 is kept"
+    ):
+        stray.run()
+    assert content(tmp_path)[2] == "step-000004"
+    *_, last, end = read_log(tmp_path / "log.jsonl")
+    assert (last["step"], last["loss"], end["reason"]) == (5, None, "diverged")
+
+
+def test_norms_that_are_not_finite(tmp_path):
+    """A rule may refuse them within the step; the steps before it are logged."""
+
+    def refuse():
+        raise NonFiniteError("a norm is nan")
+
+    message = "step 5: a norm is nan; the checkpoint of step 4 is kept"
+    with pytest.raises(NonFiniteError, match=message):
+        training(tmp_path, {5: refuse}, log_every=3).run()
+    assert [record["step"] for record in read_log(tmp_path / "log.jsonl")[-2:]] == [4, 5]
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    class Stray(Counting):
+        def state(self):
+            bias = np.full(10, np.nan, np.float32)
+            return replace(super().state(), parameters={**self.now.parameters, "head.bias": bias})
+
+    with pytest.raises(
+        NonFiniteError, match=r"'head.bias' is not finite before step 4; no checkpoint yet"
+    ):
+        training(tmp_path, trainer=Stray()).run()
+    assert not list(tmp_path.glob("step-*"))
+
+
+def test_reports(tmp_path):
+    seen = []
+    training(tmp_path, report=seen.append).run()
+    assert json.loads(json.dumps(seen)) == read_log(tmp_path / "log.jsonl")
+    assert seen[0]["recipe_id"] == RECIPE.id
+    assert seen[0]["framework"] == "none"
+
+
+def test_checkpoints_know_the_last_evaluation(tmp_path):
+    stopped(tmp_path, 4)
+    facts = json.loads((tmp_path / "step-000004" / "state.json").read_text())["facts"]
+    assert facts["framework"] == "none"
+    assert facts["evaluation"]["ema"]["step"] == 3
+
+
+def test_evaluations_by_epoch():
+    recipe = load_recipe("conformance", [*CHANGES, "train.steps=40", "data.train.images=50"])
+    by_epoch = replace(recipe, evaluate=replace(recipe.evaluate, every_steps=None, every_epochs=1))
+    # 12.5 steps each, and the end
+    assert [n for n in range(41) if evaluation_due(by_epoch, n)] == [13, 25, 38, 40]
+    assert [n for n in range(41) if evaluation_due(recipe, n)] == [*range(3, 40, 3), 40]
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_folders(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "none" / "run"):
+        with pytest.raises(ConfigError, match="checkpoints cannot be written to"):
+            training(folder)
+    run = tmp_path / "run"
+    stopped(run, 1)
+    with pytest.raises(ConfigError, match=r"run has a checkpoint of step 1: .*--resume"):
+        training(run)
+    (run / "log.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(FormatError, match=r"log\.jsonl: line 1 is not of a log"):
+        training(run, resume=True)
+
+
+def test_other_recipes(tmp_path):
+    stopped(tmp_path, 5)
+    changed = load_recipe("conformance", [*CHANGES, "train.smoothing=0.2"])
+    with pytest.raises(FormatError, match=f"is of the recipe {RECIPE.id[:12]}, not of"):
+        training(tmp_path, recipe=changed, resume=True)
+    assert training(tmp_path, recipe=changed, resume=True, allow_changed=True).made == 5
+    shorter = load_recipe("conformance", [*CHANGES, "train.steps=4"])
+    with pytest.raises(ConfigError, match="step 5, and the recipe has 4 steps"):
+        training(tmp_path, recipe=shorter, resume=True, allow_changed=True)
+    larger = load_recipe("conformance", [*CHANGES, "model.variant=tiny"])
+    with pytest.raises(ParameterError, match="stages"):
+        training(tmp_path, recipe=larger, resume=True, allow_changed=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.init=file", r'model\.init="file": .* not offered as yet'),
+        ('train.only=["head.*"]', r"train\.only=\['head\.\*'\]: .* leave it out"),
+    ],
+)
+def test_recipes_that_are_not_offered(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        training(tmp_path, recipe=load_recipe("conformance", [*CHANGES, change]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_launches():
+    for name in ("microbatch", "threads", "log_every"):
+        with pytest.raises(ConfigError, match=f"{name} must be an integer >= 1"):
+            Launch(**{name: 0})
+    message = "microbatch=3 does not divide train.batch=4"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Launch(microbatch=3).check(RECIPE)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def agc_train(tmp_path, monkeypatch):
+    """Return a function that runs ``agc train`` with a framework that counts."""
+
+    def run(*options, events=None, framework=None):
+        framework = framework or SimpleNamespace(trainer=lambda *_: Counting(events))
+        monkeypatch.setattr(command, "load_framework", lambda *_: framework)
+        changes = [f"--set={change}" for change in CHANGES]
+        folder = ["--framework=torch", f"--out={tmp_path}"]
+        return main(["train", "conformance", *folder, *changes, *options])
+
+    return run
+
+
+def test_command(tmp_path, agc_train, uninterrupted, capsys):
+    """SIGTERM stops it with a status of its own, and ``--resume`` goes on."""
+    events = {4: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    assert agc_train(events=events) == command.STOPPED == 75
+    assert "stopped and saved after 5 steps; --resume goes on" in capsys.readouterr().out
+    assert agc_train() == 2
+    assert "has a checkpoint of step 5" in capsys.readouterr().err
+    assert agc_train("--resume") == 0
+    assert content(tmp_path) == uninterrupted
+    said = capsys.readouterr().out
+    assert "step 8, ema weights: top-1 20.00%, top-5 40.00%, loss" in said
+    assert f"trained for 8 steps: {tmp_path}" in said
+
+
+def test_command_of_another_recipe(agc_train, capsys):
+    assert agc_train(events={4: lambda: os.kill(os.getpid(), signal.SIGTERM)}) == 75
+    changed = ("--resume", "--set=train.smoothing=0.2")
+    assert agc_train(*changed) == 2
+    assert "allow the change (--allow-changed)" in capsys.readouterr().err
+    assert agc_train(*changed, "--allow-changed") == 0
+
+
+def test_command_that_fails(agc_train, capsys):
+    assert agc_train(events={5: lambda: math.nan}) == 1
+    said = capsys.readouterr().err
+    assert said == "agc: the loss is nan at step 5; the checkpoint of step 4 is kept\n"
+    assert agc_train(framework=SimpleNamespace()) == 2
+    assert "agc train is not offered in torch as yet" in capsys.readouterr().err
+    assert agc_train("--microbatch=3") == 2
+    assert "microbatch=3 does not divide train.batch=4" in capsys.readouterr().err

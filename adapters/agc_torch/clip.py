@@ -281,15 +281,13 @@ def _seen(pairs: list[tuple[PlanEntry, Tensor]]) -> list[object] | None:
     """Return what the way to clip plain tensors depends on; None if some are not plain."""
     seen: list[object] = []
     for _, parameter in pairs:
-        if type(parameter) not in _PLAIN:
-            return None
         gradient = parameter.grad
         if gradient is None:
             seen.append(None)
             continue
-        if type(gradient) is not Tensor or gradient.layout is not torch.strided:
+        if type(gradient) is not Tensor or type(parameter) not in _PLAIN:
             return None
-        if gradient.dtype not in _REAL:
+        if gradient.layout is not torch.strided or gradient.dtype not in _REAL:
             return None
         seen.append(
             (

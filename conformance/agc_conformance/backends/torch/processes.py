@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
 from typing import NoReturn
 
 import torch
@@ -31,8 +30,7 @@ def leave() -> NoReturn:
     On a busy machine one of the group's threads may ask for the interpreter's lock during shutdown,
     which aborts the process.
     """
-    with suppress(RuntimeError):  # fails if a collective before it did
-        dist.barrier()
+    dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

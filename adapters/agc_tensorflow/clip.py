@@ -2,7 +2,7 @@
 
 The norms of all units stand in one flat float64 vector for the weights and one for the gradients,
 so limits, decisions and scales are a handful of small operations whatever the number of parameters.
-Then
+Small tensors of one shape are stacked, and handled as one; large ones are never copied. Then
 
 * on the CPU, in graphs and eagerly, gradients without a clipped unit are passed on as they are;
 * under XLA and on accelerators every gradient is selected and scaled in one pass, without a branch.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -24,11 +25,11 @@ from agc.checks import NO_GRADIENT
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, ParameterError
 from agc.plan import PlanEntry
 from agc_tensorflow.devices import in_xla
-from agc_tensorflow.norms import WIDE, branches, compiles, sum_of_squares
+from agc_tensorflow.norms import WIDE, branches, is_large, sum_of_squares
 from agc_tensorflow.schedules import Step, value_at
 from agc_tensorflow.stats import IDLE, Stats, stats_table
 from agc_tensorflow.units import Model, Variable, resolve, variable_key
-from agc_tensorflow.views import Fold, Gradient, View, view_of
+from agc_tensorflow.views import Gradient, StackedView, View, view_of
 
 __all__ = ["adaptive_clip_gradients", "clip"]
 
@@ -155,7 +156,9 @@ def clip(
     if not views:
         return out, Stats(names, tf.constant([IDLE] * len(names), tf.float64))
 
-    ids_U = _ids(views)
+    views = _stacked(views)
+    sizes = [view.count * len(view.places) for view in views]
+    ids_U = _repeat(range(len(views)), sizes)
     wides = [_is_wide(rule, view.entry) for view in views]
     squares = [_squares(view, wide=wide) for view, wide in zip(views, wides, strict=True)]
     g_U, w_U = (tf.sqrt(tf.concat(column, 0)) for column in zip(*squares, strict=True))
@@ -168,12 +171,9 @@ def clip(
     finite_U &= ~bad_threshold_U
     clipped_U = finite_U & (g_U > limit_U)  # AGC-2: strictly
     scale_U = tf.where(clipped_U, limit_U / tf.maximum(g_U, _number(rule.div_eps)), _number(1))
-    touched_U = clipped_U | ~finite_U
-
-    places_U = tf.gather([view.place for view in views], ids_U)
-    units_P: list[Any] = [0] * len(names)
-    for view in views:
-        units_P[view.place] = view.units
+    view_of_place = {place: view for view in views for place in view.places}
+    places_U = _repeat(list(view_of_place), [view.count for view in view_of_place.values()])
+    units_P = [view_of_place[p].units if p in view_of_place else 0 for p in range(len(names))]
     table = stats_table(units_P, places_U, floor_U, g_U, scale_U, clipped_U, finite_U)
     poison_U = _number(math.nan)
     if rule.nonfinite == "zero":
@@ -181,18 +181,16 @@ def clip(
     scale_U = tf.where(finite_U, scale_U, poison_U)  # AGC-4
     guard = _raise_nonfinite(table, names) if rule.nonfinite == "raise" else None
 
-    touched_P = tf.unstack(
-        tf.math.unsorted_segment_sum(tf.cast(touched_U, tf.int32), ids_U, len(views))
-    )
-    sizes = [view.count for view in views]
+    touched_U = tf.cast(scale_U != 1, tf.int32)
+    touched = tf.unstack(tf.math.unsorted_segment_sum(touched_U, ids_U, len(views)) > 0)
     scales = tf.split(scale_U, sizes) if len(views) > 1 else [scale_U]
-    masks = tf.split(touched_U, sizes) if len(views) > 1 else [touched_U]
     zero = rule.nonfinite == "zero"
-    for view, scale, mask, touched, wide in zip(
-        views, scales, masks, touched_P, wides, strict=True
-    ):
-        values = _scale(view.gradient, view.fold, scale, mask, touched, wide=wide, zero=zero)
-        out[view.place] = view.with_values(values)
+    run = _scale if tf.executing_eagerly() else _scale_traced
+    for view, scale, is_touched, wide in zip(views, scales, touched, wides, strict=True):
+        shapes, branch = (view.fold.view, view.fold.unit_shape), branches(view.fold)
+        values = run(view.gradient, scale, is_touched, *shapes, wide, zero, branch)
+        for place, gradient in zip(view.places, view.with_values(values), strict=True):
+            out[place] = gradient
     if guard is not None:
         with tf.control_dependencies([guard]):
             out = [None if g is None else tf.identity(g) for g in out]
@@ -206,61 +204,85 @@ def _squares(view: View, *, wide: bool) -> tuple[tf.Tensor, tf.Tensor]:
     return gradient, view.only_units(weight)
 
 
+def _stacked(views: Sequence[View]) -> list[View]:
+    """Take small dense tensors of one shape, dtype and threshold as one."""
+    groups: dict[object, list[View]] = {}
+    for view in views:
+        alike = (
+            view.entry.shape,
+            view.fold,
+            view.gradient.dtype,
+            view.weight.dtype,
+            _threshold_key(view),
+        )
+        small = type(view) is View and not is_large(view.fold)
+        groups.setdefault(alike if small else view, []).append(view)
+    return [group[0] if len(group) == 1 else StackedView(group) for group in groups.values()]
+
+
 def _scale(
     gradient: tf.Tensor,
-    fold: Fold,
     scale: tf.Tensor,
-    mask: tf.Tensor,
     touched: tf.Tensor,
-    *,
+    view: tuple[int, ...],
+    unit_shape: tuple[int, ...],
     wide: bool,
     zero: bool,
+    branch: bool,
 ) -> tf.Tensor:
-    """Multiply units by their scales where the mask says so; the others keep their bits (AGC-2).
+    """Multiply units by their scales; where that is 1 they keep their bits (AGC-2).
 
     Parameters
     ----------
     gradient : tensor, floating point or complex
-        Any shape that the fold is for.
-    fold : Fold
-        Its units.
+        Any shape that can be reshaped to the view.
     scale : tensor of float64, shape (units,)
         Factors.
-    mask : tensor of bool, shape (units,)
-        Units to multiply.
-    touched : scalar tensor of int
-        Their number.
+    touched : scalar tensor of bool
+        Whether one of them is not 1.
+    view, unit_shape : tuple of int
+        Of the fold.
     wide : bool
         Whether to multiply in float64.
     zero : bool
         Whether a scale of 0 makes zeros of NaN and infinities too.
+    branch : bool
+        Whether to pass on the gradient as it is if it is not touched.
 
     Returns
     -------
     tensor
-        Shaped like the fold's view, in the gradient's dtype.
+        The gradient's shape and dtype.
     """
+    compiles = branch and not tf.executing_eagerly() and tf.test.is_built_with_xla()
+    select = _select_compiled if compiles else _select
+    run = partial(select, gradient, scale, view, unit_shape, wide, zero)
+    return tf.cond(touched, run, lambda: gradient) if branch else run()
+
+
+def _select(
+    gradient: tf.Tensor,
+    scale: tf.Tensor,
+    view: tuple[int, ...],
+    unit_shape: tuple[int, ...],
+    wide: bool,
+    zero: bool,
+) -> tf.Tensor:
     wide = wide or gradient.dtype in WIDE
-    scale = tf.reshape(tf.cast(scale, tf.float64 if wide else tf.float32), fold.unit_shape)
+    scale = tf.reshape(tf.cast(scale, tf.float64 if wide else tf.float32), unit_shape)
+    # A select, because multiplying by 1 would flush subnormal numbers.
+    keep = scale == 1
     if gradient.dtype.is_complex:
         scale = tf.cast(scale, tf.complex128 if wide else tf.complex64)
-    mask = tf.reshape(mask, fold.unit_shape)
-    view = tf.reshape(gradient, fold.view)
-    if not branches(fold):
-        return _select(view, scale, mask, zero)
-    run = _select_compiled if compiles(fold) else _select
-    return tf.cond(touched > 0, lambda: run(view, scale, mask, zero), lambda: view)
-
-
-def _select(view: tf.Tensor, scale: tf.Tensor, mask: tf.Tensor, zero: bool) -> tf.Tensor:
     times = tf.math.multiply_no_nan if zero else tf.multiply
-    scaled = tf.cast(times(tf.cast(view, scale.dtype), scale), view.dtype)
-    # A select, because multiplying by 1 would flush subnormal numbers.
-    return tf.where(mask, scaled, view)
+    values = tf.reshape(gradient, view)
+    scaled = tf.cast(times(tf.cast(values, scale.dtype), scale), values.dtype)
+    return tf.reshape(tf.where(keep, values, scaled), tf.shape(gradient))
 
 
-# Compiled once for every shape, however many tensors have it.
-_select_compiled: Final[Any] = tf.function(_select, jit_compile=True, autograph=False)
+# Traced and compiled once for every shape, however many tensors have it.
+_scale_traced: Final[Any] = tf.function(_scale, autograph=False)
+_select_compiled: Final[Any] = tf.function(_select, autograph=False, jit_compile=True)
 
 
 def _is_wide(rule: AGC, entry: PlanEntry) -> bool:
@@ -277,12 +299,11 @@ def _number(value: float) -> tf.Tensor:
     return tf.constant(value, tf.float64)
 
 
-def _ids(views: Sequence[View]) -> tf.Tensor:
-    """View that each unit belongs to."""
-    counts = [view.count for view in views]
+def _repeat(numbers: Sequence[int], counts: Sequence[Any]) -> tf.Tensor:
+    """Repeat each number as often as its count says, an int or a scalar tensor."""
     if all(isinstance(count, int) for count in counts):
-        return tf.constant(np.repeat(np.arange(len(views), dtype=np.int32), counts))
-    return tf.concat([tf.fill([count], number) for number, count in enumerate(counts)], 0)
+        return tf.constant(np.repeat(np.asarray(numbers, np.int32), counts))
+    return tf.concat([tf.fill([n], number) for number, n in zip(numbers, counts, strict=True)], 0)
 
 
 def _thresholds(views: Sequence[View], ids: tf.Tensor, step: Step) -> tf.Tensor:
@@ -292,7 +313,7 @@ def _thresholds(views: Sequence[View], ids: tf.Tensor, step: Step) -> tf.Tensor:
     for view in views:
         clipping = view.entry.clipping
         assert clipping is not None  # only what is clipped has a view
-        key = id(clipping) if callable(clipping) else clipping
+        key = _threshold_key(view)
         if key not in known:
             name = f"clipping of {view.entry.name!r}"
             known[key] = value_at(name, clipping, step, tf.float64)
@@ -300,6 +321,12 @@ def _thresholds(views: Sequence[View], ids: tf.Tensor, step: Step) -> tf.Tensor:
     if len(known) == 1:
         return values[0]
     return tf.gather(tf.stack(values), ids)
+
+
+def _threshold_key(view: View) -> object:
+    """Return what is equal for equal thresholds; two schedules are not compared."""
+    clipping = view.entry.clipping
+    return id(clipping) if callable(clipping) else clipping
 
 
 def _raise_nonfinite(table: tf.Tensor, names: tuple[str, ...]) -> tf.Operation | None:

@@ -4,6 +4,8 @@ TensorFlow adds up long columns one after the other in float32, which is wrong b
 in the last place, and goes through memory once for every operation. Here eight squares are added in
 pairs in float32 and the rest in float64, accurate however long a unit is; and in a graph on the CPU
 this kernel is compiled by XLA, so that it reads its tensor once.
+
+What is done to one tensor is a function in a graph, which is traced once for every shape.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import tensorflow as tf
 from agc_tensorflow.devices import has_accelerators, in_xla
 from agc_tensorflow.views import Fold
 
-__all__ = ["WIDE", "branches", "compiles", "sum_of_squares"]
+__all__ = ["WIDE", "branches", "compiles", "is_large", "sum_of_squares"]
 
 WIDE: Final = (tf.float64, tf.complex128)
 """Gradients and weights that are squared and scaled in float64."""
@@ -24,7 +26,7 @@ _LEVELS: Final = 3
 """How often squares are added in pairs in float32: eight to one."""
 _RUN: Final = 1 << _LEVELS
 _SMALL: Final = 1 << 14
-"""Below this many elements a branch or a compiled kernel costs more than it saves."""
+"""Below this many elements a copy costs less than a branch, a compiled kernel, or an operation."""
 
 
 def sum_of_squares(x: tf.Tensor, fold: Fold, *, wide: bool) -> tf.Tensor:
@@ -44,11 +46,12 @@ def sum_of_squares(x: tf.Tensor, fold: Fold, *, wide: bool) -> tf.Tensor:
     tensor of float64, shape (units,)
         The sums.
     """
-    run = _sum_compiled if compiles(fold) else _sum
-    return run(tf.reshape(x, fold.view), fold.reduce, wide or x.dtype in WIDE)
+    run: Any = _sum_compiled if compiles(fold) else _sum if tf.executing_eagerly() else _sum_traced
+    return run(x, fold.view, fold.reduce, wide or x.dtype in WIDE)
 
 
-def _sum(view: tf.Tensor, reduce: tuple[int, ...], wide: bool) -> tf.Tensor:
+def _sum(x: tf.Tensor, shape: tuple[int, ...], reduce: tuple[int, ...], wide: bool) -> tf.Tensor:
+    view = tf.reshape(x, shape)
     reals = [tf.math.real(view), tf.math.imag(view)] if view.dtype.is_complex else [view]
     reals = [tf.cast(real, tf.float64 if wide else tf.float32) for real in reals]
     if not reduce:
@@ -77,13 +80,19 @@ def _sum_along(array: tf.Tensor, axis: int, reduce: tuple[int, ...]) -> tf.Tenso
     return tf.reduce_sum(tf.cast(squares, tf.float64), reduce)
 
 
-# Compiled once for every shape, however many tensors have it.
-_sum_compiled: Final[Any] = tf.function(_sum, jit_compile=True, autograph=False)
+# Traced and compiled once for every shape, however many tensors have it.
+_sum_traced: Final[Any] = tf.function(_sum, autograph=False)
+_sum_compiled: Final[Any] = tf.function(_sum, autograph=False, jit_compile=True)
+
+
+def is_large(fold: Fold) -> bool:
+    """Tell whether a tensor is to be handled by itself, and without a copy."""
+    return math.prod(fold.view) >= _SMALL
 
 
 def branches(fold: Fold) -> bool:
     """Tell whether reading a value to skip work is worth it: for large tensors on the CPU."""
-    return math.prod(fold.view) >= _SMALL and not in_xla() and not has_accelerators()
+    return is_large(fold) and not in_xla() and not has_accelerators()
 
 
 def compiles(fold: Fold) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ from agc.plan import PlanEntry
 from agc_tensorflow.devices import in_xla
 from agc_tensorflow.units import Variable
 
-__all__ = ["Fold", "Gradient", "RowsView", "View", "check_pair", "fold", "view_of"]
+__all__ = ["Fold", "Gradient", "RowsView", "StackedView", "View", "check_pair", "fold", "view_of"]
 
 Gradient: TypeAlias = Any
 """A tensor, ``tf.IndexedSlices`` or None."""
@@ -47,6 +48,10 @@ class Fold:
         """Number of units."""
         return math.prod(self.unit_shape)
 
+    def stacked(self, number: int) -> Fold:
+        """Return the fold of so many tensors, stacked along a new first axis."""
+        return Fold((number, *self.view), tuple(axis + 1 for axis in self.reduce))
+
 
 @lru_cache(maxsize=4096)
 def fold(units: Units, shape: tuple[int, ...], rows: bool = False) -> Fold:
@@ -76,14 +81,14 @@ class View:
     ----------
     entry : PlanEntry
         The parameter's entry in the plan.
-    place : int
-        Its index among the parameters.
+    places : list of int
+        Its index among the parameters; of stacked ones, all of theirs.
     gradient, weight : tensor
         What the norms are taken of.
     fold, weight_fold : Fold
         Their units.
     count : int or scalar tensor
-        Values in the flat vectors of units.
+        Values in the flat vectors of units, for each place.
     units : int or scalar tensor
         Of these, the first ones, which hold a unit.
     """
@@ -91,7 +96,7 @@ class View:
     def __init__(
         self, place: int, entry: PlanEntry, gradient: tf.Tensor, weight: tf.Tensor
     ) -> None:
-        self.place, self.entry = place, entry
+        self.places, self.entry = [place], entry
         self.gradient, self.weight = gradient, weight
         self.fold = self.weight_fold = fold(entry.units, entry.shape)
         self.count: Any = entry.count
@@ -101,9 +106,31 @@ class View:
         """Return squared norms with zeros where there is no unit."""
         return squares
 
-    def with_values(self, values: tf.Tensor) -> Gradient:
-        """Return a gradient of the same kind with other values, shaped like the fold's view."""
-        return tf.reshape(values, self.entry.shape)
+    def with_values(self, values: tf.Tensor) -> list[Gradient]:
+        """Return a gradient of the same kind with other values, for each place."""
+        return [values]
+
+
+class StackedView(View):
+    """Dense gradients with their weights, alike in all but the place, as one tensor.
+
+    Parameters
+    ----------
+    views : sequence of View
+        They have one shape, fold, dtype and threshold.
+    """
+
+    def __init__(self, views: Sequence[View]) -> None:
+        first = views[0]
+        self.entry, self.count, self.units = first.entry, first.count, first.units
+        self.places = [place for view in views for place in view.places]
+        self.gradient = tf.stack([view.gradient for view in views])
+        self.weight = tf.stack([view.weight for view in views])
+        self.fold = self.weight_fold = first.fold.stacked(len(views))
+
+    def with_values(self, values: tf.Tensor) -> list[Gradient]:
+        """Return one of the values' rows for each place."""
+        return list(tf.unstack(values, len(self.places)))
 
 
 class RowsView(View):
@@ -119,7 +146,7 @@ class RowsView(View):
                 entry.units,
                 cure="give the model, whose embedding layers have row units, ",
             )
-        self.place, self.entry = place, entry
+        self.places, self.entry = [place], entry
         self.dense_shape = gradient.dense_shape
         self.indices, self.gradient, rows = _coalesce(gradient)
         self.fold = fold(entry.units, entry.shape, rows=True)
@@ -138,10 +165,9 @@ class RowsView(View):
             return squares
         return tf.where(tf.range(self.count) < self.units, squares, tf.constant(0, tf.float64))
 
-    def with_values(self, values: tf.Tensor) -> Gradient:
+    def with_values(self, values: tf.Tensor) -> list[Gradient]:
         """Return the same rows with other values."""
-        values = tf.reshape(values, (-1, *self.entry.shape[1:]))
-        return tf.IndexedSlices(values, self.indices, self.dense_shape)
+        return [tf.IndexedSlices(values, self.indices, self.dense_shape)]
 
 
 def view_of(

@@ -214,6 +214,21 @@ class ClipContract(Clipping):
         assert np.isnan(clipped[0]).all()
         assert (clipped[1] == g[1]).all()
 
+    @pytest.mark.parametrize(
+        ("shape", "pattern"),
+        [((), "... ->"), ((5,), "... ->"), ((6, 7), "o i -> o"), ((200, 64), "i o -> o")],
+        ids=str,
+    )
+    def test_parameters_of_one_shape_do_not_mix(self, shape, pattern, way):
+        """They are clipped together, each by its own norms and threshold (AGC-2, AGC-4)."""
+        w, g = ({f"p{k}": draw(shape, k, "f")[i] for k in range(6)} for i in range(2))
+        rule = AGC(clipping={"p1": 0.3, "p2": 1e9, "*": 0.01}, units={"*": pattern})
+        g["p2"] *= np.nan
+        g["p3"] *= np.float32(1e-9)
+        g["p4"] = g["p4"].astype(np.float16)
+        clipped = self.check(way, w, g, rule).gradients
+        assert clipped["p3"].tobytes() == g["p3"].tobytes()
+
     # Configuration
 
     @pytest.mark.parametrize("step", [0, 3, 99])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,6 +16,7 @@ from agc import AGC
 from agc.errors import ConfigError, DTypeError, ParameterError, ShapeError
 from agc.reference import Stats
 from agc_tensorflow import adaptive_clip_gradients
+from benchmarks.shapes import declared, nfnet_f0, out_last
 from tests.contract.clip import ClipContract, SparseContract, VectorsContract
 from tests.tensorflow.driver import TensorFlowDriver
 
@@ -95,6 +98,26 @@ def test_gradients_of_a_tape():
     by_model = adaptive_clip_gradients(gradients[:3], variables[:3], AGC(), model=model)
     assert (by_model[0].values.numpy() == clipped[0].values.numpy()).all()
     assert (by_model[1].numpy() == clipped[1].numpy()).all()
+
+
+# Graphs
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_graph_has_fewer_operations_than_that_of_clipnorm(jit):
+    shapes = nfnet_f0()
+    variables = [tf.Variable(tf.zeros(out_last(*item)), name=item[0]) for item in shapes.items()]
+    gradients = [tf.TensorSpec(variable.shape, variable.dtype) for variable in variables]
+    rule = AGC(units=declared(shapes, "... i o -> o"))
+
+    def operations(clip: Callable[[Any], Any]) -> int:
+        """Count what is traced: the operations of a graph, and those of its functions once."""
+        traced = tf.function(clip, autograph=False, jit_compile=jit)
+        graph = traced.get_concrete_function(gradients).graph.as_graph_def()
+        return len(graph.node) + sum(len(body.node_def) for body in graph.library.function)
+
+    clipnorm = operations(keras.optimizers.SGD(clipnorm=1.0)._clip_gradients)
+    assert operations(lambda g: adaptive_clip_gradients(g, variables, rule)) < clipnorm
 
 
 # Schedules

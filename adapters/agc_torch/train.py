@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +27,6 @@ from agc_torch.sam import SharpnessAware
 from agc_torch.weights import array_of, copy_array_, from_neutral, pairs_of, to_neutral
 
 __all__ = ["Trainer", "trainer"]
-
-_MASKS: Final[Any] = getattr(core, "Masks", None)
-"""What an NFNet takes as ``masks``; None if it takes none."""
 
 
 class Trainer:
@@ -147,7 +144,7 @@ class Trainer:
         recipe = self._recipe
         assert recipe.model.num_classes is not None
         targets = soft_labels(batch, recipe.model.num_classes, recipe.train.smoothing)
-        arrays = [targets, *(mask for mask in (batch.keep, batch.dropout) if mask is not None)]
+        arrays = [targets, *(mask for mask in batch.masks if mask is not None)]
         tensors = [self._images(batch.images), *(self._tensor(array) for array in arrays)]
         if self._first is not None:
             order = self._tensor(self._first)
@@ -174,7 +171,7 @@ class Trainer:
             *(tensor.split(self._microbatch) for tensor in tensors), strict=True
         ):
             with self._precision():
-                logits = self._model(images, **self._masks(masks))
+                logits = self._model(images, masks=self._masks(masks))
             loss = F.cross_entropy(logits.float(), targets, reduction="sum") / examples
             loss.backward()
             total += loss.detach()
@@ -184,11 +181,9 @@ class Trainer:
         low = self._recipe.precision.compute == "bfloat16"
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=low)
 
-    def _masks(self, masks: Iterable[Tensor]) -> dict[str, Any]:
+    def _masks(self, masks: Iterable[Tensor]) -> core.Masks:
         named = dict(zip(_masks_of(self._recipe), masks, strict=True))
-        if not named:
-            return {}
-        return {"masks": _MASKS(named.get("stochastic_depth"), named.get("dropout"))}
+        return core.Masks(named.get("stochastic_depth"), named.get("dropout"))
 
     def _follow(self, decay: Any) -> None:
         """Move the average towards the updated weights."""
@@ -259,12 +254,6 @@ def _masks_of(recipe: Recipe) -> list[str]:
 
 
 def _check(recipe: Recipe) -> None:
-    masks = _masks_of(recipe)
-    if masks and _MASKS is None:
-        raise ConfigError(
-            f"train.masks: PyTorch's NFNets cannot be given masks of {' and '.join(masks)} as yet; "
-            "with train.masks=[] they draw their own"
-        )
     if recipe.precision.standardise != "float32":
         raise ConfigError(
             f'precision.standardise="{recipe.precision.standardise}": PyTorch\'s NFNets standardise '

@@ -22,7 +22,7 @@ STOPPED: Final = 75
 
 _EXAMPLE: Final = """\
 examples:
-  agc train digits-mini --framework torch --out run --set "train.masks=[]"
+  agc train digits-mini --framework torch --out run
   agc train mine.toml --framework torch --data /data/imagenet --out run --resume
 
 exit status: 0 at the end of the training; 75 if SIGTERM or Ctrl-C stopped it, after the step was

@@ -24,7 +24,6 @@ from agc.training.loop import evaluation_due
 CHANGES = [
     "train.batch=4",
     "train.steps=8",
-    "train.masks=[]",
     "schedule.warmup_steps=2",
     "sam.group=4",
     "sam.fraction=0.5",

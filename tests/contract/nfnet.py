@@ -159,19 +159,21 @@ class NFNetContract(Contract):
         ("dtype", "stored"), [("bfloat16", BFLOAT16), ("mixed_bfloat16", np.dtype("float32"))]
     )
     def test_bfloat16(self, dtype, stored):
-        limit, expected = LIMITS["bfloat16"], exact(self.driver)
-        images, labels = core.seeded_batch(2, 32)
+        limit = LIMITS["bfloat16"]
+        images, labels = core.seeded_batch(*SIZE)
         images = images.astype(stored)
-        model = self.driver.seeded(dtype=dtype)
+        model = self.driver.seeded(SHALLOW, dtype, dropout=0.4)
+        expected = self.masked(model).logits
         with self.driver.autocast():
-            logits = self.driver.run(model, images)
+            logits = self.driver.run(model, images, train=True, masks=MASKS)
             found = self.driver.shapes(model, images, labels)
             convs = self.layers(model, "wsconv2d")
             weights = [self.driver.standardised(conv) for conv in convs[:3]]
         assert logits.dtype == BFLOAT16
-        close(logits, expected.logits, limit.logits)
-        assert abs(smooth_loss(logits, labels) - float(expected.loss)) < limit.loss
-        assert len(convs) == 57
+        close(logits, expected, limit.logits)
+        wanted, _ = smoothed_cross_entropy(expected, labels)
+        assert abs(smooth_loss(logits, labels) - wanted) < limit.loss
+        assert len(convs) == 19
         assert {feature.dtype for feature in found.features.values()} == {BFLOAT16}
         assert {signal.dtype for signal in found.signals.values()} == {np.dtype("float32")}
         assert {gradient.dtype for gradient in found.gradients.values()} == {stored}
@@ -180,8 +182,7 @@ class NFNetContract(Contract):
     @pytest.mark.parametrize(
         ("variant", "images", "height", "width"),
         [
-            ("tiny", 2, 45, 51),
-            (SHALLOW, 2, 32, 38),
+            (SHALLOW, 2, 45, 38),
             (SHALLOW, 1, 50, 33),
             (SHALLOW, 1, 64, 64),
             (SHALLOW, 3, 7, 1),
@@ -333,17 +334,6 @@ class NFNetContract(Contract):
                 own = np.moveaxis(own, 0, -1)
             assert relative(own, wanted) <= limit, name
 
-    @pytest.mark.parametrize(
-        ("dtype", "stored"), [("bfloat16", BFLOAT16), ("mixed_bfloat16", np.dtype("float32"))]
-    )
-    def test_masks_in_half_precision(self, dtype, stored):
-        model = self.driver.seeded(SHALLOW, dtype, dropout=0.4)
-        with self.driver.autocast():
-            images = images_of(*SIZE, dtype=stored)
-            logits = self.driver.run(model, images, train=True, masks=MASKS)
-        assert logits.dtype == BFLOAT16
-        close(logits, self.masked(model).logits, LIMITS["bfloat16"].logits)
-
     def test_what_is_given_is_not_drawn(self):
         images = images_of(16, 8)
         masks = Masks(*(np.tile(mask, (8, 1)) for mask in MASKS))
@@ -418,7 +408,7 @@ class NFNetContract(Contract):
 
     # Parameters
 
-    @pytest.mark.parametrize("variant", core.VARIANTS)
+    @pytest.mark.parametrize("variant", ["tiny", "F0", "F7+"])  # smallest, and by depth and width
     def test_parameters_have_the_canonical_names(self, variant):
         found = self.driver.parameters(self.driver.abstract(variant))
         shapes = {name: tuple(parameter.shape) for name, parameter in found.items()}

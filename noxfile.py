@@ -121,7 +121,13 @@ def tests(session: nox.Session, framework: str) -> None:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    session.run("pytest", *IN_PARALLEL, f"tests/{framework}", *session.posargs, env=QUIET | ONE_THREAD | cache)
+    session.run(
+        "pytest",
+        *IN_PARALLEL,
+        f"tests/{framework}",
+        *session.posargs,
+        env=QUIET | ONE_THREAD | cache,
+    )
 
 
 @nox.session(default=False)

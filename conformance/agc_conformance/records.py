@@ -193,6 +193,7 @@ class Costs(TypedDict):
 
     device_bytes: int
     temporary_bytes: int
+    aliased_bytes: NotRequired[int]
     kernels: int
     collectives: int
     collective_bytes: int

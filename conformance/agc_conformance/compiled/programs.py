@@ -22,6 +22,7 @@ Tree = dict[str, Any]
 Function = Callable[..., Any]
 Devices = Callable[[str], Any]
 """From the name of a target to its devices."""
+Cost = Literal["device_bytes", "kernels", "collective_bytes"]
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,7 @@ class Program:
     reused: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     peer: Peer | None = None
-    at_most_peer: Mapping[Literal["device_bytes", "kernels", "collective_bytes"], float] = field(
-        default_factory=dict
-    )
+    at_most_peer: Mapping[Cost, float] = field(default_factory=dict)
 
 
 def tpu_programs(devices: Devices) -> Iterator[Program]:
@@ -105,7 +104,7 @@ def gpu_programs(devices: Devices) -> Iterator[Program]:
     """
     place = _on_one(devices(GPU))
     options = {"xla_gpu_autotune_level": 0}  # there is nothing to time kernels on
-    limits = {"kernels": 1.0, "device_bytes": 1.05}
+    limits: Mapping[Cost, float] = {"kernels": 1.0, "device_bytes": 1.05}
     more: dict[str, Any] = {"options": options, "compared": True, "at_most_peer": limits}
     single, half = (_tree(_nfnet_f0(), dtype, place) for dtype in ("float32", "bfloat16"))
     yield _clip("NFNet-F0 float32", GPU, _OUT_LAST, single, 1.37, **more)

@@ -124,6 +124,7 @@ class ResultRecord(TypedDict):
 
     ``max_ulp`` is the largest error of a clipped element in units in the last place, or None where
     nothing was measured; ``histogram`` counts elements by error, bins as :data:`ULP_BINS`.
+    ``ulp_by_path`` is the largest error by path: ``eager``, and ``paths`` of the backend.
     """
 
     type: Literal["result"]
@@ -136,6 +137,7 @@ class ResultRecord(TypedDict):
     max_ulp: float | None
     histogram: Annotated[list[int], {"maxItems": len(ULP_BINS) + 1}]
     detail: str
+    ulp_by_path: NotRequired[dict[str, float]]
     seconds: NotRequired[float]
 
 
@@ -193,6 +195,7 @@ class Costs(TypedDict):
 
     device_bytes: int
     temporary_bytes: int
+    aliased_bytes: NotRequired[int]
     kernels: int
     collectives: int
     collective_bytes: int
@@ -234,11 +237,11 @@ def make_result(
     max_ulp: float | None = None,
     histogram: Sequence[int] = (),
     detail: str = "",
+    ulp_by_path: Mapping[str, float] | None = None,
     seconds: float | None = None,
 ) -> ResultRecord:
-    """Return a result record; a non-finite ``max_ulp`` becomes the largest float."""
-    if max_ulp is not None and not math.isfinite(max_ulp):
-        max_ulp = sys.float_info.max
+    """Return a result record; an error that is not finite becomes the largest float."""
+    max_ulp = None if max_ulp is None else _finite(max_ulp)
     record: ResultRecord = {
         "type": "result",
         "id": id,
@@ -251,9 +254,15 @@ def make_result(
         "histogram": [int(count) for count in histogram],
         "detail": detail.encode(errors="replace").decode(),
     }
+    if ulp_by_path:
+        record["ulp_by_path"] = {path: _finite(error) for path, error in ulp_by_path.items()}
     if seconds is not None:
         record["seconds"] = round(seconds, 4)
     return record
+
+
+def _finite(error: float) -> float:
+    return error if math.isfinite(error) else sys.float_info.max
 
 
 def make_header(kind: Kind, **more: Any) -> Header:

@@ -93,7 +93,12 @@ def files(tmp_path: Path) -> dict[str, Path]:
         "parser": run("parser", *({**record, "level": "L0"} for record in every)),
         "good": run(
             "good",
-            result("L1-a", max_ulp=1.5, histogram=[3, 1, 0, 1, 0, 0, 0, 0]),
+            result(
+                "L1-a",
+                max_ulp=1.5,
+                histogram=[3, 1, 0, 1, 0, 0, 0, 0],
+                ulp_by_path={"eager": 1.5, "xla": 2.25},
+            ),
             result("L0-b", dtype="-", level="L0", clause="AGC-6"),
             result("L1-c", "unsupported", clause="AGC-9", detail="no sparse gradients"),
             result("real-digits-clip", level="L2", flags=["RealImages"]),
@@ -179,6 +184,9 @@ def test_four_files_are_written(files: dict[str, Path], tmp_path: Path) -> None:
     data = json.loads((out / "report.json").read_text())
     assert data["ok"] is False
     assert data["runs"][0]["clauses"]["AGC-2"]["max_ulp"] == 1.5
+    assert [run["paths"] for run in data["runs"]] == [{"eager": 1.5, "xla": 2.25}, {}]
+    page = (out / "index.html").read_text()
+    assert '<td class="num">1.5</td><td class="num">2.25</td>' in page
     assert [failure["id"] for failure in data["failures"]] == ["L1-a", "L1-d"]
 
 
@@ -305,6 +313,8 @@ def test_markdown(files: dict[str, Path]) -> None:
     text = markdown(summary(files, *files))
     assert "✗ 0/2" in text
     assert "✓ 2/2 1.5 ULP" in text
+    assert "| run | eager | xla |" in text
+    assert "| good on cpu | 1.50 | 2.25 |" in text
     assert "| v5e:2x2 | compiled | 1.02 MB, 1.020 x least (1.34 MB, " in text
     assert "**survived**" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]

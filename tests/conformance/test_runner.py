@@ -47,6 +47,36 @@ def test_right_implementations_pass_everything(
     assert [r for r in records if r["status"] != "passed"] == []
 
 
+class TwoPaths(ReferenceBackend):
+    """Its compiled code is less accurate."""
+
+    paths = ("compiled", "sharded")  # of which it has one
+    factor = 1 + 2**-23
+
+    def scenario_compiled(self, problem: Problem) -> Outcome:
+        outcome = self.clip(problem)
+        before, after = (np.asarray(x.gradients["weight"]) for x in (problem, outcome))
+        larger = after * np.float32(self.factor)
+        return Outcome({"weight": np.where(after == before, after, larger)})
+
+    def scenario_sharded(self, problem: Problem) -> Outcome:  # type: ignore[override]
+        raise Unsupported("not here")
+
+
+def test_every_path_must_be_accurate(monkeypatch: pytest.MonkeyPatch) -> None:
+    vector = VECTORS["L1-fan-in-4608"]
+    record = run_case(TwoPaths(), vector, "float32")
+    assert record["status"] == "passed"
+    errors = record["ulp_by_path"]
+    assert list(errors) == ["eager", "compiled"]
+    assert errors["eager"] == record["max_ulp"] < 1 < errors["compiled"] <= 4
+    assert "ulp_by_path" not in run_case(TwoPaths(), vector, "bfloat16")
+    monkeypatch.setattr(TwoPaths, "factor", 1 + 2**-20)
+    record = run_case(TwoPaths(), vector, "float32")
+    assert record["status"] == "failed"
+    assert record["detail"].startswith("compiled: weight, unit 0, element ")
+
+
 MUTANTS = [mutant for mutant in mutants.MUTANTS if mutant.wing != "nfnets"]
 
 

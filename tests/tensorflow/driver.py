@@ -99,9 +99,7 @@ class XlaBackend(TensorFlowBackend):
     def clip(self, problem: Problem) -> Outcome:
         if problem.rule.nonfinite == "raise":
             raise Unsupported("XLA drops assertions")
-        return self._clip(
-            problem, lambda clip: tf.function(clip, jit_compile=True, autograph=False)()
-        )
+        return self.scenario_xla(problem)
 
 
 class GraphBackend(TensorFlowBackend):

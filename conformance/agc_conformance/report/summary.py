@@ -139,6 +139,15 @@ class Column:
             worst[name] = max(worst.get(name, 0.0), result["max_ulp"] or 0.0)
         return {name: (value, ULP_LIMITS[method][name]) for name, value in worst.items()}
 
+    @property
+    def paths(self) -> dict[str, float]:
+        """Largest error in float32 by path, of the vectors that are asked of every path."""
+        worst: dict[str, float] = {}
+        for result in self.file.results:
+            for path, error in result.get("ulp_by_path", {}).items():
+                worst[path] = max(worst.get(path, 0.0), error)
+        return worst
+
     def _measured(self, method: str) -> list[ResultRecord]:
         return [
             result
@@ -167,6 +176,11 @@ class Summary:
     def columns(self) -> list[Column]:
         """Backends, then subjects."""
         return [*self.backends, *self.subjects]
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of all backends."""
+        return [*dict.fromkeys(path for column in self.backends for path in column.paths)]
 
     @property
     def failures(self) -> list[tuple[Column, ResultRecord]]:

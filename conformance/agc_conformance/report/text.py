@@ -133,6 +133,13 @@ def markdown(summary: Summary) -> str:
             ]
             rows.append(["all", *(_mark(c, c.total) for c in columns)])
             lines += _table(["clause", *(c.title for c in columns)], rows)
+    if summary.paths:
+        lines += ["## Largest error in float32 by path, in ULP of which 4 are allowed", ""]
+        rows = [
+            [c.title, *(f"{c.paths[p]:.2f}" if p in c.paths else "" for p in summary.paths)]
+            for c in summary.backends
+        ]
+        lines += _table(["run", *summary.paths], rows)
     if summary.failures:
         lines += ["## Failures", ""]
         rows = [
@@ -284,6 +291,7 @@ def as_json(summary: Summary) -> str:
             {
                 "header": column.file.header,
                 "clauses": matrix(column),
+                "paths": column.paths,
                 "errors": {method: errors(column, method) for method in ULP_LIMITS},
             }
             for column in summary.columns

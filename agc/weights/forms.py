@@ -12,9 +12,15 @@ import numpy.typing as npt
 from agc.layouts import out_first, out_first_axes, out_last
 from agc.nfnet import HEAD, VARIANTS, ParameterSpec, Variant, parameters
 
-__all__ = ["FORMS", "Form", "guess", "sizes"]
+__all__ = ["FORMAT", "FORMAT_VERSION", "FORMS", "Form", "guess", "sizes"]
 
 Array = npt.NDArray[Any]
+
+FORMAT: Final = "agc-nfnet"
+"""What a file's metadata call this format."""
+
+FORMAT_VERSION: Final = 1
+"""Version of the metadata; a file of a later one is refused."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ __all__ = ["ARCHIVED", "array_of", "datasets", "dtype_of", "metadata_of", "unzip
 ARCHIVED: Final = "model.weights.h5"
 """Member of a ``.keras`` archive that holds the weights."""
 
-_SKIPPED: Final = re.compile(r"(optimizer|metrics?|compile_metrics|loss_tracker)/")
+_SKIPPED: Final = re.compile(r"(^|/)(optimizer|metrics?|compile_metrics|loss_tracker)/")
 _BLOCK: Final = re.compile(r"layers/stage(?:_(\d+))?/blocks/nf_block(?:_(\d+))?/")
 _LEAF: Final = re.compile(r"(?:(\w+)/)?vars/(\d)$")
 
@@ -52,7 +52,7 @@ def datasets(path: Path, file: Path | IO[bytes]) -> Iterator[dict[str, Any]]:
         sets: dict[str, Any] = {}
 
         def visit(name: str, item: Any) -> None:  # visits no links, which may lead elsewhere
-            if isinstance(item, library.Dataset) and not _SKIPPED.match(name):
+            if isinstance(item, library.Dataset) and not _SKIPPED.search(name):
                 if item.external or item.is_virtual:
                     raise FormatError(f"{path}: {name} refers to another file")
                 sets[_name(name)] = item

@@ -17,6 +17,7 @@ __all__ = [
     "ShapeError",
     "UnitsError",
     "UnitsWarning",
+    "WeightsWarning",
 ]
 
 
@@ -42,6 +43,10 @@ class AmbiguousUnitsError(UnitsError):
 
 class UnitsWarning(UserWarning):
     """The units of some parameters follow the framework's layout convention, not a layer's type."""
+
+
+class WeightsWarning(UserWarning):
+    """A file of weights leaves open what they are for; the message has what was assumed."""
 
 
 class ShapeError(AGCError, ValueError):

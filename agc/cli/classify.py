@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from agc import nfnet
 from agc.cli.frameworks import framework_names, load_framework
-from agc.cli.model_options import add_model_options, describe
+from agc.cli.model_options import add_model_options, add_which_option, describe
 from agc.errors import ConfigError, FormatError, NonFiniteError
 from agc.files import named_files
 from agc.nfnet import Options
@@ -40,48 +41,63 @@ Array = npt.NDArray[Any]
 
 _RANDOM: Final = "random"
 
+_EXAMPLE: Final = """\
+examples:
+  agc classify china.jpg flower.jpg --weights F0.safetensors --backend torch
+  agc classify *.jpg --weights run --use raw --backend jax --json
+
+exit status: 0; 1 if an image could not be classified, although the others were; 2 for misuse
+"""
+
 
 def register(subparsers: Any) -> None:
     """Add the command ``classify`` to ``agc`` (entry-point group ``agc.commands``)."""
-    command = subparsers.add_parser("classify", help="say what photographs show, with an NFNet")
+    command = subparsers.add_parser(
+        "classify",
+        help="say what photographs show, with an NFNet",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="photograph")
     command.add_argument(
-        "--weights", required=True, metavar="FILE", help=f"file of any form, or '{_RANDOM}'"
+        "--weights",
+        required=True,
+        metavar="FILE",
+        help=f"file of any form, folder of agc train, or '{_RANDOM}'",
     )
-    command.add_argument("--backend", required=True, choices=framework_names(), help="framework")
-    command.add_argument("--labels", type=Path, metavar="FILE", help="names of the classes")
+    command.add_argument(
+        "--backend", required=True, choices=framework_names(), help="framework that runs the model"
+    )
+    command.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="names of the classes (timm's for ImageNet's 1000, if timm is installed)",
+    )
     command.add_argument("--top", type=int, default=5, metavar="N", help="classes an image (5)")
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_which_option(command, "--use")
     add_model_options(command)
     command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     with named_files():
-        if arguments.weights == _RANDOM:
-            options, arrays = random_weights(arguments.variant or "tiny")
-            options = _override(options, activation=arguments.activation, ws_eps=arguments.ws_eps)
-        else:
-            with open_weights(
-                arguments.weights,
-                variant=arguments.variant,
-                activation=arguments.activation,
-                ws_eps=arguments.ws_eps,
-            ) as weights:
-                options, arrays = weights.options, weights.arrays()
+        options, arrays = _weights(arguments)
         if arguments.top < 1:
             raise ConfigError(f"--top must be >= 1, got {arguments.top}")
         classes = options.num_classes
         names = read_names(arguments.labels, classes) if arguments.labels else class_names(classes)
         model = classifier(arguments.backend, options, arrays)
-        pixels = options.variant.test_pixels
-        answers = {}
+        answers: dict[Path, list[Guess] | str] = {}
         for path in arguments.images:
-            logits = model(read_image(path, pixels)[None])[0]
             try:
+                logits = model(read_image(path, options.variant.test_pixels)[None])[0]
                 answers[path] = top(logits, arguments.top, names)
+            except FormatError as error:
+                answers[path] = str(error)
             except NonFiniteError as error:
-                raise NonFiniteError(f"{path} with {arguments.weights}: {error}") from None
+                answers[path] = f"{path} with {arguments.weights}: {error}"
     note = None
     if arguments.weights == _RANDOM:
         note = "THE WEIGHTS ARE RANDOM: these answers mean nothing"
@@ -91,7 +107,29 @@ def _run(arguments: argparse.Namespace) -> int:
         _print_json(arguments, options, note, answers)
     else:
         _print_tables(arguments, options, note, answers)
-    return 0
+    failed = [answer for answer in answers.values() if isinstance(answer, str)]
+    for reason in failed:
+        print(f"agc: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _weights(arguments: argparse.Namespace) -> tuple[Options, dict[str, Array]]:
+    """Return the model and its arrays, and say what was assumed of the file."""
+    if arguments.weights == _RANDOM:
+        options, arrays = random_weights(arguments.variant or "tiny")
+        return _override(options, activation=arguments.activation, ws_eps=arguments.ws_eps), arrays
+    opened = open_weights(
+        arguments.weights,
+        variant=arguments.variant,
+        activation=arguments.activation,
+        ws_eps=arguments.ws_eps,
+        key=arguments.key,
+        weights=arguments.which,
+    )
+    with opened as weights:
+        for note in weights.notes:
+            print(note, file=sys.stderr)
+        return weights.options, weights.arrays()
 
 
 def _override(options: Options, **given: str | None) -> Options:
@@ -103,7 +141,7 @@ def _print_json(
     arguments: argparse.Namespace,
     options: Options,
     note: str | None,
-    answers: dict[Path, list[Guess]],
+    answers: dict[Path, list[Guess] | str],
 ) -> None:
     document = {
         "weights": arguments.weights,
@@ -113,8 +151,10 @@ def _print_json(
         "variant": options.variant.name,
         "pixels": options.variant.test_pixels,
         "images": [
-            {"image": str(path), "top": [dataclasses.asdict(guess) for guess in guesses]}
-            for path, guesses in answers.items()
+            {"image": str(path), "error": answer}
+            if isinstance(answer, str)
+            else {"image": str(path), "top": [dataclasses.asdict(guess) for guess in answer]}
+            for path, answer in answers.items()
         ],
     }
     print(json.dumps(document, indent=2))
@@ -124,7 +164,7 @@ def _print_tables(
     arguments: argparse.Namespace,
     options: Options,
     note: str | None,
-    answers: dict[Path, list[Guess]],
+    answers: dict[Path, list[Guess] | str],
 ) -> None:
     console = need("rich.console", "agc classify").Console()
     table = need("rich.table", "agc classify").Table
@@ -134,7 +174,8 @@ def _print_tables(
         console.print(line, markup=False, highlight=False, soft_wrap=True, **how)
 
     say(f"{describe(options)} with {arguments.backend}, weights: {arguments.weights}")
-    for path, guesses in answers.items():
+    classified = {path: found for path, found in answers.items() if not isinstance(found, str)}
+    for path, guesses in classified.items():
         say(str(path))
         shown = table()
         shown.add_column("class", justify="right")
@@ -145,7 +186,7 @@ def _print_tables(
             name = [] if guess.name is None else [text(guess.name)]
             shown.add_row(str(guess.index), *name, f"{guess.probability:.1%}")
         console.print(shown)
-    if any(guess.name is None for guesses in answers.values() for guess in guesses):
+    if any(guess.name is None for guesses in classified.values() for guess in guesses):
         say("(no names of classes; give them with --labels FILE)")
     if note is not None:
         say(note, style="bold red")

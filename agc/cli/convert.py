@@ -6,22 +6,38 @@ import argparse
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from agc.cli.model_options import add_model_options, describe
+from agc.cli.model_options import add_model_options, add_which_option, describe
 from agc.files import named_files, written
 from agc.packages import need
 from agc.weights import FORMS, convert
 
 __all__ = ["register"]
 
+_EXAMPLE: Final = """\
+examples:
+  agc convert F0_haiku.npz F0.safetensors --to neutral
+  agc convert model_best.pth.tar mine.safetensors --to torch --weights ema
+  agc convert run mine.safetensors --to flax                a folder of agc train
+  agc convert last.ckpt mine.safetensors --to keras --key state_dict.net
+"""
+
 
 def register(subparsers: Any) -> None:
     """Add the command ``convert`` to ``agc`` (entry-point group ``agc.commands``)."""
-    command = subparsers.add_parser("convert", help="convert NFNet weights between frameworks")
-    command.add_argument("source", type=Path, metavar="SRC", help="file of any form")
+    command = subparsers.add_parser(
+        "convert",
+        help="convert NFNet weights between frameworks",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "source", type=Path, metavar="SRC", help="file of any form, or folder of agc train"
+    )
     command.add_argument("target", type=Path, metavar="DST", help="file to write")
     command.add_argument("--to", required=True, choices=list(FORMS), help="form of DST")
+    add_which_option(command, "--weights")
     add_model_options(command)
     command.set_defaults(run=_run)
 
@@ -50,17 +66,14 @@ def _run(arguments: argparse.Namespace) -> int:
             variant=arguments.variant,
             activation=arguments.activation,
             ws_eps=arguments.ws_eps,
+            key=arguments.key,
+            weights=arguments.which,
             progress=advance,
         )
     print(
         f"{written(arguments.target)}: {arguments.to} weights of {describe(converted.options)}, "
         f"{len(converted.tensors)} tensors, {converted.nbytes / 1e6:.1f} MB, from {converted.form}"
     )
-    if not converted.complete:
-        print(
-            f"{arguments.source} does not say how it was trained; taken for activation={converted.options.activation}, "
-            f"ws_eps={converted.options.ws_eps}. DeepMind's weights, also timm's dm_nfnet_*.dm_in1k, are gelu and "
-            "deepmind; for what you trained with timm, say --activation gelu_erf --ws-eps timm",
-            file=sys.stderr,
-        )
+    for note in converted.notes:
+        print(note, file=sys.stderr)
     return 0

@@ -1,7 +1,8 @@
 """Recipe files: TOML in, TOML out, the recipes that come with this package, and single changes.
 
 A file may begin with ``base = "nfnet-f0"``, the name of a recipe of this package or a path relative
-to the file: its own keys then replace those of the base.
+to the file: its own keys then replace those of the base. Tables of a recipe are merged key by key;
+a value that is written as a table, such as a schedule or thresholds by pattern, is replaced whole.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from agc.errors import ConfigError, FormatError
-from agc.recipe.keys import dotted
+from agc.recipe.keys import dotted, tables_of
 from agc.recipe.recipe import Recipe
 
 __all__ = ["flat", "load_recipe", "shipped_recipes", "to_toml"]
@@ -112,13 +113,22 @@ def _change(change: str) -> dict[str, Any]:
     raise ConfigError(f"{change!r} is no change of a key, such as train.steps=100")
 
 
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tables with others put over them, key by key."""
-    merged = dict(base)
+def _merged(
+    base: Mapping[str, Any], changes: Mapping[str, Any], cls: Any = Recipe
+) -> dict[str, Any]:
+    """Return a table of a class with changes put over it.
+
+    Tables in it, and notes, are merged key by key. Other mappings are values, whose keys belong
+    together and whose order may count.
+    """
+    merged, tables = dict(base), tables_of(cls)
     for key, value in changes.items():
         old = merged.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
-            value = _merged(old, value)
+            if key in tables:
+                value = _merged(old, value, tables[key])
+            elif cls is Recipe and key == "notes":
+                value = {**old, **value}
         merged[key] = value
     return merged
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import shutil
 from contextlib import suppress
@@ -29,14 +28,12 @@ from agc.nfnet import check_arrays, parameters
 from agc.recipe import Recipe
 from agc.training.state import State
 from agc.weights import load, save
+from agc.weights.folders import FACTS, STEP
 
 __all__ = ["SCHEMA", "Checkpoints"]
 
 SCHEMA: Final = 1
 """Version of the form."""
-
-_STEP: Final = re.compile(r"step-(\d{6,})")
-_STATE: Final = "state.json"
 
 
 class Checkpoints:
@@ -71,7 +68,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of which there are complete checkpoints, ascending."""
-        names = (_STEP.fullmatch(path.name) for path in self._folder.iterdir() if path.is_dir())
+        names = (STEP.fullmatch(path.name) for path in self._folder.iterdir() if path.is_dir())
         return sorted(int(name[1]) for name in names if name)
 
     def path(self, step: int) -> Path:
@@ -99,7 +96,7 @@ class Checkpoints:
         try:
             for name, arrays in state.parts():
                 save(part / f"{name}.safetensors", self._options, arrays)
-            write_text(part / _STATE, json.dumps(self._facts(state), allow_nan=False) + "\n")
+            write_text(part / FACTS, json.dumps(self._facts(state), allow_nan=False) + "\n")
             _sync(part)
             if final.exists():
                 # A training that went on from an older step comes by again.
@@ -132,7 +129,7 @@ class Checkpoints:
                 raise FormatError(f"{self._folder}: there is no checkpoint")
             step = steps[-1]
         path = self.path(step)
-        facts = self._read_facts(path / _STATE, step)
+        facts = self._read_facts(path / FACTS, step)
         names = ["parameters", "momentum", *(["ema"] if self._recipe.ema else [])]
         arrays = {}
         for name in names:

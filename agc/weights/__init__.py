@@ -1,6 +1,7 @@
 """Weights of NFNets in files, and between frameworks: the library behind ``agc convert``.
 
-A file is in one of six *forms*. All hold the same numbers, and conversion keeps every bit.
+A file is in one of six *forms*. All hold the same numbers, and conversion keeps every bit. Files
+of PyTorch and Keras themselves, and DeepMind's pickles, are read as well.
 
 =========== =========== ======================================== ===================================
 form        file        names                                    layout
@@ -19,7 +20,7 @@ Metadata say which variant and options the weights belong to. This package impor
 safetensors is needed to read such files (the extra ``weights``).
 """
 
-from agc.weights.forms import FORMS
-from agc.weights.store import FORMAT_VERSION, Weights, convert, load, open_weights, save
+from agc.weights.forms import FORMAT_VERSION, FORMS
+from agc.weights.store import Weights, convert, load, open_weights, save
 
 __all__ = ["FORMAT_VERSION", "FORMS", "Weights", "convert", "load", "open_weights", "save"]

@@ -1,4 +1,8 @@
-"""Files of tensors, one at a time: safetensors, npz, PyTorch's, and DeepMind's pickles."""
+"""Files of tensors, one at a time: safetensors, npz, PyTorch's, Keras', and DeepMind's pickles.
+
+A file may hold several sets of weights, in dictionaries within a dictionary; :mod:`choice
+<agc.weights.choice>` says which of them is meant.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -18,7 +22,16 @@ import numpy.typing as npt
 
 from agc.errors import FormatError, MissingPackageError
 from agc.packages import need
-from agc.weights.pickles import read_pickle
+from agc.weights.keras_h5 import (
+    ARCHIVED,
+    array_of,
+    datasets,
+    dtype_of,
+    metadata_of,
+    unzipped,
+)
+from agc.weights.pickles import RefusedError, read_pickle
+from agc.weights.torch_zip import StoredTensor, read_tree
 
 __all__ = [
     "DTYPES",
@@ -49,11 +62,24 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """An open file: its tensors by name, and what else it says in words."""
+    """An open file: what it holds, and what else it says in words.
+
+    Attributes
+    ----------
+    path : Path
+        What was opened.
+    contents : mapping of str to mapping
+        Dotted key of a dictionary, empty for the outermost, to what is in it by name: a
+        :class:`Tensor`, or anything else that the file may hold.
+    metadata : mapping of str to str
+    files : tuple of Path
+        All files that are read: several if it is an index.
+    """
 
     path: Path
-    tensors: Mapping[str, Tensor]
+    contents: Mapping[str, Mapping[Any, Any]]
     metadata: Mapping[str, str]
+    files: tuple[Path, ...]
 
 
 @contextmanager
@@ -71,31 +97,68 @@ def open_source(path: Path) -> Iterator[Source]:
     """
     with path.open("rb") as file:
         start = file.read(16)
-    if _is_safetensors(start, path.stat().st_size):
-        with _safetensors(path) as source:
-            yield source
-    elif start.startswith(b"PK"):
-        with _open_zip(path) as archive:
+    metadata: Mapping[str, str] = {}
+    with ExitStack() as stack:
+        contents: Mapping[str, Mapping[Any, Any]]
+        files: tuple[Path, ...] = (path,)
+        if _is_safetensors(start, path.stat().st_size):
+            tensors, metadata = stack.enter_context(_safetensors(path))
+            contents = {"": tensors}
+        elif start.startswith(b"PK"):
+            archive = stack.enter_context(_open_zip(path))
             names = archive.namelist()
-            if any(name.endswith("/data.pkl") for name in names):
-                yield _torch(path, zipped=True)
+            pickles = [name for name in names if name.endswith("/data.pkl")]
+            if pickles:
+                contents = _torch(path, archive, pickles[0])
+            elif ARCHIVED in names:
+                metadata = metadata_of(archive)
+                contents = {"": stack.enter_context(_keras(path, unzipped(archive)))}
             elif names and all(name.endswith(".npy") for name in names):
-                yield _npz(path, archive)
+                tensors, metadata = _npz(path, archive)
+                contents = {"": tensors}
             else:
-                raise FormatError(f"{path}: a zip archive, but neither NumPy's nor PyTorch's")
-    elif start.startswith(_LEGACY_TORCH):
-        yield _torch(path, zipped=False)
-    elif start.startswith(b"\x80"):
-        arrays = read_pickle(path)
-        yield Source(path, {name: in_memory(array) for name, array in arrays.items()}, {})
-    else:
+                raise FormatError(
+                    f"{path}: a zip archive, but neither NumPy's nor PyTorch's nor Keras'"
+                )
+        elif start.startswith(_HDF5):
+            contents = {"": stack.enter_context(_keras(path, path))}
+        elif start.startswith(_LEGACY_TORCH):
+            contents = _legacy_torch(path)
+        elif start.startswith(b"\x80"):
+            arrays = read_pickle(path)
+            contents = {"": {name: in_memory(array) for name, array in arrays.items()}}
+        elif start.lstrip().startswith(b"{"):
+            shards = [stack.enter_context(open_source(shard)) for shard in _shards(path)]
+            contents = {"": {k: v for shard in shards for k, v in shard.contents[""].items()}}
+            files = (path, *(shard.path for shard in shards))
+        else:
+            raise FormatError(
+                f"{path}: neither safetensors, npz, HDF5, a PyTorch file nor a pickle; "
+                f"it starts with {start!r}"
+            )
+        yield Source(path, contents, metadata, files)
+
+
+def _shards(path: Path) -> list[Path]:
+    """Return the files that an index such as ``model.safetensors.index.json`` names."""
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or not all(name == Path(name).name for name in names):
+            raise ValueError("its files must be beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(
-            f"{path}: neither safetensors, npz, a PyTorch file nor a pickle; it starts with {start!r}"
-        )
+            f"{path}: JSON, but no index of shards with a weight_map; {error}"
+        ) from None
+    shards = [path.parent / name for name in names]
+    for shard in shards:
+        if shard.suffix == ".json" or not shard.is_file():
+            raise FormatError(f"{path}: names {shard.name}, which is no file of weights beside it")
+    return shards
 
 
 _LEGACY_TORCH: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """Start of PyTorch's older files: their magic number, pickled."""
+_HDF5: Final = b"\x89HDF\r\n\x1a\n"
 
 
 def in_memory(array: Array) -> Tensor:
@@ -122,11 +185,11 @@ def _is_safetensors(start: bytes, size: int) -> bool:
     kind.
     """
     fits = int.from_bytes(start[:8], "little") <= size - 8
-    return start[8:9] == b"{" and (fits or not start.startswith((b"PK", b"\x80")))
+    return start[8:9] == b"{" and (fits or not start.startswith((b"PK", b"\x80", b"{")))
 
 
 @contextmanager
-def _safetensors(path: Path) -> Iterator[Source]:
+def _safetensors(path: Path) -> Iterator[tuple[dict[str, Tensor], Mapping[str, str]]]:
     library = need("safetensors", f"{path}: reading safetensors")
     try:
         opened = library.safe_open(path, "np")
@@ -145,7 +208,7 @@ def _safetensors(path: Path) -> Iterator[Source]:
 
             return Tensor(tuple(part.get_shape()), dtype, read)
 
-        yield Source(path, {name: tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+        yield {name: tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def _lost(path: Path) -> str | None:
@@ -220,7 +283,7 @@ def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         yield archive
 
 
-def _npz(path: Path, archive: zipfile.ZipFile) -> Source:
+def _npz(path: Path, archive: zipfile.ZipFile) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     def tensor(member: str) -> Tensor:
         with _member(path, archive, member) as file:
             version = np.lib.format.read_magic(file)
@@ -240,8 +303,7 @@ def _npz(path: Path, archive: zipfile.ZipFile) -> Source:
             metadata = json.loads(archive.comment)
         except ValueError as error:
             raise FormatError(f"{path}: truncated, or its comment is broken; {error}") from None
-    tensors = {name.removesuffix(".npy"): tensor(name) for name in archive.namelist()}
-    return Source(path, tensors, metadata)
+    return {name.removesuffix(".npy"): tensor(name) for name in archive.namelist()}, metadata
 
 
 # RuntimeError is zipfile's for a member that is encrypted, or compressed in a way that it does not
@@ -283,36 +345,60 @@ def write_npz(
             yield name
 
 
+# --- Keras ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _keras(path: Path, file: Path | IO[bytes]) -> Iterator[dict[str, Tensor]]:
+    with datasets(path, file) as sets:
+
+        def tensor(dataset: Any) -> Tensor:
+            return Tensor(dataset.shape, dtype_of(dataset), lambda: array_of(path, dataset))
+
+        yield {name: tensor(dataset) for name, dataset in sets.items()}
+
+
 # --- PyTorch --------------------------------------------------------------------------------------
 
 
-def _torch(path: Path, *, zipped: bool) -> Source:
-    torch = need("torch", f"{path}: reading a PyTorch file", "torch")
+def _torch(path: Path, archive: zipfile.ZipFile, member: str) -> dict[str, dict[Any, Any]]:
+    try:
+        tree = read_tree(archive, member)
+    except RefusedError as error:
+        raise FormatError(
+            f"{path}: refused by a reader which runs nothing: its pickle {error}. If you trust the "
+            "file, let whoever made it save model.state_dict() alone"
+        ) from None
+    except Exception as error:  # a broken pickle can make the unpickler raise anything
+        raise FormatError(f"{path}: truncated, or no readable PyTorch file; {error}") from None
+
+    def tensor(name: str, stored: StoredTensor) -> Tensor:
+        def read() -> Array:
+            try:
+                return stored.read()
+            except (*_BROKEN_MEMBER, KeyError) as error:
+                raise FormatError(f"{path}: {name} cannot be read; {error}") from None
+
+        return Tensor(stored.shape, stored.dtype, read)
+
+    return _dictionaries(path, tree, StoredTensor, tensor)
+
+
+def _legacy_torch(path: Path) -> dict[str, dict[Any, Any]]:
+    torch = need("torch", f"{path}: reading a PyTorch file from before version 1.6", "torch")
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
         raise MissingPackageError(
             f"{path}: PyTorch {torch.__version__} can be made to run code by a file, even with weights_only=True "
             "(CVE-2025-32434); install PyTorch 2.6 or later, or let whoever made the file save safetensors"
         )
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        tree = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader raises what it likes for broken files
         raise FormatError(
             f"{path}: PyTorch cannot read it with weights_only=True, which runs nothing; {_reason(error)}"
         ) from None
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict):
-        raise FormatError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
-    for name in loaded:
-        if not isinstance(name, str):
-            raise FormatError(
-                f"{path}: {name!r} is a {type(name).__name__}, not the name of a tensor; save model.state_dict()"
-            )
 
-    def tensor(name: str, value: Any) -> Tensor:
-        if not isinstance(value, torch.Tensor):
-            raise FormatError(f"{path}: {name} is a {type(value).__name__}, not a tensor")
+    def tensor(name: str, value: Any) -> Tensor:  # noqa: ARG001
         dtype = str(value.dtype).removeprefix("torch.")
 
         def read() -> Array:
@@ -323,7 +409,39 @@ def _torch(path: Path, *, zipped: bool) -> Source:
 
         return Tensor(tuple(value.shape), dtype, read)
 
-    return Source(path, {name: tensor(name, value) for name, value in loaded.items()}, {})
+    return _dictionaries(path, tree, torch.Tensor, tensor)
+
+
+def _dictionaries(
+    path: Path, tree: Any, cls: Any, tensor: Callable[[str, Any], Tensor]
+) -> dict[str, dict[Any, Any]]:
+    """Return each dictionary in a tree of them by its dotted key, with tensors as :class:`Tensor`.
+
+    Parameters
+    ----------
+    path : Path
+        For messages.
+    tree : dict
+        What the file holds.
+    cls : type
+        Of its tensors.
+    tensor : callable
+        Name and tensor to :class:`Tensor`.
+    """
+    if not isinstance(tree, dict):
+        raise FormatError(f"{path}: holds a {type(tree).__name__}, not a state dict")
+    contents: dict[str, dict[Any, Any]] = {}
+    waiting, met = [("", tree)], {id(tree)}  # a pickle may have circles
+    while waiting:
+        key, found = waiting.pop(0)
+        contents[key] = {}
+        for name, value in found.items():
+            if not isinstance(value, dict):
+                contents[key][name] = tensor(name, value) if isinstance(value, cls) else value
+            elif isinstance(name, str) and id(value) not in met:
+                met.add(id(value))
+                waiting.append((f"{key}.{name}" if key else name, value))
+    return contents
 
 
 def _reason(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Final
 
 import numpy.typing as npt
@@ -12,9 +13,15 @@ import numpy.typing as npt
 from agc.layouts import out_first, out_first_axes, out_last
 from agc.nfnet import HEAD, VARIANTS, ParameterSpec, Variant, parameters
 
-__all__ = ["FORMS", "Form", "guess", "sizes"]
+__all__ = ["FORMAT", "FORMAT_VERSION", "FORMS", "Form", "guess", "sizes"]
 
 Array = npt.NDArray[Any]
+
+FORMAT: Final = "agc-nfnet"
+"""What a file's metadata call this format."""
+
+FORMAT_VERSION: Final = 1
+"""Version of the metadata; a file of a later one is refused."""
 
 
 @dataclass(frozen=True)
@@ -130,15 +137,21 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Form, Variant]:
     forms = [form for form in forms if named[form.name] == most]
     best: tuple[tuple[int, int], Form, Variant] | None = None
     for variant in VARIANTS.values():
-        specs = parameters(variant)
         for form in forms:
-            agree = sum(shapes.get(form.rename(spec)) == form.shape(spec) for spec in specs)
+            expected = _shapes(form.name, variant.name)
+            agree = sum(shapes.get(name) == shape for name, shape in expected.items())
             # A deeper variant matches all names too: prefer the one with fewer missing.
-            score = (agree, -len(specs))
+            score = (agree, -len(expected))
             if best is None or score > best[0]:
                 best = score, form, variant
     assert best is not None
     return best[1], best[2]
+
+
+@cache
+def _shapes(form: str, variant: str) -> Mapping[str, tuple[int, ...]]:
+    specs = (FORMS[form].spec(spec) for spec in parameters(variant))
+    return {spec.name: spec.shape for spec in specs}
 
 
 def sizes(form: Form, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int]:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from agc.errors import FormatError
 
-__all__ = ["read_pickle"]
+__all__ = ["Global", "RefusedError", "read_pickle"]
 
 Array = npt.NDArray[Any]
 
@@ -39,7 +39,7 @@ def read_pickle(path: Path) -> dict[str, Array]:
     with path.open("rb") as file:
         try:
             tree = _Unpickler(file).load()
-        except _RefusedError as error:
+        except RefusedError as error:
             raise FormatError(
                 f"{path}: refused, this pickle {error}. DeepMind's files hold dictionaries of arrays and "
                 "nothing else, so do not load it by other means"
@@ -75,7 +75,7 @@ def _kind(value: object) -> str:
     return "an unfinished array" if isinstance(value, _Array) else f"a {type(value).__name__}"
 
 
-class _RefusedError(pickle.UnpicklingError):
+class RefusedError(pickle.UnpicklingError):
     """What a pickle asked for, or tried."""
 
 
@@ -85,13 +85,13 @@ class _StandIn:
     __slots__ = ()
 
     def __setstate__(self, state: object) -> None:
-        raise _RefusedError(f"changes {self!r}")
+        raise RefusedError(f"changes {self!r}")
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise _RefusedError(f"sets {name!r} on {self!r}")
+        raise RefusedError(f"sets {name!r} on {self!r}")
 
 
-class _Global(_StandIn):
+class Global(_StandIn):
     """A name that a pickle may ask for; calling it runs this file's function in its place."""
 
     __slots__ = ("_name", "_run")
@@ -103,12 +103,13 @@ class _Global(_StandIn):
         object.__setattr__(self, "_run", run)
 
     def __call__(self, *arguments: object) -> object:
+        """Run the function in place of what was named; raise RefusedError if it has none."""
         if self._run is None:
-            raise _RefusedError(f"calls {self._name}")
+            raise RefusedError(f"calls {self._name}")
         try:
             return self._run(*arguments)
         except TypeError:
-            raise _RefusedError(
+            raise RefusedError(
                 f"calls {self._name} with other arguments than arrays need"
             ) from None
 
@@ -143,7 +144,7 @@ class _DType(_StandIn):
             case (int(), "<" | ">" | "=" | "|" as order, None, None, None, *_):
                 object.__setattr__(self, "value", self.value.newbyteorder(order))
             case _:
-                raise _RefusedError("describes a dtype with fields")
+                raise RefusedError("describes a dtype with fields")
 
     def __repr__(self) -> str:
         return f"dtype {self.value}"
@@ -164,7 +165,7 @@ class _Array(_StandIn):
                 value = _from_bytes(data, dtype, shape, "F" if fortran else "C")
                 object.__setattr__(self, "value", value)
             case _:
-                raise _RefusedError(
+                raise RefusedError(
                     "describes an array that is not made of real floating point numbers"
                 )
 
@@ -181,19 +182,19 @@ def _from_bytes(data: object, dtype: object, shape: object, order: object) -> Ar
         or order not in ("C", "F")
         or math.prod(shape) * dtype.value.itemsize != len(data)
     ):
-        raise _RefusedError("describes an array whose bytes do not fit its shape and dtype")
+        raise RefusedError("describes an array whose bytes do not fit its shape and dtype")
     return np.frombuffer(data, dtype.value).reshape(shape, order="F" if order == "F" else "C")
 
 
 def _dtype(name: object, *_: object) -> _DType:
     if name not in ("f2", "f4", "f8"):
-        raise _RefusedError(f"has an array of dtype {name!r}, where only f2, f4 and f8 are read")
+        raise RefusedError(f"has an array of dtype {name!r}, where only f2, f4 and f8 are read")
     return _DType(str(name))
 
 
 def _reconstruct(kind: object, *_: object) -> _Array:
     if kind is not _NDARRAY:
-        raise _RefusedError(f"makes an array of the class {kind!r}")
+        raise RefusedError(f"makes an array of the class {kind!r}")
     return _Array()
 
 
@@ -206,7 +207,7 @@ def _finished(
     if order == "K":
         value = _transposed(value, axes)
     elif axes is not None:
-        raise _RefusedError("describes an array with axes that its order does not need")
+        raise RefusedError("describes an array with axes that its order does not need")
     object.__setattr__(array, "value", value)
     return array
 
@@ -217,7 +218,7 @@ def _transposed(array: Array, axes: object) -> Array:
         or not all(isinstance(axis, int) for axis in axes)
         or sorted(axes) != list(range(array.ndim))
     ):
-        raise _RefusedError("describes an array whose axes do not fit its shape")
+        raise RefusedError("describes an array whose axes do not fit its shape")
     return array.transpose(axes)
 
 
@@ -227,7 +228,7 @@ def _scalar(dtype: object, data: object) -> _Array:
 
 def _encode(text: object, encoding: object = "latin1") -> bytes:
     if not isinstance(text, str) or encoding != "latin1":
-        raise _RefusedError(f"encodes {_kind(text)} as {encoding!r}")
+        raise RefusedError(f"encodes {_kind(text)} as {encoding!r}")
     return text.encode("latin1")
 
 
@@ -237,7 +238,7 @@ def _no_bytes() -> bytes:
 
 def _mapping(data: object) -> object:
     if not isinstance(data, dict):
-        raise _RefusedError(f"makes a mapping of {_kind(data)}")
+        raise RefusedError(f"makes a mapping of {_kind(data)}")
     return data
 
 
@@ -245,28 +246,28 @@ def _create_array(
     function: object, arguments: object, state: object, more: object = None
 ) -> _Array:
     """Make an array as dill has it: both steps of NumPy in one."""
-    if not isinstance(function, _Global) or not isinstance(arguments, tuple) or more:
-        raise _RefusedError(f"makes an array with {function!r}")
+    if not isinstance(function, Global) or not isinstance(arguments, tuple) or more:
+        raise RefusedError(f"makes an array with {function!r}")
     array = function(*arguments)
     if not isinstance(array, _Array):
-        raise _RefusedError(f"makes an array with {function!r}")
+        raise RefusedError(f"makes an array with {function!r}")
     array.__setstate__(state)
     return array
 
 
 def _import_module(name: object, *_: object) -> _Module:
     if not isinstance(name, str):
-        raise _RefusedError(f"imports {_kind(name)}")
+        raise RefusedError(f"imports {_kind(name)}")
     return _Module(name)
 
 
-def _get_attr(owner: object, name: object) -> _Global:
+def _get_attr(owner: object, name: object) -> Global:
     if not isinstance(owner, _Module) or not isinstance(name, str):
-        raise _RefusedError(f"takes the attribute {name!r} of {owner!r}")
+        raise RefusedError(f"takes the attribute {name!r} of {owner!r}")
     return _find(owner.name, name)
 
 
-_NDARRAY: Final = _Global("numpy.ndarray")
+_NDARRAY: Final = Global("numpy.ndarray")
 
 _HAIKU: Final = ("haiku._src.data_structures", "haiku.data_structures")
 _ALLOWED: Final[tuple[tuple[tuple[str, ...], dict[str, Callable[..., object]]], ...]] = (
@@ -294,19 +295,19 @@ _ALLOWED: Final[tuple[tuple[tuple[str, ...], dict[str, Callable[..., object]]], 
         },
     ),
 )
-_TABLE: Final[Mapping[tuple[str, str], _Global]] = {
-    (module, name): run if isinstance(run, _Global) else _Global(f"{module}.{name}", run)
+_TABLE: Final[Mapping[tuple[str, str], Global]] = {
+    (module, name): run if isinstance(run, Global) else Global(f"{module}.{name}", run)
     for modules, names in _ALLOWED
     for module in modules
     for name, run in names.items()
 }
 
 
-def _find(module: str, name: str) -> _Global:
+def _find(module: str, name: str) -> Global:
     try:
         return _TABLE[module, name]
     except KeyError:
-        raise _RefusedError(f"asks for {module}.{name}") from None
+        raise RefusedError(f"asks for {module}.{name}") from None
 
 
 class _Unpickler(pickle.Unpickler):
@@ -314,4 +315,4 @@ class _Unpickler(pickle.Unpickler):
         return _find(module, name)
 
     def persistent_load(self, pid: Any) -> NoReturn:
-        raise _RefusedError(f"refers to something outside of it, {pid!r}")
+        raise RefusedError(f"refers to something outside of it, {pid!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from agc.errors import ConfigError, FormatError, ParameterError
+from agc.errors import ConfigError, FormatError, ParameterError, WeightsWarning
 from agc.files import replacing
 from agc.nfnet import (
     VARIANTS,
@@ -23,6 +25,7 @@ from agc.nfnet import (
     parameters,
 )
 from agc.nfnet import variant as named_variant
+from agc.weights.choice import Chosen, WhichWeights, choose
 from agc.weights.files import (
     DTYPES,
     Source,
@@ -32,17 +35,14 @@ from agc.weights.files import (
     write_npz,
     write_safetensors,
 )
-from agc.weights.forms import FORMS, Form, guess, sizes
+from agc.weights.folders import weights_file
+from agc.weights.forms import FORMAT, FORMAT_VERSION, FORMS, Form, guess, sizes
 
 __all__ = ["FORMAT_VERSION", "Weights", "convert", "load", "open_weights", "save"]
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
 
-FORMAT_VERSION: Final = 1
-"""Version of the metadata; a file of a later one is refused."""
-
-_FORMAT: Final = "agc-nfnet"
 _LAYOUTS: Final = {False: "HWIO, IO", True: "OIHW, OI"}
 
 
@@ -63,6 +63,11 @@ class Weights:
         channels follow from its tensors, and the rest is DeepMind's.
     tensors : mapping of str to Tensor
         By canonical name; ``read()`` gives an array in the neutral layout.
+    notes : tuple of str
+        What was assumed, in sentences for whoever asked: which of several weights were taken, and
+        for which activation and epsilon weights of a file that does not say it.
+    files : tuple of Path
+        All files that are read: ``path``, and the shards if it is an index.
     """
 
     path: Path
@@ -70,6 +75,8 @@ class Weights:
     options: Options
     complete: bool
     tensors: Mapping[str, Tensor]
+    notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -88,23 +95,32 @@ def open_weights(
     variant: str | None = None,
     activation: str | None = None,
     ws_eps: WsEps | None = None,
+    key: str | None = None,
+    weights: WhichWeights | None = None,
 ) -> Iterator[Weights]:
     """Open a file of weights of any form, and check that it holds exactly an NFNet's parameters.
 
     Parameters
     ----------
     path : str or Path
-        safetensors, npz, a PyTorch file, or one of DeepMind's pickles. What it is follows from its
-        content.
+        safetensors, npz, a PyTorch file, one of Keras or of DeepMind's pickles, an index of shards,
+        or a folder of ``agc train``. What it is follows from its content.
     variant : str, optional
         What it must be; what its tensors look like most if None.
     activation, ws_eps : str, optional
         Instead of what the file says; see :func:`agc.nfnet.options`.
+    key : str, optional
+        Where in the file they are, if there are several: ``"state_dict"``, ``"ema.model"``. What is
+        elsewhere is ignored.
+    weights : {"raw", "ema"}, optional
+        Which, if there are raw and averaged ones. Of a folder of ``agc train`` those that its
+        recipe evaluates are taken if None.
 
     Raises
     ------
     FormatError
-        If it is truncated, of a later version, or no such file.
+        If it is truncated, of a later version, or no such file; or if it holds several weights and
+        nothing says which are meant.
     ParameterError
         If tensors are missing, unknown, of another shape, or not floating point; the message names
         them as the file does, up to ten of each kind.
@@ -115,29 +131,69 @@ def open_weights(
     OSError
         If there is no such file.
     """
-    path = Path(path)
+    path, notes = Path(path), []
+    if weights not in (None, "raw", "ema"):
+        raise ConfigError(f"weights must be 'raw' or 'ema', got {weights!r}")
+    if path.is_dir():
+        path, note = weights_file(path, weights)
+        weights = None
+        notes += [note] if note else []
     with open_source(path) as source:
-        complete = source.metadata.get("format") == _FORMAT
-        form, chosen = _from_metadata(source) if complete else _from_shapes(source)
+        found = choose(source, key, weights)
+        complete = source.metadata.get("format") == FORMAT
+        form, chosen = _from_metadata(source) if complete else _from_shapes(source, found)
         if variant is not None:
             chosen = replace(chosen, variant=named_variant(variant))
         if activation is not None:
             chosen = replace(chosen, activation=activation)
         if ws_eps is not None:
             chosen = replace(chosen, ws_eps=ws_eps)
-        yield Weights(path, form.name, chosen, complete, _check(source, form, chosen))
+        tensors = _check(source, found, form, chosen)
+        if not complete:
+            notes.append(_assumed(path, chosen))
+        yield Weights(path, form.name, chosen, complete, tensors, tuple(notes), source.files)
 
 
-def load(path: str | Path) -> tuple[Options, dict[str, Array]]:
+def _assumed(path: Path, chosen: Options) -> str:
+    return (
+        f"{path} does not say how it was trained; taken for activation={chosen.activation}, "
+        f"ws_eps={chosen.ws_eps}. DeepMind's weights, also timm's dm_nfnet_*.dm_in1k, are gelu and "
+        "deepmind; for what you trained with timm, say --activation gelu_erf --ws-eps timm"
+    )
+
+
+def load(
+    path: str | Path,
+    *,
+    variant: str | None = None,
+    activation: str | None = None,
+    ws_eps: WsEps | None = None,
+    key: str | None = None,
+    weights: WhichWeights | None = None,
+) -> tuple[Options, dict[str, Array]]:
     """Return the model that a file's weights belong to, and its arrays in the neutral form.
+
+    The parameters are those of :func:`open_weights`.
 
     Raises
     ------
-    FormatError, ParameterError, MissingPackageError, OSError
+    FormatError, ParameterError, MissingPackageError, ConfigError, OSError
         As :func:`open_weights`.
+
+    Warns
+    -----
+    WeightsWarning
+        If something was assumed: which weights are meant, or, of a file that does not say it and
+        is not in DeepMind's own form, the activation or the epsilon.
     """
-    with open_weights(path) as weights:
-        return weights.options, weights.arrays()
+    opened = open_weights(
+        path, variant=variant, activation=activation, ws_eps=ws_eps, key=key, weights=weights
+    )
+    with opened as found:
+        said = found.complete or found.form == "haiku" or None not in (activation, ws_eps)
+        for note in found.notes[: -1 if said and not found.complete else None]:
+            warnings.warn(note, WeightsWarning, stacklevel=2)
+        return found.options, found.arrays()
 
 
 def save(
@@ -179,6 +235,8 @@ def convert(
     variant: str | None = None,
     activation: str | None = None,
     ws_eps: WsEps | None = None,
+    key: str | None = None,
+    weights: WhichWeights | None = None,
     progress: Progress | None = None,
 ) -> Weights:
     """Convert weights from the form they are in to another, bit for bit, one tensor at a time.
@@ -189,7 +247,7 @@ def convert(
         Different files. What stands at ``target`` is replaced when everything is written.
     to : {"neutral", "torch", "flax", "keras", "timm", "haiku"}
         The form of ``target``: an npz file for ``haiku``, otherwise safetensors.
-    variant, activation, ws_eps : str, optional
+    variant, activation, ws_eps, key, weights : str, optional
         As in :func:`open_weights`.
     progress : callable, optional
         Called with a tensor's name, its bytes, and the bytes of all, when it has been written.
@@ -197,20 +255,24 @@ def convert(
     Returns
     -------
     Weights
-        What was read, closed: its form and options.
+        What was read, closed: its form, options, and ``notes`` on what was assumed.
 
     Raises
     ------
     FormatError, ParameterError, MissingPackageError, ConfigError, OSError
         As :func:`open_weights`.
     """
-    form = _form(to)
-    source, target = Path(source), Path(target)
-    if target.exists() and source.exists() and source.samefile(target):
-        raise ConfigError(f"{target}: source and target are the same file; choose another target")
-    with open_weights(source, variant=variant, activation=activation, ws_eps=ws_eps) as weights:
-        _write(target, weights.options, weights.tensors, form, progress)
-    return weights
+    form, target = _form(to), Path(target)
+    opened = open_weights(
+        source, variant=variant, activation=activation, ws_eps=ws_eps, key=key, weights=weights
+    )
+    with opened as found:
+        if target.exists() and any(target.samefile(file) for file in found.files):
+            raise ConfigError(
+                f"{target}: source and target are the same file; choose another target"
+            )
+        _write(target, found.options, found.tensors, form, progress)
+    return found
 
 
 def _write(
@@ -247,26 +309,35 @@ def _decoded(form: Form, spec: ParameterSpec, tensor: Tensor) -> Tensor:
     return Tensor(spec.shape, tensor.dtype, lambda: form.decode(spec, tensor.read()))
 
 
-def _check(source: Source, form: Form, chosen: Options) -> dict[str, Tensor]:
+def _check(source: Source, found: Chosen, form: Form, chosen: Options) -> dict[str, Tensor]:
     """Return neutral tensors by canonical name; raise unless they are exactly the model's."""
     specs = _specs(chosen)
     try:
-        check_arrays([form.spec(spec) for spec in specs], source.tensors)
+        check_arrays([form.spec(spec) for spec in specs], found.tensors)
     except ParameterError as error:
+        under = f" under {found.label}" if found.label else ""
         raise ParameterError(
-            f"{source.path}, read as {form.name} weights of {chosen.variant.name}: "
-            f"{error}{_hint(source, chosen)}"
+            f"{source.path}, read as {form.name} weights of {chosen.variant.name}{under}: "
+            f"{error}{_hint(source, found, chosen)}"
         ) from None
-    return {spec.name: _decoded(form, spec, source.tensors[form.spec(spec).name]) for spec in specs}
+    return {spec.name: _decoded(form, spec, found.tensors[form.spec(spec).name]) for spec in specs}
 
 
-def _hint(source: Source, chosen: Options) -> str:
+def _hint(source: Source, found: Chosen, chosen: Options) -> str:
     """Say what the tensors look like, if not like what they should be."""
+    if re.search(r"-\d+-of-\d+\.", source.path.name):
+        return ". The file is one of several; give their index, *.index.json"
+    if found.label and not found.tensors.keys().isdisjoint(source.contents.get("", ())):
+        return f". To read only what is under {found.label}, name it by --key"
     try:
-        like = guess({name: tensor.shape for name, tensor in source.tensors.items()})[1].name
+        like = guess(_shapes(found))[1].name
     except KeyError:
         return ". None of its names is an NFNet's"
     return "" if like == chosen.variant.name else f". Its tensors look like those of {like}"
+
+
+def _shapes(found: Chosen) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in found.tensors.items()}
 
 
 def _metadata(chosen: Options, form: Form) -> dict[str, str]:
@@ -276,7 +347,7 @@ def _metadata(chosen: Options, form: Form) -> dict[str, str]:
             "so a file cannot say which it is"
         )
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "form": form.name,
         "layout": _LAYOUTS[form.outputs_first],
@@ -290,8 +361,8 @@ def _metadata(chosen: Options, form: Form) -> dict[str, str]:
     }
 
 
-def _from_shapes(source: Source) -> tuple[Form, Options]:
-    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+def _from_shapes(source: Source, found: Chosen) -> tuple[Form, Options]:
+    shapes = _shapes(found)
     try:
         form, variant = guess(shapes)
     except KeyError:

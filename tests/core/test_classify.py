@@ -240,10 +240,30 @@ def test_no_classes_without_finite_logits(photographs, frameworks, capsys, more)
 
     frameworks(make)
     command = ["classify", photographs[0], "--backend", "torch", "--weights", "random"]
-    assert main([*command, *more]) == 2
+    assert main([*command, *more]) == 1
     out, err = capsys.readouterr()
-    assert out == ""
+    assert "%" not in out
+    assert "probability" not in out
     assert f"agc: {photographs[0]} with random: 10 of 10 logits are NaN or infinite" in err
+
+
+def test_a_broken_image_hides_no_other(tmp_path, photographs, brightness, capsys, monkeypatch):
+    (tmp_path / "x.png").write_text("no image")
+    images = [photographs[0], str(tmp_path / "x.png"), str(tmp_path / "none.png"), photographs[1]]
+    command = ["classify", *images, "--backend", "torch", "--weights", "random"]
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert out.count("%") == 10
+    assert err.count("agc: ") == 2
+    assert "x.png: cannot be read as an image" in err
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)  # tables alone need it
+    assert main([*command, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["images"]
+    assert [entry["image"] for entry in found] == images
+    assert ["top" in entry for entry in found] == [True, False, False, True]
+    assert "cannot be read as an image" in found[1]["error"]
 
 
 def test_misuse(photographs, brightness, capsys, tmp_path):
@@ -255,7 +275,7 @@ def test_misuse(photographs, brightness, capsys, tmp_path):
     assert main([*command, str(tmp_path / "none")]) == 2
     assert "No such file" in capsys.readouterr().err
     assert main([*command, photographs[0]]) == 2
-    assert "neither safetensors, npz, a PyTorch file nor a pickle" in capsys.readouterr().err
+    assert "neither safetensors, npz, HDF5, a PyTorch file nor a pickle" in capsys.readouterr().err
 
 
 def test_missing_pillow_names_the_extra(monkeypatch):

@@ -24,7 +24,16 @@ from safetensors.numpy import load_file, save_file
 
 from agc import nfnet
 from agc.cli import main
-from agc.errors import ConfigError, FormatError, MissingPackageError, ParameterError
+from agc.data import initial_values
+from agc.errors import (
+    ConfigError,
+    FormatError,
+    MissingPackageError,
+    ParameterError,
+    WeightsWarning,
+)
+from agc.recipe import load_recipe
+from agc.training import Checkpoints, State
 from agc.weights import FORMS, convert, load, open_weights, save
 from agc.weights.forms import guess
 
@@ -240,9 +249,14 @@ def test_what_a_file_does_not_say(tmp_path, neutral):
     write_safetensors(tmp_path / "bare", load_file(tmp_path / "timm"))
     with open_weights(tmp_path / "bare") as found:
         assert (found.form, found.options, found.complete) == ("timm", nfnet.options("tiny"), False)
-    with open_weights(tmp_path / "bare", activation="gelu_erf", ws_eps="timm") as found:
+        assert "activation=gelu, ws_eps=deepmind" in found.notes[0]
+    given = {"activation": "gelu_erf", "ws_eps": "timm"}
+    with open_weights(tmp_path / "bare", **given) as found:
         assert (found.options.activation, found.options.ws_eps) == ("gelu_erf", "timm")
     assert found.nbytes == 4 * 334_086
+    with pytest.warns(WeightsWarning, match="bare does not say how it was trained; taken for"):
+        load(tmp_path / "bare")
+    assert load(tmp_path / "bare", **given)[0].activation == "gelu_erf"
 
 
 def haiku_tree(items):
@@ -277,6 +291,129 @@ def test_forms_and_variants_are_told_apart(form, variant):
     specs = [FORMS[form].spec(spec) for spec in nfnet.parameters(variant, 21, 4)]
     found, sized = guess({spec.name: spec.shape for spec in specs})
     assert (found.name, sized.name) == (form, variant)
+
+
+# --- Which weights?
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.module.", "ema."])
+def test_a_prefix_that_all_names_share(tmp_path, arrays, prefix):
+    found = {f"{prefix}{name}": value for name, value in arrays.items()}
+    write_safetensors(tmp_path / "x", {**found, "n_averaged": np.int64(3)})
+    assert_same(load_as(tmp_path / "x"), arrays)
+
+
+def test_a_prefix_that_not_all_names_share(tmp_path, arrays):
+    found = {f"net.{name}": value for name, value in arrays.items()}
+    write_safetensors(tmp_path / "x", {**found, "loss.weight": np.ones(3)})
+    with pytest.raises(ParameterError, match=r"under net: .* 1 unknown: loss\.weight.*by --key"):
+        load_as(tmp_path / "x")
+    assert_same(load_as(tmp_path / "x", key="net"), arrays)
+
+
+def test_raw_and_averaged_weights(tmp_path, neutral, arrays, capsys):
+    averaged = {name: value / 2 for name, value in arrays.items()}
+    sets = {"model.": arrays, "ema_model.module.": averaged}
+    found = {f"{prefix}{name}": value for prefix, of in sets.items() for name, value in of.items()}
+    write_safetensors(tmp_path / "x", found)
+    names = r"raw weights \(model\) and averaged ones \(ema_model\.module\)"
+    with pytest.raises(FormatError, match=rf"x: holds {names}; say which: raw or ema"):
+        load_as(tmp_path / "x")
+    assert_same(load_as(tmp_path / "x", weights="raw"), arrays)
+    assert_same(load_as(tmp_path / "x", key="model"), arrays)
+    assert_same(load_as(tmp_path / "x", weights="ema"), averaged)
+    assert_same(load_as(tmp_path / "x", key="ema_model"), averaged)
+    with pytest.raises(
+        FormatError, match=r"no weights under 'ema'; it holds ema_model\.module, model"
+    ):
+        load_as(tmp_path / "x", key="ema")
+    with pytest.raises(
+        FormatError, match="says of no weights that they are ema; it holds names wi"
+    ):
+        load_as(neutral, weights="ema")
+    with pytest.raises(ConfigError, match="weights must be 'raw' or 'ema', got 'mean'"):
+        load_as(neutral, weights="mean")
+    command = ["convert", str(tmp_path / "x"), str(tmp_path / "y"), "--to", "neutral"]
+    assert main(command) == 2
+    assert main([*command, "--weights", "ema"]) == 0
+    assert_same(load(tmp_path / "y")[1], averaged)
+    capsys.readouterr()
+
+
+def test_several_weights_are_listed(tmp_path, arrays):
+    found = {f"{p}.{name}": value for p in ("a", "b") for name, value in arrays.items()}
+    moments = {f"optimizer.exp_avg.{name}": value for name, value in arrays.items()}
+    write_safetensors(tmp_path / "x", found | moments)
+    with pytest.raises(FormatError, match=r"x: holds several weights: a, b; say which by its key"):
+        load_as(tmp_path / "x")
+    assert_same(load_as(tmp_path / "x", key="b"), arrays)
+
+
+@pytest.fixture
+def index(tmp_path, arrays):
+    """Return an index of two shards."""
+    names = {name: f"model-0000{n % 2 + 1}-of-00002.safetensors" for n, name in enumerate(arrays)}
+    for shard in set(names.values()):
+        part = {name: arrays[name] for name in arrays if names[name] == shard}
+        write_safetensors(tmp_path / shard, part)
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
+    return path
+
+
+def test_shards(index, arrays):
+    assert_same(load_as(index), arrays)
+    first = index.with_name("model-00001-of-00002.safetensors")
+    with pytest.raises(ParameterError, match="one of several; give their index"):
+        load_as(first)
+    with pytest.raises(ConfigError, match="source and target are the same file"):
+        convert(index, first, "torch")
+    first.unlink()
+    with pytest.raises(FormatError, match=r"index\.json: names model-00001.* no file of weights"):
+        load_as(index)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": 1}}', "{" * 9000]
+)
+def test_broken_indices(tmp_path, text):
+    (tmp_path / "x.index.json").write_text(text)
+    with pytest.raises(FormatError, match=r"x\.index\.json: JSON, but no index of shards"):
+        load(tmp_path / "x.index.json")
+
+
+def test_folders_of_a_training(tmp_path, capsys):
+    recipe = load_recipe("digits-mini")
+    raw = initial_values(recipe)
+    ema = {name: value / 2 for name, value in raw.items()}
+    checkpoints, out = Checkpoints(tmp_path / "run", recipe), tmp_path / "x"
+    checkpoints.save(State(step=7, parameters=ema, momentum=ema, ema=raw))
+    folder = checkpoints.save(State(step=10, parameters=raw, momentum=raw, ema=ema))
+    for source in (folder, tmp_path / "run"):
+        assert main(["convert", str(source), str(out), "--to", "torch"]) == 0
+        assert (
+            "step-000010: took ema.safetensors, which its recipe evaluates"
+            in capsys.readouterr().err
+        )
+        assert_same(load(out)[1], ema)
+        assert main(["convert", str(source), str(out), "--to", "torch", "--weights", "raw"]) == 0
+        assert capsys.readouterr().err == ""
+        assert_same(load(out)[1], raw)
+    with pytest.warns(WeightsWarning, match=r"took ema\.safetensors"):
+        load(folder)
+    (folder / "ema.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"has no ema\.safetensors: its recipe has no average"):
+        load(folder)
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(FormatError, match=r"state\.json: does not say which weights"):
+        load(folder)
+    with pytest.raises(FormatError, match="a folder without a checkpoint"):
+        load(tmp_path)
 
 
 # --- What is wrong with it?
@@ -341,9 +478,9 @@ def test_wrong_variants_are_named(tmp_path, neutral):
 
 
 def test_names_of_no_form_are_named_too(tmp_path, neutral):
-    renamed = {f"model.{name}": value for name, value in load_file(neutral).items()}
+    renamed = {f"{name}_old": value for name, value in load_file(neutral).items()}
     write_safetensors(tmp_path / "renamed", renamed, metadata_of(neutral))
-    with pytest.raises(ParameterError, match=r"233 missing: .*233 unknown: model\.") as caught:
+    with pytest.raises(ParameterError, match=r"233 missing: .*233 unknown: .*_old") as caught:
         load(tmp_path / "renamed")
     assert str(caught.value).endswith("None of its names is an NFNet's")
 
@@ -498,7 +635,7 @@ def test_objects_in_archives_are_not_unpickled(tmp_path, arrays):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"<!DOCTYPE html>", "neither safetensors, npz, a PyTorch file nor a pickle"),
+        (b"<!DOCTYPE html>", "neither safetensors, npz, HDF5, a PyTorch file nor a pickle"),
         (b"", "it starts with b''"),
         (b"PK\x03\x04\x14\0\0\0{", "truncated, or not a whole zip archive"),
         (b"PK\x05\x06" + bytes(18), "a zip archive, but neither NumPy's nor PyTorch's"),

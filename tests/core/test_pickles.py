@@ -9,11 +9,13 @@ import random
 import struct
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 
 from agc.errors import FormatError
+from agc.weights.files import open_source
 from agc.weights.pickles import read_pickle
 
 TREE = {
@@ -354,7 +356,7 @@ CRAFTED = {
     ),
     "an allowed name for an array": (
         b"}" + text("m") + b"}" + text("w") + NDARRAY + b"ss",
-        "m/w is a _Global, not an array",
+        "m/w is a Global, not an array",
     ),
     "an endless string": (b"\x8d" + struct.pack("<Q", 2**62), "not a readable pickle"),
     "nothing on the stack": (b"0", "not a readable pickle; unpickling stack underflow"),
@@ -437,3 +439,72 @@ def test_the_interpreter_sees_nothing_but_the_file(tmp_path, monkeypatch):
     finally:
         Watch.on = False
     assert len(Watch.seen) > len(opened)
+
+
+# --- PyTorch's archives: the same pickles, and tensors that are not in them
+
+
+def read_archive(tmp_path, data, numbers=b""):
+    with zipfile.ZipFile(tmp_path / "model.pth", "w") as archive:
+        archive.writestr("model/data.pkl", data)
+        archive.writestr("model/data/0", numbers)
+    with open_source(tmp_path / "model.pth") as source:
+        return source.contents[""]["a"].read()
+
+
+def test_archives_with_malicious_pickles_execute_nothing(here):
+    read_archive(here, stored(b"K\x00", b"K\x01\x85", b"K\x01\x85"), bytes(4))
+    files = [make() for make in BITING.values()]
+    modules = set(sys.modules)
+    for data in files:
+        with pytest.raises(FormatError, match=r"model\.pth: (refused by|truncated, or no r|holds)"):
+            read_archive(here, data)
+        assert not (here / MARK).exists()
+    assert set(sys.modules) == modules
+
+
+REBUILD = stack_global(b"torch._utils", b"_rebuild_tensor_v2")
+FLOATS = b"(" + text("storage") + stack_global(b"torch", b"FloatStorage") + text("0") + text("cpu")
+DICTIONARY = stack_global(b"collections", b"OrderedDict") + b")R"
+
+
+def stored(offset, shape, strides, numbers=b"K\x04"):
+    """Return the pickle of {"a": a tensor in a storage of four numbers}."""
+    storage = FLOATS + numbers + b"tQ"
+    tensor = REBUILD + b"(" + storage + offset + shape + strides + b"\x89" + DICTIONARY + b"tR"
+    return b"\x80\x04" + DICTIONARY + text("a") + tensor + b"s."
+
+
+def test_tensors_in_archives(tmp_path):
+    numbers = np.arange(4, dtype="<f4").tobytes()
+    found = read_archive(tmp_path, stored(b"K\x01", b"K\x03\x85", b"K\x01\x85"), numbers)
+    np.testing.assert_array_equal(found, np.float32([1, 2, 3]))
+    transposed = stored(b"K\x00", b"K\x02K\x02\x86", b"K\x01K\x02\x86")
+    found = read_archive(tmp_path, transposed, numbers)
+    np.testing.assert_array_equal(found, np.float32([[0, 2], [1, 3]]))
+    with pytest.raises(FormatError, match=r"model\.pth: a cannot be read; .* fewer bytes"):
+        read_archive(tmp_path, transposed, numbers[:8])
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides"),
+    [
+        (b"K\x02", b"K\x03\x85", b"K\x01\x85"),  # behind the end
+        (b"J\xff\xff\xff\xff", b"K\x03\x85", b"K\x01\x85"),
+        (b"K\x00", b"K\x02\x85", b"J\xff\xff\xff\xff\x85"),
+        (b"K\x00", b"J\xff\xff\xff\x7f\x85", b"K\x00\x85"),  # more elements than numbers
+        (b"K\x00", b"K\x02\x85", b"K\x01K\x01\x86"),
+        (b"K\x00", b"K\x02\x85", text("a") + b"\x85"),
+    ],
+)
+def test_tensors_that_are_not_in_their_storage(tmp_path, offset, shape, strides):
+    with pytest.raises(FormatError, match="describes a tensor that does not fit its storage"):
+        read_archive(tmp_path, stored(offset, shape, strides), bytes(16))
+
+
+@pytest.mark.parametrize("name", ["_rebuild_tensor_v2", "_rebuild_parameter"])
+def test_archives_cannot_change_the_reader(tmp_path, name):
+    function = stack_global(b"torch._utils", name.encode())
+    body = function + b"N}" + text("__defaults__") + b"K\x01\x85s\x86b"
+    with pytest.raises(FormatError, match=rf"changes torch\._utils\.{name}"):
+        read_archive(tmp_path, b"\x80\x04" + body + b".")

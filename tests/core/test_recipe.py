@@ -15,6 +15,7 @@ from agc.cli import main
 from agc.errors import ConfigError, FormatError
 from agc.nfnet import VARIANTS
 from agc.recipe import Recipe, load_recipe, numbers, shipped_recipes, to_toml
+from agc.recipe.files import flat
 from agc.recipe.tables import Sharpness
 from agc.schedule import WarmupCosine, WarmupDecay
 from tests.core import data_hashes
@@ -167,6 +168,37 @@ def test_round_trips(name, tmp_path):
 def test_ids():
     """If they change, runs that were begun before cannot resume."""
     assert {name: load_recipe(name).id[:16] for name in shipped_recipes()} == IDS
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "change"),
+    [
+        ("conformance", "agc.clipping", {"*": 0.02}, 'agc.clipping={"*"=0.02}'),
+        ("conformance", "agc.clipping", {"*": 0.02}, 'agc.clipping."*"=0.02'),
+        ("conformance", "sam.rho", {"@schedule": [[0, 0.1]]}, 'sam.rho={"@schedule"=[[0, 0.1]]}'),
+        ("base", "agc.clipping", {"@schedule": [[0, 1.0]]}, 'agc.clipping={"@schedule"=[[0, 1]]}'),
+        ("base", "agc.clipping", {"b*": 0.1, "*": 0.2}, 'agc.clipping={"b*"=0.1, "*"=0.2}'),
+        ("base", "agc.units", {"c": "n d -> n"}, 'agc.units={c="n d -> n"}'),
+    ],
+)
+def test_tables_that_are_values_are_replaced_whole(tmp_path, name, key, value, change):
+    (tmp_path / "base.toml").write_text(
+        'base="digits-mini"\nagc.clipping={"*"=0.01}\nagc.units={b="n d -> n"}\n'
+    )
+    base = str(tmp_path / "base.toml") if name == "base" else name
+    recipe = load_recipe(base, [change])
+    table, _, field = key.partition(".")
+    assert list(recipe.to_dict()[table][field].items()) == list(value.items())
+    before, after = flat(load_recipe(base)), flat(recipe)
+    rest = [{k: v for k, v in each.items() if not k.startswith(key)} for each in (before, after)]
+    assert rest[0] == rest[1]
+
+
+def test_tables_of_a_recipe_are_merged_key_by_key():
+    changes = ["data.train.split=mine", 'notes."train.batch"=a', 'notes."train.epochs"=b']
+    recipe = load_recipe("digits-mini", changes)
+    assert recipe.data.train.kind == "digits"
+    assert recipe.notes == {"train.batch": "a", "train.epochs": "b"}
 
 
 def test_a_default_that_is_written_changes_nothing_and_a_note_neither():

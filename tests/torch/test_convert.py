@@ -4,6 +4,7 @@ photographs.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch.optim.swa_utils import AveragedModel
 
 import agc_torch
 from agc import nfnet as core
@@ -111,11 +113,58 @@ def test_malicious_files_execute_nothing(tmp_path, zipped):
 
 
 def test_a_pytorch_that_is_not_safe_is_not_used(tmp_path, monkeypatch):
-    torch.save(agc_torch.nfnet("tiny").state_dict(), tmp_path / "model.pth")
+    state, path = agc_torch.nfnet("tiny").state_dict(), tmp_path / "model.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=False)
     monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
     monkeypatch.setattr(torch, "load", None)
     with pytest.raises(MissingPackageError, match=r"PyTorch 2\.5\.1\+cpu .* install PyTorch 2\.6"):
         convert(tmp_path / "model.pth", tmp_path / "x", "neutral")
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = agc_torch.nfnet("tiny")
+
+
+def test_checkpoints_with_more_than_weights(tmp_path):
+    """As timm and the like have them: raw and averaged weights, optimizer, arguments."""
+    torch.manual_seed(0)
+    model, path = Model(), tmp_path / "model_best.pth.tar"
+    average = AveragedModel(model)
+    with torch.no_grad():
+        model.net.head.bias += 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.step(lambda: model.net(torch.ones(1, 3, 32, 32)).sum().backward())
+    with torch.no_grad():
+        kernel = model.net.final_conv.weight  # its numbers lie in another order, behind others
+        kernel.set_(torch.cat([torch.zeros(7, *kernel.shape[1:]), kernel]).mT.mT[7:])
+    checkpoint = {
+        "epoch": 3,
+        "arch": "nfnet",
+        "state_dict": model.state_dict(),
+        "state_dict_ema": average.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "args": argparse.Namespace(lr=0.1, output=Path("x"), device=torch.device("cpu")),
+        "metric": np.float64(0.5),
+    }
+    torch.save(checkpoint, path)
+    raw, ema = (
+        {name: value.detach().clone() for name, value in each.state_dict().items()}
+        for each in (model.net, average.module.net)
+    )
+    both = r"raw weights \(state_dict\.net\) and averaged ones \(state_dict_ema\.module\.net\)"
+    with pytest.raises(FormatError, match=both):
+        convert(path, tmp_path / "x", "torch")
+    for which, state in (("raw", raw), ("ema", ema)):
+        found = convert(path, tmp_path / "x", "torch", weights=which)
+        assert "does not say how it was trained" in found.notes[-1]
+        read = safetensors.torch.load_file(tmp_path / "x")
+        assert all(torch.equal(read[name], value) for name, value in state.items())
+    assert not torch.equal(raw["head.bias"], ema["head.bias"])
+    torch.save({"model": Model(), "epoch": 3}, path)
+    with pytest.raises(FormatError, match=r"asks for tests\.torch\.test_convert\.Model\. If you"):
+        convert(path, tmp_path / "x", "torch")
 
 
 TIMM = """
@@ -235,9 +284,11 @@ def test_commands_of_the_documentation(tmp_path, neutral, arrays, monkeypatch, c
     (tmp_path / "F0_haiku.npz").write_bytes(pickle.dumps(tree))
     for name, image in (("china", CHINA), ("flower", FLOWER)):
         Image.fromarray(image).save(tmp_path / f"{name}.jpg")
+    state = agc_torch.nfnet("tiny").state_dict()
+    torch.save({"state_dict": state, "state_dict_ema": state}, "model_best.pth.tar")
     text = (Path(__file__).parents[2] / "docs" / "weights.md").read_text(encoding="utf-8")
     lines = re.findall(r"^agc (.*)", text, re.MULTILINE)
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         assert main(shlex.split(line, comments=True)) == 0
     assert "flower.jpg" in capsys.readouterr().out

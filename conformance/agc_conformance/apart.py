@@ -79,7 +79,7 @@ def run_apart(spec: str, out: Path, *, timeout: float | None = None, **options: 
         raise value
     if what == "returned":
         return int(value)
-    sys.stderr.write(stack)
+    sys.stderr.write(stack.partition("\nExtension modules")[0])
     _complete(spec, out, options, check, value)
     return 1
 

@@ -79,11 +79,18 @@ def test_what_resembles_many_mutants_is_not_given_a_name(backend: type[Reference
     assert diagnose(results(frozenset([*checks("clipping"), *checks("sharpness")]))) == []
 
 
-def test_two_small_bugs_and_one_large() -> None:
-    fails = {"a": frozenset("abcdefghij"), "b": frozenset("abcde"), "c": frozenset("k")}
+def test_two_mutants_together() -> None:
+    (sentence,) = diagnose(results(killers()["squeeze"] | killers()["NaN passes"], "float32"))
+    assert sentence.startswith("AGC behaves as if axes of size 1 are squeezed away")
+    assert " and a unit poisoned by NaN passes unclipped (NaNPasses; mutant NaN passes)" in sentence
+
+
+def test_how_near_is_near() -> None:
+    keys = {"a": "abcdefghij", "b": "abcde", "c": "k"}
+    fails = {(name,): frozenset(checks) for name, checks in keys.items()}
     asked = frozenset("abcdefghijklm")
-    assert nearest(frozenset("abcdefghijk"), asked, fails) == ["a"]
-    assert nearest(frozenset("abcdefghij"), asked, fails) == ["a"]
+    assert nearest(frozenset("abcdefghijk"), asked, fails) == [("a",)]
+    assert nearest(frozenset("abcdefghij"), asked, fails) == [("a",)]
     assert nearest(frozenset("acegik"), asked, fails) == []
     assert nearest(frozenset(), asked, fails) == []
 

@@ -426,9 +426,9 @@ class Stillborn(Dying):
     [
         ("Crash", "L1-tie:float16", r"SIGSEGV \(.*\)", 2),
         ("Leave", "L1-tie:float16", "the process ended with status 0", 2),
-        ("Hang", "L1-tie:float16", r"no answer in 10 s \(dying.py:20, in die\)", 2),
-        ("Interrupt", "L1-tie:float16", r"KeyboardInterrupt \(dying.py:23\)", 2),
-        ("Stillborn", "loading the backend", r"SIGABRT \(dying.py:26, in __init__\)", 0),
+        ("Hang", "L1-tie:float16", r"no answer in 10 s \(dying.py:\d+, in die\)", 2),
+        ("Interrupt", "L1-tie:float16", r"KeyboardInterrupt \(dying.py:\d+\)", 2),
+        ("Stillborn", "loading the backend", r"SIGABRT \(dying.py:\d+, in __init__\)", 0),
     ],
 )
 def test_a_backend_that_dies_leaves_a_file_that_says_where(

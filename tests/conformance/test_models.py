@@ -210,7 +210,7 @@ def test_run_report_and_figure(tmp_path: Path) -> None:
 
 def test_models_can_be_left_out(tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
-    command = ["conformance", "run", "--backend", "reference", "--out", str(out)]
+    command = ["conformance", "run", "--in-process", "--backend", "reference", "--out", str(out)]
     asked = [*command, "--select", "NFNET-2"]
     assert main([*asked, "--no-models"]) == 1, "nothing was run"
     assert main([*asked, "--role", "subject"]) == 1, "subjects are not asked"

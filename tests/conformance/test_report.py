@@ -242,6 +242,30 @@ def test_html_escapes_what_backends_say(files: dict[str, Path]) -> None:
     assert "&lt;script&gt;" in page
 
 
+def test_failures_are_grouped_and_can_be_filtered(tmp_path: Path) -> None:
+    records = [
+        result("L1-a", "failed", clause="AGC-4", flags=["NaNPasses", "InfToZero"]),
+        result("L1-b", "error", clause="AGC-4", flags=["NaNPasses"]),
+        result("L1-c", "failed", clause="AGC-1", flags=["MissingEps"]),
+        result("L1-d", "unsupported", clause="SAM-1"),
+        result("model-tiny-loss", "unsupported", clause="NFNET-2", level="L4"),
+    ]
+    path = write(tmp_path / "x.jsonl", "run", *records, backend="x", role="backend")
+    page = html(summary({"x": path}, "x"))
+    failing = page[page.index('<div id="failing">') : page.index('<h2 id="numbers">')]
+    places = [failing.index(f"<b>{clause}</b>") for clause in ("AGC-1", "AGC-4")]
+    assert places == sorted(places)
+    assert failing.count('scope="rowgroup"') == 2
+    assert '<option value="InfToZero">InfToZero (1)</option>' in failing
+    assert '<option value="AGC-4">AGC-4 (2)</option>' in failing
+    assert '<tr data-of="run0 AGC-4 NaNPasses InfToZero">' in failing
+    assert '#failing:has(option[value="InfToZero"]:checked) [data-of]:not(' in page
+    assert '<optgroup label="Run">' not in page, "there is one run"
+    assert "Not offered: 28 clauses" in page
+    assert page.count("Not offered: 2 clauses") == 1
+    assert 'id="model-tiny"' not in page
+
+
 def test_html_links_lead_somewhere(files: dict[str, Path]) -> None:
     page = html(summary(files, *files))
     targets = set(re.findall(r' id="([^"]+)"', page))
@@ -366,7 +390,8 @@ def test_a_damaged_file_stops_the_report(files: dict[str, Path]) -> None:
 
 def test_histogram_is_the_same_svg_every_time() -> None:
     counts = {"float32": [5, 3, 2, 0, 0, 0, 0, 0], "bfloat16": [9, 0, 1, 0, 0, 0, 0, 0]}
-    first = histograms("a", counts)
+    first = histograms("a < b", counts)
     assert first.startswith("<svg")
+    assert "<title>a &lt; b: elements by error in ULP</title>" in first
     assert "10 %" in first
-    assert first == histograms("a", counts)
+    assert first == histograms("a < b", counts)

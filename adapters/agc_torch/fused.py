@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
@@ -27,6 +27,7 @@ __all__ = [
     "MoveKind",
     "Part",
     "Table",
+    "alignments",
     "available",
     "gradient_norm",
     "memory_order",
@@ -151,8 +152,13 @@ def part_of(tensor: Tensor, axes: UnitAxes, *, exact: bool = False) -> Part | No
     order = memory_order(axes.view, axes.reduce, tensor.stride())
     if order is None:
         return None
-    aligned = tensor.data_ptr() % _WIDE_LOAD == 0
+    (aligned,) = alignments([tensor.data_ptr()])
     return Part(order, tensor.dtype, aligned, exact or tensor.dtype == torch.float64)
+
+
+def alignments(addresses: Iterable[int]) -> list[bool]:
+    """Tell which addresses allow the widest loads."""
+    return [address % _WIDE_LOAD == 0 for address in addresses]
 
 
 @lru_cache(maxsize=8192)
@@ -278,8 +284,7 @@ class Table:
 
     def decide(
         self,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
+        addresses: list[int],
         thresholds: Sequence[float | Tensor],
         *,
         eps: float,
@@ -290,8 +295,9 @@ class Table:
 
         Parameters
         ----------
-        weights, gradients : sequence of Tensor
-            In the order of the table's parts, and laid out like them.
+        addresses : list of int
+            Of all weights, then of all gradients, in the order of the table's parts and laid out
+            like them.
         thresholds : sequence of float or scalar Tensor
             Clipping thresholds, by the index in ``rules``.
         eps, div_eps : float
@@ -299,7 +305,7 @@ class Table:
         grad_scale : scalar Tensor, optional
             What the gradients are still multiplied by.
         """
-        addresses = self._upload([tensor.data_ptr() for tensor in (*weights, *gradients)])
+        uploaded = self._upload(addresses)
         one = _numbers((1.0,), self._device)
         if any(isinstance(threshold, Tensor) for threshold in thresholds):
             limits = torch.stack([torch.as_tensor(value).to(one.view(())) for value in thresholds])
@@ -307,7 +313,7 @@ class Table:
             limits = _numbers(tuple(map(float, thresholds)), self._device)
         scale = one if grad_scale is None else grad_scale.to(one)
         with _on(self._device):
-            return self._decide(addresses, limits, scale, eps, div_eps)
+            return self._decide(uploaded, limits, scale, eps, div_eps)
 
     def scale(self, decision: Decision, *, zero: bool) -> None:
         """Scale gradients in place (AGC-2 to AGC-4).

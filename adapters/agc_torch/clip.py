@@ -38,7 +38,7 @@ from agc_torch.views import Home, View, check_pair, views
 __all__ = ["Memory", "adaptive_clip_grad_", "clip_", "limit_norm_", "whole"]
 
 _PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
-_PLAIN_GRADIENT: Final = frozenset({Tensor, type(None)})
+_PLAIN_OR_NONE: Final = frozenset({Tensor, type(None)})
 _REAL: Final = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _CHUNK: Final = 1 << 22
 """Elements clipped at a time, which are read again while they are in the cache."""
@@ -263,7 +263,7 @@ class Memory:
         self._pairs: object = None
         self._parameters: list[Tensor] = []
         self._missing: list[tuple[PlanEntry, Tensor]] = []
-        self._seen: list[object] | None = None
+        self._layout: list[list[Any]] | None = None
         self._work = _Work([])
 
     def work(
@@ -275,47 +275,55 @@ class Memory:
         if torch.compiler.is_compiling() or not isinstance(pairs, list):
             return _Work(_jobs(pairs, missing))
         if self._pairs is not pairs:
-            self._pairs, self._seen = pairs, None
+            self._pairs, self._layout = pairs, None
             self._parameters = [parameter for _, parameter in pairs]
         gradients = [parameter.grad for parameter in self._parameters]
-        seen = _seen(self._parameters, gradients)
-        if seen is not None and seen == self._seen:
+        layout = _layout(self._parameters, gradients)
+        if layout is not None and layout == self._layout:
             if missing is not None:
                 for pair in self._missing:
                     missing(*pair)
-            if self._work.renew(self._parameters, gradients):
+            if self._work.renew(self._parameters, gradients, layout[0]):
                 return self._work
-            missing = None  # which has been called
-        self._seen = None  # in case of an error
+        self._layout = None  # in case of an error
         jobs = _jobs(pairs, missing)
         self._work = _Work(jobs)
         for job in jobs:
             job.weight.release()
             job.gradient.release()
         self._missing = [pair for pair, grad in zip(pairs, gradients, strict=True) if grad is None]
-        self._seen = seen
+        self._layout = layout if _is_real(gradients) else None
         return self._work
 
 
-def _seen(parameters: list[Tensor], gradients: list[Tensor | None]) -> list[object] | None:
-    """Return what the way to clip plain tensors depends on; None if some are not plain."""
+def _layout(parameters: list[Tensor], gradients: list[Tensor | None]) -> list[list[Any]] | None:
+    """Return what the way to clip tensors depends on, with the parameters' addresses first.
+
+    A gradient has its parameter's shape and device, and an address stands for a device and a dtype.
+    None if a tensor has no strides, or no memory of its own.
+    """
     types = list(map(type, gradients))
-    if not (_PLAIN_GRADIENT.issuperset(types) and _PLAIN.issuperset(map(type, parameters))):
+    if not (_PLAIN_OR_NONE.issuperset(types) and _PLAIN.issuperset(map(type, parameters))):
         return None
     given = [gradient for gradient in gradients if gradient is not None]
-    if len(given) != len(parameters):
-        pairs = zip(parameters, gradients, strict=True)
-        parameters = [parameter for parameter, gradient in pairs if gradient is not None]
-    dtypes = [gradient.dtype for gradient in given]
-    if not _REAL.issuperset(dtypes) or {gradient.layout for gradient in given} - {torch.strided}:
+    try:
+        return [
+            list(map(Tensor.data_ptr, parameters)),
+            list(map(Tensor.stride, parameters)),
+            types,
+            [gradient.dtype for gradient in given],
+            list(map(Tensor.size, given)),
+            list(map(Tensor.stride, given)),
+        ]
+    except RuntimeError:
         return None
-    return [
-        types,
-        dtypes,
-        list(map(Tensor.data_ptr, parameters)),  # which has a dtype and a device
-        *(list(map(Tensor.size, tensors)) for tensors in (parameters, given)),
-        *(list(map(Tensor.stride, tensors)) for tensors in (parameters, given)),
-    ]
+
+
+def _is_real(gradients: list[Tensor | None]) -> bool:
+    """Tell whether gradients are dense and real, so that any others like them are."""
+    given = [gradient for gradient in gradients if gradient is not None]
+    layouts, dtypes = {tensor.layout for tensor in given}, {tensor.dtype for tensor in given}
+    return layouts <= {torch.strided} and dtypes <= _REAL
 
 
 class _Work:
@@ -332,9 +340,17 @@ class _Work:
         self.chunks = list(_chunks(jobs))
         self.names = [job.entry.name for job in jobs]
 
-    def renew(self, parameters: list[Tensor], gradients: list[Any]) -> bool:
-        """Take the tensors of another step; return whether they are clipped as those before."""
-        return all(chunk.renew(parameters, gradients) for chunk in self.chunks)
+    def renew(self, parameters: list[Tensor], gradients: list[Any], addresses: list[int]) -> bool:
+        """Take the tensors of another step; return whether they are clipped as those before.
+
+        Parameters
+        ----------
+        parameters, gradients : list of Tensor
+            By their places among the pairs; laid out as in the step before.
+        addresses : list of int
+            Of the parameters.
+        """
+        return all(chunk.renew(parameters, gradients, addresses) for chunk in self.chunks)
 
     def release(self) -> None:
         """Let go of all tensors."""
@@ -390,54 +406,30 @@ def _by_threshold(jobs: list[_Job]) -> Iterable[list[_Job]]:
         yield chunk
 
 
-class _Tensors:
-    """Jobs that are clipped together, and the tensors that they have in this step."""
-
-    def __init__(self, jobs: list[_Job]) -> None:
-        self._jobs = jobs
-        self._views = [job.weight for job in jobs] + [job.gradient for job in jobs]
-        self._tensors = [view.tensor for view in self._views]
-        self._counts = [(job.entry.name, job.gradient.count) for job in jobs]
-        self._places = [job.place for job in jobs]
-        self._split = [i for i, v in enumerate(self._views) if v.axes.view != v.axes.shape]
-
-    def renew(self, parameters: list[Tensor], gradients: list[Any]) -> bool:
-        """Take the tensors of another step; return whether they are clipped as those before.
-
-        Parameters
-        ----------
-        parameters, gradients : list of Tensor
-            By their places; shapes, strides, dtypes and devices are those of the step before.
-        """
-        tensors = [parameters[place] for place in self._places]
-        tensors += [gradients[place] for place in self._places]
-        for index in self._split:
-            tensors[index] = tensors[index].view(self._views[index].axes.view)
-        self._tensors = tensors
-        return True
-
-    def release(self) -> None:
-        """Let go of the tensors."""
-        self._tensors = []
-
-
-class _Chunk(_Tensors):
+class _Chunk:
     """Jobs of one home and one threshold, clipped by PyTorch's own operations."""
 
     def __init__(self, jobs: list[_Job]) -> None:
-        super().__init__(jobs)
+        self._jobs, self._counts = jobs, _counts(jobs)
+        self._places = [job.place for job in jobs]
+        self._views = [job.weight for job in jobs] + [job.gradient for job in jobs]
+        self._split = [i for i, v in enumerate(self._views) if v.axes.view != v.axes.shape]
         self._sources = [view.source for view in self._views]
+        self._gradients = [job.gradient.tensor for job in jobs]
         self._groups = grouped(self._views) if on_host(self._views[0].home[0]) else None
 
-    def renew(self, parameters: list[Tensor], gradients: list[Any]) -> bool:
+    def renew(self, parameters: list[Tensor], gradients: list[Any], _: list[int]) -> bool:
         """Take the tensors of another step, which are plain."""
-        super().renew(parameters, gradients)
-        self._sources = self._tensors
+        sources = [parameters[place] for place in self._places]
+        sources += [gradients[place] for place in self._places]
+        for index in self._split:
+            sources[index] = sources[index].view(self._views[index].axes.view)
+        self._sources, self._gradients = sources, sources[len(self._jobs) :]
         return True
 
     def release(self) -> None:
-        """Let go of the tensors."""
-        self._tensors = self._sources = []
+        """Let go of all tensors."""
+        self._sources = self._gradients = []
 
     def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
         """Return norms and limits of all units (AGC-1)."""
@@ -453,17 +445,16 @@ class _Chunk(_Tensors):
 
     def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:
         """Multiply every gradient by its scales, in place, with one rounding (AGC-2 to AGC-4)."""
-        gradients = self._tensors[len(self._jobs) :]
-        touched: Iterable[int] = range(len(gradients))
-        sizes = [count for _, count in numbers.counts]
+        touched: Iterable[int] = range(len(self._jobs))
         host = on_host(numbers.norm.device)
         if host:
             untouched_U = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
             if untouched_U.all():
                 return
-            if untouched_U.any():
-                split = untouched_U.split(sizes)
-                touched = [index for index, untouched in enumerate(split) if not untouched.all()]
+        sizes = [count for _, count in numbers.counts]
+        if host and untouched_U.any():
+            split = untouched_U.split(sizes)
+            touched = [index for index, untouched in enumerate(split) if not untouched.all()]
         factor_U = narrow_U = numbers.factor
         if host and not (factor_U < _SMALLEST).any():
             # Float64 factors make a float64 copy of the gradient on a CPU. Only factors that
@@ -471,7 +462,7 @@ class _Chunk(_Tensors):
             narrow_U = factor_U.float()
         wide, narrow = factor_U.split(sizes), narrow_U.split(sizes)
         for index in touched:
-            gradient, view = gradients[index], self._jobs[index].gradient
+            gradient, view = self._gradients[index], self._jobs[index].gradient
             factors = wide if gradient.dtype == torch.float64 else narrow
             for block, factor in _blocks(gradient, view.spread(factors[index]), host):
                 block.mul_(factor)
@@ -479,26 +470,30 @@ class _Chunk(_Tensors):
             bad = numbers.bad.split(sizes)
             for index in touched:
                 view = self._jobs[index].gradient
-                gradients[index].masked_fill_(view.spread(bad[index]), 0)
+                self._gradients[index].masked_fill_(view.spread(bad[index]), 0)
 
 
-class _LaunchedChunk(_Tensors):
+class _LaunchedChunk:
     """Jobs of one GPU, clipped by the kernels of a table."""
 
     def __init__(self, jobs: list[_Job], table: fused.Table) -> None:
-        super().__init__(jobs)
         self._table, self._entries = table, _thresholds(jobs)[0]
-        self._addresses = list(map(Tensor.data_ptr, self._tensors))
-        self._aligned = fused.alignments(self._addresses)
+        self._counts, self._places = _counts(jobs), [job.place for job in jobs]
+        self._addresses = [job.weight.tensor.data_ptr() for job in jobs]
+        self._addresses += [job.gradient.tensor.data_ptr() for job in jobs]
+        self._aligned = fused.aligned(self._addresses)
 
-    def renew(self, parameters: list[Tensor], gradients: list[Any]) -> bool:
-        """Take the tensors of another step; return whether the table's loads fit them."""
-        super().renew(parameters, gradients)
-        addresses = list(map(Tensor.data_ptr, self._tensors))
-        if addresses == self._addresses:
+    def renew(self, _: list[Tensor], gradients: list[Any], addresses: list[int]) -> bool:
+        """Take the tensors of another step; return whether the kernels' loads fit them."""
+        now = [addresses[place] for place in self._places]
+        now += [gradients[place].data_ptr() for place in self._places]
+        if now == self._addresses:
             return True
-        self._addresses = addresses
-        return fused.alignments(addresses) == self._aligned
+        self._addresses = now
+        return fused.aligned(now) == self._aligned
+
+    def release(self) -> None:
+        """Let go of nothing: a table needs addresses alone."""
 
     def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
         """Return norms and limits of all units (AGC-1)."""
@@ -548,6 +543,10 @@ def _thresholds(jobs: list[_Job]) -> tuple[list[PlanEntry], list[int]]:
 def _threshold(entry: PlanEntry, step: Step) -> float | Tensor:
     assert entry.clipping is not None  # only what is clipped becomes a job
     return value_at(f"clipping of {entry.name!r}", entry.clipping, step)
+
+
+def _counts(jobs: list[_Job]) -> list[tuple[str, int]]:
+    return [(job.entry.name, job.gradient.count) for job in jobs]
 
 
 def _blocks(tensor: Tensor, factor: Tensor, host: bool) -> Iterable[tuple[Tensor, Tensor]]:

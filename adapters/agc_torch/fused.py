@@ -27,7 +27,7 @@ __all__ = [
     "MoveKind",
     "Part",
     "Table",
-    "alignments",
+    "aligned",
     "available",
     "gradient_norm",
     "memory_order",
@@ -152,11 +152,11 @@ def part_of(tensor: Tensor, axes: UnitAxes, *, exact: bool = False) -> Part | No
     order = memory_order(axes.view, axes.reduce, tensor.stride())
     if order is None:
         return None
-    (aligned,) = alignments([tensor.data_ptr()])
-    return Part(order, tensor.dtype, aligned, exact or tensor.dtype == torch.float64)
+    (wide,) = aligned([tensor.data_ptr()])
+    return Part(order, tensor.dtype, wide, exact or tensor.dtype == torch.float64)
 
 
-def alignments(addresses: Iterable[int]) -> list[bool]:
+def aligned(addresses: Iterable[int]) -> list[bool]:
     """Tell which addresses allow the widest loads."""
     return [address % _WIDE_LOAD == 0 for address in addresses]
 
@@ -202,11 +202,12 @@ def memory_order(
 
 
 class _Launch(NamedTuple):
-    """Tiles of one kind; those of weights come first."""
+    """Tiles of one kind: all, and those of gradients; and what its kernels are compiled for."""
 
-    part: Part
     tiles: Tensor
-    weights: int
+    gradients: Tensor
+    constants: dict[str, Any]
+    exact: bool
 
 
 class Decision(NamedTuple):
@@ -261,10 +262,11 @@ class Table:
         for index, (part, start) in enumerate(zip(tensors, starts.tolist(), strict=True)):
             weights, gradients = tiles.setdefault(part.kind, ([], []))
             (weights if index < self._pairs else gradients).append(_tiles(part, index, start))
-        self._launches = [
-            _Launch(kind, self._put(np.concatenate(weights + gradients)), sum(map(len, weights)))
-            for kind, (weights, gradients) in tiles.items()
-        ]
+        self._launches = []
+        for kind, (weights, gradients) in tiles.items():
+            both = self._put(np.concatenate(weights + gradients))
+            mine = both[sum(map(len, weights)) :]
+            self._launches.append(_Launch(both, mine, constants(kind), kind.exact))
         self._sizes = self._put([(p.units, p.length, *p.order[1:]) for p in tensors], np.int64)
         self._places = self._put(np.stack([starts, pieces, units], -1), np.int64)
         self._pair_U = self._put(np.repeat(np.arange(self._pairs), counts))
@@ -277,7 +279,7 @@ class Table:
             for chosen, shape in ((~long_U, (_SUMS, 1)), (long_U, (1, _MANY)))
             if chosen.any()
         ]
-        scaled = sum(len(launch.tiles) > launch.weights for launch in self._launches)
+        scaled = sum(len(launch.gradients) > 0 for launch in self._launches)
         self.launches = len(self._launches) + len(self._decisions) + scaled
 
         self._uploaded: tuple[object, Tensor] = (None, self._put([0] * len(tensors), np.int64))
@@ -331,19 +333,19 @@ class Table:
     def _scale(self, decision: Decision, *, zero: bool, warmup: bool = False) -> None:
         from agc_torch.triton_kernels import scale_kernel
 
+        factors = decision.numbers[3]
         for launch in self._launches:
-            tiles = launch.tiles[launch.weights :]
-            if len(tiles):
+            if tiles := len(launch.gradients):
                 scale_kernel.run(
                     decision.addresses,
                     self._sizes,
-                    tiles,
+                    launch.gradients,
                     self._firsts,
-                    decision.numbers[3],
+                    factors,
                     self._pairs,
-                    **constants(launch.part),
+                    **launch.constants,
                     ZERO=zero,
-                    grid=(len(tiles),),
+                    grid=(tiles,),
                     warmup=warmup,
                 )
 
@@ -374,8 +376,8 @@ class Table:
                 self._sizes,
                 launch.tiles,
                 sums,
-                **constants(launch.part),
-                EXACT=launch.part.exact,
+                **launch.constants,
+                EXACT=launch.exact,
                 grid=(len(launch.tiles),),
                 warmup=warmup,
             )

@@ -88,7 +88,9 @@ def all_norms(
     flat = torch.cat(
         [
             view.gather(
-                norms_by_view[index] if index in norms_by_view else _unit_norms(view, sources[index])
+                norms_by_view[index]
+                if index in norms_by_view
+                else _unit_norms(view, sources[index])
             )
             for index, view in enumerate(views)
         ]

@@ -9,6 +9,7 @@ that the optimizer does (weight decay, momentum) comes after (AGC-7).
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -253,9 +254,8 @@ class Handle:
 
     def _clip(self) -> None:
         parameters = list(_parameters(self.optimizer))
-        if len(parameters) != len(self._parameters) or any(
-            now is not known for now, known in zip(parameters, self._parameters, strict=True)
-        ):
+        same = len(parameters) == len(self._parameters)
+        if not same or not all(map(operator.is_, parameters, self._parameters)):
             self._match()
         try:
             self._stats = self._clip_pairs()

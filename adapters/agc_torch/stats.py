@@ -79,7 +79,7 @@ class Stats:
     def __init__(self, names: Sequence[str], numbers: Sequence[UnitNumbers]) -> None:
         self._names = names
         self._numbers = numbers
-        self.units = sum(count for group in numbers for _, count in group.counts)
+        self.units = sum(group.norm.numel() for group in numbers)
 
     @property
     def clipped(self) -> Tensor:

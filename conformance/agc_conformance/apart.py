@@ -124,7 +124,7 @@ def _child(
         except BaseException as error:  # KeyboardInterrupt too: the backend may raise it
             from agc_conformance.records import describe
 
-            traceback.print_exc()
+            traceback.print_exc(file=file)
             answer = "died", describe(error)
         faulthandler.cancel_dump_traceback_later()
         faulthandler.disable()

@@ -255,13 +255,17 @@ def test_failures_are_grouped_and_can_be_filtered(tmp_path: Path) -> None:
     failing = page[page.index('<div id="failing">') : page.index('<h2 id="numbers">')]
     places = [failing.index(f"<b>{clause}</b>") for clause in ("AGC-1", "AGC-4")]
     assert places == sorted(places)
+    options = [
+        failing.index(f'<option value="{value}"') for value in ("AGC-1", "AGC-4", "MissingEps")
+    ]
+    assert options == sorted(options)
     assert failing.count('scope="rowgroup"') == 2
     assert '<option value="InfToZero">InfToZero (1)</option>' in failing
     assert '<option value="AGC-4">AGC-4 (2)</option>' in failing
     assert '<tr data-of="run0 AGC-4 NaNPasses InfToZero">' in failing
     assert '#failing:has(option[value="InfToZero"]:checked) [data-of]:not(' in page
     assert '<optgroup label="Run">' not in page, "there is one run"
-    assert "Not offered: 28 clauses" in page
+    assert "Not offered or not asked: 28 clauses" in page
     assert page.count("Not offered: 2 clauses") == 1
     assert 'id="model-tiny"' not in page
 

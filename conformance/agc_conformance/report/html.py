@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
@@ -86,20 +86,18 @@ def _groups(summary: Summary) -> dict[str, dict[str, list[_Failure]]]:
     return {clause: classes for clause, classes in groups.items() if classes}
 
 
-def _filters(summary: Summary) -> dict[str, dict[str, tuple[str, int]]]:
-    """Return what the failures can be filtered by: title, and number of failures, by value."""
-    filters: dict[str, dict[str, tuple[str, int]]] = {"Clause": {}, "Bug class": {}, "Run": {}}
-
-    def count(group: str, value: str, title: str) -> None:
-        if re.fullmatch(r"[\w-]+", value):  # it becomes part of a style sheet
-            filters[group][value] = (title, filters[group].get(value, (title, 0))[1] + 1)
-
-    for column, result in summary.failures:
-        count("Clause", result["clause"], result["clause"])
-        for flag in result["flags"]:
-            count("Bug class", flag, flag)
-        count("Run", column.key, column.title)
-    return {group: dict(sorted(values.items())) for group, values in filters.items() if values}
+def _filters(summary: Summary) -> dict[str, list[tuple[str, str, int]]]:
+    """Return what failures can be filtered by: values, their titles and numbers of failures."""
+    failures, titles = summary.failures, {column.key: column.title for column in summary.columns}
+    counts = {
+        "Clause": (CLAUSES, Counter(result["clause"] for _, result in failures)),
+        "Bug class": (FLAGS, Counter(flag for _, result in failures for flag in result["flags"])),
+        "Run": (titles, Counter(column.key for column, _ in failures)),
+    }
+    return {
+        group: [(value, titles.get(value, value), count[value]) for value in names if count[value]]
+        for group, (names, count) in counts.items()
+    }
 
 
 def _dtypes(summary: Summary) -> list[str]:

@@ -85,7 +85,7 @@ def terminal(summary: Summary, console: Console) -> None:
         table.add_row("all", *totals)
         console.print(table)
         if folded:
-            console.print(f"[dim]not offered: {', '.join(folded)}[/]", highlight=False)
+            console.print(f"[dim]not offered or not asked: {', '.join(folded)}[/]", highlight=False)
     for column, result in summary.failures[:30]:
         console.print(
             f"[red]{result['status']}[/] {column.title} {result['id']}:{result['dtype']} "
@@ -150,7 +150,7 @@ def markdown(summary: Summary) -> str:
             ]
             rows.append(["all", *(_mark(c, c.total) for c in columns)])
             lines += _table(["clause", *(c.title for c in columns)], rows)
-            lines += [f"Not offered: {', '.join(folded)}.", ""] if folded else []
+            lines += [f"Not offered or not asked: {', '.join(folded)}.", ""] if folded else []
     if summary.paths:
         lines += ["## Largest error in float32 by path, in ULP of which 4 are allowed", ""]
         rows = [

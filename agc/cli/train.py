@@ -45,6 +45,12 @@ def register(subparsers: Any) -> None:
     command.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of log and checkpoints"
     )
+    command.add_argument(
+        "--init",
+        type=Path,
+        metavar="FILE",
+        help='weights that a recipe with model.init="file" begins from, of any form',
+    )
     command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     command.add_argument(
         "--allow-changed", action="store_true", help="go on although the recipe is another one"
@@ -85,6 +91,7 @@ def _run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         threads=arguments.threads,
         log_every=arguments.log_every,
+        init=arguments.init,
     )
     train, test = (open_source(recipe, part, arguments.data) for part in PARTS)
     name = arguments.framework

@@ -20,18 +20,17 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from agc import __version__
-from agc.data import Batch, Batches, Evaluation, Source, feed, initial_values
+from agc.data import Batch, Batches, Evaluation, Source, feed
 from agc.errors import ConfigError, NonFiniteError
 from agc.recipe import Numbers, Recipe, numbers
 from agc.training.checkpoints import Checkpoints
+from agc.training.initial import initial_state
 from agc.training.log import Log
 from agc.training.state import State
 from agc.training.trainer import Launch, Metrics, Trainer
 
-__all__ = ["Training", "evaluation_due", "initial_state"]
+__all__ = ["Training", "evaluation_due"]
 
 Record = dict[str, Any]
 
@@ -93,6 +92,7 @@ class Training:
         state = self._first_state(folder, resume)
         trainer.load(state)
         self.made = state.step
+        self._began = {key: state.facts[key] for key in ("init",) if key in state.facts}
         self._log = Log(folder / "log.jsonl", state.step)
         self._evaluations = [r for r in self._log.records if r["type"] == "evaluation"]
         self._waiting: list[tuple[int, Numbers, Metrics]] = []
@@ -117,7 +117,9 @@ class Training:
             If the disk is full, or the like; the older checkpoints stay.
         """
         start = {"type": "start", "step": self.made, "time": time.time(), "agc": __version__}
-        self._write([start | {"recipe_id": self._recipe.id} | dict(self._trainer.facts)])
+        self._write(
+            [start | {"recipe_id": self._recipe.id} | dict(self._trainer.facts) | self._began]
+        )
         try:
             finished = self._steps(stop)
         except NonFiniteError as error:
@@ -131,7 +133,7 @@ class Training:
     def _first_state(self, folder: Path, resume: bool) -> State:
         steps = self._checkpoints.steps()
         if not steps:
-            return initial_state(self._recipe)
+            return initial_state(self._recipe, self._launch.init)
         if not resume:
             raise ConfigError(
                 f"{folder} has a checkpoint of step {steps[-1]}: say that the training goes on "
@@ -230,7 +232,8 @@ class Training:
     def _save(self) -> None:
         state = self._trainer.state()
         last = {record["weights"]: record for record in self._evaluations}
-        self._checkpoints.save(replace(state, facts={**state.facts, "evaluation": last}))
+        facts = {**state.facts, **self._began, "evaluation": last}
+        self._checkpoints.save(replace(state, facts=facts))
 
     def _end(self, reason: str) -> None:
         self._write([{"type": "end", "step": self.made, "time": time.time(), "reason": reason}])
@@ -240,14 +243,6 @@ class Training:
         for record in records if self._report else ():
             assert self._report
             self._report(record)
-
-
-def initial_state(recipe: Recipe) -> State:
-    """Return the state before the first step: the average begins at the initial values."""
-    parameters = initial_values(recipe)
-    zeros = {name: np.zeros_like(value) for name, value in parameters.items()}
-    ema = parameters if recipe.ema else None
-    return State(step=0, parameters=parameters, momentum=zeros, ema=ema)
 
 
 def evaluation_due(recipe: Recipe, made: int) -> bool:
@@ -279,8 +274,6 @@ def _step_record(step: int, now: Numbers, metrics: Metrics) -> Record:
 
 def _check_supported(recipe: Recipe) -> None:
     """Refuse what a recipe can say and this release does not do."""
-    if recipe.model.init == "file":
-        raise ConfigError('model.init="file": training from a weights file is not offered as yet')
     if recipe.train.only:
         raise ConfigError(
             f"train.only={list(recipe.train.only)}: training a part of the model is not offered as "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
 
 from agc.checks import check_count
@@ -31,12 +32,16 @@ class Launch:
         Threads that make batches ahead of their use.
     log_every : int
         Steps after which numbers are read from the device and logged, those of all steps.
+    init : Path, optional
+        File that a recipe with ``model.init = "file"`` begins from, of any form that
+        :func:`agc.weights.open_weights` reads.
     """
 
     microbatch: int | None = None
     device: str | None = None
     threads: int = 2
     log_every: int = 10
+    init: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("microbatch", "threads", "log_every"):
@@ -45,6 +50,11 @@ class Launch:
 
     def check(self, recipe: Recipe) -> None:
         """Raise ConfigError unless a recipe can be run in this way."""
+        if (self.init is not None) != (recipe.model.init == "file"):
+            raise ConfigError(
+                f'model.init="{recipe.model.init}": give a file of weights (--init FILE) with '
+                'model.init="file", and with nothing else'
+            )
         if self.microbatch is not None and recipe.train.batch % self.microbatch:
             raise ConfigError(
                 f"microbatch={self.microbatch} does not divide train.batch={recipe.train.batch}"

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +16,14 @@ import pytest
 
 from agc.cli import main
 from agc.cli import train as command
-from agc.data import digest, open_source
+from agc.data import digest, initial_values, open_source
 from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError
+from agc.nfnet import seeded_parameters
 from agc.recipe import load_recipe
 from agc.training import Launch, Metrics, Totals, Training, read_log, stop_signals
+from agc.training.initial import initial_state
 from agc.training.loop import evaluation_due
+from agc.weights import save
 
 CHANGES = [
     "train.batch=4",
@@ -277,17 +281,41 @@ def test_other_recipes(tmp_path):
         training(tmp_path, recipe=larger, resume=True, allow_changed=True)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("model.init=file", r'model\.init="file": .* not offered as yet'),
-        ('train.only=["head.*"]', r"train\.only=\['head\.\*'\]: .* leave it out"),
-    ],
-)
-def test_recipes_that_are_not_offered(tmp_path, change, message):
-    with pytest.raises(ConfigError, match=message):
-        training(tmp_path, recipe=load_recipe("conformance", [*CHANGES, change]))
+def test_recipes_that_are_not_offered(tmp_path):
+    recipe = load_recipe("conformance", [*CHANGES, 'train.only=["head.*"]'])
+    with pytest.raises(ConfigError, match=r"train\.only=\['head\.\*'\]: .* leave it out"):
+        training(tmp_path, recipe=recipe)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("head", ["keep", "new"])
+def test_beginning_from_a_file(tmp_path, head):
+    recipe = load_recipe("conformance", [*CHANGES, "model.init=file", f"model.head={head}"])
+    wanted, drawn = recipe.model.options(), initial_values(recipe)
+    classes = wanted.num_classes if head == "keep" else 7
+    file, values = tmp_path / "x", seeded_parameters(wanted.variant, classes)
+    values = {name: value.astype("float16") for name, value in values.items()}
+    given = replace(wanted, num_classes=classes, dropout=0.0)
+    save(file, given, values, "timm")
+    state = initial_state(recipe, file)
+    assert list(state.parameters) == list(drawn)
+    for name, value in state.parameters.items():
+        anew = head == "new" and name.startswith("head.")
+        expected = drawn[name] if anew else values[name].astype("float32")
+        assert (value.dtype, value.shape) == ("float32", expected.shape)
+        np.testing.assert_array_equal(value, expected)
+    assert state.ema == state.parameters
+    assert not any(value.any() for value in state.momentum.values())
+    save(file, replace(given, activation="silu"), values)
+    with pytest.raises(ConfigError, match=r"activation='silu'; set model\.activation=\"silu\""):
+        initial_state(recipe, file)
+    others = seeded_parameters(wanted.variant, 9)
+    save(file, replace(given, num_classes=9), others)
+    if head == "new":
+        assert initial_state(recipe, file).parameters["head.bias"].shape == (wanted.num_classes,)
+    else:
+        with pytest.raises(ParameterError, match=r'head\.bias.*classes set model\.head="new"'):
+            initial_state(recipe, file)
 
 
 def test_launches():
@@ -297,6 +325,10 @@ def test_launches():
     message = "microbatch=3 does not divide train.batch=4"
     with pytest.raises(ConfigError, match=re.escape(message)):
         Launch(microbatch=3).check(RECIPE)
+    with pytest.raises(ConfigError, match=r'model\.init="random": give a file'):
+        Launch(init=Path("x")).check(RECIPE)
+    with pytest.raises(ConfigError, match=r'model\.init="file": give a file of weights \(--init'):
+        Launch().check(load_recipe("conformance", [*CHANGES, "model.init=file"]))
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -328,6 +360,18 @@ def test_command(tmp_path, agc_train, uninterrupted, capsys):
     said = capsys.readouterr().out
     assert "step 8, ema weights: top-1 20.00%, top-5 40.00%, loss" in said
     assert f"trained for 8 steps: {tmp_path}" in said
+
+
+def test_command_that_begins_from_a_file(tmp_path, agc_train):
+    save(tmp_path / "x", RECIPE.model.options(), initial_values(RECIPE))
+    command = ["--set=model.init=file", f"--init={tmp_path / 'x'}"]
+    assert agc_train(*command, events={4: lambda: os.kill(os.getpid(), signal.SIGTERM)}) == 75
+    assert agc_train(*command, "--resume") == 0
+    said = [record["init"] for record in read_log(tmp_path / "log.jsonl") if "init" in record]
+    assert said[0] == said[1]
+    assert said[0]["file"] == str(tmp_path / "x")
+    facts = json.loads((tmp_path / "step-000008" / "state.json").read_text())["facts"]
+    assert facts["init"] == said[0]
 
 
 def test_command_of_another_recipe(agc_train, capsys):

@@ -57,6 +57,7 @@ def fit(
     model: L.LightningModule | None = None,
     resume: Path | None = None,
     parts: int = 1,
+    devices: int = 1,
     **options: Any,
 ) -> tuple[L.Trainer, Network]:
     model = model or Automatic()
@@ -67,9 +68,12 @@ def fit(
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
+        devices=devices,
         **({"logger": False, "accumulate_grad_batches": parts} | options),
     )
-    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 4 // parts)
+    batches = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(X, Y), 4 // parts // devices
+    )
     trainer.fit(model, batches, ckpt_path=resume)
     return trainer, model.network
 
@@ -93,8 +97,13 @@ def test_resumed_as_if_never_stopped(options, tmp_path):
 
 
 def test_accumulated(tmp_path):
-    """Lightning itself goes on from another micro-batch if it is resumed here."""
+    """In one go: with accumulation Lightning does not resume where it stopped, AGC or not."""
     check_same(fit(tmp_path, 6, [AGCCallback(RULE_IN_MODULE)], parts=2)[1], by_hand())
+
+
+def test_data_parallel(tmp_path):
+    parallel = {"devices": 2, "strategy": "ddp_spawn"}
+    check_same(fit(tmp_path, 6, [AGCCallback(RULE_IN_MODULE)], **parallel)[1], by_hand())
 
 
 def test_limits(tmp_path):

@@ -48,6 +48,7 @@ class AGCCallback(Callback):  # type: ignore[misc]
         self.handles: list[Handle] = []
         self._states: list[dict[str, Any]] = []
         self._trainers_limit: float | None = None
+        self._logged = 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach AGC, and take over the limit of the global norm.
@@ -81,13 +82,17 @@ class AGCCallback(Callback):  # type: ignore[misc]
         batch_idx: int,  # noqa: ARG002
     ) -> None:
         """Log what the last step clipped."""
-        if not self.log or trainer.global_step % trainer.log_every_n_steps:
+        step = trainer.global_step
+        # A step has several batches if gradients are accumulated.
+        if not self.log or step == self._logged or step % trainer.log_every_n_steps:
             return
-        for number, handle in enumerate(self.handles):
+        self._logged = step
+        for number, handle in enumerate(self.handles if trainer.loggers else ()):
             prefix = "agc/" if len(self.handles) == 1 else f"agc/{number}/"
             stats = handle.stats()
-            for logger in trainer.loggers if stats is not None else ():
-                logger.log_metrics(stats.to_dict(prefix), step=trainer.global_step)
+            metrics = {} if stats is None else stats.to_dict(prefix)
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=step)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         """Detach AGC, and give the Trainer its limit back."""

@@ -183,6 +183,16 @@ def models(session: nox.Session, framework: str) -> None:
     session.run("python", f"docs/models/{name}.py", "--out", f"docs/models/{name}.json", env=QUIET)
 
 
+@nox.session(default=False)
+def integrations(session: nox.Session) -> None:
+    """Run AGC and SAM in other people's trainers, and loggers offline: the real packages."""
+    install(session, "torch", groups=("test", "pinned-torch", "integrations"))
+    install_peers(session)
+    # Trainers warn of many things: unused cores, folders that exist, functions of older releases.
+    environment = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    session.run("pytest", "-Wdefault", "tests/integrations", *session.posargs, env=environment)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style: ruff's formatter and linter; and which package may import which, by import-linter."""

@@ -177,7 +177,12 @@ def clip_(
 
 
 def limit_norm_(
-    pairs: Iterable[tuple[PlanEntry, Tensor]], max_norm: float, *, grad_scale: Tensor | None = None
+    pairs: Iterable[tuple[PlanEntry, Tensor]],
+    max_norm: float,
+    rule: AGC,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Scale all gradients together down to ``max_norm``, as ``clip_grad_norm_`` does (AGC-7).
 
@@ -187,11 +192,19 @@ def limit_norm_(
         The entries say one unit for each parameter, clipped or not; see :func:`whole`.
     max_norm : float
         The largest norm of all gradients taken together, over all processes that share them.
-    grad_scale : scalar tensor, optional
+    rule : AGC
+        Its policy decides what becomes of all gradients if their norm is not finite (AGC-4).
+    grad_scale, found_inf : scalar tensor, optional
         As in :func:`clip_`.
+
+    Raises
+    ------
+    NonFiniteError
+        If the norm is not finite and ``nonfinite="raise"``.
     """
     with torch.no_grad():
-        gradients = [job.gradient for job in _jobs(pairs, None)]
+        jobs = _jobs(pairs, None)
+        gradients = [job.gradient for job in jobs]
         if not gradients:
             return
         groups: dict[Home, list[View]] = {}
@@ -205,11 +218,22 @@ def limit_norm_(
         norm = vector_norm(torch.stack(norms))
         if grad_scale is not None:
             norm = norm / grad_scale.to(device, non_blocking=True)
-        factor = (max_norm / (norm + _SMOOTH)).clamp(max=1.0)
+        bad = (norm < torch.inf).logical_not()
+        if rule.nonfinite == "raise" and bad and not (found_inf is not None and found_inf.any()):
+            names = [job.entry.name for job in jobs if not job.gradient.tensor.isfinite().all()]
+            raise NonFiniteError(
+                f"the norm of all gradients together, which max_norm limits, is {norm.item()}; not finite are "
+                f"the gradients of {names}"
+            )
+        # clip_grad_norm_ would multiply finite gradients by 0 if another is infinite.
+        factor = torch.where(bad, torch.nan, (max_norm / (norm + _SMOOTH)).clamp(max=1.0))
         if on_host(device) and factor == 1:
             return
         for gradient in gradients:
             gradient.tensor.mul_(factor.to(gradient.tensor.device, non_blocking=True))
+            if rule.nonfinite == "zero":
+                zero = bad.to(gradient.tensor.device, non_blocking=True)
+                gradient.tensor.masked_fill_(zero, 0)
 
 
 def whole(entry: PlanEntry) -> PlanEntry:

@@ -47,7 +47,7 @@ def attach(
     max_norm : float, optional
         After AGC, scale all gradients of the optimizer together down to this norm, as
         ``clip_grad_norm_`` does. That one called before the step would come before AGC, which AGC-7
-        forbids.
+        forbids. If their norm is not finite, the rule's ``nonfinite`` decides for all of them.
 
     Returns
     -------
@@ -279,7 +279,9 @@ class Handle:
             memory=self._memory,
         )
         if self.max_norm is not None:
-            limit_norm_(self._whole, self.max_norm, grad_scale=grad_scale)
+            limit_norm_(
+                self._whole, self.max_norm, self.rule, grad_scale=grad_scale, found_inf=found_inf
+            )
         return stats
 
     def _check_place(self, entry: PlanEntry, tensor: Tensor) -> None:

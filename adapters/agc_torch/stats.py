@@ -132,6 +132,23 @@ class Stats:
                 )
         return {name: stats[name] for name in self._names}
 
+    def to_dict(self, prefix: str = "agc/", *, parameters: bool = True) -> dict[str, float]:
+        """Return the numbers as flat floats for a logger, the same keys in every framework.
+
+        Parameters
+        ----------
+        prefix : str
+            What every key starts with.
+        parameters : bool
+            Whether the numbers of every parameter are among them.
+
+        Returns
+        -------
+        dict of str to float
+            As :func:`agc.reference.to_floats`.
+        """
+        return reference.to_floats(self.total(), self.parameters() if parameters else {}, prefix)
+
     def __repr__(self) -> str:
         return f"<Stats of {len(self._names)} parameters, {self.units} units; total() reads it>"
 

@@ -233,7 +233,7 @@ class TrainingContract(Contract):
     @pytest.mark.parametrize("size", [25, 32])
     def test_evaluation(self, size):
         """Every image once, nothing dropped; raw weights and average are not mixed up."""
-        recipe = load_recipe("conformance", SMALL)
+        recipe = recipe_of("plain")
         trainer = self.driver.trainer(recipe, Launch())
         state = start_of(recipe)
         trainer.load(state)

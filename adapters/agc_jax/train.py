@@ -32,6 +32,7 @@ from agc_jax.units import ModelUnits, flatten, plan, units
 __all__ = ["Trainer", "trainer"]
 
 Tree = Any
+Gradient = Callable[[Tree, Any], tuple[jax.Array, Tree]]
 
 
 class Trainer:
@@ -253,9 +254,7 @@ def _step(
     gradient = partial(_gradient, recipe, microbatch)
     sam = None
     if recipe.sam:
-        if (order := _ascent_first(recipe)) is not None:
-            batch = jax.tree.map(lambda leaf: leaf[order], batch)
-        loss, gradients, sam = _sharpness_aware(recipe, gradient, numbers["rho"])(parameters, batch)
+        loss, gradients, sam = _sharpness_aware(recipe, gradient, numbers["rho"], parameters, batch)
     else:
         loss, gradients = gradient(parameters, batch)
     agc = None
@@ -314,7 +313,7 @@ def _gradient(
     def add(sums: Any, part: _Examples) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, derive(parameters, part)), None
 
-    derive: Callable[[Tree, _Examples], tuple[jax.Array, Tree]] = jax.value_and_grad(share)
+    derive: Gradient = jax.value_and_grad(share)
     if examples <= microbatch:
         return derive(parameters, batch)
     whole = examples - examples % microbatch
@@ -339,8 +338,8 @@ def _images(recipe: Recipe, images: jax.Array) -> jax.Array:
 
 
 def _sharpness_aware(
-    recipe: Recipe, gradient: Callable[[Tree, Any], tuple[jax.Array, Tree]], rho: jax.Array
-) -> Callable[[Tree, Any], tuple[jax.Array, Tree, SamStats]]:
+    recipe: Recipe, gradient: Gradient, rho: jax.Array, parameters: Tree, batch: _Examples
+) -> tuple[jax.Array, Tree, SamStats]:
     """Return SAM's loss, gradient and numbers, from a function that has loss and gradient."""
     assert recipe.sam is not None
     loss = jax.custom_vjp(lambda parameters, batch: gradient(parameters, batch)[0])
@@ -355,9 +354,11 @@ def _sharpness_aware(
         microbatches=count,
         nonfinite="skip_step" if policy == "raise" else policy,
     )
-    return partial(
-        sam_value_and_grad(loss, rule, batch_argnums=1, return_stats=True), step=jnp.int32(0)
-    )
+    if (order := _ascent_first(recipe)) is not None:
+        batch = jax.tree.map(lambda leaf: leaf[order], batch)
+    perturbed = sam_value_and_grad(loss, rule, batch_argnums=1, return_stats=True)
+    made: tuple[jax.Array, Tree, SamStats] = perturbed(parameters, batch, step=0)
+    return made
 
 
 def _rule(rule: AGC, thresholds: Mapping[str, jax.Array]) -> AGC:

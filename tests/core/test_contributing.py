@@ -31,7 +31,7 @@ def test_sessions_exist():
 
 EXTRAS = {  # what only one framework needs
     "torch": {"fused", "passes", "shards", "train", "triton_kernels"},
-    "jax": {"leaf_names"},
+    "jax": {"leaf_names", "train"},
     "tensorflow": {"devices"},
 }
 

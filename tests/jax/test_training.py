@@ -67,6 +67,7 @@ def test_sharpness(monkeypatch, case, microbatch):
     """Of a linear model, in groups or not; the last micro-batch may be smaller than the others."""
     monkeypatch.setattr("agc_jax.train._model", lambda *_: lambda w, x, masks: x @ w["w"])
     recipe = recipe_of(case)
+    assert recipe.sam
     rng = np.random.default_rng(0)
     images, targets = (rng.random((16, size), np.float32) for size in (5, 3))
     weights = {"w": rng.random((5, 3), np.float32)}

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from agc import AGC
+from agc import AGC, SAM
 from agc import nfnet as core
 from agc.data import Batch, EvaluationBatch, normalisation_table, soft_labels
 from agc.errors import ConfigError, NonFiniteError
@@ -88,7 +88,9 @@ class Trainer:
         self._momentum = self._optimizer.inner_optimizer.buffers or list(map(_zeros, weights))
         self._radius = _number(1.0)
         self._sam = self._sharpness(recipe.sam) if recipe.sam else None
-        self._perturbs = self._sam and are_perturbed(self._weights, self._model, self._sam)
+        self._perturbs: list[bool] = []
+        if self._sam:
+            self._perturbs = are_perturbed(self._weights, self._model, self._sam)
         self._table = tf.constant(normalisation_table(recipe.input.mean, recipe.input.std))
         self._passes = _Passes(self._model, self._weights, recipe, launch.microbatch)
 
@@ -185,13 +187,12 @@ class Trainer:
 
         The norm is finite if those of all groups are.
         """
+        rule, step = self._sam, self._optimizer.iterations
+        assert rule is not None
         assert self._recipe.sam is not None
 
         def group(part: list[tf.Tensor]) -> Any:
-            step = self._optimizer.iterations
-            loss, gradients, stats, *_ = two_passes(
-                self._passes, self._perturbs, self._sam, part, step
-            )
+            loss, gradients, stats, *_ = two_passes(self._passes, self._perturbs, rule, part, step)
             return loss, stats.perturbed_loss, stats.norm, gradients
 
         size = self._recipe.sam.group
@@ -252,7 +253,7 @@ class Trainer:
         clipping = {name: partial(_read, variable) for name, variable in self._thresholds.items()}
         return replace(rule, clipping=clipping)
 
-    def _sharpness(self, sam: Sharpness) -> Any:
+    def _sharpness(self, sam: Sharpness) -> SAM:
         """Return the rule of a step that perturbs one group."""
         return replace(sam.rule, rho=partial(_read, self._radius), every=1)
 
@@ -284,7 +285,12 @@ class _Passes(LossPasses):
         ]
         values = [tf.TensorSpec(weight.shape) for weight in weights]
         signature = [values, specs, tf.TensorSpec(())]
-        self.gradients = _compiled(self._gradients, input_signature=signature)
+        # Inlined, it would be optimized anew for each pass, which takes longer than to trace it.
+        self.gradients = _compiled(
+            self._gradients,
+            input_signature=signature,
+            experimental_attributes={"_noinline": True},
+        )
 
     def run(self, batch: Sequence[Any] | None, values: list[Any], *, moved: bool) -> Pass:  # noqa: ARG002
         """Return the mean loss and its gradient where the variables read as values."""
@@ -348,8 +354,8 @@ def _check(recipe: Recipe) -> None:
 
 def _device(name: str | None) -> str:
     """Return a device as TensorFlow calls it, without the host."""
-    devices = [device.name for device in tf.config.list_logical_devices()]
-    devices = [device.rpartition("device:")[2] for device in devices]
+    names = [str(device.name) for device in tf.config.list_logical_devices()]
+    devices = [each.rpartition("device:")[2] for each in names]
     if name is None:
         return next((device for device in devices if not device.startswith("CPU")), devices[0])
     wanted = name if ":" in name else f"{name}:0"

@@ -57,9 +57,6 @@ def recipe_of(case: str) -> Recipe:
     raise AssertionError(case)
 
 
-CASES = ("group", "batch", "plain", "bare")
-
-
 def start_of(recipe: Recipe) -> State:
     """Return a state in which every branch counts, with a momentum and an average."""
 
@@ -156,8 +153,9 @@ class TrainingContract(Contract):
             metrics = trainer.step(batches[step], table.at(step))
             yield metrics, trainer.state()
 
-    @pytest.mark.parametrize("microbatch", [None, 4])
-    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize(
+        ("case", "microbatch"), [("group", 4), ("batch", None), ("plain", 4), ("bare", None)]
+    )
     def test_steps(self, case, microbatch):
         recipe = recipe_of(case)
         start = start_of(recipe)

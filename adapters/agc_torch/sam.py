@@ -600,7 +600,7 @@ class SharpnessAware:
             or type(local(gradient)) is not Tensor
         ):
             return False
-        return gradient.device.type != "mps" and gradient.numel() > 0
+        return bool(gradient.device.type != "mps" and gradient.numel())
 
     def _may_step(self, ascent: _Ascent, reach: _Reach, *, poison: bool = False) -> bool:
         """Apply the policy for a norm that is not finite (SAM-5).

@@ -36,9 +36,10 @@ from agc.errors import (
     OrderError,
     ParameterError,
 )
+from agc.plan import WHOLE
 from agc.selectors import perturbed_names
 from agc_torch import fused
-from agc_torch.norms import on_host
+from agc_torch.norms import all_norms, on_host
 from agc_torch.passes import (
     Closure,
     call,
@@ -56,6 +57,7 @@ from agc_torch.passes import (
 from agc_torch.schedules import value_at
 from agc_torch.shards import is_dtensor, local, norm_over, shard_axes
 from agc_torch.units import named_parameters, unwrap
+from agc_torch.views import View
 
 __all__ = ["SamStats", "SharpnessAware"]
 
@@ -522,7 +524,9 @@ class SharpnessAware:
         return _Ascent(direction, norm, missing)
 
     def _norm(self, direction: Direction, candidates: Sequence[Tensor]) -> Tensor | None:
-        """Global norm of ``T g``, in float64 and without a copy of the gradients (SAM-1, SAM-10).
+        """Global norm of ``T g``, without a copy of the gradients, in float64 (SAM-1, SAM-10).
+
+        On a CPU float32 is added as :mod:`agc_torch.norms` does.
 
         Returns
         -------
@@ -534,6 +538,7 @@ class SharpnessAware:
             shards: [] for shards in map(_shards, candidates)
         }
         plain: dict[Shards | None, list[Tensor]] = {}
+        on_cpu: dict[Shards | None, list[View]] = {}
         launched: dict[tuple[Shards | None, torch.device], list[fused.Move]] = {}
         with torch.no_grad():
             for parameter, gradient in direction:
@@ -541,12 +546,19 @@ class SharpnessAware:
                 if move.fits:
                     launched.setdefault((shards, move.weight.device), []).append(move)
                 elif self._is_plain(parameter, gradient):
-                    plain.setdefault(shards, []).append(move.gradient)
+                    if on_host(move.gradient.device):
+                        view = View(move.gradient, WHOLE.bind(tuple(move.gradient.shape)))
+                        on_cpu.setdefault(shards, []).append(view)
+                    else:
+                        plain.setdefault(shards, []).append(move.gradient)
                 else:
                     held[shards].append(_norm_of(self._scaled_blocks(move)))
             for shards, gradients in plain.items():
                 # In float64 without a copy, many tensors a launch.
                 held[shards] += torch._foreach_norm(gradients, 2, torch.float64)
+            for shards, views in on_cpu.items():
+                norms_V = all_norms(views, [view.source for view in views], 0.0)
+                held[shards] += norms_V.unbind()
             for (shards, _), moves in launched.items():
                 held[shards].append(fused.gradient_norm(moves, self.rule.eta))
             norms = held.pop(None, [])
@@ -567,6 +579,7 @@ class SharpnessAware:
         factor = factor.clamp(max=torch.finfo(torch.float32).max)  # the norm may be subnormal
         usable = (norm > 0) & (norm < torch.inf)
         factor = torch.where(usable, factor, 0.0)
+        known = on_host(norm.device)
         # Detached tensors throughout, so autograd does not record this.
         launched: dict[torch.device, list[fused.Move]] = {}
         others: list[fused.Move] = []
@@ -577,9 +590,10 @@ class SharpnessAware:
         for device, group in launched.items():
             copies = fused.perturb(group, factor.to(device), self.rule.eta)
             self._backup += zip((move.weight for move in group), copies, strict=True)
-        for weight, direction, adaptive in others:
-            # 0 * inf is NaN: a gradient that is not finite must not reach the weights for one pass.
-            direction.masked_fill_(~usable.to(direction.device), 0)
+        # 0 * inf is NaN: a gradient that is not finite must not reach the weights for one pass.
+        for weight, direction, adaptive in others if not known or usable else ():
+            if not known:
+                direction.masked_fill_(~usable.to(direction.device), 0)
             scale = factor.to(weight.device)
             if not adaptive and weight.dtype in (torch.float32, torch.float64):
                 weight.addcmul_(direction.to(weight.dtype), scale.to(weight.dtype))
@@ -624,14 +638,14 @@ class SharpnessAware:
         return self.rule.adaptive and parameter.ndim >= 2
 
     def _is_plain(self, parameter: Tensor, gradient: Tensor) -> bool:
-        """Tell whether an accelerator takes the norm of a gradient as it is."""
+        """Tell whether the norm of a gradient is taken as it is."""
         if (
             self._is_scaled(parameter)
             or gradient.is_complex()
             or type(local(gradient)) is not Tensor
         ):
             return False
-        return not on_host(gradient.device) and gradient.device.type != "mps"
+        return bool(gradient.device.type != "mps" and gradient.numel())
 
     def _may_step(self, ascent: _Ascent, reach: _Reach, *, poison: bool = False) -> bool:
         """Apply the policy for a norm that is not finite (SAM-5).

@@ -186,7 +186,8 @@ def models(session: nox.Session, framework: str) -> None:
 @nox.session(default=False)
 def integrations(session: nox.Session) -> None:
     """Run AGC and SAM in other people's trainers, and loggers offline: the real packages."""
-    install(session, "torch", groups=("test", "pinned-torch", "integrations"))
+    groups = ("test", "pinned-torch", "integrations")
+    install(session, "torch", "conformance", "weights", groups=groups)
     install_peers(session)
     # Trainers warn of many things: unused cores, folders that exist, functions of older releases.
     environment = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}

@@ -27,6 +27,10 @@ PACKAGES = ("agc", "agc_torch", "agc_jax", "agc_tensorflow", "agc_conformance")
 # Neighbours run in one process: they share what they compile.
 IN_PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal")
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
+# The processes of the tests share the cores: with more threads each they would wait for each other.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# Python compiles what is imported; pip would compile all that is installed. 0 stands for yes.
+os.environ.setdefault("PIP_NO_COMPILE", "0")
 
 
 def install(session: nox.Session, *extras: str, groups: tuple[str, ...] = ()) -> None:
@@ -104,7 +108,8 @@ def tests(session: nox.Session, framework: str) -> None:
     """Unit and integration tests, each framework alone."""
     if framework == "core":
         install(session, "conformance", "weights", groups=("test",))
-        session.run("pytest", *IN_PARALLEL, "tests/core", "tests/conformance", *session.posargs)
+        folders = ("tests/core", "tests/conformance")
+        session.run("pytest", *IN_PARALLEL, *folders, *session.posargs, env=ONE_THREAD)
         return
     groups = ("test", f"pinned-{framework}", f"test-{framework}")
     install(session, framework, "conformance", "weights", groups=groups)
@@ -116,7 +121,13 @@ def tests(session: nox.Session, framework: str) -> None:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    session.run("pytest", *IN_PARALLEL, f"tests/{framework}", *session.posargs, env=QUIET | cache)
+    session.run(
+        "pytest",
+        *IN_PARALLEL,
+        f"tests/{framework}",
+        *session.posargs,
+        env=QUIET | ONE_THREAD | cache,
+    )
 
 
 @nox.session(default=False)
@@ -170,6 +181,16 @@ def models(session: nox.Session, framework: str) -> None:
         session.install("--no-deps", *alone)
     name = "keras" if framework == "tensorflow" else framework
     session.run("python", f"docs/models/{name}.py", "--out", f"docs/models/{name}.json", env=QUIET)
+
+
+@nox.session(default=False)
+def integrations(session: nox.Session) -> None:
+    """Run AGC and SAM in other people's trainers, and loggers offline: the real packages."""
+    install(session, "torch", groups=("test", "pinned-torch", "integrations"))
+    install_peers(session)
+    # Trainers warn of many things: unused cores, folders that exist, functions of older releases.
+    environment = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    session.run("pytest", "-Wdefault", "tests/integrations", *session.posargs, env=environment)
 
 
 @nox.session

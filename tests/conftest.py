@@ -36,6 +36,8 @@ class Snippet:
 
     @property
     def folder(self) -> str:
+        if self.place.startswith("docs/trainers.md"):  # needs the trainers' packages
+            return "integrations"
         used = [name for name in ADAPTERS if name in self.code]
         assert len(used) <= 1, f"{self.place} mentions {used}: one framework a block"
         return used[0].removeprefix("agc_") if used else "core"

@@ -350,7 +350,7 @@ def _clip_in(
         return outputs, (
             clipped,
             nonfinite,
-            lax.convert_element_type(jnp.sqrt(max_ratio), real),
+            lax.convert_element_type(max_ratio, real),
             lax.convert_element_type(min_scale, real),
         )
 
@@ -373,19 +373,24 @@ def _group_small(
 def _count_units(g: jax.Array, w: jax.Array, clipping: jax.Array, *, limits: _Limits) -> Rows:
     """Numbers of K parameters with U units each, from squared norms.
 
-    Four reductions, each of which is an all-reduce of K numbers where units are sharded. Of one
-    with four results XLA makes an exchange that grows with the number of devices.
+    Three reductions, each of which is an all-reduce of K numbers where units are sharded. Of one
+    with three results XLA makes an exchange that grows with the number of devices.
     """
     units = _decide(g, w, clipping, limits=limits)
-    one = g.dtype.type(1)
-    divisor = lax.select(units.clipped, units.divisor, lax.full_like(g, 1))
     clipped, bad = (
         lax.reduce_sum(lax.convert_element_type(mask, np.int32), (1,))
         for mask in (units.clipped, units.bad)
     )
-    max_ratio = lax.reduce(lax.div(units.norm, units.floor), one - one, lax.max, (1,))
-    max_divisor = lax.reduce(divisor, one, lax.max, (1,))
-    return clipped, bad, max_ratio, lax.div(lax.full_like(max_divisor, 1), max_divisor)
+    max_ratio, max_clipped = (
+        lax.reduce(ratio, g.dtype.type(0), lax.max, (1,))
+        for ratio in (
+            lax.sqrt(lax.div(units.norm, units.floor)),
+            lax.select(units.clipped, units.ratio, lax.full_like(g, 0)),
+        )
+    )
+    one = lax.full_like(max_ratio, 1)
+    scale = lax.div(jnp.asarray(clipping, g.dtype), max_clipped)
+    return clipped, bad, max_ratio, lax.select(clipped > 0, lax.min(scale, one), one)
 
 
 def _thresholds(
@@ -415,8 +420,9 @@ class _Decision(NamedTuple):
     bad_threshold: jax.Array
     """Units whose threshold is not a finite number above 0; they are bad as well."""
     clipped: jax.Array
-    divisor: jax.Array
-    """What units that are clipped are divided by."""
+    clipping: jax.Array
+    ratio: jax.Array
+    """Norm over floor, neither squared; the factor of a clipped unit is the threshold over it."""
 
 
 @dataclass(frozen=True)
@@ -448,9 +454,9 @@ def _decide(g: jax.Array, w: jax.Array, clipping: jax.Array, *, limits: _Limits)
     floor = lax.select(lax.eq(norm, zero), one, lax.max(w, lax.full_like(w, least)))
     clipped = lax.gt(norm, lax.mul(lax.square(clipping_KU), floor))  # AGC-1, AGC-2: strictly
     divided = lax.max(norm, lax.full_like(norm, limits.div_eps**2))
-    divisor = lax.div(lax.sqrt(lax.div(divided, floor)), clipping_KU)
+    ratio = lax.sqrt(lax.div(divided, floor))
     bad, bad_threshold = lax.bitwise_not(good), lax.bitwise_not(sensible_KU)
-    return _Decision(norm, floor, bad, bad_threshold, clipped, divisor)
+    return _Decision(norm, floor, bad, bad_threshold, clipped, clipping_KU, ratio)
 
 
 @dataclass(frozen=True)
@@ -491,17 +497,18 @@ def _factors(
 ) -> Sequence[jax.Array]:
     """Return the factors of the units of K gradients, a row for each; 1 keeps a unit."""
     units = _decide(g, w, clipping, limits=limits)
-    poison = lax.full_like(g, np.nan)
+    one, poison = lax.full_like(g, 1), lax.full_like(g, np.nan)
     if nonfinite == "zero":
         poison = lax.select(units.bad_threshold, poison, lax.full_like(g, np.inf))
-    divisor_KU = lax.select(
-        units.bad, poison, lax.select(units.clipped, units.divisor, lax.full_like(g, 1))
-    )
-    if limits.eps >= SAFE_EPS and not limits.double:  # then float32 can hold every factor
-        divisor_KU = lax.convert_element_type(divisor_KU, np.float32)
+    ratio_KU = lax.select(units.bad, poison, lax.select(units.clipped, units.ratio, one))
+    clipping_KU = lax.select(units.clipped, units.clipping, one)
+    if g.dtype == np.float64 and limits.eps >= SAFE_EPS and not limits.double:
+        # float32 can hold every factor
+        ratio_KU = lax.convert_element_type(lax.div(ratio_KU, clipping_KU), np.float32)
+        clipping_KU = lax.full_like(ratio_KU, 1)
     # A division comes last: XLA fuses anything cheaper into all that follows, at worst into every
-    # element.
-    factor_KU = lax.div(lax.full_like(divisor_KU, 1), divisor_KU)
+    # element. It divides by no threshold: by a constant XLA multiplies with a rounded reciprocal.
+    factor_KU = lax.div(clipping_KU, ratio_KU)
     if len(factor_KU) == 1:
         return [lax.squeeze(factor_KU, (0,))]
     return lax.platform_dependent(factor_KU, cpu=_rows_by_sums, default=list)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""JAX's part of ``agc classify`` and ``agc demo``; see :mod:`agc.cli.frameworks`."""
+"""JAX's part of ``agc classify``, ``demo`` and ``train``; see :mod:`agc.cli.frameworks`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import agc_jax
 from agc import AGC
 from agc.nfnet import SMOOTHING, Options
 from agc_jax.recipe import after_clipping
+from agc_jax.train import trainer
 
-__all__ = ["classifier", "train"]
+__all__ = ["classifier", "train", "trainer"]
 
 _NEVER: Final = 1e30
 """A threshold that no gradient reaches."""

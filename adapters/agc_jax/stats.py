@@ -93,6 +93,23 @@ class Stats(NamedTuple):
             if row[0]
         }
 
+    def to_dict(self, prefix: str = "agc/", *, plan: Plan | None = None) -> dict[str, float]:
+        """Return the numbers as flat floats for a logger, the same keys in every framework.
+
+        Parameters
+        ----------
+        prefix : str
+            What every key starts with.
+        plan : Plan, optional
+            As in :meth:`parameters`: the numbers of every parameter are among them.
+
+        Returns
+        -------
+        dict of str to float
+            As :func:`agc.reference.to_floats`.
+        """
+        return reference.to_floats(self.total(), self.parameters(plan) if plan else {}, prefix)
+
 
 @partial(jax.jit, static_argnums=0)
 def no_stats(parameters: int) -> Stats:

@@ -26,12 +26,13 @@ from agc_tensorflow.nfnet import NFNet, nfnet
 from agc_tensorflow.optimizer import AdaptiveGradClip
 from agc_tensorflow.recipe import CoupledSGD, sgd_nfnet
 from agc_tensorflow.sam import SamStats, SharpnessAwareModel, sam_value_and_gradients
-from agc_tensorflow.stats import Stats
+from agc_tensorflow.stats import AGCLogger, Stats
 from agc_tensorflow.units import plan, register_units, units
 from agc_tensorflow.verify import Verification, verify_sam
 from agc_tensorflow.weights import from_neutral, to_neutral
 
 __all__ = [
+    "AGCLogger",
     "AdaptiveGradClip",
     "CoupledSGD",
     "NFNet",

@@ -1,4 +1,4 @@
-"""TensorFlow's part of ``agc classify`` and ``agc demo``; see :mod:`agc.cli.frameworks`."""
+"""TensorFlow's part of ``agc classify``, ``demo`` and ``train``; see :mod:`agc.cli.frameworks`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import tensorflow as tf
 import agc_tensorflow
 from agc import AGC
 from agc.nfnet import SMOOTHING, Options
+from agc_tensorflow.train import trainer
 
-__all__ = ["classifier", "train"]
+__all__ = ["classifier", "train", "trainer"]
 
 _NEVER: Final = 1e30
 """A threshold that no gradient reaches."""

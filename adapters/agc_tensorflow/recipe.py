@@ -127,7 +127,7 @@ class CoupledSGD(keras.optimizers.Optimizer):  # type: ignore[misc]
             return
         super().build(variables)
         wanted = variables if self.momentum else ()
-        self._buffers = [self.add_variable_from_reference(v, name="momentum") for v in wanted]
+        self.buffers = [self.add_variable_from_reference(v, name="momentum") for v in wanted]
 
     def update_step(self, gradient: Any, variable: Variable, learning_rate: Any) -> None:
         """Update one variable."""
@@ -136,7 +136,7 @@ class CoupledSGD(keras.optimizers.Optimizer):  # type: ignore[misc]
             gradient += self.weight_decay * tf.convert_to_tensor(variable)
         step = gradient
         if self.momentum:
-            buffer = self._buffers[self._get_variable_index(variable)]
+            buffer = self.buffers[self._get_variable_index(variable)]
             moved = self.momentum * tf.convert_to_tensor(buffer) + gradient
             self.assign(buffer, moved)
             step = gradient + self.momentum * moved if self.nesterov else moved

@@ -248,7 +248,7 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
         step = self.optimizer.iterations
         _, gradients, stats, logs = _gradients(passes, self.rule, model, batch=batch, step=step)
         self.sharpness_tracker.update_state(stats.sharpness * replicas)
-        _apply(self.optimizer, gradients, variables, stats.norm, self.rule)
+        apply(self.optimizer, gradients, variables, stats.norm, self.rule)
         return {**logs, "sharpness": self.sharpness_tracker.result()}
 
 
@@ -361,7 +361,7 @@ def _gradients(
         given=batch is not None,
         cure="give batch=(inputs, targets) and a loss function that uses the tensors it is given",
     )
-    perturbs = _perturbs(passes.variables, named, rule)
+    perturbs = are_perturbed(passes.variables, named, rule)
     if rule.every == 1:
         return _sharpness_aware(passes, perturbs, rule, batch, step)
     now = tf.get_static_value(tf.convert_to_tensor(step))  # None inside a graph
@@ -380,7 +380,7 @@ def _gradients(
     return _sharpness_aware(passes, perturbs, rule, batch, step)
 
 
-def _perturbs(variables: Sequence[Any], named: Any, rule: SAM) -> list[bool]:
+def are_perturbed(variables: Sequence[Any], named: Any, rule: SAM) -> list[bool]:
     """Tell which variables are perturbed: what is selected and trainable now (SAM-4)."""
     names = {variable_key(v): name for name, v in named_variables(named).items()}
     selected = set(perturbed_names(names.values(), rule))
@@ -399,7 +399,7 @@ def _perturbs(variables: Sequence[Any], named: Any, rule: SAM) -> list[bool]:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class Pass:
     """What one run of the loss gave; nothing is written yet.
 
     Attributes
@@ -434,18 +434,18 @@ class LossPasses:
         self.reported = reported  # asked after a pass: metrics may be made in it
         self.outside = outside
 
-    def clean(self, batch: Sequence[Any] | None) -> tuple[_Pass, Any]:
+    def clean(self, batch: Sequence[Any] | None) -> tuple[Pass, Any]:
         """Run at the weights; also return what is reported of it."""
-        done = self._run(batch, [variable.value for variable in self.variables], moved=False)
+        done = self.run(batch, [variable.value for variable in self.variables], moved=False)
         # A layer that writes to its own weights does so at the start of a step.
         _carry_out([*done.weights, *done.reported])
         return done, self.report(done.loss)
 
-    def perturbed(self, batch: Sequence[Any] | None, values: list[Any]) -> _Pass:
+    def perturbed(self, batch: Sequence[Any] | None, values: list[Any]) -> Pass:
         """Run where the variables read as ``values``, from the state before the step."""
-        return self._run(batch, values, moved=True)
+        return self.run(batch, values, moved=True)
 
-    def _run(self, batch: Sequence[Any] | None, values: list[Any], *, moved: bool) -> _Pass:
+    def run(self, batch: Sequence[Any] | None, values: list[Any], *, moved: bool) -> Pass:
         with tf.GradientTape() as tape:
             scope = _Scope(self.variables, values, tape, self.outside, moved=moved)
             with scope:
@@ -462,7 +462,7 @@ class LossPasses:
         flat = iter(tape.gradient(scaled, [value for values in sources for value in values]))
         gradients = [_sum([next(flat) for _ in values]) for values in sources]
         reported = {id(variable) for variable in self.reported()}
-        written = _Pass(loss, gradients, [], [], [])
+        written = Pass(loss, gradients, [], [], [])
         for variable, value in updates:
             if id(variable) in scope.sources:
                 written.weights.append((variable, value))
@@ -666,10 +666,10 @@ def _sharpness_aware(
     passes: LossPasses, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
 ) -> tuple[Any, list[Any], SamStats, Any]:
     if rule.microbatches == 1:
-        return _two_passes(passes, perturbs, rule, batch, step)[:4]
+        return two_passes(passes, perturbs, rule, batch, step)[:4]
     assert batch is not None
     results = [
-        _two_passes(passes, perturbs, rule, micro, step)
+        two_passes(passes, perturbs, rule, micro, step)
         for micro in _split(batch, rule.microbatches)
     ]
     ascents = [result[4] for result in results]
@@ -685,7 +685,7 @@ def _sharpness_aware(
     return loss, gradients, SamStats(norm, loss, perturbed), results[-1][3]
 
 
-def _two_passes(
+def two_passes(
     passes: LossPasses, perturbs: list[bool], rule: SAM, batch: Sequence[Any] | None, step: Any
 ) -> tuple[Any, list[Any], SamStats, Any, Any, Any]:
     sizes: tuple[Any, Any] = (1, 1)
@@ -772,9 +772,7 @@ def _scale(value: Any, rule: SAM, dtype: Any) -> Any:
     return tf.ones((), dtype)
 
 
-def _apply(
-    optimizer: Any, gradients: list[Any], variables: list[Any], norm: Any, rule: SAM
-) -> None:
+def apply(optimizer: Any, gradients: list[Any], variables: list[Any], norm: Any, rule: SAM) -> None:
     """Let the optimizer act, unless the policy says to skip the step (SAM-5)."""
     if rule.nonfinite != "skip_step":
         optimizer.apply(gradients, variables)

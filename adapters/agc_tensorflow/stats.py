@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+import keras
 import tensorflow as tf
 
-from agc import reference
+from agc import AGC, reference
+from agc.errors import ConfigError
 
-__all__ = ["IDLE", "Stats", "stats_table"]
+__all__ = ["IDLE", "AGCLogger", "Stats", "stats_table"]
 
 IDLE: Final = (0.0, 0.0, 0.0, 0.0, 1.0)
 """Telemetry of a parameter that AGC did not act on."""
@@ -70,6 +72,70 @@ class Stats(tf.experimental.ExtensionType):  # type: ignore[misc]
         """Return the numbers of every parameter that AGC acted on, by name."""
         rows = zip(self.names, self.table.numpy().tolist(), strict=True)
         return {name: _host_stats(row) for name, row in rows if row[0]}
+
+    def to_dict(self, prefix: str = "agc/", *, parameters: bool = True) -> dict[str, float]:
+        """Return the numbers as flat floats for a logger, the same keys in every framework.
+
+        Parameters
+        ----------
+        prefix : str
+            What every key starts with.
+        parameters : bool
+            Whether the numbers of every parameter are among them.
+
+        Returns
+        -------
+        dict of str to float
+            As :func:`agc.reference.to_floats`.
+        """
+        return reference.to_floats(self.total(), self.parameters() if parameters else {}, prefix)
+
+
+class AGCLogger(keras.callbacks.Callback):  # type: ignore[misc]
+    """Put the telemetry of the last update into the logs of every epoch, for later callbacks.
+
+    ``History``, ``CSVLogger``, ``TensorBoard`` and others write what is in the logs; put it before
+    them in ``callbacks``.
+
+    Parameters
+    ----------
+    prefix : str
+        What every key starts with.
+    parameters : bool
+        Whether the numbers of every parameter are among them.
+
+    Examples
+    --------
+    >>> import agc_tensorflow
+    >>> from agc import AGC
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model.compile(agc_tensorflow.AdaptiveGradClip("sgd", AGC(), model=model), loss="mse")
+    >>> logs = model.fit(tf.ones((4, 3)), tf.ones((4, 1)), callbacks=[AGCLogger()], verbose=0)
+    >>> logs.history["agc/units"]
+    [2.0]
+    """
+
+    def __init__(self, prefix: str = "agc/", *, parameters: bool = False) -> None:
+        super().__init__()
+        self.prefix, self.parameters = prefix, parameters
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Add the numbers.
+
+        Raises
+        ------
+        ConfigError
+            If the model is not compiled with an ``AdaptiveGradClip``.
+        """
+        optimizer = self.model.optimizer
+        while not isinstance(getattr(optimizer, "rule", None), AGC):
+            outer, optimizer = optimizer, getattr(optimizer, "inner_optimizer", None)
+            if optimizer is None:
+                raise ConfigError(
+                    f"AGCLogger needs a model that is compiled with AdaptiveGradClip, got {type(outer).__name__}"
+                )
+        if logs is not None:
+            logs.update(optimizer.stats().to_dict(self.prefix, parameters=self.parameters))
 
 
 def stats_table(

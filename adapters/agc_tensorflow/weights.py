@@ -46,7 +46,7 @@ def to_neutral(model: Model) -> dict[str, Array]:
     >>> to_neutral(nfnet("tiny"))["stem.conv0.weight"].shape
     (3, 3, 3, 16)
     """
-    return {spec.name: _array(variable) for spec, variable in _pairs(model)}
+    return {spec.name: array_of(variable) for spec, variable in pairs_of(model)}
 
 
 def from_neutral(model: Model, arrays: Mapping[str, Any]) -> None:
@@ -65,15 +65,14 @@ def from_neutral(model: Model, arrays: Mapping[str, Any]) -> None:
         If a tensor is missing, unknown or of another shape; the message names them, and the model
         is as it was. Also as :func:`to_neutral`.
     """
-    pairs = _pairs(model)
+    pairs = pairs_of(model)
     check_arrays((spec for spec, _ in pairs), arrays)
     for spec, variable in pairs:
-        array = np.asarray(arrays[spec.name])
-        array = array.astype(array.dtype.newbyteorder("="))  # TensorFlow reads no other
-        variable.assign(tf.cast(array, variable.dtype))
+        assign_array(variable, arrays[spec.name])
 
 
-def _pairs(model: Model) -> list[tuple[ParameterSpec, Variable]]:
+def pairs_of(model: Model) -> list[tuple[ParameterSpec, Variable]]:
+    """Return each parameter with its facts, in the model's order; raise as :func:`to_neutral`."""
     bare = model.model if isinstance(model, SharpnessAwareModel) else model
     if not isinstance(bare, NFNet):
         raise ParameterError(f"this needs a model made by nfnet(...), got {type(bare).__name__}")
@@ -87,8 +86,16 @@ def _pairs(model: Model) -> list[tuple[ParameterSpec, Variable]]:
     return [(spec, named[spec.name]) for spec in specs]
 
 
-def _array(variable: Variable) -> Array:
+def array_of(variable: Variable) -> Array:
+    """Return a copy of a parameter, or what has its shape, in the neutral layout."""
     tensor = tf.convert_to_tensor(variable)
     if tensor.dtype == tf.bfloat16:
         tensor = tf.cast(tensor, tf.float32)
     return np.array(tensor.numpy(), order="C")
+
+
+def assign_array(variable: Variable, values: Any) -> None:
+    """Put an array in the neutral layout into a parameter, or what has its shape."""
+    array = np.asarray(values)
+    array = array.astype(array.dtype.newbyteorder("="))  # TensorFlow reads no other
+    variable.assign(tf.cast(array, variable.dtype))

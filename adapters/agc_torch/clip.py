@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,10 +37,9 @@ from agc_torch.views import Home, View, check_pair, views
 
 __all__ = ["Memory", "adaptive_clip_grad_", "clip_", "limit_norm_", "whole"]
 
-_PLAIN: Final = (Tensor, torch.nn.Parameter)
+_PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
+_PLAIN_OR_NONE: Final = frozenset({Tensor, type(None)})
 _REAL: Final = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-_ALIGNMENT: Final = 16
-"""Bytes to which the place of a gradient in memory matters."""
 _CHUNK: Final = 1 << 22
 """Elements clipped at a time, which are read again while they are in the cache."""
 _COPY_BLOCK: Final = 1 << 16
@@ -178,7 +177,12 @@ def clip_(
 
 
 def limit_norm_(
-    pairs: Iterable[tuple[PlanEntry, Tensor]], max_norm: float, *, grad_scale: Tensor | None = None
+    pairs: Iterable[tuple[PlanEntry, Tensor]],
+    max_norm: float,
+    rule: AGC,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Scale all gradients together down to ``max_norm``, as ``clip_grad_norm_`` does (AGC-7).
 
@@ -188,26 +192,48 @@ def limit_norm_(
         The entries say one unit for each parameter, clipped or not; see :func:`whole`.
     max_norm : float
         The largest norm of all gradients taken together, over all processes that share them.
-    grad_scale : scalar tensor, optional
+    rule : AGC
+        Its policy decides what becomes of all gradients if their norm is not finite (AGC-4).
+    grad_scale, found_inf : scalar tensor, optional
         As in :func:`clip_`.
+
+    Raises
+    ------
+    NonFiniteError
+        If the norm is not finite and ``nonfinite="raise"``.
     """
     with torch.no_grad():
-        gradients = [job.gradient for _, job in _jobs(pairs, None)]
+        jobs = _jobs(pairs, None)
+        gradients = [job.gradient for job in jobs]
         if not gradients:
             return
         groups: dict[Home, list[View]] = {}
         for gradient in gradients:
             groups.setdefault(gradient.home, []).append(gradient)
         device = gradients[0].home[0]
-        norms = [vector_norm(all_norms(group, 0.0)).to(device) for group in groups.values()]
+        norms = [
+            vector_norm(all_norms(group, [view.source for view in group], 0.0)).to(device)
+            for group in groups.values()
+        ]
         norm = vector_norm(torch.stack(norms))
         if grad_scale is not None:
             norm = norm / grad_scale.to(device, non_blocking=True)
-        factor = (max_norm / (norm + _SMOOTH)).clamp(max=1.0)
+        bad = (norm < torch.inf).logical_not()
+        if rule.nonfinite == "raise" and bad and not (found_inf is not None and found_inf.any()):
+            names = [job.entry.name for job in jobs if not job.gradient.tensor.isfinite().all()]
+            raise NonFiniteError(
+                f"the norm of all gradients together, which max_norm limits, is {norm.item()}; not finite are "
+                f"the gradients of {names}"
+            )
+        # clip_grad_norm_ would multiply finite gradients by 0 if another is infinite.
+        factor = torch.where(bad, torch.nan, (max_norm / (norm + _SMOOTH)).clamp(max=1.0))
         if on_host(device) and factor == 1:
             return
         for gradient in gradients:
             gradient.tensor.mul_(factor.to(gradient.tensor.device, non_blocking=True))
+            if rule.nonfinite == "zero":
+                zero = bad.to(gradient.tensor.device, non_blocking=True)
+                gradient.tensor.masked_fill_(zero, 0)
 
 
 def whole(entry: PlanEntry) -> PlanEntry:
@@ -218,8 +244,9 @@ def whole(entry: PlanEntry) -> PlanEntry:
 
 
 class _Job(NamedTuple):
-    """One gradient to clip."""
+    """One gradient to clip, and its parameter's place among the pairs."""
 
+    place: int
     entry: PlanEntry
     weight: View
     gradient: View
@@ -228,8 +255,8 @@ class _Job(NamedTuple):
 def _jobs(
     pairs: Iterable[tuple[PlanEntry, Tensor]],
     missing: Callable[[PlanEntry, Tensor], None] | None,
-) -> list[tuple[int, _Job]]:
-    """Return what there is to clip, with its place among the pairs."""
+) -> list[_Job]:
+    """Return what there is to clip."""
     jobs = []
     for place, (entry, parameter) in enumerate(pairs):
         gradient = parameter.grad
@@ -244,7 +271,7 @@ def _jobs(
         if entry.clipped:
             if gradient.layout == torch.sparse_coo and not gradient.is_coalesced():
                 parameter.grad = gradient = gradient.coalesce()
-            jobs.append((place, _Job(entry, *views(entry, parameter, gradient))))
+            jobs.append(_Job(place, entry, *views(entry, parameter, gradient)))
     return jobs
 
 
@@ -252,12 +279,15 @@ class Memory:
     """What is the same from step to step, so that it is found once.
 
     Shapes, strides and dtypes settle which tensors are clipped together and how each is seen. They
-    are compared in every step; tensors are not kept from one to the next.
+    are compared in every step, without Python code for each tensor; gradients are not kept from one
+    step to the next.
     """
 
     def __init__(self) -> None:
         self._pairs: object = None
-        self._seen: list[object] | None = None
+        self._parameters: list[Tensor] = []
+        self._missing: list[tuple[PlanEntry, Tensor]] = []
+        self._layout: list[list[Any]] | None = None
         self._work = _Work([])
 
     def work(
@@ -268,41 +298,56 @@ class Memory:
         """Return what there is to clip now."""
         if torch.compiler.is_compiling() or not isinstance(pairs, list):
             return _Work(_jobs(pairs, missing))
-        seen = _seen(pairs)
-        if seen is not None and self._pairs is pairs and self._seen == seen:
-            self._work.renew(pairs, missing)
-            return self._work
-        self._pairs, self._seen = pairs, seen
-        self._work = _Work(_jobs(pairs, missing))
+        if self._pairs is not pairs:
+            self._pairs, self._layout = pairs, None
+            self._parameters = [parameter for _, parameter in pairs]
+        gradients = [parameter.grad for parameter in self._parameters]
+        layout = _layout(self._parameters, gradients)
+        if layout is not None and layout == self._layout:
+            if missing is not None:
+                for pair in self._missing:
+                    missing(*pair)
+            if self._work.renew(self._parameters, gradients, layout[0]):
+                return self._work
+        self._layout = None  # in case of an error
+        jobs = _jobs(pairs, missing)
+        self._work = _Work(jobs)
+        for job in jobs:
+            job.weight.release()
+            job.gradient.release()
+        self._missing = [pair for pair, grad in zip(pairs, gradients, strict=True) if grad is None]
+        self._layout = layout if _is_real(gradients) else None
         return self._work
 
 
-def _seen(pairs: list[tuple[PlanEntry, Tensor]]) -> list[object] | None:
-    """Return what the way to clip plain tensors depends on; None if some are not plain."""
-    seen: list[object] = []
-    for _, parameter in pairs:
-        if type(parameter) not in _PLAIN:
-            return None
-        gradient = parameter.grad
-        if gradient is None:
-            seen.append(None)
-            continue
-        if type(gradient) is not Tensor or gradient.layout is not torch.strided:
-            return None
-        if gradient.dtype not in _REAL:
-            return None
-        seen.append(
-            (
-                parameter.shape,
-                parameter.stride(),
-                parameter.data_ptr(),
-                gradient.shape,
-                gradient.stride(),
-                gradient.dtype,
-                gradient.data_ptr() % _ALIGNMENT,
-            )
-        )
-    return seen
+def _layout(parameters: list[Tensor], gradients: list[Tensor | None]) -> list[list[Any]] | None:
+    """Return what the way to clip tensors depends on, with the parameters' addresses first.
+
+    A gradient has its parameter's shape and device, and an address stands for a device and a dtype.
+    None if a tensor has no strides, or no memory of its own.
+    """
+    types = list(map(type, gradients))
+    if not (_PLAIN_OR_NONE.issuperset(types) and _PLAIN.issuperset(map(type, parameters))):
+        return None
+    given = [gradient for gradient in gradients if gradient is not None]
+    try:
+        return [
+            list(map(Tensor.data_ptr, parameters)),
+            list(map(Tensor.stride, parameters)),
+            types,
+            [gradient.dtype for gradient in given],
+            list(map(Tensor.size, given)),
+            list(map(Tensor.stride, given)),
+        ]
+    except RuntimeError:
+        return None
+
+
+def _is_real(gradients: list[Tensor | None]) -> bool:
+    """Tell whether gradients are dense and real, so that any others like them are."""
+    given = [gradient for gradient in gradients if gradient is not None]
+    layouts, dtypes = {tensor.layout for tensor in given}, {tensor.dtype for tensor in given}
+    return layouts <= {torch.strided} and dtypes <= _REAL
 
 
 class _Work:
@@ -315,33 +360,26 @@ class _Work:
         Of the parameters.
     """
 
-    def __init__(self, jobs: list[tuple[int, _Job]]) -> None:
-        self._jobs = jobs
-        self.chunks = list(_chunks([job for _, job in jobs]))
-        self.names = [job.entry.name for _, job in jobs]
+    def __init__(self, jobs: list[_Job]) -> None:
+        self.chunks = list(_chunks(jobs))
+        self.names = [job.entry.name for job in jobs]
 
-    def renew(
-        self,
-        pairs: list[tuple[PlanEntry, Tensor]],
-        missing: Callable[[PlanEntry, Tensor], None] | None,
-    ) -> None:
-        """See the tensors of another step."""
-        if missing is not None:
-            for entry, parameter in pairs:
-                if parameter.grad is None:
-                    missing(entry, parameter)
-        for place, job in self._jobs:
-            parameter = pairs[place][1]
-            gradient = parameter.grad
-            assert gradient is not None  # as in the step before
-            job.weight.renew(parameter)
-            job.gradient.renew(gradient)
+    def renew(self, parameters: list[Tensor], gradients: list[Any], addresses: list[int]) -> bool:
+        """Take the tensors of another step; return whether they are clipped as those before.
+
+        Parameters
+        ----------
+        parameters, gradients : list of Tensor
+            By their places among the pairs; laid out as in the step before.
+        addresses : list of int
+            Of the parameters.
+        """
+        return all(chunk.renew(parameters, gradients, addresses) for chunk in self.chunks)
 
     def release(self) -> None:
         """Let go of all tensors."""
-        for _, job in self._jobs:
-            job.weight.release()
-            job.gradient.release()
+        for chunk in self.chunks:
+            chunk.release()
 
 
 def _chunks(jobs: list[_Job]) -> Iterable[_Chunk | _LaunchedChunk]:
@@ -396,16 +434,33 @@ class _Chunk:
     """Jobs of one home and one threshold, clipped by PyTorch's own operations."""
 
     def __init__(self, jobs: list[_Job]) -> None:
-        self._jobs = jobs
+        self._jobs, self._counts = jobs, _counts(jobs)
+        self._places = [job.place for job in jobs]
         self._views = [job.weight for job in jobs] + [job.gradient for job in jobs]
-        self._counts = _counts(jobs)
+        self._split = [i for i, v in enumerate(self._views) if v.axes.view != v.axes.shape]
+        self._sources = [view.source for view in self._views]
+        self._gradients = [job.gradient.tensor for job in jobs]
         self._groups = grouped(self._views) if on_host(self._views[0].home[0]) else None
+
+    def renew(self, parameters: list[Tensor], gradients: list[Any], _: list[int]) -> bool:
+        """Take the tensors of another step, which are plain."""
+        sources = [parameters[place] for place in self._places]
+        sources += [gradients[place] for place in self._places]
+        for index in self._split:
+            sources[index] = sources[index].view(self._views[index].axes.view)
+        self._sources, self._gradients = sources, sources[len(self._jobs) :]
+        return True
+
+    def release(self) -> None:
+        """Let go of all tensors."""
+        self._sources = self._gradients = []
 
     def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
         """Return norms and limits of all units (AGC-1)."""
         threshold = _threshold(self._jobs[0].entry, step)
         least = threshold if isinstance(threshold, float) else 0.0
-        norms_U = all_norms(self._views, min(least, 1.0) * rule.eps, self._groups)
+        lower = min(least, 1.0) * rule.eps
+        norms_U = all_norms(self._views, self._sources, lower, self._groups)
         floor_U, norm_U = norms_U.view(2, norms_U.numel() // 2)
         floor_U = floor_U.clamp(min=rule.eps)
         if grad_scale is not None:
@@ -414,16 +469,16 @@ class _Chunk:
 
     def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:
         """Multiply every gradient by its scales, in place, with one rounding (AGC-2 to AGC-4)."""
-        sizes = [count for _, count in numbers.counts]
         touched: Iterable[int] = range(len(self._jobs))
         host = on_host(numbers.norm.device)
         if host:
             untouched_U = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
             if untouched_U.all():
                 return
-            if untouched_U.any():
-                split = untouched_U.split(sizes)
-                touched = [index for index, untouched in enumerate(split) if not untouched.all()]
+        sizes = [count for _, count in numbers.counts]
+        if host and untouched_U.any():
+            split = untouched_U.split(sizes)
+            touched = [index for index, untouched in enumerate(split) if not untouched.all()]
         factor_U = narrow_U = numbers.factor
         if host and not (factor_U < _SMALLEST).any():
             # Float64 factors make a float64 copy of the gradient on a CPU. Only factors that
@@ -431,29 +486,43 @@ class _Chunk:
             narrow_U = factor_U.float()
         wide, narrow = factor_U.split(sizes), narrow_U.split(sizes)
         for index in touched:
-            gradient = self._jobs[index].gradient
-            factors = wide if gradient.tensor.dtype == torch.float64 else narrow
-            for block, factor in _blocks(gradient.tensor, gradient.spread(factors[index]), host):
+            gradient, view = self._gradients[index], self._jobs[index].gradient
+            factors = wide if gradient.dtype == torch.float64 else narrow
+            for block, factor in _blocks(gradient, view.spread(factors[index]), host):
                 block.mul_(factor)
         if zero:
             bad = numbers.bad.split(sizes)
             for index in touched:
-                gradient = self._jobs[index].gradient
-                gradient.tensor.masked_fill_(gradient.spread(bad[index]), 0)
+                view = self._jobs[index].gradient
+                self._gradients[index].masked_fill_(view.spread(bad[index]), 0)
 
 
 class _LaunchedChunk:
     """Jobs of one GPU, clipped by the kernels of a table."""
 
     def __init__(self, jobs: list[_Job], table: fused.Table) -> None:
-        self._jobs, self._table = jobs, table
-        self._counts, self._entries = _counts(jobs), _thresholds(jobs)[0]
+        self._table, self._entries = table, _thresholds(jobs)[0]
+        self._counts, self._places = _counts(jobs), [job.place for job in jobs]
+        self._addresses = [job.weight.tensor.data_ptr() for job in jobs]
+        self._addresses += [job.gradient.tensor.data_ptr() for job in jobs]
+        self._aligned = fused.aligned(self._addresses)
+
+    def renew(self, _: list[Tensor], gradients: list[Any], addresses: list[int]) -> bool:
+        """Take the tensors of another step; return whether the kernels' loads fit them."""
+        now = [addresses[place] for place in self._places]
+        now += [gradients[place].data_ptr() for place in self._places]
+        if now == self._addresses:
+            return True
+        self._addresses = now
+        return fused.aligned(now) == self._aligned
+
+    def release(self) -> None:
+        """Let go of nothing: a table needs addresses alone."""
 
     def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
         """Return norms and limits of all units (AGC-1)."""
         self._decision = self._table.decide(
-            [job.weight.tensor for job in self._jobs],
-            [job.gradient.tensor for job in self._jobs],
+            self._addresses,
             [_threshold(entry, step) for entry in self._entries],
             eps=rule.eps,
             div_eps=rule.div_eps,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
@@ -27,6 +27,7 @@ __all__ = [
     "MoveKind",
     "Part",
     "Table",
+    "aligned",
     "available",
     "gradient_norm",
     "memory_order",
@@ -151,8 +152,13 @@ def part_of(tensor: Tensor, axes: UnitAxes, *, exact: bool = False) -> Part | No
     order = memory_order(axes.view, axes.reduce, tensor.stride())
     if order is None:
         return None
-    aligned = tensor.data_ptr() % _WIDE_LOAD == 0
-    return Part(order, tensor.dtype, aligned, exact or tensor.dtype == torch.float64)
+    (wide,) = aligned([tensor.data_ptr()])
+    return Part(order, tensor.dtype, wide, exact or tensor.dtype == torch.float64)
+
+
+def aligned(addresses: Iterable[int]) -> list[bool]:
+    """Tell which addresses allow the widest loads."""
+    return [address % _WIDE_LOAD == 0 for address in addresses]
 
 
 @lru_cache(maxsize=8192)
@@ -196,11 +202,12 @@ def memory_order(
 
 
 class _Launch(NamedTuple):
-    """Tiles of one kind; those of weights come first."""
+    """Tiles of one kind: all, and those of gradients; and what its kernels are compiled for."""
 
-    part: Part
     tiles: Tensor
-    weights: int
+    gradients: Tensor
+    constants: dict[str, Any]
+    exact: bool
 
 
 class Decision(NamedTuple):
@@ -255,10 +262,11 @@ class Table:
         for index, (part, start) in enumerate(zip(tensors, starts.tolist(), strict=True)):
             weights, gradients = tiles.setdefault(part.kind, ([], []))
             (weights if index < self._pairs else gradients).append(_tiles(part, index, start))
-        self._launches = [
-            _Launch(kind, self._put(np.concatenate(weights + gradients)), sum(map(len, weights)))
-            for kind, (weights, gradients) in tiles.items()
-        ]
+        self._launches = []
+        for kind, (weights, gradients) in tiles.items():
+            both = self._put(np.concatenate(weights + gradients))
+            mine = both[sum(map(len, weights)) :]
+            self._launches.append(_Launch(both, mine, constants(kind), kind.exact))
         self._sizes = self._put([(p.units, p.length, *p.order[1:]) for p in tensors], np.int64)
         self._places = self._put(np.stack([starts, pieces, units], -1), np.int64)
         self._pair_U = self._put(np.repeat(np.arange(self._pairs), counts))
@@ -271,15 +279,14 @@ class Table:
             for chosen, shape in ((~long_U, (_SUMS, 1)), (long_U, (1, _MANY)))
             if chosen.any()
         ]
-        scaled = sum(len(launch.tiles) > launch.weights for launch in self._launches)
+        scaled = sum(len(launch.gradients) > 0 for launch in self._launches)
         self.launches = len(self._launches) + len(self._decisions) + scaled
 
         self._uploaded: tuple[object, Tensor] = (None, self._put([0] * len(tensors), np.int64))
 
     def decide(
         self,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
+        addresses: list[int],
         thresholds: Sequence[float | Tensor],
         *,
         eps: float,
@@ -290,8 +297,9 @@ class Table:
 
         Parameters
         ----------
-        weights, gradients : sequence of Tensor
-            In the order of the table's parts, and laid out like them.
+        addresses : list of int
+            Of all weights, then of all gradients, in the order of the table's parts and laid out
+            like them.
         thresholds : sequence of float or scalar Tensor
             Clipping thresholds, by the index in ``rules``.
         eps, div_eps : float
@@ -299,7 +307,7 @@ class Table:
         grad_scale : scalar Tensor, optional
             What the gradients are still multiplied by.
         """
-        addresses = self._upload([tensor.data_ptr() for tensor in (*weights, *gradients)])
+        uploaded = self._upload(addresses)
         one = _numbers((1.0,), self._device)
         if any(isinstance(threshold, Tensor) for threshold in thresholds):
             limits = torch.stack([torch.as_tensor(value).to(one.view(())) for value in thresholds])
@@ -307,7 +315,7 @@ class Table:
             limits = _numbers(tuple(map(float, thresholds)), self._device)
         scale = one if grad_scale is None else grad_scale.to(one)
         with _on(self._device):
-            return self._decide(addresses, limits, scale, eps, div_eps)
+            return self._decide(uploaded, limits, scale, eps, div_eps)
 
     def scale(self, decision: Decision, *, zero: bool) -> None:
         """Scale gradients in place (AGC-2 to AGC-4).
@@ -325,19 +333,19 @@ class Table:
     def _scale(self, decision: Decision, *, zero: bool, warmup: bool = False) -> None:
         from agc_torch.triton_kernels import scale_kernel
 
+        factors = decision.numbers[3]
         for launch in self._launches:
-            tiles = launch.tiles[launch.weights :]
-            if len(tiles):
+            if tiles := len(launch.gradients):
                 scale_kernel.run(
                     decision.addresses,
                     self._sizes,
-                    tiles,
+                    launch.gradients,
                     self._firsts,
-                    decision.numbers[3],
+                    factors,
                     self._pairs,
-                    **constants(launch.part),
+                    **launch.constants,
                     ZERO=zero,
-                    grid=(len(tiles),),
+                    grid=(tiles,),
                     warmup=warmup,
                 )
 
@@ -368,8 +376,8 @@ class Table:
                 self._sizes,
                 launch.tiles,
                 sums,
-                **constants(launch.part),
-                EXACT=launch.part.exact,
+                **launch.constants,
+                EXACT=launch.exact,
                 grid=(len(launch.tiles),),
                 warmup=warmup,
             )

@@ -49,13 +49,20 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def all_norms(views: list[View], lower: float, groups: list[Group] | None = None) -> Tensor:
+def all_norms(
+    views: list[View],
+    sources: list[Tensor],
+    lower: float,
+    groups: list[Group] | None = None,
+) -> Tensor:
     """Norms of all units of tensors that have one home, flat.
 
     Parameters
     ----------
     views : list of View
         Weights or gradients or both, not empty.
+    sources : list of Tensor
+        What each of them takes its norms of.
     lower : float
         The least that any norm is going to be compared with; what is less need not be accurate.
     groups : list of Group, optional
@@ -68,25 +75,29 @@ def all_norms(views: list[View], lower: float, groups: list[Group] | None = None
     """
     device, mesh = views[0].home
     host = on_host(device)
-    norms_by_view = {} if host else _whole_norms(views)
+    norms_by_view = {} if host else _whole_norms(views, sources)
     if groups is None:
         groups = grouped(views) if host else []
     for group in groups:
-        norms = _row_norms([views[index].source for index in group.indices], group)
+        norms = _row_norms([sources[index] for index in group.indices], group)
         if len(group.indices) == len(views) and mesh is None:
             # As it stands: the usual case of large tensors.
-            return _redo_out_of_range(norms, views, lower)
+            return _redo_out_of_range(norms, views, sources, lower)
         split = norms.split([rows.units for rows in group.rows])
         norms_by_view.update(zip(group.indices, split, strict=True))
     flat = torch.cat(
         [
-            view.gather(norms_by_view[index] if index in norms_by_view else _unit_norms(view))
+            view.gather(
+                norms_by_view[index]
+                if index in norms_by_view
+                else _unit_norms(view, sources[index])
+            )
             for index, view in enumerate(views)
         ]
     ).to(wide(device))
     if mesh is not None:
         return norm_over(mesh, flat, range(mesh.ndim))
-    return _redo_out_of_range(flat, views, lower) if host and flat.numel() else flat
+    return _redo_out_of_range(flat, views, sources, lower) if host and flat.numel() else flat
 
 
 class _Rows(NamedTuple):
@@ -187,22 +198,22 @@ def _blocks(length: int) -> int:
     return -(-length // _BLOCK)
 
 
-def _unit_norms(view: View) -> Tensor:
+def _unit_norms(view: View, tensor: Tensor) -> Tensor:
     """L2 norm of every unit of a tensor, flat."""
-    tensor, axes = view.source, view.axes
+    axes = view.axes
     if on_host(tensor.device):
         return _exact_norms(tensor, axes)
     if not axes.reduce:  # an empty tuple would mean all axes
         return tensor.abs().flatten()
-    return vector_norm(tensor, 2, axes.reduce, dtype=_accumulator(view)).flatten()
+    return vector_norm(tensor, 2, axes.reduce, dtype=_accumulator(view, tensor)).flatten()
 
 
 def _row_norms(tensors: list[Tensor], group: Group) -> Tensor:
     """Norms of rows of one length, or of equally many blocks, in float64."""
     length = group.rows[0].shape[-1]
     if group.small:
-        copy = _copied(tensors, group).double()
-        return copy.square_().view(-1, length).sum(-1).sqrt_()
+        rows = _copied(tensors, group).view(-1, length)
+        return vector_norm(rows, 2, -1, dtype=torch.float64)
     counts = [rows.units for rows in group.rows]
     table = tensors[0].new_empty(sum(counts), _blocks(length))
     for tensor, rows, norms in zip(tensors, group.rows, table.split(counts), strict=True):
@@ -276,37 +287,40 @@ def _exact_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:
     ).flatten()
 
 
-def _whole_norms(views: list[View]) -> dict[int, Tensor]:
+def _whole_norms(views: list[View], sources: list[Tensor]) -> dict[int, Tensor]:
     """Norms of tensors that are one unit, such as biases, by index: one call for all."""
     batches: dict[torch.dtype, list[int]] = {}
     if torch.compiler.is_compiling():
         return {}
     for index, view in enumerate(views):
         if not view.axes.keep:
-            batches.setdefault(_accumulator(view), []).append(index)
+            batches.setdefault(_accumulator(view, sources[index]), []).append(index)
     norms_by_view: dict[int, Tensor] = {}
     for dtype, batch in batches.items():
-        norms = torch._foreach_norm([views[index].source for index in batch], 2, dtype)
+        norms = torch._foreach_norm([sources[index] for index in batch], 2, dtype)
         norms_by_view.update(zip(batch, (norm.view(1) for norm in norms), strict=True))
     return norms_by_view
 
 
-def _accumulator(view: View) -> torch.dtype:
+def _accumulator(view: View, tensor: Tensor) -> torch.dtype:
     """Return the dtype to add squares in, where that is not done in blocks."""
-    tensor = view.source
     # An accelerator would make a float64 copy of the whole tensor first; compiled code does not.
     if view.exact or tensor.dtype == torch.float64 or tensor.device.type == "cpu":
         return torch.float64
     return wide(tensor.device) if torch.compiler.is_compiling() else torch.float32
 
 
-def _redo_out_of_range(flat: Tensor, views: list[View], lower: float) -> Tensor:
+def _redo_out_of_range(
+    flat: Tensor, views: list[View], sources: list[Tensor], lower: float
+) -> Tensor:
     """Take once more, in float64, norms whose squares float32 could not hold."""
-    if flat.max() < torch.inf and (lower >= _TINY or flat.min() >= _TINY):
+    least, most = (float(bound) for bound in flat.aminmax())
+    if most < math.inf and (lower >= _TINY or least >= _TINY):
         return flat
     inexact_U = ~((flat < torch.inf) & (flat.clamp(min=lower) >= _TINY))
     sizes = [view.count for view in views]
-    for view, norms, redo in zip(views, flat.split(sizes), inexact_U.split(sizes), strict=True):
+    columns = zip(views, sources, flat.split(sizes), inexact_U.split(sizes), strict=True)
+    for view, source, norms, redo in columns:
         if redo.any():
-            norms.copy_(_exact_norms(view.source, view.axes))
+            norms.copy_(_exact_norms(source, view.axes))
     return flat

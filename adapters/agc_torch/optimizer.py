@@ -9,6 +9,7 @@ that the optimizer does (weight decay, momentum) comes after (AGC-7).
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -46,7 +47,7 @@ def attach(
     max_norm : float, optional
         After AGC, scale all gradients of the optimizer together down to this norm, as
         ``clip_grad_norm_`` does. That one called before the step would come before AGC, which AGC-7
-        forbids.
+        forbids. If their norm is not finite, the rule's ``nonfinite`` decides for all of them.
 
     Returns
     -------
@@ -253,9 +254,8 @@ class Handle:
 
     def _clip(self) -> None:
         parameters = list(_parameters(self.optimizer))
-        if len(parameters) != len(self._parameters) or any(
-            now is not known for now, known in zip(parameters, self._parameters, strict=True)
-        ):
+        same = len(parameters) == len(self._parameters)
+        if not same or not all(map(operator.is_, parameters, self._parameters)):
             self._match()
         try:
             self._stats = self._clip_pairs()
@@ -279,7 +279,9 @@ class Handle:
             memory=self._memory,
         )
         if self.max_norm is not None:
-            limit_norm_(self._whole, self.max_norm, grad_scale=grad_scale)
+            limit_norm_(
+                self._whole, self.max_norm, self.rule, grad_scale=grad_scale, found_inf=found_inf
+            )
         return stats
 
     def _check_place(self, entry: PlanEntry, tensor: Tensor) -> None:

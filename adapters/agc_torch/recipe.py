@@ -22,6 +22,7 @@ def sgd_nfnet(
     momentum: float = MOMENTUM,
     weight_decay: float = WEIGHT_DECAY,
     rule: AGC | None = None,
+    max_norm: float | None = None,
     **options: Any,
 ) -> torch.optim.SGD:
     """Return DeepMind's optimizer for NFNets: ``torch.optim.SGD`` with AGC attached (AGC-7).
@@ -43,6 +44,8 @@ def sgd_nfnet(
     rule : AGC, optional
         ``AGC.profile("deepmind")`` if None: clipping 0.01, and all but the classifier's weight is
         clipped.
+    max_norm : float, optional
+        As in :func:`agc_torch.attach`.
     **options
         Of ``torch.optim.SGD``, such as ``fused=True``.
 
@@ -57,7 +60,7 @@ def sgd_nfnet(
     SelectorError
         If the model does not declare its classifier.
     ConfigError
-        If ``momentum`` or ``weight_decay`` is not allowed.
+        If ``momentum``, ``weight_decay`` or ``max_norm`` is not allowed.
 
     Examples
     --------
@@ -75,5 +78,6 @@ def sgd_nfnet(
     ]
     settings = {"nesterov": momentum > 0, **options}
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, **settings)
-    attach(optimizer, model, AGC.profile("deepmind") if rule is None else rule)
+    rule = AGC.profile("deepmind") if rule is None else rule
+    attach(optimizer, model, rule, max_norm=max_norm)
     return optimizer

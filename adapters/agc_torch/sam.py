@@ -240,17 +240,7 @@ class SharpnessAware:
         Afterwards every parameter of the model has the gradient of the descent pass alone, also
         those that the optimizer does not hold; what they had before is cleared (SAM-4).
         """
-        optimizers = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
-        if not optimizers:
-            raise ParameterError("step() got an empty list of optimizers; give at least one")
-        self._check_batch(closure, batch)
-        if not self._lock.acquire(blocking=False):
-            raise OrderError("a step of this SharpnessAware is already under way")
-        try:
-            if self.is_perturbed:
-                raise OrderError("step() inside perturbed(): leave the block first")
-            reach = self._reach(optimizers)
-            _refuse_accumulating(optimizers)
+        with self._under_way(optimizer, closure, batch) as (optimizers, reach):
             if any(map(_needs_closure, optimizers)):
                 return self._step_with_closure(optimizers, closure, batch, scaler, reach)
             loss, ascent = self._gradients(closure, batch, reach)
@@ -266,8 +256,43 @@ class SharpnessAware:
                 scaler.update()
             self._count += 1
             return loss
-        finally:
-            self._lock.release()
+
+    def gradients(
+        self, optimizer: Optimizers, closure: Closure, *, batch: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Compute the sharpness-aware gradient for an optimizer that somebody else steps.
+
+        Trainers clip, unscale and step by themselves: this takes the place of their backward pass,
+        and counts as a step.
+
+        Parameters
+        ----------
+        optimizer, closure, batch
+            As in :meth:`step`; the closure scales its loss if the trainer does.
+
+        Returns
+        -------
+        Tensor
+            The clean loss, as :meth:`step` returns it.
+
+        Raises
+        ------
+        ConfigError, ShapeError, ParameterError, MissingGradientError, NonFiniteError, OrderError
+            As :meth:`step`.
+
+        Notes
+        -----
+        If the norm of the ascent gradient is not finite, ``nonfinite="skip_step"`` makes all
+        gradients NaN, as :meth:`perturbed` does: a GradScaler skips such a step, other optimizers
+        do not.
+        """
+        with self._under_way(optimizer, closure, batch) as (optimizers, reach):
+            loss, ascent = self._gradients(closure, batch, reach)
+            _refuse_accumulating(optimizers)
+            if ascent is not None:
+                self._may_step(ascent, reach, poison=True)
+            self._count += 1
+            return loss
 
     @contextmanager
     def perturbed(self, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
@@ -360,6 +385,26 @@ class SharpnessAware:
         self._count = count
 
     # --- the stages of one step -----------------------------------------------------------------
+
+    @contextmanager
+    def _under_way(
+        self, optimizer: Optimizers, closure: Closure, batch: Sequence[Tensor] | None
+    ) -> Iterator[tuple[tuple[Any, ...], _Reach]]:
+        """Check what a step is given, and refuse another one meanwhile."""
+        optimizers = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
+        if not optimizers:
+            raise ParameterError("step() got an empty list of optimizers; give at least one")
+        self._check_batch(closure, batch)
+        if not self._lock.acquire(blocking=False):
+            raise OrderError("a step of this SharpnessAware is already under way")
+        try:
+            if self.is_perturbed:
+                raise OrderError("step() inside perturbed(): leave the block first")
+            reach = self._reach(optimizers)
+            _refuse_accumulating(optimizers)
+            yield optimizers, reach
+        finally:
+            self._lock.release()
 
     def _select(self) -> None:
         """Find the model's parameters as they are now, whatever was replaced or converted since."""

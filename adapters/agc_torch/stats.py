@@ -79,7 +79,7 @@ class Stats:
     def __init__(self, names: Sequence[str], numbers: Sequence[UnitNumbers]) -> None:
         self._names = names
         self._numbers = numbers
-        self.units = sum(count for group in numbers for _, count in group.counts)
+        self.units = sum(group.norm.numel() for group in numbers)
 
     @property
     def clipped(self) -> Tensor:
@@ -131,6 +131,23 @@ class Stats:
                     min_scale=float(_over(torch.amin, [scale], 1.0)),
                 )
         return {name: stats[name] for name in self._names}
+
+    def to_dict(self, prefix: str = "agc/", *, parameters: bool = True) -> dict[str, float]:
+        """Return the numbers as flat floats for a logger, the same keys in every framework.
+
+        Parameters
+        ----------
+        prefix : str
+            What every key starts with.
+        parameters : bool
+            Whether the numbers of every parameter are among them.
+
+        Returns
+        -------
+        dict of str to float
+            As :func:`agc.reference.to_floats`.
+        """
+        return reference.to_floats(self.total(), self.parameters() if parameters else {}, prefix)
 
     def __repr__(self) -> str:
         return f"<Stats of {len(self._names)} parameters, {self.units} units; total() reads it>"

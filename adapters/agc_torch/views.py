@@ -124,14 +124,8 @@ class View:
         self.count = axes.count or math.prod(axes.unit_shape)  # an empty tensor may be one unit
         self.home: Home = (tensor.device, None)
 
-    def renew(self, tensor: Tensor) -> None:
-        """Take the place of the tensor seen so far by a real one of the same shape and strides."""
-        if self.axes.view != self.axes.shape:
-            tensor = tensor.view(self.axes.view)
-        self.tensor = self.source = tensor
-
     def release(self) -> None:
-        """Let go of the tensor; :meth:`renew` gives the next one."""
+        """Let go of the tensors; the view is good for others of the same shape and strides."""
         del self.tensor, self.source
 
     def gather(self, norms: Tensor) -> Tensor:

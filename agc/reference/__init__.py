@@ -12,6 +12,7 @@ from agc.reference.clipping import (
     Stats,
     adaptive_clip,
     clip_units,
+    to_floats,
     unit_norms,
 )
 from agc.reference.sharpness import (
@@ -32,5 +33,6 @@ __all__ = [
     "clip_units",
     "perturbation",
     "sharpness_aware_gradients",
+    "to_floats",
     "unit_norms",
 ]

@@ -34,6 +34,7 @@ __all__ = [
     "Stats",
     "adaptive_clip",
     "clip_units",
+    "to_floats",
     "unit_norms",
     "widen",
 ]
@@ -117,6 +118,36 @@ class Stats:
     nonfinite: int
     max_ratio: float
     min_scale: float
+
+    def to_dict(self, prefix: str = "agc/") -> dict[str, float]:
+        """Return the numbers as floats for a logger, with the fraction of units that was clipped.
+
+        Examples
+        --------
+        >>> stats = Stats(units=8, clipped=2, nonfinite=0, max_ratio=0.04, min_scale=0.25)
+        >>> stats.to_dict()["agc/clipped_fraction"]
+        0.25
+        """
+        numbers = {"clipped_fraction": self.clipped / max(1, self.units), **vars(self)}
+        return {f"{prefix}{key}": float(value) for key, value in numbers.items()}
+
+
+def to_floats(
+    total: Stats, parameters: Mapping[str, Stats], prefix: str = "agc/"
+) -> dict[str, float]:
+    """Return telemetry as flat floats for a logger, the same keys in every framework (AGC-11).
+
+    Returns
+    -------
+    dict of str to float
+        ``agc/clipped_fraction``, ``agc/units``, ``agc/clipped``, ``agc/nonfinite``,
+        ``agc/max_ratio`` and ``agc/min_scale``; and of every parameter the same, as
+        ``agc/stem.weight/clipped_fraction``.
+    """
+    floats = total.to_dict(prefix)
+    for name, stats in parameters.items():
+        floats |= stats.to_dict(f"{prefix}{name}/")
+    return floats
 
 
 @dataclass(frozen=True)

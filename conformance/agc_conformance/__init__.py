@@ -14,7 +14,8 @@ A vector is a question with its answer, one line of a file in ``vectors/v1``. It
    files.
 
 Two wings compute their questions instead of reading them: :mod:`nfnets` and :mod:`training`.
-:mod:`suite` runs everything on one backend. :mod:`mutants` are wrong backends, one module for each
-wing, and :mod:`teeth` shows that each of them is caught. :mod:`generate` makes the vector files,
-one module for each file.
+:mod:`suite` runs everything on one backend, :mod:`apart` in a process that a backend may end.
+:mod:`mutants` are wrong backends, one module for each wing, :mod:`teeth` shows that each of them is
+caught, and :mod:`diagnosis` compares what a backend fails with what they fail. :mod:`generate`
+makes the vector files, one module for each file.
 """

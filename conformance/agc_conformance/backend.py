@@ -439,11 +439,15 @@ class Backend:
         Axis order in which the suite hands over each layer type's weights.
     dtypes : frozenset of str
         Dtypes the implementation takes.
+    paths : tuple of str
+        Scenarios that clip by other code than :meth:`clip` does, or by other programs: what is to
+        be as accurate in float32 is asked of each, and the report shows their errors (AGC-3).
     """
 
     name: ClassVar[str] = "unnamed"
     layout: ClassVar[Literal["torch", "flax", "keras"]] = "torch"
     dtypes: ClassVar[frozenset[str]] = frozenset({"float32"})
+    paths: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, device: str = "cpu") -> None:
         if device != "cpu":

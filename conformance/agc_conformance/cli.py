@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, get_args
-
-from rich.console import Console
-from rich.table import Table
-
-from agc.errors import ConfigError
-from agc_conformance.clauses import CLAUSES
-from agc_conformance.records import Role
-from agc_conformance.vectors import load_vectors, vector_counts
+from typing import Any
 
 __all__ = ["register"]
 
@@ -39,11 +32,25 @@ def register(subparsers: Any) -> None:
         "--full", action="store_true", help="also the dtypes that say little new, and F0"
     )
     run.add_argument("--xfail", type=Path, metavar="FILE", help="expected failures with reasons")
-    run.add_argument("--role", choices=get_args(Role), help="'subject': only look, never fail")
+    run.add_argument(
+        "--role", choices=("backend", "subject"), help="'subject': only look, never fail"
+    )
     run.add_argument("--no-train", action="store_true", help="leave out training on real images")
     run.add_argument("--no-models", action="store_true", help="leave out NFNets")
     run.add_argument(
         "--allow-unavailable", action="store_true", help="an absent backend is not a failure"
+    )
+    apart = run.add_mutually_exclusive_group()
+    apart.add_argument(
+        "--timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help="end the run if one check takes longer (default: never)",
+    )
+    apart.add_argument(
+        "--in-process",
+        action="store_true",
+        help="run in this process, as a debugger needs it; a crash then leaves no result file",
     )
     run.set_defaults(run=_run)
 
@@ -64,6 +71,11 @@ def register(subparsers: Any) -> None:
 
     teeth = commands.add_parser("teeth", help="run wrong implementations; each must fail")
     teeth.add_argument("--out", type=Path, help="result file (JSON lines)")
+    teeth.add_argument(
+        "--write",
+        action="store_true",
+        help="write the table that failing backends are compared with",
+    )
     teeth.set_defaults(run=_teeth)
 
     vectors = commands.add_parser("vectors", help="check the vector files, or write them")
@@ -75,24 +87,34 @@ def register(subparsers: Any) -> None:
     listing.set_defaults(run=_list)
 
 
-def _run(options: argparse.Namespace) -> int:
-    from agc_conformance.suite import run
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 1e6:
+        raise ValueError
+    return seconds
 
+
+def _run(options: argparse.Namespace) -> int:
     # An installed script does not see the folder that it is called in.
     if ":" in options.backend and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    return run(
-        options.backend,
-        options.out,
-        device=options.device,
-        select=options.select,
-        full=options.full,
-        xfail=options.xfail,
-        role=options.role,
-        train=not options.no_train,
-        models=not options.no_models,
-        allow_unavailable=options.allow_unavailable,
-    )
+    given: dict[str, Any] = {
+        "device": options.device,
+        "select": options.select,
+        "full": options.full,
+        "xfail": options.xfail,
+        "role": options.role,
+        "train": not options.no_train,
+        "models": not options.no_models,
+        "allow_unavailable": options.allow_unavailable,
+    }
+    if options.in_process:
+        from agc_conformance.suite import run
+
+        return run(options.backend, options.out, **given)
+    from agc_conformance.apart import run_apart
+
+    return run_apart(options.backend, options.out, timeout=options.timeout, **given)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -111,12 +133,15 @@ def _publish(options: argparse.Namespace) -> int:
 def _teeth(options: argparse.Namespace) -> int:
     from agc_conformance.teeth import teeth
 
-    return teeth(options.out)
+    return teeth(options.out, write=options.write)
 
 
 def _vectors(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from agc_conformance.generate import check, write
     from agc_conformance.lint import lint
+    from agc_conformance.vectors import load_vectors, vector_counts
 
     console = Console()
     if options.write:
@@ -137,11 +162,20 @@ def _vectors(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from agc_conformance.clauses import CLAUSES
     from agc_conformance.load import backend_names
     from agc_conformance.mutants import MUTANTS
     from agc_conformance.nfnets.ask import KINDS, STUDIES, result_ids
     from agc_conformance.runner import cases
+    from agc_conformance.suite import check_selection
+    from agc_conformance.training.ask import TASKS
+    from agc_conformance.training.ask import result_ids as trained
+    from agc_conformance.vectors import load_vectors
 
+    check_selection(options.select)
     console = Console()
     table = Table("vector", "clause", "dtypes", "flags", "what", box=None)
     seen: set[str] = set()
@@ -156,8 +190,10 @@ def _list(options: argparse.Namespace) -> int:
             clause = KINDS[identifier.removeprefix(f"model-{name}-")]
             when = "with --full" if study.full else ""
             table.add_row(identifier, clause, "", "", f"NFNet {name} {when}".strip())
-    if not table.row_count:
-        raise ConfigError(f"--select {options.select}: no id, clause or bug class matches")
+    for task in TASKS:
+        for identifier in trained(task):
+            if options.select is None or fnmatchcase(identifier, options.select):
+                table.add_row(identifier, "", "", "", f"training on {task}")
     console.print(table)
     if options.select is None:
         for name, what in CLAUSES.items():

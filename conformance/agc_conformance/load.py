@@ -14,6 +14,7 @@ from agc.errors import ConfigError
 from agc_conformance.backend import Backend, Unavailable
 from agc_conformance.backends.reference import ReferenceBackend
 from agc_conformance.records import Role, describe
+from agc_conformance.verdict import LIMITS
 
 __all__ = ["backend_names", "load_backend", "role_of"]
 
@@ -67,11 +68,13 @@ def _find(spec: str) -> Any:
         if not hasattr(module, name):
             raise ConfigError(f"--backend {spec}: {where} has no {name!r}")
         return getattr(module, name)
+    if spec.endswith(".py"):
+        raise ConfigError(f"--backend {spec}: name the backend in the file too: {spec}:object")
     points = [p for p in entry_points(group="agc.backends") if p.name == spec]
     if not points:
         raise ConfigError(
             f"--backend {spec}: not registered; there are {', '.join(backend_names())}, "
-            "or name your own as package.module:object"
+            "or name your own as package.module:object or path/to/file.py:object"
         )
     with _loading(spec, "imported"):
         return points[0].load()
@@ -87,7 +90,9 @@ def _loading(spec: str, when: str) -> Iterator[None]:
     except ImportError as error:
         raise Unavailable(f"cannot import: {error}") from error
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"--backend {spec}: {when}, it raises {describe(error)}") from error
+        called = isinstance(error, TypeError) and when.startswith("called")
+        hint = "; it must accept device=, or be an instance" if called else ""
+        raise ConfigError(f"--backend {spec}: {when}, it raises {describe(error)}{hint}") from error
 
 
 class _Misnamed(ConfigError):
@@ -130,6 +135,11 @@ def _check(spec: str, backend: Any) -> None:
     if backend.layout not in LAYOUTS:
         raise ConfigError(
             f"--backend {spec}: layout must be one of {', '.join(LAYOUTS)}, got {backend.layout!r}"
+        )
+    unknown = sorted(set(backend.dtypes) - LIMITS.keys())
+    if unknown or isinstance(backend.dtypes, str):
+        raise ConfigError(
+            f"--backend {spec}: dtypes must be a set of {', '.join(LIMITS)}, got {backend.dtypes!r}"
         )
 
 

@@ -11,6 +11,7 @@ result     one vector in one dtype on one backend
 train      one step of training on real images: numbers per layer, for the figures
 model      errors per layer of one comparison of an NFNet, for the figures
 unavailable a backend or device that is not on this machine, and why
+died       the process ended before the run did: in which check, and how
 mutant     one wrong implementation and the vectors that catch it
 program    one program compiled ahead of time: ``compiled``, never ``passed``
 footer     counts by status
@@ -39,6 +40,7 @@ from typing import (
     Literal,
     NotRequired,
     TypedDict,
+    cast,
     get_args,
     get_origin,
     get_type_hints,
@@ -57,6 +59,7 @@ __all__ = [
     "ULP_BINS",
     "VERSION",
     "Costs",
+    "DiedRecord",
     "Footer",
     "Header",
     "Kind",
@@ -72,6 +75,7 @@ __all__ = [
     "UnavailableRecord",
     "Writer",
     "bad_statuses",
+    "complete",
     "describe",
     "make_header",
     "make_result",
@@ -124,6 +128,7 @@ class ResultRecord(TypedDict):
 
     ``max_ulp`` is the largest error of a clipped element in units in the last place, or None where
     nothing was measured; ``histogram`` counts elements by error, bins as :data:`ULP_BINS`.
+    ``ulp_by_path`` is the largest error by path: ``eager``, and ``paths`` of the backend.
     """
 
     type: Literal["result"]
@@ -136,6 +141,7 @@ class ResultRecord(TypedDict):
     max_ulp: float | None
     histogram: Annotated[list[int], {"maxItems": len(ULP_BINS) + 1}]
     detail: str
+    ulp_by_path: NotRequired[dict[str, float]]
     seconds: NotRequired[float]
 
 
@@ -177,6 +183,17 @@ class UnavailableRecord(TypedDict):
     reason: str
 
 
+class DiedRecord(TypedDict):
+    """The process of a run ended before the run did; what would have followed was not asked.
+
+    ``check`` is the ``id:dtype`` that the backend was asked, or what was done instead.
+    """
+
+    type: Literal["died"]
+    check: str
+    reason: str
+
+
 class MutantRecord(TypedDict):
     """One wrong implementation and the results that catch it (``id:dtype``)."""
 
@@ -193,6 +210,7 @@ class Costs(TypedDict):
 
     device_bytes: int
     temporary_bytes: int
+    aliased_bytes: NotRequired[int]
     kernels: int
     collectives: int
     collective_bytes: int
@@ -234,11 +252,11 @@ def make_result(
     max_ulp: float | None = None,
     histogram: Sequence[int] = (),
     detail: str = "",
+    ulp_by_path: Mapping[str, float] | None = None,
     seconds: float | None = None,
 ) -> ResultRecord:
-    """Return a result record; a non-finite ``max_ulp`` becomes the largest float."""
-    if max_ulp is not None and not math.isfinite(max_ulp):
-        max_ulp = sys.float_info.max
+    """Return a result record; an error that is not finite becomes the largest float."""
+    max_ulp = None if max_ulp is None else _finite(max_ulp)
     record: ResultRecord = {
         "type": "result",
         "id": id,
@@ -251,9 +269,15 @@ def make_result(
         "histogram": [int(count) for count in histogram],
         "detail": detail.encode(errors="replace").decode(),
     }
+    if ulp_by_path:
+        record["ulp_by_path"] = {path: _finite(error) for path, error in ulp_by_path.items()}
     if seconds is not None:
         record["seconds"] = round(seconds, 4)
     return record
+
+
+def _finite(error: float) -> float:
+    return error if math.isfinite(error) else sys.float_info.max
 
 
 def make_header(kind: Kind, **more: Any) -> Header:
@@ -363,6 +387,28 @@ class Writer:
             put(self.part, self.path)
 
 
+def complete(path: Path, header: Header, died: DiedRecord) -> None:
+    """Complete the file of a :class:`Writer` whose process died.
+
+    Parameters
+    ----------
+    path : path
+        The file. What was written of it is kept.
+    header : Header
+        Its header if the process died before it wrote one.
+    died : DiedRecord
+        The last record.
+    """
+    target = target_of(path)
+    part = target.with_name(target.name + ".part")
+    text = part.read_text(encoding="utf-8") if part.is_file() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()  # the last may be cut
+    records = [_parse(f"{part}, line {number}", line) for number, line in enumerate(lines, 1)]
+    with Writer(path, cast(Header, records[0]) if records else header) as file:
+        for record in [*records[1:], died]:
+            file.write(record)
+
+
 def _counted(record: Record) -> str:
     kind = str(record["type"])
     return str(record["status"]) if "status" in record else kind
@@ -378,6 +424,7 @@ class ResultFile:
     train: list[TrainRecord] = field(default_factory=list)
     models: list[ModelRecord] = field(default_factory=list)
     unavailable: list[UnavailableRecord] = field(default_factory=list)
+    died: list[DiedRecord] = field(default_factory=list)
     mutants: list[MutantRecord] = field(default_factory=list)
     programs: list[ProgramRecord] = field(default_factory=list)
     footer: Footer | None = None
@@ -390,7 +437,7 @@ class ResultFile:
     @property
     def has_results(self) -> bool:
         """Whether the file holds anything to present."""
-        return any((self.results, self.unavailable, self.mutants, self.programs))
+        return any((self.results, self.unavailable, self.died, self.mutants, self.programs))
 
 
 _FIELDS: Final[dict[str, str]] = {
@@ -398,6 +445,7 @@ _FIELDS: Final[dict[str, str]] = {
     "train": "train",
     "model": "models",
     "unavailable": "unavailable",
+    "died": "died",
     "mutant": "mutants",
     "program": "programs",
 }
@@ -444,6 +492,7 @@ _CHECKS: Final = {
         "train": TrainRecord,
         "model": ModelRecord,
         "unavailable": UnavailableRecord,
+        "died": DiedRecord,
         "mutant": MutantRecord,
         "program": ProgramRecord,
         "footer": Footer,
@@ -538,4 +587,5 @@ def describe(error: BaseException) -> str:
         f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")
     ]
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{place}"
+    message = f": {str(error).splitlines()[0]}" if str(error) else ""
+    return f"{type(error).__name__}{message}{place}"

@@ -77,6 +77,7 @@ def run_case(backend: Backend, vector: Vector, dtype: str) -> ResultRecord:
         max_ulp=verdict.max_ulp,
         histogram=verdict.histogram,
         detail=verdict.problem[:600],
+        ulp_by_path=verdict.ulp_by_path,
         seconds=time.perf_counter() - start,
     )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from agc.errors import ConfigError
 from agc.files import written
 from agc_conformance.backend import Backend, Unavailable
 from agc_conformance.backends.reference import ReferenceBackend
+from agc_conformance.clauses import CLAUSES
+from agc_conformance.diagnosis import diagnose
+from agc_conformance.flags import FLAGS
 from agc_conformance.load import load_backend, role_of
-from agc_conformance.nfnets.ask import STUDIES, count_results, run_study
+from agc_conformance.nfnets.ask import STUDIES, count_results, result_ids, run_study
 from agc_conformance.records import (
     Record,
     ResultRecord,
@@ -31,7 +36,31 @@ from agc_conformance.runner import cases, run_case
 from agc_conformance.vectors import digest, load_vectors
 from agc_conformance.xfail import apply, default_file, read_xfail, unused
 
-__all__ = ["progress_bar", "run"]
+__all__ = ["check_selection", "progress_bar", "run"]
+
+Watch = Callable[[str], None]
+
+
+def check_selection(select: str | None) -> None:
+    """Raise ConfigError, which names what is nearest, if a selection matches nothing."""
+    if select is None:
+        return
+    from agc_conformance.training.ask import TASKS
+    from agc_conformance.training.ask import result_ids as trained
+
+    names = [vector.id for vector in load_vectors()]
+    names += [*CLAUSES, *FLAGS]
+    names += [identifier for study in STUDIES for identifier in result_ids(study)]
+    names += [identifier for task in TASKS for identifier in trained(task)]
+    if any(fnmatchcase(name, select) for name in names):
+        return
+    plain = {name.lower(): name for name in names}
+    close = get_close_matches(select.strip("*").lower(), plain, n=3, cutoff=0.5)
+    nearest = ", ".join(plain[name] for name in close)
+    raise ConfigError(
+        f"--select {select}: no id, clause or bug class matches"
+        f"{f'; nearest are {nearest}' if nearest else ''}; agc conformance list shows all"
+    )
 
 
 def run(
@@ -46,6 +75,7 @@ def run(
     train: bool = True,
     models: bool = True,
     allow_unavailable: bool = False,
+    watch: Watch | None = None,
     console: Console | None = None,
 ) -> int:
     """Run the suite on one backend and write a file of records.
@@ -72,6 +102,8 @@ def run(
         Also compare NFNets; subjects are not asked for them.
     allow_unavailable : bool
         Whether the run succeeds if the backend or device is missing.
+    watch : callable, optional
+        Called with the name of every check (``id:dtype``) before the backend is asked.
     console : Console, optional
         For progress and summary.
 
@@ -79,8 +111,15 @@ def run(
     -------
     int
         Exit status: 0, or 1 if something failed, nothing passed, or the backend was unavailable.
+
+    Raises
+    ------
+    ConfigError
+        If ``select`` matches nothing, or there is no such backend.
     """
     console = console or Console(stderr=True)
+    watch = watch or (lambda _: None)
+    check_selection(select)
     common: dict[str, Any] = {
         "vectors": digest(),
         "full": full,
@@ -121,7 +160,7 @@ def run(
     )
     counts: Counter[str] = Counter()
     passed_by_level: dict[str, bool] = {}  # known failures count as passed
-    problems: list[ResultRecord] = []
+    results: list[ResultRecord] = []
     with Writer(out, header) as file, progress_bar(console) as bar:
         label = f"{backend.name} on {device}"
         task = bar.add_task(label, total=len(chosen))
@@ -135,20 +174,21 @@ def run(
                     "passed",
                     "xfail",
                 )
-                if result["status"] in bad_statuses:
-                    problems.append(result)
+                results.append(result)
                 record = result
             file.write(record)
 
         for vector, dtype in chosen:
+            watch(f"{vector.id}:{dtype}")
             keep(run_case(backend, vector, dtype))
             bar.advance(task)
         if train:
-            for record in _training(backend, select, bar):
+            for record in _training(backend, select, bar, watch):
                 keep(record)
         if models and role == "backend":
-            for record in _models(backend, select, full, bar):
+            for record in _models(backend, select, full, bar, watch):
                 keep(record)
+    problems = [result for result in results if result["status"] in bad_statuses]
     for bad in problems[:20]:
         console.print(
             f"[red]{bad['status']}[/] {bad['id']}:{bad['dtype']} {escape(bad['detail'])}",
@@ -158,10 +198,13 @@ def run(
     for line in stale:
         console.print(f"[red]stale[/] {line}", highlight=False)
     shown = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    console.print(
-        f"{backend.name} on {device}: {shown or 'nothing was run'} -> {written(out)}",
-        highlight=False,
-    )
+    if not counts:
+        shown = (
+            f"nothing was run: --select {escape(str(select))} matches only what this run leaves out"
+        )
+    for sentence in diagnose(results):
+        console.print(f"[yellow]{escape(sentence)}[/]", highlight=False, soft_wrap=True)
+    console.print(f"{backend.name} on {device}: {shown} -> {written(out)}", highlight=False)
     if role == "subject":
         return int(bool(stale) or not counts)
     # Passing level 0 alone does not count, unless no other level was selected.
@@ -172,7 +215,9 @@ def run(
     return int(nothing_passed or bool(problems) or bool(stale))
 
 
-def _training(backend: Backend, select: str | None, bar: Progress) -> Iterator[Mapping[str, Any]]:
+def _training(
+    backend: Backend, select: str | None, bar: Progress, watch: Watch
+) -> Iterator[Mapping[str, Any]]:
     """Train on real images and yield the records."""
     from agc_conformance.training.ask import TASKS, result_ids, run_task  # scikit-learn is heavy
 
@@ -183,14 +228,16 @@ def _training(backend: Backend, select: str | None, bar: Progress) -> Iterator[M
             continue
         task = bar.add_task(f"{backend.name} trains on {name}", total=None)
 
-        def show(done: int, total: int, task: Any = task) -> None:
+        def show(done: int, total: int, task: Any = task, name: str = name) -> None:
             bar.update(task, completed=done, total=total)
+            watch(f"real-{name}, step {min(done + 1, total)} of {total}")
 
+        watch(f"real-{name}, step 1")
         yield from run_task(backend, name, progress=show)
 
 
 def _models(
-    backend: Backend, select: str | None, full: bool, bar: Progress
+    backend: Backend, select: str | None, full: bool, bar: Progress, watch: Watch
 ) -> Iterator[Mapping[str, Any]]:
     """Compare NFNets and yield the records."""
     for name, study in STUDIES.items():
@@ -202,7 +249,7 @@ def _models(
         def advance(count: int, task: Any = task) -> None:
             bar.advance(task, count)
 
-        yield from run_study(backend, name, select=select, progress=advance)
+        yield from run_study(backend, name, select=select, progress=advance, watch=watch)
 
 
 @contextmanager

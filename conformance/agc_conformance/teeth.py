@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from agc.files import written
+from agc.files import write_text, written
+from agc_conformance.diagnosis import KILLERS, killers, table
 from agc_conformance.flags import FLAGS
 from agc_conformance.mutants import MUTANTS, run_mutant
 from agc_conformance.records import MutantRecord, Writer, make_header
@@ -17,18 +18,29 @@ from agc_conformance.vectors import digest, load_vectors
 __all__ = ["teeth"]
 
 
-def teeth(out: Path | None = None, *, console: Console | None = None) -> int:
+def teeth(out: Path | None = None, *, write: bool = False, console: Console | None = None) -> int:
     """Run every mutant, and, if ``out`` is given, write a file of records.
+
+    Parameters
+    ----------
+    out : path, optional
+        The file.
+    write : bool, default False
+        Also write :data:`agc_conformance.diagnosis.KILLERS`, which backends are compared with.
+    console : Console, optional
+        For progress and summary.
 
     Returns
     -------
     int
-        Exit status: 1 if a mutant survives, or no vector with a flag kills a mutant of that flag.
+        Exit status: 1 if a mutant survives, no vector with a flag kills a mutant of that flag, or
+        the table is another one.
     """
     console = console or Console(stderr=True)
     vectors = load_vectors()
     flags = {vector.id: set(vector.flags) for vector in vectors}
     survivors: list[str] = []
+    killed: dict[str, list[str]] = {}
     killed_flags: set[str] = set()
     with ExitStack() as stack:
         header = make_header("teeth", vectors=digest())
@@ -47,6 +59,8 @@ def teeth(out: Path | None = None, *, console: Console | None = None) -> int:
             }
             if file is not None:
                 file.write(record)
+            if mutant.wing in ("clipping", "sharpness"):
+                killed[mutant.name] = killed_by
             if not killed_by:
                 survivors.append(mutant.name)
             if any(mutant.flag in flags.get(key.rpartition(":")[0], ()) for key in killed_by):
@@ -60,10 +74,19 @@ def teeth(out: Path | None = None, *, console: Console | None = None) -> int:
             f"[red]toothless[/] no vector with the flag {flag} kills a mutant of that flag",
             highlight=False,
         )
+    if write:
+        write_text(KILLERS, table(killed))
+        killers.cache_clear()
+    stale = any(killers().get(name) != frozenset(keys) for name, keys in killed.items())
+    if stale:
+        console.print(
+            f"[red]stale[/] {KILLERS.name} says otherwise; run: agc conformance teeth --write",
+            highlight=False,
+        )
     console.print(
         f"{len(MUTANTS) - len(survivors)} of {len(MUTANTS)} mutants killed, "
         f"{len(killed_flags)} of {len(FLAGS)} flags proven"
         + (f" -> {written(out)}" if out else ""),
         highlight=False,
     )
-    return int(bool(survivors or toothless))
+    return int(bool(survivors or toothless or stale))

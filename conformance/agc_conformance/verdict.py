@@ -57,6 +57,8 @@ class Verdict:
         Largest error measured; None if nothing was.
     histogram : list of int
         Elements by error, bins as :data:`agc_conformance.records.ULP_BINS` and one above.
+    ulp_by_path : dict of str to float
+        Largest error by path of the backend, where paths are compared.
     errors, limits : dict of str to float
         Relative errors of layers or tensors, and the largest allowed, for the figures of NFNets.
     """
@@ -65,6 +67,7 @@ class Verdict:
     note: str = ""
     max_ulp: float | None = None
     histogram: list[int] = field(default_factory=list)
+    ulp_by_path: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
 

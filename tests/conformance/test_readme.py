@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from agc_conformance.diagnosis import diagnose, killers
 from agc_conformance.flags import FLAGS
-from agc_conformance.mutants import MUTANTS
+from agc_conformance.mutants import MUTANTS, checks
+from agc_conformance.records import make_result
 from agc_conformance.vectors import load_vectors
 
 FOLDER = Path(__file__).parents[2] / "conformance"
@@ -29,6 +31,22 @@ def test_the_counts_are_right() -> None:
     nfnets = sum(mutant.wing == "nfnets" for mutant in MUTANTS)
     assert f"runs {len(MUTANTS) - nfnets} wrong implementations" in README
     assert f"and {nfnets} wrong NFNets" in README
+
+
+def test_the_diagnosis_is_what_a_run_says() -> None:
+    fails = killers()["squeeze"]
+    results = [
+        make_result(
+            key.rpartition(":")[0],
+            clause="AGC-1",
+            level="L1",
+            status="failed" if key in fails else "passed",
+            dtype=key.rpartition(":")[2],
+        )
+        for key in checks("clipping")
+    ]
+    (said,) = re.findall(r"^```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert [" ".join(said.split())] == diagnose(results)
 
 
 def test_links_lead_somewhere() -> None:

@@ -93,7 +93,12 @@ def files(tmp_path: Path) -> dict[str, Path]:
         "parser": run("parser", *({**record, "level": "L0"} for record in every)),
         "good": run(
             "good",
-            result("L1-a", max_ulp=1.5, histogram=[3, 1, 0, 1, 0, 0, 0, 0]),
+            result(
+                "L1-a",
+                max_ulp=1.5,
+                histogram=[3, 1, 0, 1, 0, 0, 0, 0],
+                ulp_by_path={"eager": 1.5, "xla": 2.25},
+            ),
             result("L0-b", dtype="-", level="L0", clause="AGC-6"),
             result("L1-c", "unsupported", clause="AGC-9", detail="no sparse gradients"),
             result("real-digits-clip", level="L2", flags=["RealImages"]),
@@ -179,6 +184,9 @@ def test_four_files_are_written(files: dict[str, Path], tmp_path: Path) -> None:
     data = json.loads((out / "report.json").read_text())
     assert data["ok"] is False
     assert data["runs"][0]["clauses"]["AGC-2"]["max_ulp"] == 1.5
+    assert [run["paths"] for run in data["runs"]] == [{"eager": 1.5, "xla": 2.25}, {}]
+    page = (out / "index.html").read_text()
+    assert '<td class="num">1.5</td><td class="num">2.25</td>' in page
     assert [failure["id"] for failure in data["failures"]] == ["L1-a", "L1-d"]
 
 
@@ -232,6 +240,34 @@ def test_html_is_self_contained(files: dict[str, Path]) -> None:
 def test_html_escapes_what_backends_say(files: dict[str, Path]) -> None:
     page = html(summary(files, "bad"))
     assert "&lt;script&gt;" in page
+
+
+def test_failures_are_grouped_and_can_be_filtered(tmp_path: Path) -> None:
+    records = [
+        result("L1-a", "failed", clause="AGC-4", flags=["NaNPasses", "InfToZero"]),
+        result("L1-b", "error", clause="AGC-4", flags=["NaNPasses"]),
+        result("L1-c", "failed", clause="AGC-1", flags=["MissingEps"]),
+        result("L1-d", "unsupported", clause="SAM-1"),
+        result("model-tiny-loss", "unsupported", clause="NFNET-2", level="L4"),
+    ]
+    path = write(tmp_path / "x.jsonl", "run", *records, backend="x", role="backend")
+    page = html(summary({"x": path}, "x"))
+    failing = page[page.index('<div id="failing">') : page.index('<h2 id="numbers">')]
+    places = [failing.index(f"<b>{clause}</b>") for clause in ("AGC-1", "AGC-4")]
+    assert places == sorted(places)
+    options = [
+        failing.index(f'<option value="{value}"') for value in ("AGC-1", "AGC-4", "MissingEps")
+    ]
+    assert options == sorted(options)
+    assert failing.count('scope="rowgroup"') == 2
+    assert '<option value="InfToZero">InfToZero (1)</option>' in failing
+    assert '<option value="AGC-4">AGC-4 (2)</option>' in failing
+    assert '<tr data-of="run0 AGC-4 NaNPasses InfToZero">' in failing
+    assert '#failing:has(option[value="InfToZero"]:checked) [data-of]:not(' in page
+    assert '<optgroup label="Run">' not in page, "there is one run"
+    assert "Not offered or not asked: 28 clauses" in page
+    assert page.count("Not offered: 2 clauses") == 1
+    assert 'id="model-tiny"' not in page
 
 
 def test_html_links_lead_somewhere(files: dict[str, Path]) -> None:
@@ -305,6 +341,8 @@ def test_markdown(files: dict[str, Path]) -> None:
     text = markdown(summary(files, *files))
     assert "✗ 0/2" in text
     assert "✓ 2/2 1.5 ULP" in text
+    assert "| run | eager | xla |" in text
+    assert "| good on cpu | 1.50 | 2.25 |" in text
     assert "| v5e:2x2 | compiled | 1.02 MB, 1.020 x least (1.34 MB, " in text
     assert "**survived**" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
@@ -356,7 +394,8 @@ def test_a_damaged_file_stops_the_report(files: dict[str, Path]) -> None:
 
 def test_histogram_is_the_same_svg_every_time() -> None:
     counts = {"float32": [5, 3, 2, 0, 0, 0, 0, 0], "bfloat16": [9, 0, 1, 0, 0, 0, 0, 0]}
-    first = histograms("a", counts)
+    first = histograms("a < b", counts)
     assert first.startswith("<svg")
+    assert "<title>a &lt; b: elements by error in ULP</title>" in first
     assert "10 %" in first
-    assert first == histograms("a", counts)
+    assert first == histograms("a < b", counts)

@@ -47,6 +47,36 @@ def test_right_implementations_pass_everything(
     assert [r for r in records if r["status"] != "passed"] == []
 
 
+class TwoPaths(ReferenceBackend):
+    """Its compiled code is less accurate."""
+
+    paths = ("compiled", "sharded")  # of which it has one
+    factor = 1 + 2**-23
+
+    def scenario_compiled(self, problem: Problem) -> Outcome:
+        outcome = self.clip(problem)
+        before, after = (np.asarray(x.gradients["weight"]) for x in (problem, outcome))
+        larger = after * np.float32(self.factor)
+        return Outcome({"weight": np.where(after == before, after, larger)})
+
+    def scenario_sharded(self, problem: Problem) -> Outcome:  # type: ignore[override]
+        raise Unsupported("not here")
+
+
+def test_every_path_must_be_accurate(monkeypatch: pytest.MonkeyPatch) -> None:
+    vector = VECTORS["L1-fan-in-4608"]
+    record = run_case(TwoPaths(), vector, "float32")
+    assert record["status"] == "passed"
+    errors = record["ulp_by_path"]
+    assert list(errors) == ["eager", "compiled"]
+    assert errors["eager"] == record["max_ulp"] < 1 < errors["compiled"] <= 4
+    assert "ulp_by_path" not in run_case(TwoPaths(), vector, "bfloat16")
+    monkeypatch.setattr(TwoPaths, "factor", 1 + 2**-20)
+    record = run_case(TwoPaths(), vector, "float32")
+    assert record["status"] == "failed"
+    assert record["detail"].startswith("compiled: weight, unit 0, element ")
+
+
 MUTANTS = [mutant for mutant in mutants.MUTANTS if mutant.wing != "nfnets"]
 
 
@@ -248,6 +278,9 @@ class Nameless:
 class Caffe(Backend):
     layout = "caffe"
 
+class Fp32(Backend):
+    dtypes = {"fp32"}
+
 class Unversioned(Backend):
     def versions(self): raise LookupError("none")
 
@@ -291,7 +324,12 @@ CALLED = "called with device='cpu', it raises"
         ("raises.py:X", r"imported, it raises RuntimeError: no \(raises.py:1\)"),
         ("wrong.py:X", r"imported, it raises SyntaxError: .* \(wrong.py, line 1\)"),
         ("exits.py:X", "imported, it raises SystemExit: 0"),
-        ("x.py:NoDevice", f"{CALLED} TypeError: .*'device'"),
+        ("x.py", "name the backend in the file too: x.py:object"),
+        (
+            "x.py:NoDevice",
+            f"{CALLED} TypeError: .*'device'.*; it must accept device=, or be an ins",
+        ),
+        ("x.py:Fp32", r"dtypes must be a set of float16, .*, got \{'fp32'\}"),
         ("x.py:Raises", f"{CALLED} RuntimeError: no "),
         ("x.py:Exits", f"{CALLED} SystemExit: 0"),
         ("x.py:Nameless", "Nameless has no name, .*; derive it from agc_conformance.backend.B"),
@@ -303,7 +341,7 @@ CALLED = "called with device='cpu', it raises"
 def test_backends_that_do_not_exist_or_are_broken(
     spec: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert agc_command("run", "--backend", spec, "--out", "r.jsonl") == 2
+    assert run(Path("r.jsonl"), backend=spec) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"^agc: --backend {re.escape(spec)}: {message}", line)
     assert not (folder / "r.jsonl").exists()
@@ -336,7 +374,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def run(out: Path, *options: object, backend: str = "reference") -> int:
-    return agc_command("run", "--backend", backend, "--out", out, *options)
+    return agc_command("run", "--in-process", "--backend", backend, "--out", out, *options)
 
 
 def test_the_command_writes_a_complete_file(out: Path) -> None:
@@ -356,11 +394,22 @@ def test_an_absent_device_is_listed_and_fails(out: Path) -> None:
     assert run(out, "--device", "cuda", "--allow-unavailable") == 0
 
 
-@pytest.mark.parametrize(("select", "status"), [("L7-*", 1), ("L0-plan-*", 0)])
+@pytest.mark.parametrize(
+    ("select", "status", "said"),
+    [
+        ("L7-*", 2, "no id, clause or bug class matches; agc conformance list shows all"),
+        ("l1-layer-dens", 2, "; nearest are L1-layer-dense"),
+        ("sqeeze*", 2, "; nearest are Squeeze"),
+        ("model-F0-*", 1, "nothing was run: --select model-F0-* matches only what this run leaves"),
+        ("L0-plan-*", 0, "passed"),
+    ],
+)
 def test_selecting_nothing_fails_and_plans_alone_do_not(
-    out: Path, select: str, status: int
+    out: Path, select: str, status: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(out, "--select", select) == status
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert out.exists() == (status < 2)
 
 
 def test_a_backend_that_does_nothing_fails(
@@ -372,6 +421,81 @@ def test_a_backend_that_does_nothing_fails(
     assert {r["status"] for r in read_results(out).results} == {"unsupported"}
     role = ("--role", "subject")
     assert run(out, *role, backend="empty.py:Empty") == 0, "subjects are only looked at"
+
+
+DYING = """
+import ctypes, os, time
+from agc_conformance.backends.reference import ReferenceBackend
+
+class Dying(ReferenceBackend):
+    name = "dying"
+    asked = 0
+    def clip(self, problem):
+        self.asked += 1
+        return super().clip(problem) if self.asked < 3 else self.die()
+
+class Crash(Dying):
+    def die(self): ctypes.string_at(0)
+
+class Leave(Dying):
+    def die(self): os._exit(0)
+
+class Hang(Dying):
+    def die(self): time.sleep(600)
+
+class Interrupt(Dying):
+    def die(self): raise KeyboardInterrupt
+
+class Stillborn(Dying):
+    def __init__(self, device): os.abort()
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "check", "reason", "passed"),
+    [
+        ("Crash", "L1-tie:float16", r"SIGSEGV \(.*\)", 2),
+        ("Leave", "L1-tie:float16", "the process ended with status 0", 2),
+        ("Hang", "L1-tie:float16", r"no answer in 10 s \(dying.py:\d+, in die\)", 2),
+        ("Interrupt", "L1-tie:float16", r"KeyboardInterrupt \(dying.py:\d+\)", 2),
+        ("Stillborn", "loading the backend", r"SIGABRT \(dying.py:\d+, in __init__\)", 0),
+    ],
+)
+def test_a_backend_that_dies_leaves_a_file_that_says_where(
+    backend: str,
+    check: str,
+    reason: str,
+    passed: int,
+    out: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    out.with_name("dying.py").write_text(DYING)
+    out.with_name("r.jsonl.part").write_text("of another run")
+    spec = f"{out.with_name('dying.py')}:{backend}"
+    options = ("--select", "L1-tie*", "--timeout", 10)
+    assert agc_command("run", "--backend", spec, "--out", out, *options) == 1
+    found = read_results(out)
+    (died,) = found.died
+    assert died["check"] == check
+    assert re.fullmatch(reason, died["reason"])
+    assert [r["status"] for r in found.results] == ["passed"] * passed
+    assert f"died in {check}: {died['reason']}" in capfd.readouterr().err
+    assert not list(out.parent.glob("*.part"))
+    assert agc_command("report", out, "--out", out.parent) == 1
+    report = json.loads((out.parent / "report.json").read_text())
+    assert report["headline"].endswith("1 died")
+    assert f"died in {check}" in report["notices"][0]
+
+
+@pytest.mark.parametrize("select", ["L1-tie", "L7-*"])
+def test_a_process_of_its_own_says_what_a_run_in_this_one_does(
+    select: str, out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status = run(out, "--select", select)
+    said = capfd.readouterr().err
+    command = ("run", "--backend", "reference", "--out", out, "--select", select)
+    assert agc_command(*command) == status
+    assert capfd.readouterr().err == said
 
 
 def run_example(out: Path, *options: object) -> int:
@@ -400,7 +524,7 @@ def test_a_backend_by_module_name(out: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("out", ["folder", "file/r.jsonl", "locked/r.jsonl"])
-@pytest.mark.parametrize("command", [("run", "--backend", "reference"), ("teeth",)])
+@pytest.mark.parametrize("command", [("run", "--in-process", "--backend", "reference"), ("teeth",)])
 def test_where_nothing_can_be_written(
     command: tuple[str, ...],
     out: str,

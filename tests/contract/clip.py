@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from agc import AGC, SAM, Schedule, Units
 from agc.errors import ConfigError, DTypeError, MissingGradientError, ShapeError, UnitsError
 from agc.plan import Parameter, make_plan
-from agc.reference import Result, RowSparse, Stats, adaptive_clip
+from agc.reference import Result, RowSparse, Stats, adaptive_clip, to_floats
 from agc.units import UnitAxes
 from agc_conformance.backend import Optimizer, Outcome, Problem
 from agc_conformance.backends.reference import ReferenceBackend
@@ -229,6 +229,17 @@ class ClipContract(Clipping):
         clipped = self.check(way, w, g, rule).gradients
         assert clipped["p3"].tobytes() == g["p3"].tobytes()
 
+    def test_what_a_logger_is_given(self):
+        """Flat floats by parameter and in total, with the clipped fraction."""
+        w, g = ({f"p{k}": draw((4, 3), k, "f")[i] for k in range(3)} for i in range(2))
+        rule = AGC(clipping={"p0": 1.0, "*": 0.01}, exclude=["p2"], units=ROWS)
+        plan = make_plan([Parameter(name, (4, 3), None, None) for name in w], rule)
+        want = adaptive_clip(w, g, plan, rule)
+        got = self.driver.logged(rule, w, g)
+        assert got == pytest.approx(to_floats(want.total, {n: want.stats[n] for n in ("p0", "p1")}))
+        assert got["agc/clipped_fraction"] == want.total.clipped / 8
+        assert all(type(value) is float for value in got.values())
+
     # Configuration
 
     @pytest.mark.parametrize("step", [0, 3, 99])
@@ -254,6 +265,19 @@ class ClipContract(Clipping):
         for got_weights, want_weights in zip(got, want, strict=True):
             for name in w:
                 np.testing.assert_allclose(got_weights[name], want_weights[name], rtol=1e-6)
+
+    @pytest.mark.parametrize("max_norm", [0.05, 100.0])
+    def test_a_clip_by_the_global_norm_comes_after_agc(self, max_norm):
+        """The norm is that of the clipped gradients, those left out by AGC among them (AGC-7)."""
+        w, g = ({f"p{k}": draw((4, 3), k, "f")[i] for k in range(3)} for i in range(2))
+        rule = AGC(clipping=0.02, exclude=["p2"], units=ROWS)
+        plan = make_plan([Parameter(name, (4, 3), None, None) for name in w], rule)
+        clipped = adaptive_clip(w, g, plan, rule).gradients
+        size = np.sqrt(sum(np.square(gradient).sum() for gradient in clipped.values()))
+        got = self.driver.limited_step(rule, max_norm, w, g)
+        for name in w:
+            want = w[name] - clipped[name] * min(1, max_norm / size)
+            np.testing.assert_allclose(got[name], want, rtol=1e-4, atol=1e-6)
 
     @pytest.mark.parametrize(
         "profile", ["deepmind", "optax", "timm", "pytorch_optimizer", "composer", "dreamerv3"]

@@ -181,6 +181,22 @@ class Driver(ABC):
     def rule_takers(self) -> list[Callable[[AGC], Any]]:
         """Return everything that takes a rule for AGC, with all other arguments given."""
 
+    @abstractmethod
+    def limited_step(
+        self,
+        rule: AGC,
+        max_norm: float,
+        weights: Mapping[str, Array],
+        gradients: Mapping[str, Array],
+    ) -> Mapping[str, Array]:
+        """Return the weights after AGC, a clip by the global norm, and SGD of learning rate 1."""
+
+    @abstractmethod
+    def logged(
+        self, rule: AGC, weights: Mapping[str, Array], gradients: Mapping[str, Array]
+    ) -> dict[str, float]:
+        """Clip by hand, and return what a logger is given."""
+
     # What they compute
 
     def autocast(self) -> AbstractContextManager[Any]:

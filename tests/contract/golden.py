@@ -1,9 +1,8 @@
-"""Models against the numbers of DeepMind's code, and single against double precision."""
+"""Models against the numbers of DeepMind's code."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 
 import numpy as np
@@ -40,19 +39,3 @@ def check_golden(variant: str, found: Outputs, parameters: Mapping[str, Array]) 
         assert gradient == pytest.approx(expected, rel=limit, abs=0.51 * digit)
     same(norm(found.gradients.values()), golden.gradient_norm)
     same(norm(parameters.values()), golden.parameter_norm, 1e-9)
-
-
-def check_single(found: Outputs, exact: Outputs) -> None:
-    """Compare logits, loss and gradients of ``tiny`` in float32 with those in float64."""
-    off = np.abs(found.logits.astype("float64") - exact.logits).max()
-    assert off <= SINGLE.logits * np.abs(exact.logits).max()
-    assert abs(float(found.loss) - float(exact.loss)) <= SINGLE.loss
-    errors = {
-        name: norm([found.gradients[name].astype("float64") - gradient]) / norm([gradient])
-        for name, gradient in exact.gradients.items()
-    }
-    skip_gains = {name for name in errors if name.endswith("skip_gain")}
-    assert len(skip_gains) == 12
-    assert statistics.median(errors.values()) <= SINGLE.gradient_median
-    assert max(errors[name] for name in skip_gains) <= SINGLE.skip_gain
-    assert max(errors[name] for name in errors.keys() - skip_gains) <= SINGLE.gradient

@@ -205,14 +205,7 @@ class TrainingContract(Contract):
     @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
     def test_resume_is_bit_equal(self, tmp_path, compute):
         """Also where the model draws its own masks."""
-        changes = [
-            *SMALL,
-            "train.masks=[]",
-            "train.steps=5",
-            f"precision.compute={compute}",
-            "data.test.images=9",
-        ]
-        recipe = load_recipe("conformance", changes)
+        recipe = self.recipe_to_resume(compute)
         self.run(recipe, tmp_path / "whole")
         stopped = self.training(recipe, tmp_path / "stopped")
         assert not stopped.run(lambda: stopped.made == 2)
@@ -221,6 +214,10 @@ class TrainingContract(Contract):
         for name in ("parameters", "momentum", "ema"):
             file = f"{name}.safetensors"
             assert (ours / file).read_bytes() == (whole / file).read_bytes()
+
+    def recipe_to_resume(self, compute: str) -> Recipe:
+        changes = ["train.masks=[]", "train.steps=5", "data.test.images=9"]
+        return load_recipe("conformance", [*SMALL, *changes, f"precision.compute={compute}"])
 
     def training(self, recipe: Recipe, folder: Path) -> Training:
         launch = Launch()
@@ -247,7 +244,7 @@ class TrainingContract(Contract):
     @pytest.mark.parametrize("size", [25, 32])
     def test_evaluation(self, size):
         """Every image once, nothing dropped; raw weights and average are not mixed up."""
-        recipe = load_recipe("conformance", SMALL)
+        recipe = recipe_of("plain")
         trainer = self.driver.trainer(recipe, Launch())
         state = start_of(recipe)
         trainer.load(state)

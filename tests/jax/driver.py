@@ -169,6 +169,26 @@ class JaxDriver(Driver):
             partial(agc_jax.adaptive_grad_clip, clipping=0.1),
         ]
 
+    def limited_step(
+        self,
+        rule: AGC,
+        max_norm: float,
+        weights: Mapping[str, Array],
+        gradients: Mapping[str, Array],
+    ) -> Mapping[str, Array]:
+        clip = agc_jax.adaptive_grad_clip(rule)
+        tx = optax.chain(clip, optax.clip_by_global_norm(max_norm), optax.sgd(1.0))
+        params, grads = (jax.tree.map(jnp.asarray, dict(tree)) for tree in (weights, gradients))
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return jax.tree.map(np.asarray, optax.apply_updates(params, updates))
+
+    def logged(
+        self, rule: AGC, weights: Mapping[str, Array], gradients: Mapping[str, Array]
+    ) -> dict[str, float]:
+        params, grads = (jax.tree.map(jnp.asarray, dict(tree)) for tree in (weights, gradients))
+        stats = agc_jax.adaptive_clip_gradients(grads, params, rule)[1]
+        return stats.to_dict(plan=agc_jax.plan(params, rule))
+
     def run(self, layer: Any, x: Array, train: bool = False, **options: Any) -> Array:
         layer.train() if train else layer.eval()
         return np.asarray(run(layer, jnp.asarray(x), **options))

@@ -48,8 +48,15 @@ def test_sums_of_other_platforms(platform: str, monkeypatch: pytest.MonkeyPatch)
         return branches.get(platform, default)(*args)
 
     monkeypatch.setattr(jax.lax, "platform_dependent", only)
-    params, gradients = ({"w": array} for array in draw((3, 3, 512, 40), 1, np.float32))
-    rule = AGC(units={"w": "h w i o -> o"}, clipping=Schedule([(0, 0.02), (10, 0.01)]))
+    pairs = {
+        name: draw((3, 3, 512, 40), seed, np.float32)
+        for name, seed in (("scheduled", 1), ("fixed", 5))
+    }
+    params, gradients = ({name: pair[k] for name, pair in pairs.items()} for k in range(2))
+    rule = AGC(
+        units={"*": "h w i o -> o"},
+        clipping={"scheduled": Schedule([(0, 0.02), (10, 0.01)]), "fixed": 0.03},
+    )
     want = adaptive_clip(params, gradients, agc_jax.plan(params, rule), rule, step=5)
     function = jax.jit(lambda g, p, step: agc_jax.adaptive_clip_gradients(g, p, rule, step=step)[0])
     arguments = gradients, params, jnp.int32(5)

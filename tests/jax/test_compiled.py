@@ -36,8 +36,10 @@ def small(_: Any) -> Iterator[Program]:
     peer = Peer("peer", double, (ARRAY,))
     yield Program("double", "v5e:4x4", double, (ARRAY,), LEAST, 1.02, peer=peer)
     yield Program("greedy", "v5e:4x4", double, (ARRAY,), LEAST // 2, 1.5)
+    yield Program("reusing", "v5e:4x4", double, (ARRAY,), donate=(0,), reused=LEAST // 2)
+    yield Program("copying", "v5e:4x4", double, (ARRAY,), reused=LEAST // 2)
     yield Program(
-        "slow", "v5e:4x4", twice, (ARRAY,), LEAST, 9.0, peer=peer, at_most_peer=("kernels",)
+        "slow", "v5e:4x4", twice, (ARRAY,), LEAST, 9.0, peer=peer, at_most_peer={"kernels": 1.0}
     )
     yield Program("broken", "v5e:4x4", broken, (ARRAY,), 1, 1.0)
 
@@ -45,7 +47,7 @@ def small(_: Any) -> Iterator[Program]:
 def test_programs_are_traced() -> None:
     """Of those of whole models one of each platform."""
     devices = jax.devices("cpu")[:4]
-    for all_programs, count in ((tpu_programs, 14), (gpu_programs, 3)):
+    for all_programs, count in ((tpu_programs, 15), (gpu_programs, 6)):
         programs = {program.id: program for program in all_programs(lambda _: devices)}
         assert len(programs) == count
         whole = {name for name in programs if "NFNet-F0" in name or "GPT-2" in name}
@@ -68,6 +70,7 @@ def test_what_is_recorded(
     assert good["costs"] == {
         "device_bytes": LEAST,
         "temporary_bytes": 0,
+        "aliased_bytes": 0,
         "kernels": 1,
         "collectives": 0,
         "collective_bytes": 0,
@@ -75,11 +78,15 @@ def test_what_is_recorded(
     assert (good["peer"], good["peer_costs"]) == ("peer", good["costs"])
     faults = {name: record["detail"] for name, record in records.items()}
     assert faults["greedy"] == "moves 2.000 times the least in device memory, 1.5 at most"
-    assert faults["slow"].endswith(", peer 1")
+    assert faults["slow"].endswith(", more than 1 times peer's 1")
+    assert records["reusing"]["costs"]["aliased_bytes"] == LEAST // 2
+    assert faults["copying"] == f"reuses 0 donated bytes, not {LEAST // 2}"
     assert faults["broken"] == "no such thing"
-    assert {records[name]["status"] for name in ("greedy", "slow", "broken")} == {"failed"}
+    assert {name for name, record in records.items() if record["status"] == "failed"} == {
+        *("greedy", "copying", "slow", "broken")
+    }
     assert "costs" not in records["broken"]
-    assert "[4/4] broken" in capsys.readouterr().err
+    assert "[6/6] broken" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])

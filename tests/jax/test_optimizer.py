@@ -20,6 +20,7 @@ import agc_jax
 from agc import AGC, SAM, Schedule
 from agc.errors import ConfigError, NonFiniteError, ParameterError, SelectorError, ShapeError
 from agc.reference import adaptive_clip
+from agc_conformance.compiled import hlo
 
 RULE = AGC()
 
@@ -219,6 +220,22 @@ BODY = {"body": True, "head": False}
 
 def masked(rule: AGC, mask: Any = BODY, **options: Any) -> Any:
     return optax.masked(agc_jax.adaptive_grad_clip(rule, **options), mask)
+
+
+def test_a_step_reuses_the_memory_of_what_is_donated() -> None:
+    """Parameters and momentum, however large, are there once."""
+    params = gradients = {"kernel": jnp.ones((512, 128)), "bias": jnp.ones(128)}
+    tx = optax.chain(agc_jax.adaptive_grad_clip(RULE), optax.sgd(0.1, 0.9, nesterov=True))
+
+    def step(params: Any, state: Any, gradients: Any) -> Any:
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), gradients)
+    text = lowered.compile().as_text()
+    assert "input_output_alias" in text
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert 2 * size <= hlo.parse(text).aliased_bytes < 2.1 * size
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["units", "no units"])

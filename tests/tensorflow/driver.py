@@ -99,9 +99,7 @@ class XlaBackend(TensorFlowBackend):
     def clip(self, problem: Problem) -> Outcome:
         if problem.rule.nonfinite == "raise":
             raise Unsupported("XLA drops assertions")
-        return self._clip(
-            problem, lambda clip: tf.function(clip, jit_compile=True, autograph=False)()
-        )
+        return self.scenario_xla(problem)
 
 
 class GraphBackend(TensorFlowBackend):
@@ -180,6 +178,27 @@ class TensorFlowDriver(Driver):
             partial(agc_tensorflow.adaptive_clip_gradients, arrays, arrays),
             partial(agc_tensorflow.AdaptiveGradClip, "sgd"),
         ]
+
+    def limited_step(
+        self,
+        rule: AGC,
+        max_norm: float,
+        weights: Mapping[str, Array],
+        gradients: Mapping[str, Array],
+    ) -> Mapping[str, Array]:
+        variables = [tf.Variable(value, name=name) for name, value in weights.items()]
+        inner = keras.optimizers.SGD(1.0, global_clipnorm=max_norm)
+        optimizer = agc_tensorflow.AdaptiveGradClip(inner, rule)
+        optimizer.apply([tf.constant(gradients[name]) for name in weights], variables)
+        return {name: v.numpy() for name, v in zip(weights, variables, strict=True)}
+
+    def logged(
+        self, rule: AGC, weights: Mapping[str, Array], gradients: Mapping[str, Array]
+    ) -> dict[str, float]:
+        variables = [tf.Variable(value, name=name) for name, value in weights.items()]
+        grads = [tf.constant(gradients[name]) for name in weights]
+        _, stats = agc_tensorflow.adaptive_clip_gradients(grads, variables, rule, return_stats=True)
+        return stats.to_dict()
 
     def run(self, layer: Any, x: Array, train: bool = False, **options: Any) -> Array:
         options |= {"training": True} if train else {}

@@ -88,7 +88,7 @@ from agc.nfnet import Variant
 
 def train():
     keras.utils.set_random_seed(0)
-    variant = Variant("shallow", (1, 2), 0.0, 32, 32, (16, 32), 8, 10)
+    variant = Variant("least", (1,), 0.0, 32, 32, (16,), 4, 10)
     model = agc_tensorflow.nfnet(variant, stochastic_depth=0.0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(agc_tensorflow.sgd_nfnet(model, 0.1), loss, jit_compile=False)

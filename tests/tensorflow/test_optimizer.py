@@ -788,3 +788,18 @@ def test_quantized_layers(kind):
     kernels = {"int8": {"body.lora_kernel_a", "body.lora_kernel_b"}, "float8": {"body.kernel"}}
     found = set(wrapped.stats().parameters())
     assert found == kernels[kind] | {"body.bias", "head.kernel", "head.bias"}
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "loss scale"])
+def test_the_logs_of_an_epoch_have_the_telemetry(scaled):
+    model, wrapped = with_network(optimizers.SGD(0.1))
+    model.compile(optimizers.LossScaleOptimizer(wrapped) if scaled else wrapped, LOSS)
+    logger = agc_tensorflow.AGCLogger(parameters=True)
+    logger.set_model(model)
+    wrapped.build(model.trainable_variables)
+    logs = {"loss": 1.0}
+    logger.on_epoch_end(0, logs)
+    assert logs == {"loss": 1.0} | wrapped.stats().to_dict()
+    model.compile("sgd", LOSS)
+    with pytest.raises(ConfigError, match="compiled with AdaptiveGradClip, got SGD"):
+        logger.on_epoch_end(0, {})

@@ -186,6 +186,29 @@ class TorchDriver(Driver):
             partial(agc_torch.attach, torch.optim.SGD(model.parameters()), model),
         ]
 
+    def limited_step(
+        self,
+        rule: AGC,
+        max_norm: float,
+        weights: Mapping[str, Array],
+        gradients: Mapping[str, Array],
+    ) -> Mapping[str, Array]:
+        parameters = {name: nn.Parameter(tensor(value)) for name, value in weights.items()}
+        optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+        agc_torch.attach(optimizer, parameters, rule, max_norm=max_norm)
+        for name, value in gradients.items():
+            parameters[name].grad = tensor(value)
+        optimizer.step()
+        return numpy_of(parameters)
+
+    def logged(
+        self, rule: AGC, weights: Mapping[str, Array], gradients: Mapping[str, Array]
+    ) -> dict[str, float]:
+        parameters = {name: nn.Parameter(tensor(value)) for name, value in weights.items()}
+        for name, value in gradients.items():
+            parameters[name].grad = tensor(value)
+        return agc_torch.adaptive_clip_grad_(parameters, rule).to_dict()
+
     def autocast(self) -> Any:
         return torch.autocast("cpu", dtype=torch.bfloat16)
 

@@ -74,10 +74,11 @@ class Kernel:
     """Stands for a kernel of Triton's."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.lanes = 0
 
-    def run(self, *_: Any, warmup: bool = False, **__: Any) -> None:
+    def run(self, *_: Any, warmup: bool = False, LANES: int = 0, **__: Any) -> None:  # noqa: N803
         self.count += not warmup
+        self.lanes = LANES
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return self.run
@@ -137,6 +138,18 @@ def test_agc_takes_a_handful(model: Build, most: int, kernels: list[Kernel]) -> 
     assert sum(kernel.count for kernel in kernels) - before == most
     assert others.count <= 1  # addresses, if they changed
     assert others.bytes < size / 1000
+
+
+def test_a_gradient_is_loaded_as_its_address_allows(kernels: list[Kernel]) -> None:
+    layer = nn.Linear(64, 8, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    agc_torch.attach(optimizer, layer, AGC(clipping=0.01))
+    lanes = []
+    for start in (0, 4, 1, 0):
+        layer.weight.grad = torch.zeros(520)[start : start + 512].view(8, 64)
+        optimizer.step()
+        lanes.append(kernels[KERNELS.index("scale")].lanes)
+    assert lanes == [4, 4, 1, 4]
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

@@ -400,6 +400,27 @@ def test_global_norm_comes_after_agc(max_norm, fused, scaled):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("policy", ["propagate", "zero", "raise"])
+def test_global_norm_that_is_not_finite(policy):
+    """A gradient that AGC leaves alone is infinite; no other one becomes 0 by that."""
+    model = network()
+    rule = AGC(clipping=0.01, exclude=["0.weight"], nonfinite=policy)
+    optimizer = sgd(model)
+    agc_torch.attach(optimizer, model, rule, max_norm=1.0)
+    evaluate(model, optimizer)
+    model[0].weight.grad[0, 0] = torch.inf
+    if policy == "raise":
+        with pytest.raises(
+            NonFiniteError, match=r"all gradients together.* is inf.*\['0.weight'\]"
+        ):
+            optimizer.step()
+        return
+    optimizer.step()
+    for parameter in model.parameters():
+        want = torch.nan if policy == "propagate" else 0.0
+        torch.testing.assert_close(parameter.grad, torch.full_like(parameter, want), equal_nan=True)
+
+
 @pytest.mark.parametrize("max_norm", [0, -1.0, float("nan"), float("inf"), True, "1"])
 def test_global_norm_that_is_none(max_norm):
     model = network()

@@ -17,7 +17,7 @@ class TestRecipe(RecipeContract):
 def test_groups():
     model = agc_torch.nfnet("tiny")
     model.stem.requires_grad_(False)
-    optimizer = agc_torch.sgd_nfnet(model, lr=0.1, weight_decay=3e-5)
+    optimizer = agc_torch.sgd_nfnet(model, lr=0.1, weight_decay=3e-5, max_norm=2.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, others = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
     specs = [s for s in core.parameters("tiny") if not s.name.startswith("stem.")]
@@ -26,3 +26,4 @@ def test_groups():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [3e-5, 0]
     assert all(group["nesterov"] for group in optimizer.param_groups)
     assert type(optimizer) is torch.optim.SGD
+    assert agc_torch.attached(optimizer).max_norm == 2.0

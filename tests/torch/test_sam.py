@@ -893,3 +893,22 @@ class TestClosures:
         loss = train.sam.step(train.optimizer, lambda: returns(train.closure()))
         assert loss.shape == ()
         assert loss.item() == pytest.approx(wanted)
+
+
+# An optimizer that somebody else steps
+
+
+def test_gradients_for_a_trainer_that_steps_by_itself():
+    want, got = Trainer(), Trainer()
+    for _ in range(2):
+        want.sam.step(want.optimizer, want.closure)
+        loss = got.sam.gradients(got.optimizer, got.closure)
+        assert loss == got.sam.stats().loss
+        assert not got.sam.is_perturbed
+        got.optimizer.step()
+    assert got.sam.count == 2
+    for one, other in zip(got.model.parameters(), want.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    got.poisoned = True
+    got.sam.gradients(got.optimizer, got.closure)
+    assert all(parameter.grad.isnan().all() for parameter in got.model.parameters())

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy.typing as npt
 
 from agc.reference import RowSparse
-from agc_conformance.backend import Backend, Gradient, Outcome, Problem
+from agc_conformance.backend import Backend, Gradient, Outcome, Problem, Unsupported
 from agc_conformance.clipping.compare import compare_clip
 from agc_conformance.clipping.problems import (
     ClipQuestion,
@@ -19,6 +19,8 @@ from agc_conformance.clipping.problems import (
 )
 from agc_conformance.question import Kind
 from agc_conformance.trajectories import compare_trajectory
+from agc_conformance.vectors import Vector
+from agc_conformance.verdict import Verdict
 
 __all__ = ["KINDS"]
 
@@ -33,6 +35,30 @@ def _clip(backend: Backend, question: ClipQuestion) -> Outcome:
         settings["micro"] = [_copies(gradients) for gradients in settings["micro"]]
     outcome: Outcome = getattr(backend, f"scenario_{question.scenario}")(problem, **settings)
     return outcome
+
+
+class _Clip(Kind[ClipQuestion, Outcome]):
+    """Clipping; what a long sum in float32 may lose is asked of every path of a backend (AGC-3)."""
+
+    def run(self, backend: Backend, vector: Vector, dtype: str) -> Verdict:
+        """Run a vector; each path has to pass as well."""
+        verdict = super().run(backend, vector, dtype)
+        if dtype != "float32" or "NaiveAccumulation" not in vector.flags:
+            return verdict
+        question = self.parse(vector, backend.layout, dtype)
+        verdicts = {"eager": verdict}
+        for path in backend.paths:
+            try:
+                outcome = self.answer(backend, replace(question, scenario=path))
+            except Unsupported:
+                continue
+            verdicts[path] = self.compare(question, outcome)
+            if problem := verdicts[path].problem:
+                verdict.problem = verdict.problem or f"{path}: {problem}"
+        verdict.ulp_by_path = {
+            path: found.max_ulp for path, found in verdicts.items() if found.max_ulp is not None
+        }
+        return verdict
 
 
 def _train(backend: Backend, question: ClipTrajectory) -> list[Mapping[str, Array]]:
@@ -60,7 +86,7 @@ def _copied(gradient: Gradient) -> Gradient:
 
 
 KINDS: Final[dict[str, Kind[Any, Any]]] = {
-    "clip": Kind(parse_clip, _clip, compare_clip),
+    "clip": _Clip(parse_clip, _clip, compare_clip),
     "scenario": Kind(parse_clip, _clip, compare_clip),
     "trajectory": Kind(parse_trajectory, _train, compare_trajectory),
 }

@@ -96,6 +96,18 @@ class Program:
 
     computations: dict[str, Computation]
     entry: str
+    aliases: frozenset[int] = frozenset()
+    """Arguments, by place, whose memory holds a result."""
+
+    @property
+    def aliased_bytes(self) -> int:
+        """Bytes of arguments whose memory is used again for results."""
+        return sum(
+            array.size
+            for x in self.computations[self.entry].values()
+            if x.index in self.aliases
+            for array in x.arrays
+        )
 
     @property
     def device_bytes(self) -> int:
@@ -210,6 +222,7 @@ def parse(text: str) -> Program:
     """
     computations: dict[str, Computation] = {}
     entry, current = "", None
+    aliases = frozenset(map(int, _ALIAS.findall(text.partition("\n")[0])))
     for line in text.splitlines():
         if head := _HEAD.match(line):
             current = computations[head[2]] = {}
@@ -220,7 +233,7 @@ def parse(text: str) -> Program:
             current[given[2]] = _instruction(_COMMENT.sub("", given[3]), given[1] is not None)
     if not entry:
         raise FormatError("no HLO: there is no line that begins with ENTRY")
-    return Program(computations, entry)
+    return Program(computations, entry, aliases)
 
 
 def _instruction(text: str, is_root: bool) -> Instruction:
@@ -280,6 +293,7 @@ def _is_free(x: Instruction) -> bool:
 
 _HEAD: Final = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION: Final = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*)$")
+_ALIAS: Final = re.compile(r"\{[0-9, ]*\}: \(([0-9]+), \{\}, (?:may|must)-alias\)")
 _COMMENT: Final = re.compile(r"/\*.*?\*/")
 _ARRAY: Final = re.compile(r"([a-z]+[0-9][a-z0-9]*|pred)\[([0-9,]*)\](?:\{([^{}]*)\})?")
 _OPERAND: Final = re.compile(r"%([\w.\-]+)")

@@ -89,10 +89,12 @@ def _faults(program: Program, record: ProgramRecord) -> Iterator[str]:
     times = costs["device_bytes"] / (program.minimum or math.inf)
     if times > program.most:
         yield f"moves {times:.3f} times the least in device memory, {program.most} at most"
-    for name in program.at_most_peer:
+    if costs["aliased_bytes"] < program.reused:
+        yield f"reuses {costs['aliased_bytes']} donated bytes, not {program.reused}"
+    for name, times in program.at_most_peer.items():
         mine, other = costs[name], record["peer_costs"][name]
-        if mine > other:
-            yield f"{name}: {mine}, {record['peer']} {other}"
+        if mine > times * other:
+            yield f"{name}: {mine}, more than {times:g} times {record['peer']}'s {other}"
 
 
 def _costs(program: Program, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Costs:
@@ -106,6 +108,7 @@ def _costs(program: Program, function: Callable[..., Any], arguments: tuple[Any,
     return {
         "device_bytes": text.device_bytes,
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "aliased_bytes": text.aliased_bytes,
         "kernels": text.kernels,
         "collectives": collectives.count,
         "collective_bytes": collectives.bytes,

@@ -8,6 +8,6 @@ suite that cannot fail is a defect; ``agc conformance teeth`` shows that this on
 from __future__ import annotations
 
 from agc_conformance.mutants import clipping, core, nfnets, sharpness
-from agc_conformance.mutants.mutant import MUTANTS, Mutant, run_mutant
+from agc_conformance.mutants.mutant import MUTANTS, Mutant, checks, run_mutant
 
-__all__ = ["MUTANTS", "Mutant", "clipping", "core", "nfnets", "run_mutant", "sharpness"]
+__all__ = ["MUTANTS", "Mutant", "checks", "clipping", "core", "nfnets", "run_mutant", "sharpness"]

@@ -17,9 +17,9 @@ from agc_conformance.nfnets.ask import run_study
 from agc_conformance.question import Kind
 from agc_conformance.runner import KINDS, cases, run_case
 from agc_conformance.sharpness.ask import KINDS as SHARPNESS
-from agc_conformance.vectors import Vector
+from agc_conformance.vectors import Vector, load_vectors
 
-__all__ = ["MUTANTS", "Mutant", "registered", "run_mutant"]
+__all__ = ["MUTANTS", "Mutant", "checks", "registered", "run_mutant"]
 
 Wing = Literal["core", "clipping", "sharpness", "nfnets"]
 
@@ -90,6 +90,11 @@ def _backend(part: _Part) -> type[ReferenceBackend]:
 
     Wrong.core = part()
     return Wrong
+
+
+def checks(wing: str) -> list[str]:
+    """Return the checks (``id:dtype``) that the mutants of a wing with vectors are asked."""
+    return [f"{v.id}:{dtype}" for v, dtype in cases(load_vectors()) if v.kind in _KINDS[wing]]
 
 
 def run_mutant(mutant: Mutant, vectors: Sequence[Vector]) -> list[str]:

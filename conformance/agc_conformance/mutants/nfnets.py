@@ -250,7 +250,7 @@ def _replanned(plan: Plan, change: Callable[[Parameter], Parameter], **rule: Any
     "gains by element",
     "a gain stored as [O, 1, 1, 1] is clipped by element (timm)",
     "NFNET-4",
-    "[pdc]*",
+    "[pdc]*[nsp]",
 )
 class _GainsByElement(ReferenceModels):
     def plan(self, problem: ModelProblem) -> Plan:
@@ -261,13 +261,13 @@ class _GainsByElement(ReferenceModels):
         return _replanned(super().plan(problem), change)
 
 
-@_models("classifier's bias left out", "as most ports do", "NFNET-4", "[pdc]*")
+@_models("classifier's bias left out", "as most ports do", "NFNET-4", "[pdc]*[nsp]")
 class _BiasLeftOut(ReferenceModels):
     def plan(self, problem: ModelProblem) -> Plan:
         return _replanned(super().plan(problem), lambda p: p, exclude=["@head"])
 
 
-@_models("classifier's weight clipped", "nothing is left out", "NFNET-4", "[pdc]*")
+@_models("classifier's weight clipped", "nothing is left out", "NFNET-4", "[pdc]*[nsp]")
 class _NothingLeftOut(ReferenceModels):
     def plan(self, problem: ModelProblem) -> Plan:
         return _replanned(super().plan(problem), lambda p: p, exclude=[])

@@ -164,6 +164,7 @@ def run_study(
     select: str | None = None,
     dtypes: Sequence[str] = ("float64", "float32", "bfloat16"),
     progress: Callable[[int], None] | None = None,
+    watch: Callable[[str], None] | None = None,
 ) -> Iterator[Mapping[str, Any]]:
     """Ask a backend all questions of a study.
 
@@ -179,6 +180,8 @@ def run_study(
         Dtypes to ask for.
     progress : callable, optional
         Called with the number of results after each question.
+    watch : callable, optional
+        Called with the names of the results (``id:dtype``) before each question.
 
     Yields
     ------
@@ -192,6 +195,8 @@ def run_study(
         kinds = _chosen(ask, name, select)
         if not kinds or ask.dtype not in dtypes:
             continue
+        if watch is not None:
+            watch(", ".join(f"model-{name}-{kind}:{ask.dtype}" for kind in kinds))
         start = time.perf_counter()
         status: Status = "passed"
         verdicts: Verdicts

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+from markupsafe import escape
 
 from agc_conformance.records import ULP_BINS, ModelRecord
 from agc_conformance.training.network import PARAMETERS
@@ -19,8 +20,8 @@ _FLOOR: Final = 1e-17
 """Position of an error of 0 on the logarithmic axis."""
 
 
-def svg(figure: Any) -> str:
-    """Return a matplotlib figure as an ``<svg>`` element."""
+def svg(figure: Any, title: str) -> str:
+    """Return a matplotlib figure as an ``<svg>`` element with a title."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -28,7 +29,8 @@ def svg(figure: Any) -> str:
     with mpl.rc_context({"svg.hashsalt": "agc", "svg.fonttype": "none"}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    head, _, rest = text[text.index("<svg") :].partition(">")
+    return f'{head} role="img">\n <title>{escape(title)}</title>{rest}'
 
 
 def histograms(
@@ -77,7 +79,7 @@ def histograms(
         plot.set_title(title, fontsize=9, loc="left", fontweight="bold")
         plot.tick_params(length=0)
         plot.spines[:].set_visible(False)
-        return svg(figure)
+        return svg(figure, f"{title}: elements by error in ULP")
 
 
 _PANELS: Final = {
@@ -146,7 +148,7 @@ def model_errors(records_by_run: Mapping[str, Sequence[ModelRecord]]) -> str:
             plot.spines[["top", "right"]].set_visible(False)
             if kind == kinds[0]:
                 plot.legend(frameon=False, ncols=len(records_by_run), loc="lower right")
-        return svg(figure)
+        return svg(figure, "Relative errors by layer, tensor and step")
 
 
 def training_figures(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -193,5 +195,5 @@ def training_figures(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
                 below.set_yticks(range(len(names)), names)
                 figure.colorbar(image, ax=below, label="clipped", ticks=[0, 0.5, 1])
             below.set_xlabel("step")
-            drawn[task] = svg(figure)
+            drawn[task] = svg(figure, f"{task}: loss and share of clipped units by step")
     return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
@@ -9,9 +10,16 @@ from markupsafe import Markup
 
 from agc_conformance.clauses import CLAUSES
 from agc_conformance.flags import FLAGS
-from agc_conformance.records import bad_statuses
+from agc_conformance.records import ResultRecord, bad_statuses
 from agc_conformance.report.figures import histograms, model_errors, training_figures
-from agc_conformance.report.summary import ULP_LIMITS, Cell, Summary, program_cells
+from agc_conformance.report.summary import (
+    ULP_LIMITS,
+    Cell,
+    Column,
+    Summary,
+    not_offered,
+    program_cells,
+)
 from agc_conformance.vectors import load_vectors
 
 __all__ = ["html"]
@@ -45,6 +53,15 @@ def html(summary: Summary) -> str:
         short=_short,
         all_dtypes=_dtypes(summary),
         empty=Cell(),
+        not_offered=not_offered,
+        offered=lambda folded: {c: what for c, what in CLAUSES.items() if c not in folded},
+        named=lambda folded: {clause: CLAUSES[clause] for clause in folded},
+        unsupported=lambda column: [
+            clause for clause, part in column.cells.items() if part.verdict == "unsupported"
+        ],
+        count_of=lambda classes: sum(len(failures) for failures in classes.values()),
+        groups=_groups(summary),
+        filters=_filters(summary),
         program_cells=program_cells,
     )
 
@@ -54,6 +71,33 @@ def _short(dtype: str) -> str:
     if dtype == "-":
         return "no numbers"
     return dtype.replace("bfloat", "bf").replace("float", "f").replace("complex", "c")
+
+
+_Failure = tuple[Column, ResultRecord]
+
+
+def _groups(summary: Summary) -> dict[str, dict[str, list[_Failure]]]:
+    """Return the failures by clause and the first bug class that the vector catches."""
+    groups: dict[str, dict[str, list[_Failure]]] = {clause: {} for clause in CLAUSES}
+    for column, result in summary.failures:
+        flag = next(iter(result["flags"]), "")
+        classes = groups.setdefault(result["clause"], {})
+        classes.setdefault(flag, []).append((column, result))
+    return {clause: classes for clause, classes in groups.items() if classes}
+
+
+def _filters(summary: Summary) -> dict[str, list[tuple[str, str, int]]]:
+    """Return what failures can be filtered by: values, their titles and numbers of failures."""
+    failures, titles = summary.failures, {column.key: column.title for column in summary.columns}
+    counts = {
+        "Clause": (CLAUSES, Counter(result["clause"] for _, result in failures)),
+        "Bug class": (FLAGS, Counter(flag for _, result in failures for flag in result["flags"])),
+        "Run": (titles, Counter(column.key for column, _ in failures)),
+    }
+    return {
+        group: [(value, titles.get(value, value), count[value]) for value in names if count[value]]
+        for group, (names, count) in counts.items()
+    }
 
 
 def _dtypes(summary: Summary) -> list[str]:
@@ -73,11 +117,17 @@ def _training(summary: Summary) -> list[tuple[str, str, Markup]]:
     ]
 
 
+def _asked(result: ResultRecord) -> bool:
+    return result["status"] != "unsupported"
+
+
 def _trained(summary: Summary) -> list[str]:
     """Return the ids of the results of training on real images."""
     ids: dict[str, None] = {}
     for column in summary.backends:
-        ids |= {r["id"]: None for r in column.file.results if "RealImages" in r["flags"]}
+        ids |= {
+            r["id"]: None for r in column.file.results if _asked(r) and "RealImages" in r["flags"]
+        }
     return list(ids)
 
 
@@ -86,7 +136,7 @@ def _models(summary: Summary) -> list[tuple[str, list[tuple[str, str]], Markup]]
     ids: dict[str, dict[tuple[str, str], None]] = {}
     for column in summary.backends:
         for result in column.file.results:
-            if result["level"] == "L4":
+            if _asked(result) and result["level"] == "L4":
                 name = result["id"].split("-")[1]
                 ids.setdefault(name, {})[result["id"], result["dtype"]] = None
     models = []

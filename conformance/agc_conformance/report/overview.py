@@ -102,7 +102,7 @@ def errors_figure(report: Mapping[str, Any]) -> str:
         axes.set_ylabel("% of elements")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        return svg(figure)
+        return svg(figure, "Clipped float32 elements by error in ULP, of three frameworks")
 
 
 def publish(report: Path, results: Path, readme: Path) -> None:

@@ -5,14 +5,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final, Literal
 
 from agc_conformance.clauses import CLAUSES
-from agc_conformance.records import ULP_BINS, ResultFile, ResultRecord, Role, bad_statuses
+from agc_conformance.diagnosis import diagnose
+from agc_conformance.records import (
+    ULP_BINS,
+    DiedRecord,
+    ResultFile,
+    ResultRecord,
+    Role,
+    bad_statuses,
+)
 from agc_conformance.sharpness.compare import SHARPNESS_LIMITS
+from agc_conformance.vectors import digest
 from agc_conformance.verdict import LIMITS
 
-__all__ = ["ULP_LIMITS", "Cell", "CellVerdict", "Column", "Summary", "program_cells", "summarize"]
+__all__ = [
+    "ULP_LIMITS",
+    "Cell",
+    "CellVerdict",
+    "Column",
+    "Summary",
+    "not_offered",
+    "program_cells",
+    "summarize",
+]
 
 CellVerdict = Literal["passed", "failed", "expected", "unsupported", "none"]
 
@@ -114,9 +133,22 @@ class Column:
         return Cell(self.file.results)
 
     @property
+    def died(self) -> DiedRecord | None:
+        """How the run ended, if its process died."""
+        return next(iter(self.file.died), None)
+
+    @cached_property
+    def diagnosis(self) -> list[str]:
+        """What the failures resemble, a sentence a method; nothing if the vectors have changed."""
+        same = self.file.header.get("vectors") == digest()
+        return diagnose(self.file.results) if same else []
+
+    @property
     def conforms(self) -> bool:
-        """Whether anything was computed correctly; parsing a configuration does not count."""
-        return any(r["status"] == "passed" and r["level"] != "L0" for r in self.file.results)
+        """Whether the run ended and computed anything correctly; configurations do not count."""
+        return self.died is None and any(
+            r["status"] == "passed" and r["level"] != "L0" for r in self.file.results
+        )
 
     def histograms(self, method: str) -> dict[str, list[int]]:
         """Return counts of elements by error in ULP, for each dtype of gradients.
@@ -138,6 +170,15 @@ class Column:
             name = result["dtype"].partition("/")[0]
             worst[name] = max(worst.get(name, 0.0), result["max_ulp"] or 0.0)
         return {name: (value, ULP_LIMITS[method][name]) for name, value in worst.items()}
+
+    @property
+    def paths(self) -> dict[str, float]:
+        """Largest error in float32 by path, of the vectors that are asked of every path."""
+        worst: dict[str, float] = {}
+        for result in self.file.results:
+            for path, error in result.get("ulp_by_path", {}).items():
+                worst[path] = max(worst.get(path, 0.0), error)
+        return worst
 
     def _measured(self, method: str) -> list[ResultRecord]:
         return [
@@ -169,6 +210,11 @@ class Summary:
         return [*self.backends, *self.subjects]
 
     @property
+    def paths(self) -> list[str]:
+        """Paths of all backends."""
+        return [*dict.fromkeys(path for column in self.backends for path in column.paths)]
+
+    @property
     def failures(self) -> list[tuple[Column, ResultRecord]]:
         """Results that make this report a failure."""
         return [
@@ -177,6 +223,16 @@ class Summary:
             for result in column.file.results
             if result["status"] in bad_statuses
         ]
+
+    @property
+    def died(self) -> list[Column]:
+        """Backends whose process died."""
+        return [column for column in self.backends if column.died]
+
+    @property
+    def diagnoses(self) -> list[str]:
+        """What the failures of each run resemble."""
+        return [f"{column.title}: {s}" for column in self.columns for s in column.diagnosis]
 
     @property
     def mutants(self) -> list[dict[str, Any]]:
@@ -199,7 +255,7 @@ class Summary:
         broken = any(program["status"] == "failed" for program in self.programs)
         absent = bool(self.unavailable) and not self.columns
         empty = any(not file.has_results for file in self.files)
-        return not (self.failures or self.survivors or broken or absent or empty)
+        return not (self.failures or self.died or self.survivors or broken or absent or empty)
 
     @property
     def mood(self) -> Literal["ok", "partly", "no"]:
@@ -221,12 +277,23 @@ class Summary:
         ]
         if counts["unsupported"]:
             parts.append(f"{counts['unsupported']} unsupported")
+        if self.died:
+            parts.append(f"{len(self.died)} died")
         if self.unavailable:
             parts.append(f"{len(self.unavailable)} unavailable")
         if self.mutants:
             killed = len(self.mutants) - len(self.survivors)
             parts.append(f"{killed} of {len(self.mutants)} mutants killed")
         return ", ".join(parts)
+
+
+def not_offered(columns: Sequence[Column]) -> list[str]:
+    """Return the clauses that none of some runs answers."""
+    return [
+        clause
+        for clause in CLAUSES
+        if all(column.cells[clause].verdict in ("unsupported", "none") for column in columns)
+    ]
 
 
 def program_cells(program: Mapping[str, Any]) -> dict[str, str]:
@@ -294,6 +361,11 @@ def _notices(files: Sequence[ResultFile], columns: Sequence[Column]) -> list[str
     if len(digests) > 1:
         notices.append("These runs used different vectors; run them again with the same suite.")
     for column in columns:
+        if column.died:
+            notices.append(
+                f"{column.title} died in {column.died['check']}: {column.died['reason']}; "
+                "the checks after it were not run."
+            )
         selected = column.file.header.get("select")
         if selected is not None:
             notices.append(f"{column.title} ran only {selected!r}.")
@@ -303,6 +375,7 @@ def _notices(files: Sequence[ResultFile], columns: Sequence[Column]) -> list[str
         empty = [clause for clause, cell in column.cells.items() if not cell.results]
         # Only backends are asked about models; a partial run has its own notice above.
         whole = selected is None and column.file.header.get("models", True)
+        whole = whole and not column.died
         if column.role == "backend" and column.file.results and whole and empty:
             notices.append(f"{column.title} was not asked about {', '.join(empty)}.")
     notices += [f"{file.path} has no results at all." for file in files if not file.has_results]

@@ -13,7 +13,14 @@ from rich.table import Table
 
 from agc_conformance.clauses import CLAUSES
 from agc_conformance.records import bad_statuses
-from agc_conformance.report.summary import ULP_LIMITS, Cell, Column, Summary, program_cells
+from agc_conformance.report.summary import (
+    ULP_LIMITS,
+    Cell,
+    Column,
+    Summary,
+    not_offered,
+    program_cells,
+)
 
 __all__ = ["as_json", "junit", "markdown", "terminal"]
 
@@ -60,7 +67,10 @@ def terminal(summary: Summary, console: Console) -> None:
         for column in columns:
             name = f"{column.name}\n{column.device}"
             table.add_column(name, justify="right", no_wrap=True)
+        folded = not_offered(columns)
         for clause, what in CLAUSES.items():
+            if clause in folded:
+                continue
             cells = [column.cells[clause] for column in columns]
             shown = [
                 f"[{_STYLE[c.verdict]}]{_cell(c, subject=col.role == 'subject')}[/]"
@@ -74,6 +84,8 @@ def terminal(summary: Summary, console: Console) -> None:
         table.add_section()
         table.add_row("all", *totals)
         console.print(table)
+        if folded:
+            console.print(f"[dim]not offered or not asked: {', '.join(folded)}[/]", highlight=False)
     for column, result in summary.failures[:30]:
         console.print(
             f"[red]{result['status']}[/] {column.title} {result['id']}:{result['dtype']} "
@@ -100,6 +112,8 @@ def terminal(summary: Summary, console: Console) -> None:
             f"{compiled} of {len(summary.programs)} programs compiled ahead of time (not run)",
             highlight=False,
         )
+    for sentence in summary.diagnoses:
+        console.print(f"[yellow]{escape(sentence)}[/]", highlight=False, soft_wrap=True)
     for notice in summary.notices:
         console.print(f"[yellow]{escape(notice)}[/]", highlight=False)
     style = {"ok": "green", "partly": "yellow", "no": "bold red"}[summary.mood]
@@ -123,16 +137,27 @@ def _mark(column: Column, cell: Cell) -> str:
 def markdown(summary: Summary) -> str:
     """Return the report as Markdown."""
     lines = ["# Conformance", "", f"**{summary.headline}.**", ""]
-    lines += [f"> {notice}" for notice in summary.notices] + ([""] if summary.notices else [])
+    said = [*summary.notices, *summary.diagnoses]
+    lines += [line for text in said for line in (f"> {text}", "")]
     for title, columns in (("Backends", summary.backends), ("Subjects", summary.subjects)):
         if columns:
             lines += [f"## {title}", ""]
+            folded = not_offered(columns)
             rows = [
                 [f"{clause}: {what}", *(_mark(c, c.cells[clause]) for c in columns)]
                 for clause, what in CLAUSES.items()
+                if clause not in folded
             ]
             rows.append(["all", *(_mark(c, c.total) for c in columns)])
             lines += _table(["clause", *(c.title for c in columns)], rows)
+            lines += [f"Not offered or not asked: {', '.join(folded)}.", ""] if folded else []
+    if summary.paths:
+        lines += ["## Largest error in float32 by path, in ULP of which 4 are allowed", ""]
+        rows = [
+            [c.title, *(f"{c.paths[p]:.2f}" if p in c.paths else "" for p in summary.paths)]
+            for c in summary.backends
+        ]
+        lines += _table(["run", *summary.paths], rows)
     if summary.failures:
         lines += ["## Failures", ""]
         rows = [
@@ -188,13 +213,14 @@ def junit(summary: Summary) -> str:
         errors = 0 if subject else total.counts["error"]
         failures = 0 if subject else total.bad - errors
         skipped = len(total.results) - total.counts["passed"] - errors - failures
+        died = column.died if not subject else None
         suite = ET.SubElement(
             root,
             "testsuite",
             name=column.title,
-            tests=str(len(total.results)),
+            tests=str(len(total.results) + bool(died)),
             failures=str(failures),
-            errors=str(errors),
+            errors=str(errors + bool(died)),
             skipped=str(skipped),
         )
         for result in total.results:
@@ -213,6 +239,10 @@ def junit(summary: Summary) -> str:
                 ET.SubElement(case, tag, message=detail, type=status)
             else:
                 ET.SubElement(case, "skipped", message=f"{status}: {detail}")
+        if died:
+            case = ET.SubElement(suite, "testcase", classname="died", name=died["check"])
+            message = _CONTROL.sub("?", died["reason"])
+            ET.SubElement(case, "error", message=message, type="died")
     if summary.mutants:
         suite = ET.SubElement(
             root,
@@ -283,7 +313,10 @@ def as_json(summary: Summary) -> str:
         "runs": [
             {
                 "header": column.file.header,
+                "died": column.died,
+                "diagnosis": column.diagnosis,
                 "clauses": matrix(column),
+                "paths": column.paths,
                 "errors": {method: errors(column, method) for method in ULP_LIMITS},
             }
             for column in summary.columns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ Array = npt.NDArray[Any]
 
 class Clipping(Device):
     """AGC by :mod:`agc_jax`."""
+
+    paths = ("compiled", "as_on_tpu")
 
     def clip(self, problem: Problem) -> Outcome:
         """Clip by :func:`agc_jax.adaptive_clip_gradients`."""
@@ -74,6 +77,15 @@ class Clipping(Device):
     def scenario_compiled(self, problem: Problem) -> Outcome:
         """Clip under ``jax.jit``."""
         with self.place(_all_arrays(problem)):
+            return self._clip(problem, compiled=True)
+
+    def scenario_as_on_tpu(self, problem: Problem) -> Outcome:
+        """Clip under ``jax.jit`` in float32, as is lowered for a TPU."""
+
+        def tpu(*arguments: Any, default: Any, **branches: Any) -> Any:
+            return branches.get("tpu", default)(*arguments)
+
+        with self.place(_all_arrays(problem)), patch.object(jax.lax, "platform_dependent", tpu):
             return self._clip(problem, compiled=True)
 
     def scenario_unscale(self, problem: Problem, scale: float) -> Outcome:

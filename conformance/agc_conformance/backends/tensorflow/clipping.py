@@ -33,6 +33,8 @@ Array = npt.NDArray[Any]
 class Clipping(Device):
     """AGC by :mod:`agc_tensorflow`."""
 
+    paths = ("compiled", "xla")
+
     def clip(self, problem: Problem) -> Outcome:
         """Clip by :func:`agc_tensorflow.adaptive_clip_gradients`, eagerly."""
         return self._clip(problem, lambda clip: clip())
@@ -73,6 +75,12 @@ class Clipping(Device):
     def scenario_compiled(self, problem: Problem) -> Outcome:
         """Clip in a graph."""
         return self._clip(problem, _in_graph)
+
+    def scenario_xla(self, problem: Problem) -> Outcome:
+        """Clip in a graph that XLA compiles."""
+        return self._clip(
+            problem, lambda clip: tf.function(clip, autograph=False, jit_compile=True)()
+        )
 
     def scenario_sharded(self, problem: Problem, shards: int) -> Outcome:
         """Raise Unsupported: Keras shards no parameters on TensorFlow."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy.typing as npt
 import torch
@@ -34,6 +38,8 @@ Array = npt.NDArray[Any]
 
 class Clipping(Device):
     """AGC by :mod:`agc_torch`."""
+
+    paths = ("compiled", "as_on_device", "triton")
 
     def clip(self, problem: Problem) -> Outcome:
         """Clip by :func:`agc_torch.adaptive_clip_grad_`."""
@@ -94,6 +100,22 @@ class Clipping(Device):
         torch.compiler.reset()
         stats = torch.compile(clip, fullgraph=True)(torch.tensor(problem.step))
         return Outcome(gradient_arrays(tensors), stats.parameters())
+
+    def scenario_as_on_device(self, problem: Problem) -> Outcome:
+        """Clip as on an accelerator without Triton, whose values the host does not read."""
+        with ExitStack() as stack:
+            for module in ("clip", "norms", "schedules"):
+                stack.enter_context(patch(f"agc_torch.{module}.on_host", lambda _: False))
+            return self.clip(problem)
+
+    def scenario_triton(self, problem: Problem) -> Outcome:
+        """Clip by the kernels for GPUs, on a CPU in Triton's interpreter."""
+        if self.device == "cuda":
+            raise Unsupported("on a GPU these kernels are what clips by hand")
+        if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+            raise Unsupported("Triton's interpreter is not switched on: set TRITON_INTERPRET=1")
+        with patch("agc_torch.fused.available", lambda _: True):
+            return self.clip(problem)
 
     def scenario_sharded(self, problem: Problem, shards: int) -> Outcome:
         """Clip DTensors that are split over processes."""

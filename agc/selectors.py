@@ -46,7 +46,10 @@ def first_matches(field: str, patterns: Mapping[str, V], names: Sequence[str]) -
 
 
 def select(
-    selector: str, shapes: Mapping[str, tuple[int, ...]], head: str | None = None
+    selector: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    head: str | None = None,
+    field: str = "exclude",
 ) -> list[str]:
     """Return the names that a selector means: a pattern, ``@head`` or ``@head.weight``.
 
@@ -58,6 +61,8 @@ def select(
         Dotted name to shape of every parameter.
     head : str, optional
         Name, or name pattern, of the classifier layer.
+    field : str
+        Whose selector it is, for messages.
 
     Raises
     ------
@@ -66,14 +71,14 @@ def select(
     """
     names = list(shapes)
     if not selector.startswith("@"):
-        return _some("exclude", selector, names)
+        return _some(field, selector, names)
     if selector not in ("@head", "@head.weight"):
         raise SelectorError(
-            f"exclude: unknown selector {selector!r}; there are '@head' and '@head.weight'"
+            f"{field}: unknown selector {selector!r}; there are '@head' and '@head.weight'"
         )
     if head is None:
         raise SelectorError(
-            f"exclude: {selector!r} needs the name of the classifier layer, and the model does not "
+            f"{field}: {selector!r} needs the name of the classifier layer, and the model does not "
             "declare one; give it in the rule, for example head='fc'"
         )
     layer = f"{canonical_name(head)}."
@@ -84,7 +89,7 @@ def select(
     matrices = [name for name in in_head if len(shapes[name]) >= 2]
     if not matrices:
         raise SelectorError(
-            f"exclude: {selector!r} matches no parameter, because the head {head!r} has no matrix, only "
+            f"{field}: {selector!r} matches no parameter, because the head {head!r} has no matrix, only "
             f"{', '.join(in_head)}; name what you mean instead"
         )
     return matrices

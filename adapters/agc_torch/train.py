@@ -19,7 +19,7 @@ from agc.data import Batch, EvaluationBatch, normalisation_table, soft_labels
 from agc.errors import ConfigError
 from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Sharpness, Weights
-from agc.training import Launch, Metrics, State, Totals
+from agc.training import Launch, Metrics, State, Totals, trained_names
 from agc_torch.nfnet import NFNet
 from agc_torch.optimizer import attached
 from agc_torch.recipe import sgd_nfnet
@@ -45,6 +45,8 @@ class Trainer:
         If the recipe asks for what the model cannot do, or there is no such device.
     """
 
+    trains_part = True
+
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
         _check(recipe)
         self._recipe = recipe
@@ -57,6 +59,9 @@ class Trainer:
         }
         model = NFNet(recipe.model.options(), device=self._device)
         self._model = model.to(memory_format=torch.channels_last)
+        trained = trained_names(recipe)
+        for spec, parameter in pairs_of(self._model):
+            parameter.requires_grad_(spec.name in trained)
         self._average = None
         if recipe.ema:
             self._average = copy.deepcopy(self._model).eval().requires_grad_(False)

@@ -7,6 +7,7 @@ Read ``trainer``, what a framework gives; ``loop``, what is done with it; then `
 from agc.training.checkpoints import Checkpoints
 from agc.training.log import read_log
 from agc.training.loop import Training
+from agc.training.part import trained_names
 from agc.training.state import State
 from agc.training.stop import stop_signals
 from agc.training.trainer import Launch, Metrics, Totals, Trainer
@@ -21,4 +22,5 @@ __all__ = [
     "Training",
     "read_log",
     "stop_signals",
+    "trained_names",
 ]

@@ -111,6 +111,8 @@ class Trainer(Protocol):
     ----------
     facts : mapping of str to JSON data
         Framework, versions and device, for logs and checkpoints.
+    trains_part : bool
+        Whether it trains :func:`agc.training.trained_names` alone; absent is False.
     """
 
     facts: Mapping[str, Any]

@@ -412,6 +412,10 @@ def _legacy_torch(path: Path) -> dict[str, dict[Any, Any]]:
     return _dictionaries(path, tree, torch.Tensor, tensor)
 
 
+_DEPTH: Final = 6
+_DICTIONARIES: Final = 10_000
+
+
 def _dictionaries(
     path: Path, tree: Any, cls: Any, tensor: Callable[[str, Any], Tensor]
 ) -> dict[str, dict[Any, Any]]:
@@ -431,16 +435,17 @@ def _dictionaries(
     if not isinstance(tree, dict):
         raise FormatError(f"{path}: holds a {type(tree).__name__}, not a state dict")
     contents: dict[str, dict[Any, Any]] = {}
-    waiting, met = [("", tree)], {id(tree)}  # a pickle may have circles
+    waiting = [("", tree, 0)]
     while waiting:
-        key, found = waiting.pop(0)
+        key, found, depth = waiting.pop(0)
+        if len(contents) > _DICTIONARIES:
+            raise FormatError(f"{path}: holds more than {_DICTIONARIES} dictionaries")
         contents[key] = {}
         for name, value in found.items():
             if not isinstance(value, dict):
                 contents[key][name] = tensor(name, value) if isinstance(value, cls) else value
-            elif isinstance(name, str) and id(value) not in met:
-                met.add(id(value))
-                waiting.append((f"{key}.{name}" if key else name, value))
+            elif isinstance(name, str) and depth < _DEPTH:  # a pickle may have circles
+                waiting.append((f"{key}.{name}" if key else name, value, depth + 1))
     return contents
 
 

@@ -19,7 +19,7 @@ from agc.recipe import Recipe, load_recipe, numbers
 from agc.recipe.tables import Rate
 from agc.reference import adaptive_clip, sharpness_aware_gradients
 from agc.reference.nfnet import NFNet
-from agc.training import Launch, State, Training
+from agc.training import Launch, State, Training, trained_names
 from tests.contract import Contract
 from tests.helpers import Array, relative
 
@@ -50,6 +50,8 @@ def recipe_of(case: str) -> Recipe:
         case "plain":  # the pipeline normalises
             augment = replace(recipe.augment, randaugment=None)
             return replace(recipe, sam=None, augment=augment)
+        case "part":
+            return replace(recipe, train=replace(recipe.train, only=["head.*", "*.conv1.*"]))
         case "bare":  # a rate that needs no clipping
             raw = replace(recipe.evaluate, weights=("raw",))
             slow = replace(recipe.optimizer, rate=Rate(peak=0.1))
@@ -81,6 +83,8 @@ class Reference:
         self.weights, self.buffers = self.wide(state.parameters), self.wide(state.momentum)
         self.average = self.wide(state.ema or {})
         self.specs = core.parameters("mini", recipe.model.num_classes)
+        self.trained = trained_names(recipe)
+        self.specs = tuple(spec for spec in self.specs if spec.name in self.trained)
         known = [Parameter(s.name, s.shape, s.units, "out-last") for s in self.specs]
         self.plan = recipe.agc and make_plan(known, recipe.agc, head=core.HEAD)
 
@@ -95,7 +99,10 @@ class Reference:
         log_probabilities = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
         gradients = forward.backward((np.exp(log_probabilities) - targets) / len(targets))
         loss = float(-np.sum(targets * log_probabilities) / len(targets))
-        return loss, {name: gradients[name] for name in weights}
+        constant = {
+            name: np.zeros_like(w) for name, w in weights.items() if name not in self.trained
+        }
+        return loss, {name: gradients[name] for name in weights} | constant
 
     def step(self, step: int, batch: Batch) -> tuple[float, int]:
         """Make a step; return the loss and how many units were clipped."""
@@ -121,7 +128,8 @@ class Reference:
             loss, found = sharp.loss, dict(sharp.gradients)  # type: ignore[arg-type]
         clipped = 0
         if recipe.agc and self.plan:
-            result = adaptive_clip(self.weights, found, self.plan, recipe.agc, step=step)
+            weights, found = ({k: of[k] for k in self.trained} for of in (self.weights, found))
+            result = adaptive_clip(weights, found, self.plan, recipe.agc, step=step)
             found, clipped = dict(result.gradients), result.total.clipped  # type: ignore[arg-type]
         rate, momentum = float(self.table.rate[step]), recipe.optimizer.momentum
         for spec in self.specs:
@@ -176,6 +184,12 @@ class TrainingContract(Contract):
             self.equal(state.parameters, reference.weights)
             self.equal(state.momentum, reference.buffers)
             self.equal(state.ema or {}, reference.average)
+
+    def test_part_of_the_model(self):
+        recipe = recipe_of("part")
+        if not getattr(self.driver.trainer(recipe, Launch()), "trains_part", False):
+            pytest.skip("not offered in this framework as yet")
+        self.test_steps("part", None)
 
     def equal(self, found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
         assert list(found) == list(expected)

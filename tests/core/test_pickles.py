@@ -10,11 +10,13 @@ import struct
 import subprocess
 import sys
 import zipfile
+from typing import Any
 
 import numpy as np
 import pytest
 
 from agc.errors import FormatError
+from agc.weights import load
 from agc.weights.files import open_source
 from agc.weights.pickles import read_pickle
 
@@ -484,6 +486,16 @@ def test_tensors_in_archives(tmp_path):
     np.testing.assert_array_equal(found, np.float32([[0, 2], [1, 3]]))
     with pytest.raises(FormatError, match=r"model\.pth: a cannot be read; .* fewer bytes"):
         read_archive(tmp_path, transposed, numbers[:8])
+
+
+@pytest.mark.parametrize(("ways", "message"), [(1, "it holds nothing"), (9, "more than 10000")])
+def test_circles_of_dictionaries(tmp_path, ways, message):
+    tree: dict[str, Any] = {}
+    tree |= {str(n): tree for n in range(ways)}
+    with zipfile.ZipFile(tmp_path / "model.pth", "w") as archive:
+        archive.writestr("model/data.pkl", pickle.dumps(tree, 2))
+    with pytest.raises(FormatError, match=message):
+        load(tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize(

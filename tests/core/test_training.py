@@ -17,10 +17,18 @@ import pytest
 from agc.cli import main
 from agc.cli import train as command
 from agc.data import digest, initial_values, open_source
-from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError
+from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError, SelectorError
 from agc.nfnet import seeded_parameters
 from agc.recipe import load_recipe
-from agc.training import Launch, Metrics, Totals, Training, read_log, stop_signals
+from agc.training import (
+    Launch,
+    Metrics,
+    Totals,
+    Training,
+    read_log,
+    stop_signals,
+    trained_names,
+)
 from agc.training.initial import initial_state
 from agc.training.loop import evaluation_due
 from agc.weights import save
@@ -316,6 +324,17 @@ def test_beginning_from_a_file(tmp_path, head):
     else:
         with pytest.raises(ParameterError, match=r'head\.bias.*classes set model\.head="new"'):
             initial_state(recipe, file)
+
+
+def test_trained_names():
+    recipe = load_recipe("conformance", CHANGES)
+    assert trained_names(recipe) == tuple(initial_values(recipe))
+    chosen = load_recipe("conformance", [*CHANGES, 'train.only=["@head", "stem.conv0.*"]'])
+    names = ["stem.conv0.weight", "stem.conv0.gain", "stem.conv0.bias", "head.weight", "head.bias"]
+    assert sorted(trained_names(chosen)) == sorted(names)
+    wrong = load_recipe("conformance", [*CHANGES, 'train.only=["fc.*"]'])
+    with pytest.raises(SelectorError, match=r"train\.only: the pattern 'fc\.\*' matches no para"):
+        trained_names(wrong)
 
 
 def test_launches():

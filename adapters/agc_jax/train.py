@@ -21,7 +21,7 @@ from agc.data import Batch, EvaluationBatch, normalisation_table, soft_labels
 from agc.errors import ConfigError, NonFiniteError
 from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Weights
-from agc.training import Launch, Metrics, State, Totals
+from agc.training import Launch, Metrics, State, Totals, check_offered
 from agc_jax.clip import Clipper
 from agc_jax.nfnet import NFNet
 from agc_jax.recipe import after_clipping
@@ -57,7 +57,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        _check(recipe)
+        check_offered(recipe, "JAX")
         self._recipe = recipe
         self._plain = replace(recipe, sam=None)  # of the steps that do not perturb
         self._microbatch = launch.microbatch or recipe.train.batch
@@ -168,14 +168,6 @@ class Trainer:
 def trainer(recipe: Recipe, launch: Launch) -> Trainer:
     """Return a training; see :meth:`agc.cli.frameworks.Framework.trainer`."""
     return Trainer(recipe, launch)
-
-
-def _check(recipe: Recipe) -> None:
-    if recipe.precision.standardise != "float32":
-        raise ConfigError(
-            f'precision.standardise="{recipe.precision.standardise}": JAX\'s NFNets standardise '
-            "their weights in float32; set precision.standardise=float32"
-        )
 
 
 def _device(name: str | None) -> Any:

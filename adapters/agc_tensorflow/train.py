@@ -21,7 +21,7 @@ from agc.data import Batch, EvaluationBatch, normalisation_table, soft_labels
 from agc.errors import ConfigError, NonFiniteError
 from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Sharpness, Weights
-from agc.training import Launch, Metrics, State, Totals
+from agc.training import Launch, Metrics, State, Totals, check_offered
 from agc_tensorflow.nfnet import NFNet
 from agc_tensorflow.recipe import sgd_nfnet
 from agc_tensorflow.sam import LossPasses, Pass, apply, are_perturbed, two_passes
@@ -340,11 +340,7 @@ def _summed(
 
 
 def _check(recipe: Recipe) -> None:
-    if recipe.precision.standardise != "float32":
-        raise ConfigError(
-            f'precision.standardise="{recipe.precision.standardise}": TensorFlow\'s NFNets standardise '
-            "their weights in float32; set precision.standardise=float32"
-        )
+    check_offered(recipe, "TensorFlow")
     if recipe.sam and recipe.sam.rule.nonfinite == "raise":
         raise ConfigError(
             'sam.nonfinite="raise" needs the value, which a graph of TensorFlow does not have; '

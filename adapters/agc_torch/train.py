@@ -19,7 +19,7 @@ from agc.data import Batch, EvaluationBatch, normalisation_table, soft_labels
 from agc.errors import ConfigError
 from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Sharpness, Weights
-from agc.training import Launch, Metrics, State, Totals, trained_names
+from agc.training import Launch, Metrics, State, Totals, check_offered, trained_names
 from agc_torch.nfnet import NFNet
 from agc_torch.optimizer import attached
 from agc_torch.recipe import sgd_nfnet
@@ -45,10 +45,8 @@ class Trainer:
         If the recipe asks for what the model cannot do, or there is no such device.
     """
 
-    trains_part = True
-
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        _check(recipe)
+        check_offered(recipe, "PyTorch", parts=True)
         self._recipe = recipe
         self._microbatch = launch.microbatch or recipe.train.batch
         self._device = _device(launch.device)
@@ -256,14 +254,6 @@ def _masks_of(recipe: Recipe) -> list[str]:
     model = recipe.model
     rates = {"stochastic_depth": model.stochastic_depth, "dropout": model.dropout}
     return [name for name, rate in rates.items() if name in recipe.train.masks and rate]
-
-
-def _check(recipe: Recipe) -> None:
-    if recipe.precision.standardise != "float32":
-        raise ConfigError(
-            f'precision.standardise="{recipe.precision.standardise}": PyTorch\'s NFNets standardise '
-            "their weights in float32; set precision.standardise=float32"
-        )
 
 
 def _device(name: str | None) -> torch.device:

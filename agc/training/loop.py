@@ -82,7 +82,6 @@ class Training:
         allow_changed: bool = False,
         report: Callable[[Record], None] | None = None,
     ) -> None:
-        _check_supported(recipe, trainer)
         launch.check(recipe)
         self._recipe, self._trainer, self._launch, self._report = recipe, trainer, launch, report
         self._batches = Batches(recipe, train)
@@ -270,12 +269,3 @@ def _step_record(step: int, now: Numbers, metrics: Metrics) -> Record:
     if metrics.units is not None and metrics.clipped is not None:
         record["clipped"] = float(metrics.clipped) / max(1.0, float(metrics.units))
     return record
-
-
-def _check_supported(recipe: Recipe, trainer: Trainer) -> None:
-    """Refuse what a recipe can say and a framework does not do."""
-    if recipe.train.only and not getattr(trainer, "trains_part", False):
-        raise ConfigError(
-            f"train.only={list(recipe.train.only)}: training a part of the model is not offered in "
-            "this framework as yet; leave it out to train all parameters"
-        )

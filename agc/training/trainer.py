@@ -61,6 +61,29 @@ class Launch:
             )
 
 
+def check_offered(recipe: Recipe, framework: str, *, parts: bool = False) -> None:
+    """Raise ConfigError if a recipe asks for what a framework's step does not do.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    framework : str
+        Its name in the message.
+    parts : bool
+        Whether it trains :func:`agc.training.trained_names` alone.
+    """
+    if recipe.precision.standardise != "float32":
+        raise ConfigError(
+            f'precision.standardise="{recipe.precision.standardise}": {framework}\'s NFNets standardise '
+            "their weights in float32; set precision.standardise=float32"
+        )
+    if recipe.train.only and not parts:
+        raise ConfigError(
+            f"train.only={list(recipe.train.only)}: training a part of the model is not offered in "
+            f"{framework} as yet; leave it out to train all parameters"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
     """What one step did: numbers, or scalars that stay on the device until somebody reads them.
@@ -111,8 +134,6 @@ class Trainer(Protocol):
     ----------
     facts : mapping of str to JSON data
         Framework, versions and device, for logs and checkpoints.
-    trains_part : bool
-        Whether it trains :func:`agc.training.trained_names` alone; absent is False.
     """
 
     facts: Mapping[str, Any]

@@ -186,10 +186,11 @@ class TrainingContract(Contract):
             self.equal(state.ema or {}, reference.average)
 
     def test_part_of_the_model(self):
-        recipe = recipe_of("part")
-        if not getattr(self.driver.trainer(recipe, Launch()), "trains_part", False):
-            pytest.skip("not offered in this framework as yet")
-        self.test_steps("part", None)
+        if self.driver.trains_parts:
+            self.test_steps("part", None)
+        else:
+            with pytest.raises(ConfigError, match=r"train\.only=\['head\.\*'.* leave it out"):
+                self.driver.trainer(recipe_of("part"), Launch())
 
     def equal(self, found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
         assert list(found) == list(expected)

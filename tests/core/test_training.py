@@ -289,13 +289,6 @@ def test_other_recipes(tmp_path):
         training(tmp_path, recipe=larger, resume=True, allow_changed=True)
 
 
-def test_recipes_that_are_not_offered(tmp_path):
-    recipe = load_recipe("conformance", [*CHANGES, 'train.only=["head.*"]'])
-    with pytest.raises(ConfigError, match=r"train\.only=\['head\.\*'\]: .* leave it out"):
-        training(tmp_path, recipe=recipe)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("head", ["keep", "new"])
 def test_beginning_from_a_file(tmp_path, head):
     recipe = load_recipe("conformance", [*CHANGES, "model.init=file", f"model.head={head}"])

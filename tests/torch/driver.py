@@ -119,6 +119,7 @@ class LossOfWeights(nn.ParameterDict):
 
 
 class TorchDriver(Driver):
+    trains_parts = True
     adapter = agc_torch
     channels_first = True
     modes = ("contiguous", "channels_last")

@@ -285,7 +285,7 @@ class _Passes(LossPasses):
         ]
         values = [tf.TensorSpec(weight.shape) for weight in weights]
         signature = [values, specs, tf.TensorSpec(())]
-        # Inlined, it would be optimized anew for each pass, which takes longer than to trace it.
+        # Inlined, it would be optimized anew for each call.
         self.gradients = _compiled(
             self._gradients,
             input_signature=signature,

@@ -373,8 +373,8 @@ def _group_small(
 def _count_units(g: jax.Array, w: jax.Array, clipping: jax.Array, *, limits: _Limits) -> Rows:
     """Numbers of K parameters with U units each, from squared norms.
 
-    Three reductions, each of which is an all-reduce of K numbers where units are sharded. Of one
-    with three results XLA makes an exchange that grows with the number of devices.
+    Four reductions, each of which is an all-reduce of K numbers where units are sharded. Of one
+    with four results XLA makes an exchange that grows with the number of devices.
     """
     units = _decide(g, w, clipping, limits=limits)
     clipped, bad = (

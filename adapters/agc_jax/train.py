@@ -160,7 +160,7 @@ class Trainer:
             losses, rank = (np.asarray(row)[batch.weight > 0] for row in classified)
             loss += float(losses.sum(dtype=np.float64))
             top1 += int((rank < 1).sum())
-            top5 += int((rank < 5).sum())
+            top5 += int((rank < min(5, options.num_classes)).sum())
             images += len(rank)
         return Totals(loss, top1, top5, images)
 

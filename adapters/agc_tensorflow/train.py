@@ -239,7 +239,8 @@ class Trainer:
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         real = weight > 0
         rank = tf.boolean_mask(_rank(logits, labels), real)
-        counts = [tf.math.count_nonzero(hit) for hit in (rank < 1, rank < 5, real)]
+        hits = [rank < min(n, logits.shape[1]) for n in (1, 5)]
+        counts = [tf.math.count_nonzero(each) for each in (*hits, real)]
         return tf.reduce_sum(tf.cast(tf.boolean_mask(losses, real), tf.float64)), tf.stack(counts)
 
     # --- rules that follow the numbers of the step ------------------------------------------------

@@ -214,10 +214,10 @@ class Trainer:
                 losses = F.cross_entropy(logits, labels, reduction="none")
                 loss += losses[real].double().sum()
                 rank = _rank(logits, labels)[real]
-                counts += torch.stack([(rank < 1).sum(), (rank < 5).sum(), real.sum()])
+                top1, top5 = ((rank < min(n, logits.shape[1])).sum() for n in (1, 5))
+                counts += torch.stack([top1, top5, real.sum()])
         self._model.train()
-        top1, top5, images = counts.tolist()
-        return Totals(loss.item(), top1, top5, images)
+        return Totals(loss.item(), *counts.tolist())
 
     # --- rules that follow the numbers of the step ------------------------------------------------
 

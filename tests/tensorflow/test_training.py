@@ -31,8 +31,8 @@ class TestTraining(TrainingContract):
 
     @pytest.fixture(autouse=True)
     def compiled(self, request: pytest.FixtureRequest) -> Iterator[None]:
-        """Trace where a training goes on, and only once; elsewhere that costs too much."""
-        compiles = request.node.name == "test_resume_is_bit_equal[float32]"
+        """Trace where it matters, and only once; elsewhere that costs too much."""
+        compiles = request.node.name in ("test_steps[group-4]", "test_resume_is_bit_equal[float32]")
         once = TracedOnce()
         if compiles:
             self.driver = once
@@ -41,7 +41,9 @@ class TestTraining(TrainingContract):
         tf.config.run_functions_eagerly(False)
         if compiles:
             functions = [f for f in vars(once.made).values() if isinstance(f, _FUNCTION)]
-            assert {function.experimental_get_tracing_count() for function in functions} == {1}
+            counts = [function.experimental_get_tracing_count() for function in functions]
+            assert max(counts) == 1
+            assert sum(counts) >= 4  # steps alone do not classify
 
 
 _FUNCTION = type(tf.function(trainer))

@@ -10,6 +10,14 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what may be compiled fast."""
+    for item in items:
+        if "quick" in getattr(item, "fixturenames", ()):
+            item.add_marker("quick")
+
+
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
     """Compile fast instead of fast code; not for tests that count units in the last place.

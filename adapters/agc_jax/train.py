@@ -21,7 +21,7 @@ from agc.data import Batch, EvaluationBatch, normalisation_table, soft_labels
 from agc.errors import ConfigError, NonFiniteError
 from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Weights
-from agc.training import Launch, Metrics, State, Totals, check_offered
+from agc.training import Launch, Metrics, State, Totals, ascent_first, check_offered
 from agc_jax.clip import Clipper
 from agc_jax.nfnet import NFNet
 from agc_jax.recipe import after_clipping
@@ -283,14 +283,6 @@ def _masks(recipe: Recipe, given: core.Masks, examples: int, made: jax.Array) ->
     return core.Masks(*masks)
 
 
-def _ascent_first(recipe: Recipe) -> Any:
-    """Return an order of the batch in which SAM's ascent examples, spread over it, come first."""
-    if recipe.sam is None or recipe.sam.group != "batch" or recipe.sam.rule.fraction == 1:
-        return None
-    ascent = recipe.sam.ascent(recipe.train.batch)
-    return np.array([*ascent, *sorted({*range(recipe.train.batch)}.difference(ascent))])
-
-
 def _gradient(
     recipe: Recipe, microbatch: int, parameters: Tree, batch: _Examples
 ) -> tuple[jax.Array, Tree]:
@@ -346,7 +338,7 @@ def _sharpness_aware(
         microbatches=count,
         nonfinite="skip_step" if policy == "raise" else policy,
     )
-    if (order := _ascent_first(recipe)) is not None:
+    if (order := ascent_first(recipe)) is not None:
         batch = jax.tree.map(lambda leaf: leaf[order], batch)
     perturbed = sam_value_and_grad(loss, rule, batch_argnums=1, return_stats=True)
     made: tuple[jax.Array, Tree, SamStats] = perturbed(parameters, batch, step=0)

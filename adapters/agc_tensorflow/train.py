@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from agc import AGC, SAM
@@ -21,7 +20,7 @@ from agc.data import Batch, EvaluationBatch, normalisation_table, soft_labels
 from agc.errors import ConfigError, NonFiniteError
 from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Sharpness, Weights
-from agc.training import Launch, Metrics, State, Totals, check_offered
+from agc.training import Launch, Metrics, State, Totals, ascent_first, check_offered
 from agc_tensorflow.nfnet import NFNet
 from agc_tensorflow.recipe import sgd_nfnet
 from agc_tensorflow.sam import LossPasses, Pass, apply, are_perturbed, two_passes
@@ -59,7 +58,7 @@ class Trainer:
             "device": self._device,
         }
         self._thresholds: dict[str, tf.Variable] = {}
-        self._first = _ascent_first(recipe)
+        self._first = ascent_first(recipe)
         self._made = 0
         with tf.device(self._device):
             self._build(recipe, launch)
@@ -359,14 +358,6 @@ def _device(name: str | None) -> str:
     if wanted.upper() not in devices:
         raise ConfigError(f"device={name!r}: TensorFlow has {', '.join(devices)}")
     return wanted.upper()
-
-
-def _ascent_first(recipe: Recipe) -> Any:
-    """Return an order of the batch in which SAM's ascent examples, spread over it, come first."""
-    if recipe.sam is None or recipe.sam.group != "batch" or recipe.sam.rule.fraction == 1:
-        return None
-    ascent = recipe.sam.ascent(recipe.train.batch)
-    return np.array([*ascent, *sorted({*range(recipe.train.batch)}.difference(ascent))])
 
 
 def _drop_rates(options: core.Options) -> core.Masks:

@@ -19,7 +19,7 @@ from agc.data import Batch, EvaluationBatch, normalisation_table, soft_labels
 from agc.errors import ConfigError
 from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Sharpness, Weights
-from agc.training import Launch, Metrics, State, Totals, check_offered, trained_names
+from agc.training import Launch, Metrics, State, Totals, ascent_first, check_offered, trained_names
 from agc_torch.nfnet import NFNet
 from agc_torch.optimizer import attached
 from agc_torch.recipe import sgd_nfnet
@@ -74,7 +74,7 @@ class Trainer:
         self._sam = self._sharpness(recipe.sam) if recipe.sam else None
         table = normalisation_table(recipe.input.mean, recipe.input.std)
         self._table = torch.from_numpy(table).to(self._device)
-        self._first = _ascent_first(recipe)
+        self._first = ascent_first(recipe)
         self._made = 0
         self._now: Numbers | None = None
 
@@ -265,14 +265,6 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={name!r}: PyTorch cannot use it: {error}") from None
     return device
-
-
-def _ascent_first(recipe: Recipe) -> Any:
-    """Return an order of the batch in which SAM's ascent examples, spread over it, come first."""
-    if recipe.sam is None or recipe.sam.group != "batch" or recipe.sam.rule.fraction == 1:
-        return None
-    ascent = recipe.sam.ascent(recipe.train.batch)
-    return np.array([*ascent, *sorted({*range(recipe.train.batch)}.difference(ascent))])
 
 
 def _rank(logits: Tensor, labels: Tensor) -> Tensor:

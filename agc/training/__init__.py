@@ -10,7 +10,7 @@ from agc.training.loop import Training
 from agc.training.part import trained_names
 from agc.training.state import State
 from agc.training.stop import stop_signals
-from agc.training.trainer import Launch, Metrics, Totals, Trainer, check_offered
+from agc.training.trainer import Launch, Metrics, Totals, Trainer, ascent_first, check_offered
 
 __all__ = [
     "Checkpoints",
@@ -20,6 +20,7 @@ __all__ = [
     "Totals",
     "Trainer",
     "Training",
+    "ascent_first",
     "check_offered",
     "read_log",
     "stop_signals",

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
 
+import numpy as np
+import numpy.typing as npt
+
 from agc.checks import check_count
 from agc.data import Batch, EvaluationBatch
 from agc.errors import ConfigError
@@ -82,6 +85,18 @@ def check_offered(recipe: Recipe, framework: str, *, parts: bool = False) -> Non
             f"train.only={list(recipe.train.only)}: training a part of the model is not offered in "
             f"{framework} as yet; leave it out to train all parameters"
         )
+
+
+def ascent_first(recipe: Recipe) -> npt.NDArray[np.int64] | None:
+    """Return an order of the batch in which SAM's ascent examples, spread over it, come first.
+
+    None if the examples are taken in their own order.
+    """
+    if recipe.sam is None or recipe.sam.group != "batch" or recipe.sam.rule.fraction == 1:
+        return None
+    ascent = recipe.sam.ascent(recipe.train.batch)
+    order = [*ascent, *sorted({*range(recipe.train.batch)}.difference(ascent))]
+    return np.array(order, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,10 @@ __all__ = ["KINDS"]
 Array = npt.NDArray[Any]
 
 
+_BY_PATH: Final = frozenset({"NaiveAccumulation", "OverflowToZero"})
+"""Flags of vectors that are asked of every path: of long sums, and of large numbers."""
+
+
 def _clip(backend: Backend, question: ClipQuestion) -> Outcome:
     problem, settings = _copy(question.problem), dict(question.settings)
     if question.scenario is None:
@@ -38,12 +42,12 @@ def _clip(backend: Backend, question: ClipQuestion) -> Outcome:
 
 
 class _Clip(Kind[ClipQuestion, Outcome]):
-    """Clipping; what a long sum in float32 may lose is asked of every path of a backend (AGC-3)."""
+    """Clipping; where float32 may not do, every path of a backend is asked (AGC-3, AGC-4)."""
 
     def run(self, backend: Backend, vector: Vector, dtype: str) -> Verdict:
         """Run a vector; each path has to pass as well."""
         verdict = super().run(backend, vector, dtype)
-        if dtype != "float32" or "NaiveAccumulation" not in vector.flags:
+        if dtype != "float32" or _BY_PATH.isdisjoint(vector.flags):
             return verdict
         question = self.parse(vector, backend.layout, dtype)
         verdicts = {"eager": verdict}

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax, nn
 
@@ -63,6 +64,11 @@ _FUNCTIONS: Final[Mapping[str, Callable[[jax.Array], jax.Array]]] = {
 }
 _List: Final = getattr(nnx, "List", list)
 """A list of modules; before Flax 0.12 a module may have plain ones."""
+
+
+def _undrawn(shape: tuple[int, ...], dtype: Any) -> nnx.Param:
+    """Return a parameter without numbers, which :meth:`NFNet.reset_parameters` draws."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.zeros((), dtype).dtype))
 
 
 def nfnet(
@@ -150,8 +156,8 @@ class SameConv2d(nnx.Module):  # type: ignore[misc]
 
     def __init__(self, conv: Conv, param_dtype: Any = jnp.float32) -> None:
         self.conv = conv
-        self.weight = nnx.Param(jnp.zeros(conv.shape, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(conv.outputs, param_dtype))
+        self.weight = _undrawn(conv.shape, param_dtype)
+        self.bias = _undrawn((conv.outputs,), param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve images of shape (n, h, w, inputs)."""
@@ -175,10 +181,17 @@ _FILTER: Final = (0, 1, 2)  # the axes of a filter, of which a weight has one fo
 
 
 def _standardise(weight: jax.Array, gain: jax.Array, ws_eps: WsEps) -> jax.Array:
+    """Standardise in at least float32, and return the weight's dtype."""
+    wide = jnp.promote_types(weight.dtype, jnp.float32)
+    weight, gain, dtype = weight.astype(wide), gain.astype(wide), weight.dtype
     # Autodiff's gradient is good enough: XLA fuses what would be many passes over the weights.
     mean = weight.mean(_FILTER)
     scale = gain * _scale(weight - mean, ws_eps)
-    return weight * scale - mean * scale  # the same as of the centred weight, which XLA would keep
+    # The same as of the centred weight, which XLA would keep.
+    return (weight * scale - mean * scale).astype(dtype)
+
+
+_standardised = jax.jit(_standardise, static_argnums=2)
 
 
 def _scale(centred: jax.Array, ws_eps: WsEps) -> jax.Array:
@@ -212,15 +225,11 @@ class WSConv2d(SameConv2d):
     def __init__(self, conv: Conv, ws_eps: WsEps, param_dtype: Any = jnp.float32) -> None:
         super().__init__(conv, param_dtype)
         self.ws_eps = ws_eps
-        self.gain = nnx.Param(jnp.ones(conv.outputs, param_dtype))
+        self.gain = _undrawn((conv.outputs,), param_dtype)
 
     def standardised(self) -> jax.Array:
         """Return the standardised weight: computed in at least float32, in the weight's dtype."""
-        weight, gain = self.weight[...], self.gain[...]
-        wide = jnp.promote_types(weight.dtype, jnp.float32)
-        return _standardise(weight.astype(wide), gain.astype(wide), self.ws_eps).astype(
-            weight.dtype
-        )
+        return _standardise(self.weight[...], self.gain[...], self.ws_eps)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve images of shape (n, h, w, inputs)."""
@@ -228,9 +237,9 @@ class WSConv2d(SameConv2d):
 
     def folded(self) -> SameConv2d:
         """Return the plain convolution that gives the same outputs."""
-        plain: SameConv2d = nnx.eval_shape(lambda: SameConv2d(self.conv))
-        plain.weight = nnx.Param(self.standardised())
-        plain.bias = nnx.Param(jnp.copy(self.bias[...]))
+        plain = SameConv2d(self.conv)
+        plain.weight = nnx.Param(_standardised(self.weight[...], self.gain[...], self.ws_eps))
+        plain.bias = self.bias
         return plain
 
 
@@ -238,8 +247,8 @@ class Dense(nnx.Module):  # type: ignore[misc]
     """A dense layer whose numbers are left to :meth:`NFNet.reset_parameters`."""
 
     def __init__(self, inputs: int, outputs: int, param_dtype: Any = jnp.float32) -> None:
-        self.weight = nnx.Param(jnp.zeros((inputs, outputs), param_dtype))
-        self.bias = nnx.Param(jnp.zeros(outputs, param_dtype))
+        self.weight = _undrawn((inputs, outputs), param_dtype)
+        self.bias = _undrawn((outputs,), param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Take (n, inputs) to (n, outputs)."""
@@ -306,7 +315,7 @@ class NFBlock(nnx.Module):  # type: ignore[misc]
         self.conv2 = convs["conv2"]
         self.shortcut = convs.get("shortcut")
         self.se = SqueezeExcite(block, param_dtype)
-        self.skip_gain = nnx.Param(jnp.zeros((), param_dtype))
+        self.skip_gain = _undrawn((), param_dtype)
         self.activation = Activation(options.activation)
 
     def __call__(
@@ -512,7 +521,7 @@ class NFNet(nnx.Module):  # type: ignore[misc]
             apply.
         """
         graph, state = nnx.split(self)
-        folded: NFNet = nnx.merge(graph, jax.tree.map(jnp.copy, state))
+        folded: NFNet = nnx.merge(graph, jax.device_put(state, may_alias=False))
         folded.eval()
         for _, parent in list(nnx.iter_modules(folded)):
             for name, child in list(vars(parent).items()):
@@ -549,12 +558,11 @@ class NFNet(nnx.Module):  # type: ignore[misc]
 def _draw(initial: Initial, shape: tuple[int, ...], dtype: Any, key: jax.Array) -> jax.Array:
     """Draw one parameter; in at least float32, of which half precision then has the nearest."""
     if initial.distribution == "constant":
-        return jnp.full(shape, initial.value, dtype)
-    size = math.prod(shape)
+        return jnp.asarray(np.full(shape, initial.value, dtype))  # nothing to compile
     # Rounded up, because there are few powers of two to compile for, and many shapes.
-    enough = 1 << (size - 1).bit_length()
+    enough = 1 << (math.prod(shape) - 1).bit_length()
     drawn = _standard(initial.distribution, enough, jnp.promote_types(dtype, jnp.float32), key)
-    return (initial.value * drawn[:size].reshape(shape)).astype(dtype)
+    return _shaped(shape, dtype, drawn, initial.value)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -562,6 +570,11 @@ def _standard(distribution: str, size: int, dtype: Any, key: jax.Array) -> jax.A
     if distribution == "normal":
         return jax.random.normal(key, (size,), dtype)
     return jax.random.truncated_normal(key, -2, 2, (size,), dtype)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _shaped(shape: tuple[int, ...], dtype: Any, drawn: jax.Array, scale: float) -> jax.Array:
+    return (scale * drawn[: math.prod(shape)].reshape(shape)).astype(dtype)
 
 
 def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:

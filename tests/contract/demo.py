@@ -10,7 +10,8 @@ from rich.console import Console
 from agc.cli.demo import experiment
 from agc.cli.experiments import results, run
 from agc.data import open_source
-from agc.training import Launch, Training, read_log
+from agc.recipe import Recipe
+from agc.training import Launch, Trainer, Training, read_log
 from tests.contract import Contract
 from tests.contract.training import TrainingContract
 
@@ -33,10 +34,14 @@ class DemoContract(Contract):
         assert (lost.diverged, found.diverged) == (True, False)
         assert 0 < found.clipped < 0.5
 
-        # A trainer for this recipe alone does the same: nothing is left of the run that diverged.
+        # Another trainer does the same: nothing was left of the run that diverged.
         recipe = plan.cells()[1].recipe
         sources = (open_source(recipe, part) for part in ("train", "test"))
-        alone, launch = self.driver.trainer(recipe, Launch()), Launch()
+        alone, launch = self.other_trainer(recipe, made[0]), Launch()
         Training(recipe, alone, *sources, tmp_path / "alone", launch=launch).run()
         log = read_log(tmp_path / "alone" / "log.jsonl")
         assert tuple(r["loss"] for r in log if r["type"] == "step") == found.losses
+
+    def other_trainer(self, recipe: Recipe, used: Trainer) -> Trainer:
+        """Return a trainer for this recipe alone; ``used`` has made it, after another one."""
+        return self.driver.trainer(recipe, Launch())

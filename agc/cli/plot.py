@@ -107,7 +107,7 @@ def draw_curves(logs: Logs, path: Path, *, mean: int = 1) -> None:
                     x, y = ([record[key] for record in found] for key in ("step", "top1"))
                     axes[-1].plot(x, y, line, color=f"C{number}", markersize=3)
             for weights, line in (("raw", "-"), ("average", "--")):
-                axes[-1].plot([], [], line, color="C0", label=weights)
+                axes[-1].plot([], [], line, color="gray", label=weights)
             axes[-1].legend()
         for ax in axes:
             ax.set_xlabel("step")

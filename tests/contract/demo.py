@@ -27,7 +27,7 @@ class DemoContract(Contract):
             return made[-1]
 
         framework: Any = SimpleNamespace(trainer=trainer)
-        plan = experiment([0.01], [1e30, 0.2], seeds=1, steps=3, batch=32)
+        plan = experiment([0.01], [1e30, 0.2], seeds=1, steps=3, batch=64)
         run(plan, "any", framework, tmp_path / "all", Console(quiet=True))
         lost, found = results(plan, "any", tmp_path / "all")
         assert len(made) == 1  # rates and thresholds are numbers

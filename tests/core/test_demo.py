@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ class Fake:
     """Diverges without clipping, else classifies as many images right as the threshold says."""
 
     def __init__(self):
-        self.facts = {"framework": "none"}
+        self.facts, self.clipping = {"framework": "none"}, 0.05
 
     def load(self, state):
         self.now = state
@@ -34,6 +35,7 @@ class Fake:
         return self.now
 
     def step(self, batch, numbers):
+        self.now = replace(self.now, step=self.now.step + 1)
         self.clipping = numbers.clipping.get("*")
         loss = math.nan if self.clipping is None and numbers.rate > 0 else 2.0
         return Metrics(loss=loss, units=4, clipped=1)
@@ -195,12 +197,12 @@ def test_a_folder_that_is_lost_meanwhile(monkeypatch, tmp_path, capsys):
 def test_a_folder_that_is_locked_meanwhile_is_reported_by_the_name_of_the_file(
     monkeypatch, fake, tmp_path, capsys
 ):
-    replace = Path.replace
+    rename = Path.replace
 
     def deny(path, target):
         if Path(target).parent == tmp_path:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return replace(path, target)
+        return rename(path, target)
 
     monkeypatch.setattr(Path, "replace", deny)
     assert main([*SHORT, "--out", str(tmp_path / "x.svg")]) == 2

@@ -47,7 +47,16 @@ def test_command_line_needs_a_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     names = re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE)
-    assert names == ["classify", "conformance", "convert", "demo", "plot", "recipe", "train"]
+    assert names == [
+        "classify",
+        "conformance",
+        "convert",
+        "demo",
+        "plot",
+        "recipe",
+        "reproduce",
+        "train",
+    ]
 
 
 def test_command_without_its_packages_says_what_to_install(capsys, monkeypatch):

@@ -15,6 +15,7 @@ from agc.cli import main
 from agc.cli.plot import _curve
 from agc.cli.tensorboard import tensorboard
 from agc.errors import MissingPackageError
+from tests.core.test_demo import FAKE
 
 LOG = [
     {"type": "start", "step": 0, "time": 0.0},
@@ -75,8 +76,9 @@ def test_plots_that_are_refused(folders, monkeypatch, capsys, given, message):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_tensorboard(monkeypatch, tmp_path):
-    """By a double; ``tests/integrations`` has the real package."""
+@pytest.fixture
+def calls(monkeypatch):
+    """What a double of tensorboardX is told; ``tests/integrations`` has the real package."""
     calls = []
 
     class Writer:
@@ -92,6 +94,10 @@ def test_tensorboard(monkeypatch, tmp_path):
         close = flush
 
     monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
+    return calls
+
+
+def test_tensorboard(calls, tmp_path):
     report = tensorboard(tmp_path / "tb")
     assert not calls
     for record in (*LOG[:2], {"type": "step", "step": 1, "loss": math.nan}, *LOG[4:]):
@@ -104,6 +110,17 @@ def test_tensorboard(monkeypatch, tmp_path):
         ("step/loss", 2.0, 0),
         ("step/rate", 0.0, 0),
     ]
+
+
+def test_training_with_tensorboard(calls, tmp_path, monkeypatch):
+    monkeypatch.setattr("agc.cli.train.load_framework", lambda *_: FAKE)
+    changes = ("train.batch=8", "train.epochs=", "train.steps=2", "schedule.warmup_epochs=")
+    given = [*("train", "digits-mini", "--framework", "torch"), *("--out", str(tmp_path / "run"))]
+    given += [word for change in changes for word in ("--set", change)]
+    assert main([*given, "--tensorboard", str(tmp_path / "board")]) == 0
+    assert calls[0] == (str(tmp_path / "board"), 0)
+    assert [call[2] for call in calls[1:] if call[0] == "step/loss"] == [0, 1]
+    assert {call[0] for call in calls[1:]} >= {"evaluation/raw/top1", "evaluation/ema/top1"}
 
 
 def test_missing_tensorboard_names_the_extra(monkeypatch, tmp_path):

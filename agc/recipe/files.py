@@ -3,6 +3,7 @@
 A file may begin with ``base = "nfnet-f0"``, the name of a recipe of this package or a path relative
 to the file: its own keys then replace those of the base. Tables of a recipe are merged key by key;
 a value that is written as a table, such as a schedule or thresholds by pattern, is replaced whole.
+The empty text takes a key, or a whole table such as ``[agc]``, out of the base.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def load_recipe(name: str | Path, changes: Iterable[str] = ()) -> Recipe:
     name : str or Path
         A name of :func:`shipped_recipes`, or the path of a TOML file.
     changes : iterable of str
-        Keys to set, as TOML with dots: ``"train.steps=100"``. Text needs no quotes.
+        Keys to set, as TOML with dots: ``"train.steps=100"``. Text needs no quotes;
+        ``"train.epochs="`` takes the key out.
 
     Raises
     ------
@@ -124,6 +126,9 @@ def _merged(
     merged, tables = dict(base), tables_of(cls)
     for key, value in changes.items():
         old = merged.get(key)
+        if value == "" and key in merged:
+            del merged[key]
+            continue
         if isinstance(old, Mapping) and isinstance(value, Mapping):
             if key in tables:
                 value = _merged(old, value, tables[key])

@@ -8,6 +8,7 @@ from agc.training.checkpoints import Checkpoints
 from agc.training.log import read_log
 from agc.training.loop import Training
 from agc.training.part import trained_names
+from agc.training.shared import SharedTrainers, step_of
 from agc.training.state import State
 from agc.training.stop import stop_signals
 from agc.training.trainer import (
@@ -25,6 +26,7 @@ __all__ = [
     "Hosts",
     "Launch",
     "Metrics",
+    "SharedTrainers",
     "State",
     "Totals",
     "Trainer",
@@ -32,6 +34,7 @@ __all__ = [
     "ascent_first",
     "check_offered",
     "read_log",
+    "step_of",
     "stop_signals",
     "trained_names",
 ]

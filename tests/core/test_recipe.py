@@ -194,6 +194,15 @@ def test_tables_that_are_values_are_replaced_whole(tmp_path, name, key, value, c
     assert rest[0] == rest[1]
 
 
+def test_the_empty_text_takes_a_key_out():
+    plain = load_recipe("digits-mini")
+    recipe = load_recipe("digits-mini", ["agc=", "ema=", "train.epochs=", "train.steps=70"])
+    assert (recipe.agc, recipe.ema, recipe.steps) == (None, None, 70)
+    assert recipe.schedule == plain.schedule
+    with pytest.raises(ConfigError, match="epochs or steps must be given"):
+        load_recipe("digits-mini", ["train.epochs="])
+
+
 def test_tables_of_a_recipe_are_merged_key_by_key():
     changes = ["data.train.split=mine", 'notes."train.batch"=a', 'notes."train.epochs"=b']
     recipe = load_recipe("digits-mini", changes)

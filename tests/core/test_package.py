@@ -47,7 +47,7 @@ def test_command_line_needs_a_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     names = re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE)
-    assert names == ["classify", "conformance", "convert", "demo", "recipe", "train"]
+    assert names == ["checkpoint", "classify", "conformance", "convert", "demo", "recipe", "train"]
 
 
 def test_command_without_its_packages_says_what_to_install(capsys, monkeypatch):

@@ -157,13 +157,13 @@ class Trainer:
         finite = [local(tensor).isfinite().all() for tensor in tensors.values()]
         if self.hosts.any(not torch.stack(finite).all()):
             raise NonFiniteError(f"the state is not finite before step {self._made}")
-        with _checkpoints() as module:
+        with _checkpoints(OSError, f"{folder}: cannot be written") as module:
             module.save(tensors, checkpoint_id=folder)
 
     def load_sharded(self, folder: Path, step: int) -> None:
         """Take over what :meth:`save_sharded` has written, on any number of processes."""
         self._begin(step)
-        with _checkpoints() as module:
+        with _checkpoints(FormatError, f"{folder}: cannot be read") as module:
             module.load(self._tensors_by_name(), checkpoint_id=folder)
 
     def _tensors_by_name(self) -> dict[str, Tensor]:
@@ -378,8 +378,8 @@ def _engine(recipe: Recipe, launch: Launch) -> str | None:
 
 
 @contextmanager
-def _checkpoints() -> Iterator[Any]:
-    """Give PyTorch's module of sharded checkpoints; what it cannot read is a FormatError."""
+def _checkpoints(failure: type[Exception], what: str) -> Iterator[Any]:
+    """Give PyTorch's module of sharded checkpoints; raise a failure in place of its own."""
     # Here, because it takes longer to import than PyTorch itself.
     import torch.distributed.checkpoint as module
 
@@ -387,8 +387,9 @@ def _checkpoints() -> Iterator[Any]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             yield module
-    except (module.CheckpointException, RuntimeError, ValueError) as error:
-        raise FormatError(f"a sharded checkpoint cannot be read or written: {error}") from None
+    except (module.CheckpointException, OSError, RuntimeError, ValueError) as error:
+        causes = [cause for cause, _ in getattr(error, "failures", {}).values()]  # by process
+        raise failure(f"{what}: {[*causes, error][0]}") from None
 
 
 def _of_part(places: Iterable[int], part: range) -> npt.NDArray[np.int64]:

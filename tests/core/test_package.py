@@ -18,8 +18,8 @@ def python(code):
 def test_core_loads_no_framework():
     """Not even where all of them are installed."""
     loaded = python(
-        "import sys, agc.cli.classify, agc.cli.convert, agc.cli.demo, agc.cli.train, agc.layer_table;"
-        "import agc.data, agc.plan, agc.recipe, agc.reference.nfnet, agc.training;"
+        "import sys, agc.cli.classify, agc.cli.convert, agc.cli.demo, agc.cli.train, agc.cli.checkpoint;"
+        "import agc.data, agc.layer_table, agc.plan, agc.recipe, agc.reference.nfnet, agc.training;"
         "print(*{name.split('.')[0] for name in sys.modules})"
     ).split()
     assert "numpy" in loaded

@@ -37,6 +37,7 @@ from agc.training import (
     State,
     Totals,
     Training,
+    check_offered,
     read_log,
     stop_signals,
     trained_names,
@@ -462,6 +463,8 @@ def test_launches():
     message = "microbatch=3 does not divide train.batch=4"
     with pytest.raises(ConfigError, match=re.escape(message)):
         Launch(microbatch=3).check(RECIPE)
+    with pytest.raises(ConfigError, match="X writes no sharded checkpoints; leave it out"):
+        check_offered(RECIPE, Launch(sharded=True), "X")
     with pytest.raises(ConfigError, match=r'model\.init="random": give a file'):
         Launch(init=Path("x")).check(RECIPE)
     with pytest.raises(ConfigError, match=r'model\.init="file": give a file of weights \(--init'):

@@ -6,15 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from agc.cli import main
-from agc.errors import ConfigError
+from agc.errors import ConfigError, FormatError, NonFiniteError
 from agc.recipe import load_recipe
 from agc.training import Checkpoints, Launch, State, read_log
+from agc.training.initial import initial_state
 from agc_torch.train import trainer
 from tests.contract.training import TrainingContract, shrink
 from tests.helpers import relative
@@ -35,6 +37,22 @@ def test_recipes_that_are_not_offered():
 def test_engines_of_several_processes():
     with pytest.raises(ConfigError, match="start them with torchrun"):
         trainer(load_recipe("conformance"), Launch(engine="fsdp2"))
+
+
+def test_sharded_states_that_are_refused(tmp_path):
+    recipe = load_recipe("conformance")
+    ours, state = trainer(recipe, Launch()), initial_state(recipe)
+    nan = {**state.momentum, "head.bias": np.full(10, np.nan, np.float32)}
+    ours.load(replace(state, momentum=nan))
+    with pytest.raises(NonFiniteError, match="not finite before step 0"):
+        ours.save_sharded(tmp_path / "nan")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FormatError, match=r"none: cannot be read: .*No such file"):
+        ours.load_sharded(tmp_path / "none", 1)
+    (tmp_path / "file").touch()
+    ours.load(state)
+    with pytest.raises(OSError, match=r"file: cannot be written: .*exists"):
+        ours.save_sharded(tmp_path / "file")
 
 
 def left(case: str, folder: Path) -> tuple[State, list[dict[str, object]]]:

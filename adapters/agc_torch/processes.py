@@ -93,9 +93,7 @@ def mean_(tensors: Sequence[Tensor]) -> None:
 def replicate(model: NFNet) -> Any:
     """Return a model whose backward pass leaves the mean gradient of all processes."""
     for parameter in model.parameters():
-        if (
-            parameter.is_contiguous()
-        ):  # the strides of a 1 x 1 kernel may be others than its gradient's
+        if parameter.is_contiguous():  # strides of a 1 x 1 kernel need not be its gradient's
             parameter.data = parameter.data.flatten().view(parameter.shape)
     replica = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     # Buckets are laid out anew after the first backward pass, and so is the order in which several

@@ -72,6 +72,11 @@ def register(subparsers: Any) -> None:
         "--engine", metavar="NAME", help="how the framework uses several devices, as it calls it"
     )
     command.add_argument(
+        "--sharded",
+        action="store_true",
+        help="write checkpoints on the way by all processes, in the framework's own form",
+    )
+    command.add_argument(
         "--threads",
         type=int,
         default=plain.threads,
@@ -99,6 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         log_every=arguments.log_every,
         engine=arguments.engine,
+        sharded=arguments.sharded,
         init=arguments.init,
     )
     train, test = (open_source(recipe, part, arguments.data) for part in PARTS)
@@ -109,19 +115,21 @@ def _run(arguments: argparse.Namespace) -> int:
         need(package, "agc train")
     if not hasattr(framework, "trainer"):
         raise ConfigError(f"agc train is not offered in {name} as yet")
+    trainer = framework.trainer(recipe, launch)
+    first = trainer.hosts.first
     show: list[Callable[[Any], None]] = []
-    if arguments.tensorboard:
+    if first and arguments.tensorboard:
         show.append(tensorboard(arguments.tensorboard))
 
     def report(record: dict[str, Any]) -> None:
         for each in show:
             each(record)
 
-    with _progress(recipe.steps) as progress:
+    with _progress(recipe.steps, shown=first) as progress:
         show.append(_reporter(progress))
         training = Training(
             recipe,
-            framework.trainer(recipe, launch),
+            trainer,
             train,
             test,
             arguments.out,
@@ -136,14 +144,16 @@ def _run(arguments: argparse.Namespace) -> int:
         except NonFiniteError as error:
             print(f"agc: {error}", file=sys.stderr)
             return 1
-    if not finished:
-        print(f"stopped and saved after {training.made} steps; --resume goes on")
-        return STOPPED
-    print(f"trained for {training.made} steps: {arguments.out}")
-    return 0
+    if finished:
+        said = f"trained for {training.made} steps: {arguments.out}"
+    else:
+        said = f"stopped and saved after {training.made} steps; --resume goes on"
+    if first:
+        print(said)
+    return 0 if finished else STOPPED
 
 
-def _progress(steps: int) -> Any:
+def _progress(steps: int, *, shown: bool) -> Any:
     """Return a bar, which is shown on terminals only, with one task of so many steps."""
     rich, console = need("rich.progress", "agc train"), need("rich.console", "agc train").Console()
     progress = rich.Progress(
@@ -153,7 +163,7 @@ def _progress(steps: int) -> Any:
         rich.TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (shown and console.is_terminal),
     )
     progress.add_task("", total=steps)
     return progress

@@ -18,17 +18,18 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from agc import __version__
 from agc.data import Batch, Batches, Evaluation, Source, feed
-from agc.errors import AGCError, ConfigError, NonFiniteError
+from agc.errors import AGCError, ConfigError, FormatError, NonFiniteError
 from agc.recipe import Numbers, Recipe, numbers
 from agc.training.checkpoints import Checkpoints
 from agc.training.initial import initial_state
 from agc.training.log import Log
 from agc.training.state import State
-from agc.training.trainer import Launch, Metrics, Trainer
+from agc.training.trainer import Launch, Metrics, ShardedTrainer, Trainer
+from agc.weights.folders import sharded_way_out
 
 __all__ = ["Training", "evaluation_due"]
 
@@ -98,7 +99,7 @@ class Training:
                 f"{folder}: the hosts see different checkpoints, this one of step {state.step}; "
                 "choose a folder that all hosts share"
             )
-        trainer.load(state)
+        self._load(state)
         self.made = state.step
         self._began = {key: state.facts[key] for key in ("init",) if key in state.facts}
         self._log = Log(folder / "log.jsonl", state.step, write=hosts.first)
@@ -150,13 +151,28 @@ class Training:
                 f"{folder} has a checkpoint of step {steps[-1]}: say that the training goes on "
                 "from there (--resume), or choose another folder"
             )
-        state = self._checkpoints.load()
-        if state.step > self._recipe.steps:
+        step = steps[-1]
+        if step > self._recipe.steps:
             raise ConfigError(
-                f"{folder} has a checkpoint of step {state.step}, and the recipe has "
+                f"{folder} has a checkpoint of step {step}, and the recipe has "
                 f"{self._recipe.steps} steps; choose another folder"
             )
-        return state
+        if self._checkpoints.sharded(step):
+            facts = self._checkpoints.facts(step)
+            return State(step=step, parameters={}, momentum={}, facts=facts)
+        return self._checkpoints.load(step)
+
+    def _load(self, state: State) -> None:
+        """Let the trainer take over a state, or read what is sharded in its own form."""
+        sharded = self._checkpoints.sharded(state.step)
+        if sharded is None:
+            self._trainer.load(state)
+            return
+        mine, other = (facts.get("framework") for facts in (self._trainer.facts, state.facts))
+        if mine != other:
+            path = self._checkpoints.path(state.step)
+            raise FormatError(f"{path}: written by {other}, not {mine}: {sharded_way_out(path)}")
+        cast("ShardedTrainer", self._trainer).load_sharded(sharded, state.step)
 
     def _steps(self, stop: Callable[[], bool]) -> bool:
         recipe, launch, table = self._recipe, self._launch, numbers(self._recipe)
@@ -249,21 +265,33 @@ class Training:
         self._write(records)
 
     def _save(self) -> None:
-        """Write a checkpoint; if the first host cannot, no host goes on."""
-        state = self._trainer.state()
+        """Write a checkpoint: the last one in the portable form, others as the launch says."""
         last = {record["weights"]: record for record in self._evaluations}
-        facts = {**state.facts, **self._began, "evaluation": last}
+        facts = {**self._trainer.facts, **self._began, "evaluation": last}
+        checkpoints, step = self._checkpoints, self.made
+        if self._launch.sharded and step < self._recipe.steps:
+            trainer, part = cast("ShardedTrainer", self._trainer), checkpoints.sharded_part(step)
+            self._write_together(lambda: checkpoints.begin_sharded(step), first=True)
+            self._write_together(lambda: trainer.save_sharded(part))
+            self._write_together(lambda: checkpoints.complete_sharded(step, facts), first=True)
+        else:
+            state = replace(self._trainer.state(), facts=facts)
+            self._write_together(lambda: checkpoints.save(state), first=True)
+
+    def _write_together(self, write: Callable[[], object], *, first: bool = False) -> None:
+        """Write in all hosts or the first; if one cannot, no host goes on."""
         error: Exception | None = None
-        if self._hosts.first:
+        if self._hosts.first or not first:
             try:
-                self._checkpoints.save(replace(state, facts=facts))
+                write()
             except Exception as raised:  # raised again below, when all hosts know of it
                 error = raised
         if self._hosts.any(error is not None):
-            raise error or AGCError(f"the first host wrote no checkpoint of step {self.made}")
+            raise error or AGCError(f"another host wrote no checkpoint of step {self.made}")
 
     def _end(self, reason: str) -> None:
         self._write([{"type": "end", "step": self.made, "time": time.time(), "reason": reason}])
+        self._hosts.any(False)  # whoever started the hosts may end all of them when one has ended
 
     def _write(self, records: list[Record]) -> None:
         self._log.write(records)

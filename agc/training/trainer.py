@@ -18,7 +18,7 @@ from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Weights
 from agc.training.state import State
 
-__all__ = ["Hosts", "Launch", "Metrics", "Totals", "Trainer"]
+__all__ = ["Hosts", "Launch", "Metrics", "ShardedTrainer", "Totals", "Trainer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,9 @@ class Launch:
     engine : str, optional
         How the framework spreads the training over devices, by its name for that; its choice if
         None.
+    sharded : bool
+        Whether checkpoints on the way are written by all hosts in the framework's own form; the
+        last one is always portable.
     init : Path, optional
         File that a recipe with ``model.init = "file"`` begins from, of any form that
         :func:`agc.weights.open_weights` reads.
@@ -49,6 +52,7 @@ class Launch:
     threads: int = 2
     log_every: int = 10
     engine: str | None = None
+    sharded: bool = False
     init: Path | None = None
 
     def __post_init__(self) -> None:
@@ -109,6 +113,7 @@ def check_offered(
     *,
     parts: bool = False,
     engines: Collection[str] = (),
+    sharded: bool = False,
 ) -> None:
     """Raise ConfigError if a recipe or a launch asks for what a framework does not do.
 
@@ -122,6 +127,8 @@ def check_offered(
         Whether it trains :func:`agc.training.trained_names` alone.
     engines : collection of str
         Its names of what spreads a training over devices.
+    sharded : bool
+        Whether it is a :class:`ShardedTrainer`.
     """
     if launch.engine is not None and launch.engine not in engines:
         choice = (
@@ -130,6 +137,8 @@ def check_offered(
         raise ConfigError(
             f'engine="{launch.engine}": {framework} has no such engine; {choice} leave it out'
         )
+    if launch.sharded and not sharded:
+        raise ConfigError(f"sharded=True: {framework} writes no sharded checkpoints; leave it out")
     if recipe.precision.standardise != "float32":
         raise ConfigError(
             f'precision.standardise="{recipe.precision.standardise}": {framework}\'s NFNets standardise '
@@ -223,7 +232,10 @@ class Trainer(Protocol):
         ...
 
     def state(self) -> State:
-        """Return a copy of the state, in the neutral form; its facts are :attr:`facts`."""
+        """Return a copy of the state, in the neutral form; its facts are :attr:`facts`.
+
+        In other processes than the first, arrays may be left out.
+        """
         ...
 
     def step(self, batch: Batch, numbers: Numbers) -> Metrics:
@@ -251,5 +263,40 @@ class Trainer(Protocol):
         -------
         Totals
             Over the images of all hosts.
+        """
+        ...
+
+
+class ShardedTrainer(Trainer, Protocol):
+    """A trainer that can keep its state in its framework's own form, each host its part."""
+
+    def save_sharded(self, folder: Path) -> None:
+        """Write the parameters, momentum and average; all hosts call this with the same folder.
+
+        Parameters
+        ----------
+        folder : Path
+            Does not exist; the folder that it is to be in does. Nothing else need be kept: the
+            caller keeps the step, the recipe and the facts, and renames the whole when all hosts
+            have returned.
+
+        Raises
+        ------
+        NonFiniteError
+            In all hosts, if a number is NaN or infinite in one of them.
+        OSError
+            If the disk is full, or the like.
+        """
+        ...
+
+    def load_sharded(self, folder: Path, step: int) -> None:
+        """Take over a state that as many hosts, or fewer or more, wrote after so many steps.
+
+        Raises
+        ------
+        FormatError
+            If the folder cannot be read.
+        ParameterError
+            If its arrays are not those of the recipe's model.
         """
         ...

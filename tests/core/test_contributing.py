@@ -30,7 +30,7 @@ def test_sessions_exist():
 
 
 EXTRAS = {  # what only one framework needs
-    "torch": {"fused", "passes", "shards", "triton_kernels"},
+    "torch": {"fused", "passes", "processes", "shards", "triton_kernels"},
     "jax": {"leaf_names"},
     "tensorflow": {"devices"},
 }

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from agc.cli import main
+from agc.cli import checkpoint, main
 from agc.cli import train as command
 from agc.data import initial_values, open_source
 from agc.errors import (
@@ -34,8 +34,10 @@ from agc.training import (
     Hosts,
     Launch,
     Metrics,
+    State,
     Totals,
     Training,
+    check_offered,
     read_log,
     stop_signals,
     trained_names,
@@ -43,6 +45,7 @@ from agc.training import (
 from agc.training.initial import initial_state
 from agc.training.loop import evaluation_due
 from agc.weights import save
+from agc.weights.folders import weights_file
 
 CHANGES = [
     "train.batch=4",
@@ -73,6 +76,21 @@ class Counting:
     def state(self):
         return replace(self.now, facts=self.facts)
 
+    def save_sharded(self, folder):
+        """Write this host's share of the arrays."""
+        folder.mkdir(exist_ok=True)
+        index, count = self.hosts.index, self.hosts.count
+        for name, arrays in self.now.parts():
+            np.savez(folder / f"{name}-{index}", **dict([*arrays.items()][index::count]))
+
+    def load_sharded(self, folder, step):
+        parts = {}
+        for name in ("parameters", "momentum", "ema"):
+            parts[name] = {}
+            for file in folder.glob(f"{name}-*"):
+                parts[name] |= np.load(file)
+        self.now = State(step=step, **parts)
+
     def step(self, batch, numbers):
         step = self.now.step
         loss = self.events.get(step, lambda: None)()
@@ -88,10 +106,12 @@ class Counting:
         return Totals(float(self.now.parameters["head.bias"][0]), 1, 2, int(images))
 
 
-def training(folder, events=None, *, recipe=RECIPE, log_every=1, trainer=None, **options):
+def training(
+    folder, events=None, *, recipe=RECIPE, log_every=1, sharded=False, trainer=None, **options
+):
     trainer = trainer or Counting(events)
     sources = (open_source(recipe, part) for part in ("train", "test"))
-    launch = Launch(log_every=log_every)
+    launch = Launch(log_every=log_every, sharded=sharded)
     return Training(recipe, trainer, *sources, folder, launch=launch, **options)
 
 
@@ -246,7 +266,44 @@ def test_hosts_that_cannot_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "save", lambda *_: os.close(-1))
     full, other = on_two_hosts([tmp_path] * 2)
     assert isinstance(full, OSError)
-    assert str(other) == "the first host wrote no checkpoint of step 4"
+    assert str(other) == "another host wrote no checkpoint of step 4"
+
+
+def test_sharded_checkpoints(tmp_path, uninterrupted, monkeypatch, capsys):
+    """Hosts write them together; another number of hosts goes on from them, or makes them portable.
+
+    What was not written by all hosts is never taken.
+    """
+    folders, step = [tmp_path] * 2, tmp_path / "step-000003"
+    on_two_hosts(folders, sharded=True, stop=lambda run: run.made == 3)
+    assert sorted(path.name for path in step.iterdir()) == ["sharded", "state.json"]
+    assert len(list((step / "sharded").iterdir())) == 6
+    with pytest.raises(FormatError, match=f"agc checkpoint export {tmp_path} 3"):
+        weights_file(tmp_path, None)
+    other = Counting()
+    other.facts = {"framework": "other"}
+    with pytest.raises(FormatError, match="written by none, not other: a sharded checkpoint"):
+        training(tmp_path, trainer=other, resume=True)
+
+    def fail(self, folder):
+        if not self.hosts.first:
+            os.close(-1)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Counting, "save_sharded", fail)
+        mine, _ = on_two_hosts(folders, sharded=True, resume=True)
+        assert str(mine) == "another host wrote no checkpoint of step 4"
+    assert sorted(tmp_path.glob("step-*")) == [step]
+
+    monkeypatch.setattr(checkpoint, "load_framework", lambda *_: Counting())
+    monkeypatch.setattr(Counting, "trainer", lambda self, *_: self, raising=False)
+    for said in ("portable now", "portable already"):
+        assert main(["checkpoint", "export", str(tmp_path)]) == 0
+        assert said in capsys.readouterr().out
+    on_two_hosts(folders, sharded=True, resume=True, stop=lambda run: run.made == 6)
+    assert (tmp_path / "step-000006" / "sharded").is_dir()
+    assert training(tmp_path, sharded=True, resume=True).run()
+    assert content(tmp_path) == uninterrupted
 
 
 def test_signals(tmp_path):
@@ -406,6 +463,8 @@ def test_launches():
     message = "microbatch=3 does not divide train.batch=4"
     with pytest.raises(ConfigError, match=re.escape(message)):
         Launch(microbatch=3).check(RECIPE)
+    with pytest.raises(ConfigError, match="X writes no sharded checkpoints; leave it out"):
+        check_offered(RECIPE, Launch(sharded=True), "X")
     with pytest.raises(ConfigError, match=r'model\.init="random": give a file'):
         Launch(init=Path("x")).check(RECIPE)
     with pytest.raises(ConfigError, match=r'model\.init="file": give a file of weights \(--init'):

@@ -77,6 +77,11 @@ def register(subparsers: Any) -> None:
         help="write checkpoints on the way by all processes, in the framework's own form",
     )
     command.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="process 0 of several, where JAX finds none"
+    )
+    command.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
+    command.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    command.add_argument(
         "--threads",
         type=int,
         default=plain.threads,
@@ -106,6 +111,9 @@ def _run(arguments: argparse.Namespace) -> int:
         engine=arguments.engine,
         sharded=arguments.sharded,
         init=arguments.init,
+        coordinator=arguments.coordinator,
+        processes=arguments.processes,
+        process=arguments.process,
     )
     train, test = (open_source(recipe, part, arguments.data) for part in PARTS)
     name = arguments.framework

@@ -45,6 +45,12 @@ class Launch:
     init : Path, optional
         File that a recipe with ``model.init = "file"`` begins from, of any form that
         :func:`agc.weights.open_weights` reads.
+    coordinator : str, optional
+        Address and port of process 0, ``"10.0.0.1:1234"``, for a framework that is told so; what
+        finds the processes by itself needs none.
+    processes, process : int, optional
+        How many processes train together, and which of them, from 0, this is. One without a
+        coordinator trains alone, whatever is found.
     """
 
     microbatch: int | None = None
@@ -54,11 +60,26 @@ class Launch:
     engine: str | None = None
     sharded: bool = False
     init: Path | None = None
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("microbatch", "threads", "log_every"):
+        for name in ("microbatch", "threads", "log_every", "processes"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_count(name, getattr(self, name)))
+        told = (self.coordinator, self.processes, self.process)
+        if None in told and told not in ((None, None, None), (None, 1, None)):
+            raise ConfigError(
+                f"coordinator={self.coordinator!r}, processes={self.processes}, process={self.process}: "
+                "give all three, or none to have them found"
+            )
+        if self.process is not None and self.processes is not None:
+            process = check_count("process", self.process, 0)
+            if process >= self.processes:
+                raise ConfigError(
+                    f"process must be less than processes={self.processes}, got {process}"
+                )
 
     def check(self, recipe: Recipe, hosts: int = 1) -> None:
         """Raise ConfigError unless a recipe can be run in this way on so many hosts."""
@@ -113,6 +134,7 @@ def check_offered(
     *,
     parts: bool = False,
     engines: Collection[str] = (),
+    coordinator: bool = False,
     sharded: bool = False,
 ) -> None:
     """Raise ConfigError if a recipe or a launch asks for what a framework does not do.
@@ -127,9 +149,16 @@ def check_offered(
         Whether it trains :func:`agc.training.trained_names` alone.
     engines : collection of str
         Its names of what spreads a training over devices.
+    coordinator : bool
+        Whether the launch may tell it of other processes.
     sharded : bool
         Whether it is a :class:`ShardedTrainer`.
     """
+    if launch.processes is not None and not coordinator:
+        raise ConfigError(
+            f"{framework} learns of other processes from what launches it: leave coordinator and "
+            "processes out"
+        )
     if launch.engine is not None and launch.engine not in engines:
         choice = (
             f"choose one of {', '.join(engines)}, or" if engines else "it has no choice of them;"

@@ -150,9 +150,9 @@ class Reference:
         return loss, clipped
 
 
-def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make ``mini`` smaller, since most of the time is compilation."""
-    small = replace(core.variant("mini"), depths=(1, 1), widths=(32, 64))
+def shrink(monkeypatch: pytest.MonkeyPatch, widths: tuple[int, ...] = (32, 64)) -> None:
+    """Give ``mini`` so many stages of one block, since most of the time is compilation."""
+    small = replace(core.variant("mini"), depths=(1,) * len(widths), widths=widths)
     for module in (core.variants, store):
         monkeypatch.setattr(module, "VARIANTS", {**core.VARIANTS, "mini": small})
 

@@ -31,7 +31,7 @@ def test_sessions_exist():
 
 EXTRAS = {  # what only one framework needs
     "torch": {"fused", "passes", "processes", "shards", "triton_kernels"},
-    "jax": {"leaf_names"},
+    "jax": {"devices", "leaf_names"},
     "tensorflow": {"devices"},
 }
 

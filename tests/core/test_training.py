@@ -469,6 +469,13 @@ def test_launches():
         Launch(init=Path("x")).check(RECIPE)
     with pytest.raises(ConfigError, match=r'model\.init="file": give a file of weights \(--init'):
         Launch().check(load_recipe("conformance", [*CHANGES, "model.init=file"]))
+    for told in ({"processes": 2}, {"coordinator": "a:1", "processes": 2}, {"process": 0}):
+        with pytest.raises(ConfigError, match="give all three, or none to have them found"):
+            Launch(**told)
+    with pytest.raises(ConfigError, match="process must be less than processes=2, got 2"):
+        Launch(coordinator="a:1", processes=2, process=2)
+    with pytest.raises(ConfigError, match="Keras learns of other processes from what launches it"):
+        check_offered(RECIPE, Launch(processes=1), "Keras")
 
 
 # --- the command ----------------------------------------------------------------------------------

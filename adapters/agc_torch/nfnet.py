@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -306,6 +307,24 @@ class WSConv2d(SameConv2d):
         plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return plain
 
+    def normalised(self) -> NormalisedConv2d:
+        """Return a convolution with the same weight and batch normalisation."""
+        twin = NormalisedConv2d(self.conv, device=self.weight.device, dtype=self.weight.dtype)
+        twin.weight = nn.Parameter(self.weight.detach().clone())
+        return twin
+
+
+class NormalisedConv2d(SameConv2d):
+    """A convolution, and batch normalisation instead of a standardised weight and a bias."""
+
+    def __init__(self, conv: Conv, **factory: Any) -> None:
+        super().__init__(conv, bias=False, **factory)
+        self.norm = nn.BatchNorm2d(conv.outputs, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve images of shape (n, inputs, h, w), and normalise over them."""
+        return self.norm(super().forward(x))
+
 
 class Dense(nn.Linear):  # type: ignore[misc]
     """A dense layer whose numbers are left to :meth:`NFNet.reset_parameters`."""
@@ -590,6 +609,22 @@ class NFNet(nn.Module):  # type: ignore[misc]
             "res_avg_var": torch.stack(residuals),
         }
 
+    def batch_normalised(self) -> NFNet:
+        """Return the twin that normalises, for comparisons of speed and of training.
+
+        Returns
+        -------
+        NFNet
+            With the same weights, and batch normalisation after each convolution instead of
+            standardised weights and expected variances; all else is the same, activations with
+            their constants and skip gains too. It has no canonical names, hence no files.
+        """
+        twin = self._with_convs(WSConv2d.normalised)
+        for module in twin.modules():
+            if isinstance(module, NFBlock):
+                module.block = replace(module.block, variance=1.0)
+        return twin
+
     def fold(self) -> NFNet:
         """Return a copy for inference, in which weight standardisation is done once and for all.
 
@@ -599,13 +634,18 @@ class NFNet(nn.Module):  # type: ignore[misc]
             In evaluation mode, with plain convolutions and without gains; its parameters are
             frozen. Outputs are the same up to rounding.
         """
-        folded: NFNet = copy.deepcopy(self)
-        for parent in list(folded.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, WSConv2d):
-                    setattr(parent, name, child.folded())
+        folded = self._with_convs(WSConv2d.folded)
         folded.eval().requires_grad_(False)
         return folded
+
+    def _with_convs(self, change: Callable[[WSConv2d], SameConv2d]) -> NFNet:
+        """Return a copy with other convolutions."""
+        changed: NFNet = copy.deepcopy(self)
+        for parent in list(changed.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, WSConv2d):
+                    setattr(parent, name, change(child))
+        return changed
 
     def _finish(self, x: Tensor) -> Tensor:
         return self.activation(x if self.final_conv is None else self.final_conv(x))

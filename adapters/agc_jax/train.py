@@ -21,7 +21,7 @@ from agc.data import Batch, EvaluationBatch, normalisation_table, soft_labels
 from agc.errors import ConfigError, NonFiniteError
 from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Weights
-from agc.training import Launch, Metrics, State, Totals, ascent_first, check_offered
+from agc.training import Hosts, Launch, Metrics, State, Totals, ascent_first, check_offered
 from agc_jax.clip import Clipper
 from agc_jax.nfnet import NFNet
 from agc_jax.recipe import after_clipping
@@ -57,11 +57,12 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        check_offered(recipe, "JAX")
+        check_offered(recipe, launch, "JAX")
         self._recipe = recipe
         self._plain = replace(recipe, sam=None)  # of the steps that do not perturb
         self._microbatch = launch.microbatch or recipe.train.batch
         self._device = _device(launch.device)
+        self.hosts = Hosts()
         self._model = _model(recipe.model.options())
         self.facts: Mapping[str, Any] = {
             "framework": "jax",

@@ -20,7 +20,7 @@ from agc.data import Batch, EvaluationBatch, normalisation_table, soft_labels
 from agc.errors import ConfigError, NonFiniteError
 from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Sharpness, Weights
-from agc.training import Launch, Metrics, State, Totals, ascent_first, check_offered
+from agc.training import Hosts, Launch, Metrics, State, Totals, ascent_first, check_offered
 from agc_tensorflow.nfnet import NFNet
 from agc_tensorflow.recipe import sgd_nfnet
 from agc_tensorflow.sam import LossPasses, Pass, apply, are_perturbed, two_passes
@@ -48,9 +48,10 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        _check(recipe)
+        _check(recipe, launch)
         self._recipe = recipe
         self._device = _device(launch.device)
+        self.hosts = Hosts()
         self.facts: Mapping[str, Any] = {
             "framework": "tensorflow",
             "tensorflow": str(tf.__version__),
@@ -339,8 +340,8 @@ def _summed(
     return sums
 
 
-def _check(recipe: Recipe) -> None:
-    check_offered(recipe, "TensorFlow")
+def _check(recipe: Recipe, launch: Launch) -> None:
+    check_offered(recipe, launch, "TensorFlow")
     if recipe.sam and recipe.sam.rule.nonfinite == "raise":
         raise ConfigError(
             'sam.nonfinite="raise" needs the value, which a graph of TensorFlow does not have; '

@@ -19,7 +19,16 @@ from agc.data import Batch, EvaluationBatch, normalisation_table, soft_labels
 from agc.errors import ConfigError
 from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Sharpness, Weights
-from agc.training import Launch, Metrics, State, Totals, ascent_first, check_offered, trained_names
+from agc.training import (
+    Hosts,
+    Launch,
+    Metrics,
+    State,
+    Totals,
+    ascent_first,
+    check_offered,
+    trained_names,
+)
 from agc_torch.nfnet import NFNet
 from agc_torch.optimizer import attached
 from agc_torch.recipe import sgd_nfnet
@@ -46,10 +55,11 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        check_offered(recipe, "PyTorch", parts=True)
+        check_offered(recipe, launch, "PyTorch", parts=True)
         self._recipe = recipe
         self._microbatch = launch.microbatch or recipe.train.batch
         self._device = _device(launch.device)
+        self.hosts = Hosts()
         self.facts: Mapping[str, Any] = {
             "framework": "torch",
             "torch": str(torch.__version__),

@@ -68,6 +68,9 @@ def register(subparsers: Any) -> None:
     )
     command.add_argument("--device", metavar="NAME", help="a device, as the framework calls it")
     command.add_argument(
+        "--engine", metavar="NAME", help="how the framework uses several devices, as it calls it"
+    )
+    command.add_argument(
         "--threads",
         type=int,
         default=plain.threads,
@@ -91,6 +94,7 @@ def _run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         threads=arguments.threads,
         log_every=arguments.log_every,
+        engine=arguments.engine,
         init=arguments.init,
     )
     train, test = (open_source(recipe, part, arguments.data) for part in PARTS)

@@ -10,10 +10,19 @@ from agc.training.loop import Training
 from agc.training.part import trained_names
 from agc.training.state import State
 from agc.training.stop import stop_signals
-from agc.training.trainer import Launch, Metrics, Totals, Trainer, ascent_first, check_offered
+from agc.training.trainer import (
+    Hosts,
+    Launch,
+    Metrics,
+    Totals,
+    Trainer,
+    ascent_first,
+    check_offered,
+)
 
 __all__ = [
     "Checkpoints",
+    "Hosts",
     "Launch",
     "Metrics",
     "State",

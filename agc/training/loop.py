@@ -22,7 +22,7 @@ from typing import Any
 
 from agc import __version__
 from agc.data import Batch, Batches, Evaluation, Source, feed
-from agc.errors import ConfigError, NonFiniteError
+from agc.errors import AGCError, ConfigError, NonFiniteError
 from agc.recipe import Numbers, Recipe, numbers
 from agc.training.checkpoints import Checkpoints
 from agc.training.initial import initial_state
@@ -82,23 +82,35 @@ class Training:
         allow_changed: bool = False,
         report: Callable[[Record], None] | None = None,
     ) -> None:
-        launch.check(recipe)
-        self._recipe, self._trainer, self._launch, self._report = recipe, trainer, launch, report
-        self._batches = Batches(recipe, train)
-        size = min(launch.microbatch or recipe.train.batch, len(test))
-        self._evaluation = Evaluation(recipe, test, batch=size)
+        self._hosts = hosts = trainer.hosts
+        launch.check(recipe, hosts.count)
+        self._recipe, self._trainer, self._launch = recipe, trainer, launch
+        self._report = report if hosts.first else None
+        part = {"host": hosts.index, "hosts": hosts.count}
+        self._batches = Batches(recipe, train, **part)
+        size = launch.microbatch or recipe.train.batch // hosts.count
+        size = min(size, -(-len(test) // hosts.count)) * hosts.count
+        self._evaluation = Evaluation(recipe, test, batch=size, **part)
         self._checkpoints = Checkpoints(folder, recipe, allow_changed=allow_changed)
         state = self._first_state(folder, resume)
+        if not hosts.same(state.step):
+            raise ConfigError(
+                f"{folder}: the hosts see different checkpoints, this one of step {state.step}; "
+                "choose a folder that all hosts share"
+            )
         trainer.load(state)
         self.made = state.step
         self._began = {key: state.facts[key] for key in ("init",) if key in state.facts}
-        self._log = Log(folder / "log.jsonl", state.step)
+        self._log = Log(folder / "log.jsonl", state.step, write=hosts.first)
         self._evaluations = [r for r in self._log.records if r["type"] == "evaluation"]
         self._waiting: list[tuple[int, Numbers, Metrics]] = []
         self._since = 0.0
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end, or until ``stop`` says so: the step under way is finished and saved.
+
+        Several hosts ask each other whether one of them is to stop only when they log, save or
+        evaluate, since to ask is to wait.
 
         Returns
         -------
@@ -148,6 +160,7 @@ class Training:
 
     def _steps(self, stop: Callable[[], bool]) -> bool:
         recipe, launch, table = self._recipe, self._launch, numbers(self._recipe)
+        alone = self._hosts.count == 1
         if self._must_evaluate() and not self._evaluate(stop):
             return False
         coming = feed(self._batches, range(self.made, recipe.steps), threads=launch.threads)
@@ -157,10 +170,12 @@ class Training:
                 now = table.at(self.made)
                 self._waiting.append((self.made, now, self._step(batch, now)))
                 self.made += 1
-                evaluate, stopping = self._must_evaluate(), stop()
+                evaluate = self._must_evaluate()
                 save = self.made % recipe.checkpoint.every_steps == 0 or self.made == recipe.steps
+                pause = save or evaluate or len(self._waiting) >= launch.log_every
+                stopping = (alone or pause) and self._hosts.any(stop())
                 save = save or stopping
-                if save or evaluate or len(self._waiting) >= launch.log_every:
+                if pause or stopping:
                     self._log_steps()
                 if save:
                     self._save()
@@ -190,7 +205,12 @@ class Training:
         return not wanted <= done
 
     def _evaluate(self, stop: Callable[[], bool]) -> bool:
-        """Evaluate and log it; return False, and log nothing, if the training is to stop first."""
+        """Evaluate and log it; return False, and log nothing, if the training is to stop first.
+
+        Several hosts finish what they began, as none can go on without the others.
+        """
+        if self._hosts.count > 1:
+            stop = _never
         records = []
         for weights in self._recipe.evaluate.weights or ():
             every = range(len(self._evaluation))
@@ -229,10 +249,18 @@ class Training:
         self._write(records)
 
     def _save(self) -> None:
+        """Write a checkpoint; if the first host cannot, no host goes on."""
         state = self._trainer.state()
         last = {record["weights"]: record for record in self._evaluations}
         facts = {**state.facts, **self._began, "evaluation": last}
-        self._checkpoints.save(replace(state, facts=facts))
+        error: Exception | None = None
+        if self._hosts.first:
+            try:
+                self._checkpoints.save(replace(state, facts=facts))
+            except Exception as raised:  # raised again below, when all hosts know of it
+                error = raised
+        if self._hosts.any(error is not None):
+            raise error or AGCError(f"the first host wrote no checkpoint of step {self.made}")
 
     def _end(self, reason: str) -> None:
         self._write([{"type": "end", "step": self.made, "time": time.time(), "reason": reason}])
@@ -253,6 +281,10 @@ def evaluation_due(recipe: Recipe, made: int) -> bool:
         assert recipe.evaluate.every_epochs is not None
         every = recipe.evaluate.every_epochs * recipe.epoch
     return made == recipe.steps or made // every > max(0, made - 1) // every
+
+
+def _never() -> bool:
+    return False
 
 
 def _step_record(step: int, now: Numbers, metrics: Metrics) -> Record:

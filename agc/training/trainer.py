@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from agc.checks import check_count
 from agc.data import Batch, EvaluationBatch
+from agc.data.batches import block_of
 from agc.errors import ConfigError
 from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Weights
 from agc.training.state import State
 
-__all__ = ["Launch", "Metrics", "Totals", "Trainer"]
+__all__ = ["Hosts", "Launch", "Metrics", "Totals", "Trainer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +28,17 @@ class Launch:
     Attributes
     ----------
     microbatch : int, optional
-        Examples of one forward and backward pass; all that share a gradient if None. It must divide
-        ``train.batch``.
+        Examples of one forward and backward pass; all that a host has of a gradient if None. It
+        must divide a host's part of ``train.batch``.
     device : str, optional
         The framework's name of a device, such as ``"cuda:1"``; its choice if None.
     threads : int
         Threads that make batches ahead of their use.
     log_every : int
         Steps after which numbers are read from the device and logged, those of all steps.
+    engine : str, optional
+        How the framework spreads the training over devices, by its name for that; its choice if
+        None.
     init : Path, optional
         File that a recipe with ``model.init = "file"`` begins from, of any form that
         :func:`agc.weights.open_weights` reads.
@@ -44,6 +48,7 @@ class Launch:
     device: str | None = None
     threads: int = 2
     log_every: int = 10
+    engine: str | None = None
     init: Path | None = None
 
     def __post_init__(self) -> None:
@@ -51,30 +56,80 @@ class Launch:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_count(name, getattr(self, name)))
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise ConfigError unless a recipe can be run in this way."""
+    def check(self, recipe: Recipe, hosts: int = 1) -> None:
+        """Raise ConfigError unless a recipe can be run in this way on so many hosts."""
         if (self.init is not None) != (recipe.model.init == "file"):
             raise ConfigError(
                 f'model.init="{recipe.model.init}": give a file of weights (--init FILE) with '
                 'model.init="file", and with nothing else'
             )
-        if self.microbatch is not None and recipe.train.batch % self.microbatch:
-            raise ConfigError(
-                f"microbatch={self.microbatch} does not divide train.batch={recipe.train.batch}"
-            )
+        part = len(block_of("train.batch", recipe.train.batch, 0, hosts))
+        if self.microbatch is not None and part % self.microbatch:
+            whole = f"train.batch={part}" if hosts == 1 else f"the {part} examples of each host"
+            raise ConfigError(f"microbatch={self.microbatch} does not divide {whole}")
 
 
-def check_offered(recipe: Recipe, framework: str, *, parts: bool = False) -> None:
-    """Raise ConfigError if a recipe asks for what a framework's step does not do.
+@dataclass(frozen=True)
+class Hosts:
+    """The processes that train together, each on its own part of every batch.
+
+    The first of them writes log and checkpoints, into a folder that all of them can read.
+
+    Attributes
+    ----------
+    index, count : int
+        Which of how many this process is.
+    total : callable
+        Sums each of some numbers over all processes; all of them call it at the same places.
+    """
+
+    index: int = 0
+    count: int = 1
+    total: Callable[[list[float]], list[float]] = list
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.index == 0
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether a flag is set in any process."""
+        return self.total([float(flag)])[0] > 0
+
+    def same(self, number: float) -> bool:
+        """Tell whether a number is the first process's in all of them."""
+        (first,) = self.total([number if self.first else 0.0])
+        return not self.any(first != number)
+
+
+def check_offered(
+    recipe: Recipe,
+    launch: Launch,
+    framework: str,
+    *,
+    parts: bool = False,
+    engines: Collection[str] = (),
+) -> None:
+    """Raise ConfigError if a recipe or a launch asks for what a framework does not do.
 
     Parameters
     ----------
     recipe : Recipe
+    launch : Launch
     framework : str
         Its name in the message.
     parts : bool
         Whether it trains :func:`agc.training.trained_names` alone.
+    engines : collection of str
+        Its names of what spreads a training over devices.
     """
+    if launch.engine is not None and launch.engine not in engines:
+        choice = (
+            f"choose one of {', '.join(engines)}, or" if engines else "it has no choice of them;"
+        )
+        raise ConfigError(
+            f'engine="{launch.engine}": {framework} has no such engine; {choice} leave it out'
+        )
     if recipe.precision.standardise != "float32":
         raise ConfigError(
             f'precision.standardise="{recipe.precision.standardise}": {framework}\'s NFNets standardise '
@@ -149,9 +204,13 @@ class Trainer(Protocol):
     ----------
     facts : mapping of str to JSON data
         Framework, versions and device, for logs and checkpoints.
+    hosts : Hosts
+        The processes of this training. With several, all of them call each method at the same
+        places, and what a method returns is about all of them together.
     """
 
     facts: Mapping[str, Any]
+    hosts: Hosts
 
     def load(self, state: State) -> None:
         """Take over a state: its parameters, momentum, average and step.
@@ -173,12 +232,24 @@ class Trainer(Protocol):
         Parameters
         ----------
         batch : Batch
-            Of this step.
+            This host's part of the step's.
         numbers : Numbers
             Of this step, scalars.
         """
         ...
 
     def evaluate(self, batches: Iterable[EvaluationBatch], weights: Weights) -> Totals:
-        """Classify all images in float32, by the raw weights or by their average."""
+        """Classify all images in float32, by the raw weights or by their average.
+
+        Parameters
+        ----------
+        batches : iterable of EvaluationBatch
+            This host's parts; as many for each host.
+        weights : {"raw", "ema"}
+
+        Returns
+        -------
+        Totals
+            Over the images of all hosts.
+        """
         ...

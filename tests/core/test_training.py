@@ -7,6 +7,8 @@ import math
 import os
 import re
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +18,20 @@ import pytest
 
 from agc.cli import main
 from agc.cli import train as command
-from agc.data import digest, initial_values, open_source
-from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError, SelectorError
+from agc.data import initial_values, open_source
+from agc.errors import (
+    AGCError,
+    ConfigError,
+    FormatError,
+    NonFiniteError,
+    ParameterError,
+    SelectorError,
+)
 from agc.nfnet import seeded_parameters
 from agc.recipe import load_recipe
 from agc.training import (
+    Checkpoints,
+    Hosts,
     Launch,
     Metrics,
     Totals,
@@ -37,7 +48,7 @@ CHANGES = [
     "train.batch=4",
     "train.steps=8",
     "schedule.warmup_steps=2",
-    "sam.group=4",
+    "sam.group=2",
     "sam.fraction=0.5",
     "evaluate.every_steps=3",
     "checkpoint.every_steps=4",
@@ -52,8 +63,8 @@ class Counting:
     ``events`` maps a step to what happens in it; what that returns is the loss.
     """
 
-    def __init__(self, events=None):
-        self.facts = {"framework": "none"}
+    def __init__(self, events=None, hosts=None):
+        self.facts, self.hosts = {"framework": "none"}, hosts or Hosts()
         self.events = events or {}
 
     def load(self, state):
@@ -65,16 +76,16 @@ class Counting:
     def step(self, batch, numbers):
         step = self.now.step
         loss = self.events.get(step, lambda: None)()
-        value = np.float32(int(digest(batch)[:6], 16) * numbers.rate)
+        (value,) = self.hosts.total([float(batch.numbers.sum() * numbers.rate)])
         weights = dict(self.now.parameters)
-        weights["head.bias"] = np.float32(0.75) * weights["head.bias"] + value
+        weights["head.bias"] = np.float32(0.75) * weights["head.bias"] + np.float32(value)
         self.now = replace(self.now, step=step + 1, parameters=weights)
-        loss = float(value) if loss is None else loss
+        loss = value if loss is None else loss
         return Metrics(loss=np.float32(loss), units=8, clipped=2)
 
     def evaluate(self, batches, weights):
-        images = sum(int(batch.weight.sum()) for batch in batches)
-        return Totals(float(self.now.parameters["head.bias"][0]), 1, 2, images)
+        (images,) = self.hosts.total([float(sum(batch.weight.sum() for batch in batches))])
+        return Totals(float(self.now.parameters["head.bias"][0]), 1, 2, int(images))
 
 
 def training(folder, events=None, *, recipe=RECIPE, log_every=1, trainer=None, **options):
@@ -178,6 +189,64 @@ def test_stopped_in_an_evaluation(tmp_path, uninterrupted):
     assert [record["type"] for record in records] == ["start", *3 * ["step"], "end"]
     assert training(tmp_path, resume=True).run()
     assert content(tmp_path) == uninterrupted
+
+
+class Rounds:
+    """Two hosts in two threads that add up numbers when both of them have come."""
+
+    def __init__(self):
+        self.barrier, self.numbers = threading.Barrier(2, timeout=20), [[], []]
+
+    def host(self, index):
+        def total(numbers):
+            self.numbers[index] = numbers
+            self.barrier.wait()
+            sums = [sum(pair) for pair in zip(*self.numbers, strict=True)]
+            self.barrier.wait()
+            return sums
+
+        return Hosts(index, 2, total)
+
+
+def on_two_hosts(folder, *, events=(None, None), stop=lambda run: False, **options):
+    """Train on two hosts; return what each returned or raised."""
+    rounds = Rounds()
+
+    def on_host(index):
+        try:
+            trainer = Counting(events[index], rounds.host(index))
+            run = training(folder[index], trainer=trainer, log_every=3, **options)
+            return run.run(lambda: stop(run)), run.made
+        except (AGCError, OSError) as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(on_host, range(2)))
+
+
+def test_hosts(tmp_path, uninterrupted):
+    """Two hosts stop together if one is told to, and leave behind what one host leaves."""
+    folders = [tmp_path] * 2
+    told = on_two_hosts(folders, stop=lambda run: run.made >= 2 and not run._hosts.first)
+    assert told == [(False, 3)] * 2  # where they log, and then evaluate
+    assert on_two_hosts(folders, resume=True) == [(True, 8)] * 2
+    assert content(tmp_path) == uninterrupted
+    ends = [r["step"] for r in read_log(tmp_path / "log.jsonl") if r["type"] == "end"]
+    assert ends == [3, 8]
+
+
+def test_hosts_that_cannot_go_on(tmp_path, monkeypatch):
+    """What one host alone sees ends all of them."""
+    errors = on_two_hosts([tmp_path] * 2, events=[{2: lambda: math.nan}] * 2)
+    assert [str(error) for error in errors] == ["the loss is nan at step 2; no checkpoint yet"] * 2
+    (tmp_path / "a").mkdir()
+    stopped(tmp_path / "a", 2)
+    for error in on_two_hosts([tmp_path / "a", tmp_path / "b"], resume=True):
+        assert "the hosts see different checkpoints" in str(error)
+    monkeypatch.setattr(Checkpoints, "save", lambda *_: os.close(-1))
+    full, other = on_two_hosts([tmp_path] * 2)
+    assert isinstance(full, OSError)
+    assert str(other) == "the first host wrote no checkpoint of step 4"
 
 
 def test_signals(tmp_path):

@@ -293,7 +293,7 @@ def test_forms_and_variants_are_told_apart(form, variant):
     assert (found.name, sized.name) == (form, variant)
 
 
-def test_timms_resnets_are_others(tmp_path):
+def test_timms_resnets_are_others(tmp_path, capsys):
     """The names are alike; what is computed is not."""
     chosen = nfnet.options("NF-ResNet-tiny")
     values = nfnet.seeded_parameters("NF-ResNet-tiny")
@@ -307,6 +307,8 @@ def test_timms_resnets_are_others(tmp_path):
         load_as(tmp_path / "x")
     save(tmp_path / "x", chosen, values, "haiku")
     assert_same(load_as(tmp_path / "x", variant="NF-ResNet-tiny"), values)
+    assert main(["convert", str(tmp_path / "x"), str(tmp_path / "y"), "--to", "keras"]) == 0
+    assert "keras weights of NF-ResNet-tiny, 10 classes, 54 tensors" in capsys.readouterr().out
 
 
 # --- Which weights?

@@ -348,7 +348,7 @@ def _masks(recipe: Recipe, given: core.Masks, examples: int, made: jax.Array) ->
     options = recipe.model.options()
     rates = core.Masks(
         [options.stochastic_depth * b.stochastic_depth for b in core.blocks(options.variant)],
-        [options.dropout] * core.final_conv(options.variant).outputs,
+        [options.dropout] * core.features(options.variant),
     )
     high, low = divmod(recipe.seed, 2**32)
     key = jax.random.fold_in(jax.random.key(np.uint32(low)), high)

@@ -365,7 +365,7 @@ def _drop_rates(options: core.Options) -> core.Masks:
     """Return how often each entry of an example's masks is False; None if nothing is dropped."""
     depth, dropout = options.stochastic_depth, options.dropout
     blocks = core.blocks(options.variant)
-    features = core.final_conv(options.variant).outputs
+    features = core.features(options.variant)
     return core.Masks(
         [depth * block.stochastic_depth for block in blocks] if depth else None,
         [dropout] * features if dropout else None,

@@ -1,0 +1,95 @@
+"""``agc train`` on two workers, and on two devices of one: as on one device."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from agc.recipe import Recipe
+from agc.training import Checkpoints, read_log
+from tests.contract.training import start_of
+from tests.helpers import relative
+from tests.tensorflow.two_workers import recipe_of, shrink, training
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def small_and_eager(monkeypatch, mirrored):
+    shrink(monkeypatch.setattr)
+    monkeypatch.setattr("agc_tensorflow.train._mirrored", lambda devices: mirrored)
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+def begin(recipe: Recipe, folder: Path) -> Path:
+    """Make a folder with a checkpoint in which every branch counts, before a step that moves."""
+    Checkpoints(folder, recipe).save(replace(start_of(recipe), step=1))
+    return folder
+
+
+def compare(recipe: Recipe, *folders: Path) -> None:
+    """Expect the same of two trainings that are at their end."""
+    states = [Checkpoints(folder, recipe).load() for folder in folders]
+    assert [state.step for state in states] == [recipe.steps] * 2
+    for (name, ours), (_, wanted) in zip(*(state.parts() for state in states), strict=True):
+        flat = [np.concatenate([*map(np.ravel, arrays.values())]) for arrays in (ours, wanted)]
+        assert relative(*flat) <= 1e-6, name
+    for ours, wanted in zip(*map(numbers_of, folders), strict=True):
+        assert ours == pytest.approx(wanted, rel=1e-5)
+
+
+def numbers_of(folder: Path) -> list[dict[str, float]]:
+    """Return what a log has of steps and evaluations, without times."""
+    records = [r for r in read_log(folder / "log.jsonl") if r["type"] in ("step", "evaluation")]
+    records.sort(key=lambda r: (r["type"], r["step"]))
+    return [
+        {k: v for k, v in r.items() if isinstance(v, int | float) and k != "images_per_second"}
+        for r in records
+    ]
+
+
+def run_two_workers(folder: Path) -> None:
+    with ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for each in free:
+            each.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in free]
+    command = [sys.executable, "-m", "tests.tensorflow.two_workers"]
+    workers = [
+        subprocess.Popen(
+            [*command, str(index), str(folder), *addresses],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for index in range(2)
+    ]
+    try:
+        done = [worker.communicate(timeout=300) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, (out, err) in zip(workers, done, strict=True):
+        assert worker.returncode == 0, out + err
+        assert out.splitlines()[-1] == "2"
+
+
+def test_two_workers(tmp_path):
+    """They stop together, and one worker with two devices goes on."""
+    recipe = recipe_of()
+    whole, moved = (begin(recipe, tmp_path / name) for name in ("whole", "moved"))
+    run_two_workers(moved)
+    assert training(recipe, moved, "mirrored").run()
+    assert training(recipe, whole, "one-device").run()
+    compare(recipe, moved, whole)

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, Final
 
 import keras
@@ -24,7 +25,7 @@ import tensorflow as tf
 from agc import AGC
 from agc import nfnet as core
 from agc.data import Batch, EvaluationBatch, normalisation_table, soft_labels
-from agc.errors import ConfigError, NonFiniteError
+from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError
 from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Weights
 from agc.training import Hosts, Launch, Metrics, State, Totals, check_offered, trained_names
@@ -41,6 +42,9 @@ _compiled: Callable[..., Any] = partial(tf.function, autograph=False)
 
 ENGINES: Final = ("one-device", "mirrored", "multi-worker")
 """What ``launch.engine`` may be: a device, all of this machine, those of all in ``TF_CONFIG``."""
+
+_FILE: Final = "state"
+"""Beginning of the names of files in a sharded checkpoint."""
 
 
 class Trainer:
@@ -62,7 +66,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        check_offered(recipe, launch, "TensorFlow", parts=True, engines=ENGINES)
+        check_offered(recipe, launch, "TensorFlow", parts=True, engines=ENGINES, sharded=True)
         self._recipe = recipe
         self._strategy, engine = _strategy(launch)
         self._replicas = int(self._strategy.num_replicas_in_sync)
@@ -169,45 +173,77 @@ class Trainer:
     def _ascent_first(self) -> tuple[Any, Any]:
         """Return orders of the replicas' parts in which SAM's ascent examples come first.
 
-        Also how many those are, which differs by one: they are spread evenly over the batch. None
-        if the examples are taken in their own order.
+        Also how many those are, which may differ by one: they are spread evenly over the batch.
+        None if the examples are taken in their own order.
         """
-        sam, parts = self._recipe.sam, (self._replicas, self._share)
+        sam = self._recipe.sam
         if sam is None or sam.group != "batch":
             return None, None
-        ascends = np.zeros(self._recipe.train.batch, bool)
-        ascends[list(sam.ascent(len(ascends)))] = True
-        ascends = ascends.reshape(parts)
-        return np.argsort(~ascends, axis=1, kind="stable"), ascends.sum(1)
+        batch = self._recipe.train.batch
+        ascends = np.isin(np.arange(batch), sam.ascent(batch)).reshape(self._replicas, self._share)
+        order = np.argsort(~ascends, axis=1, kind="stable") if sam.rule.fraction < 1 else None
+        return order, ascends.sum(1)
 
     # --- the state --------------------------------------------------------------------------------
 
     def load(self, state: State) -> None:
         """Take over a state, and raise ParameterError if it is of another model."""
-        parts = [(self._weights, state.parameters), (self._momentum, state.momentum)]
-        if self._average is not None:
-            parts.append((self._average, state.ema or {}))
-        for _, arrays in parts:
-            core.check_arrays(self._specs, arrays)
-        for variables, arrays in parts:
-            for spec, variable in zip(self._specs, variables, strict=True):
-                assign_array(variable, arrays[spec.name])
-        self._optimizer.iterations.assign(state.step)
-        self._made = state.step
+        arrays = dict(state.parts())
+        for part in self._parts():
+            core.check_arrays(self._specs, arrays.get(part, {}))
+        for part, variables in self._parts().items():
+            for name, variable in variables.items():
+                assign_array(variable, arrays[part][name])
+        self._go_on(state.step)
+
+    def _go_on(self, step: int) -> None:
+        self._optimizer.iterations.assign(step)
+        self._made = step
 
     def state(self) -> State:
         """Return a copy of the state."""
-        return State(
-            step=self._made,
-            parameters=self._arrays(self._weights),
-            momentum=self._arrays(self._momentum),
-            ema=None if self._average is None else self._arrays(self._average),
-            facts=self.facts,
-        )
+        parts = {
+            part: {name: array_of(variable) for name, variable in variables.items()}
+            for part, variables in self._parts().items()
+        }
+        return State(step=self._made, facts=self.facts, **parts)
 
-    def _arrays(self, variables: Sequence[Any]) -> dict[str, Any]:
-        pairs = zip(self._specs, variables, strict=True)
-        return {spec.name: array_of(variable) for spec, variable in pairs}
+    def _parts(self) -> dict[str, dict[str, Any]]:
+        """Return the variables of each part of the state, by canonical name."""
+        parts = {"parameters": self._weights, "momentum": self._momentum, "ema": self._average}
+        names = [spec.name for spec in self._specs]
+        return {
+            part: dict(zip(names, variables, strict=True))
+            for part, variables in parts.items()
+            if variables is not None
+        }
+
+    def save_sharded(self, folder: Path) -> None:
+        """Write the state by ``tf.train.Checkpoint``: the first host, as all have the whole."""
+        values = [_values([*variables.values()]) for variables in self._parts().values()]
+        finite = [tf.reduce_all(tf.math.is_finite(v)) for part in values for v in part]
+        if self.hosts.any(not tf.reduce_all(tf.stack(finite))):
+            raise NonFiniteError(f"the state is not finite before step {self._made}")
+        if self.hosts.first:
+            folder.mkdir()
+            self._checkpoint().write(str(folder / _FILE))
+
+    def load_sharded(self, folder: Path, step: int) -> None:
+        """Take over what :meth:`save_sharded` has written."""
+        try:
+            self._checkpoint().read(str(folder / _FILE)).assert_consumed()
+        except tf.errors.OpError as error:
+            raise FormatError(f"{folder}: {error.message}") from None
+        except (ValueError, AssertionError) as error:
+            raise ParameterError(f"{folder}: of another model: {error}") from None
+        self._go_on(step)
+
+    def _checkpoint(self) -> Any:
+        parts = {
+            part: {name: _variable(variable) for name, variable in variables.items()}
+            for part, variables in self._parts().items()
+        }
+        return tf.train.Checkpoint(**parts)
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -460,6 +496,11 @@ def _summed(
 def _over_replicas(values: Any) -> Any:
     """Sum over all replicas, of all hosts."""
     return tf.distribute.get_replica_context().all_reduce("SUM", values)
+
+
+def _variable(variable: Any) -> Any:
+    """Return the variable of TensorFlow, on all devices."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def _values(variables: Sequence[Any]) -> list[tf.Tensor]:

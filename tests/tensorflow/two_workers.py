@@ -34,16 +34,19 @@ def shrink(patch: Callable[[Any, str, Any], None] = setattr) -> None:
         patch(module, "VARIANTS", {**core.VARIANTS, "mini": small})
 
 
-def recipe_of() -> Recipe:
-    """Return a recipe of which two devices have unequal parts of SAM's ascent: 3 and 2 examples."""
-    spread = ['sam.group="batch"', "sam.fraction=0.3", "train.masks=[]"]  # masks that are drawn
+def recipe_of(*changes: str) -> Recipe:
+    """Return a recipe of which two devices have unequal parts of SAM's ascent: 3 and 2 examples.
+
+    The model draws its masks.
+    """
+    spread = ['sam.group="batch"', "sam.fraction=0.3", "train.masks=[]"]
     often = ["sam.every=1", "data.test.images=9", "evaluate.every_steps=2"]
-    return load_recipe("conformance", [*SMALL, *spread, *often])
+    return load_recipe("conformance", [*SMALL, *spread, *often, *changes])
 
 
-def training(recipe: Recipe, folder: Path, engine: str | None = None) -> Training:
+def training(recipe: Recipe, folder: Path, **options: Any) -> Training:
     """Return a training that goes on in a folder."""
-    launch = Launch(engine=engine, log_every=1)
+    launch = Launch(log_every=1, **options)
     sources = [open_source(recipe, part) for part in ("train", "test")]
     made = trainer(recipe, launch)
     return Training(recipe, made, *sources, folder, launch=launch, resume=True)
@@ -51,6 +54,6 @@ def training(recipe: Recipe, folder: Path, engine: str | None = None) -> Trainin
 
 if __name__ == "__main__":
     shrink()
-    run = training(recipe_of(), Path(FOLDER))
+    run = training(recipe_of(), Path(FOLDER), sharded=True)
     assert not run.run(lambda: run.made == 2 and INDEX == "1")  # the other has to stop as well
     print(run.made)

@@ -559,7 +559,7 @@ def _mirrored(devices: tuple[str, ...]) -> Any:
 def _multi_worker() -> Any:
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f'engine="multi-worker" of TF_CONFIG={os.environ["TF_CONFIG"]}: {error}'
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError
 from agc.recipe import Recipe
-from agc.training import Checkpoints, read_log
+from agc.training import Checkpoints, Launch, read_log
+from agc_tensorflow.train import trainer
 from tests.contract.training import start_of
 from tests.helpers import relative
 from tests.tensorflow.two_workers import recipe_of, shrink, training
@@ -103,3 +106,38 @@ def test_groups_on_two_devices(tmp_path):
         run = training(recipe, folder, engine=folder.name)
         assert not run.run(lambda: True)
     compare(recipe, *folders)
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "message"),
+    [
+        ({"engine": "multi-worker"}, None, "needs the environment variable TF_CONFIG"),
+        ({}, ["127.0.0.1:1"], "must be configured at program startup"),  # TensorFlow was used
+        ({}, "none", "TF_CONFIG=.*none"),
+        ({"device": "CPU:1"}, ["127.0.0.1:1"], "that TF_CONFIG asks for uses all devices; leave"),
+        ({"engine": "mirrored", "device": "CPU:1"}, None, 'or choose engine="one-device"'),
+        ({"engine": "mirrored"}, None, "a multiple of 32 on 2 devices, as sam.group=16"),
+    ],
+)
+def test_engines_that_cannot_train(monkeypatch, options, workers, message):
+    if workers:
+        cluster, task = {"worker": workers}, {"type": "worker", "index": 0}
+        monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": task}))
+    with pytest.raises(ConfigError, match=message):
+        trainer(recipe_of("sam.group=16"), Launch(**options))
+
+
+def test_sharded_checkpoints_that_are_refused(tmp_path):
+    recipe = recipe_of()
+    made = trainer(recipe, Launch(engine="one-device"))
+    with pytest.raises(FormatError, match=r"sharded: .*state"):
+        made.load_sharded(tmp_path / "sharded", 1)
+    made.load(start_of(recipe))
+    made.save_sharded(tmp_path / "sharded")
+    other = trainer(recipe_of("model.num_classes=3"), Launch(engine="one-device"))
+    with pytest.raises(ParameterError, match="of another model"):
+        other.load_sharded(tmp_path / "sharded", 1)
+    made._weights[0].assign(np.nan * made._weights[0])
+    with pytest.raises(NonFiniteError, match="is not finite before step 0"):
+        made.save_sharded(tmp_path / "again")
+    assert not (tmp_path / "again").exists()

@@ -72,9 +72,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        check_offered(
-            recipe, launch, "JAX", parts=True, engines=("fsdp",), coordinator=True, sharded=True
-        )
+        check_offered(recipe, launch, "JAX", engines=("fsdp",), coordinator=True, sharded=True)
         self.hosts = join(launch)
         self._recipe = recipe
         self._plain = replace(recipe, sam=None)  # of the steps that do not perturb

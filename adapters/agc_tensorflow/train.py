@@ -66,7 +66,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        check_offered(recipe, launch, "TensorFlow", parts=True, engines=ENGINES, sharded=True)
+        check_offered(recipe, launch, "TensorFlow", engines=ENGINES, sharded=True)
         self._recipe = recipe
         self._strategy, engine = _strategy(launch)
         self._replicas = int(self._strategy.num_replicas_in_sync)

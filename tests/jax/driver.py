@@ -110,7 +110,6 @@ class JaxOptimizer(Optimizer):
 class JaxDriver(Driver):
     adapter = agc_jax
     sam_modes = ("traced",)
-    trains_parts = True
     backend = JaxBackend
 
     def nfnet(self, variant: Any, *arguments: Any, dtype: str, seed: int, **options: Any) -> Any:

@@ -118,7 +118,6 @@ class TensorFlowDriver(Driver):
     backend = TensorFlowBackend
     clip_ways = ("eager", "eager branches", "graph", "compiled kernels", "xla")
     accurate_ways = ("eager", "graph", "xla")
-    trains_parts = True
 
     def nfnet(self, variant: Any, *arguments: Any, dtype: str, seed: int, **options: Any) -> Any:
         keras.utils.set_random_seed(seed)

@@ -18,5 +18,5 @@ def classifier(options: Options, arrays: Mapping[str, Any]) -> Callable[[Any], A
     """Return an NFNet as a function; see :meth:`agc.cli.frameworks.Framework.classifier`."""
     model = agc_tensorflow.NFNet(options)
     agc_tensorflow.from_neutral(model, arrays)
-    run = tf.function(lambda images: model(images, training=False))
+    run = tf.function(lambda images: model(images, training=False), autograph=False)
     return lambda images: run(tf.constant(images)).numpy()

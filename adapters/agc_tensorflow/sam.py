@@ -705,7 +705,7 @@ def two_passes(
         reduced = iter(tf.distribute.get_replica_context().all_reduce("sum", present))
         ascent = [None if g is None else next(reduced) for g in ascent]
     rho = value_at("rho", rule.rho, step, _norm_dtype(passes.variables, perturbs))
-    values, norm = _perturbed_values(passes.variables, ascent, perturbs, rule, rho, step)
+    values, norm = perturbed_values(passes.variables, ascent, perturbs, rule, rho, step)
     perturbed = passes.perturbed(batch, values)
     gradients = perturbed.gradients
     if callable(rule.rho) and not isinstance(rule.rho, Schedule):
@@ -719,7 +719,7 @@ def two_passes(
     return clean.loss, gradients, stats, report, *sizes
 
 
-def _perturbed_values(
+def perturbed_values(
     variables: list[Any], ascent: list[Any], perturbs: list[bool], rule: SAM, rho: Any, step: Any
 ) -> tuple[list[Any], Any]:
     """Return ``w + e`` and the norm of the ascent gradient (SAM-1, SAM-2, SAM-10)."""

@@ -11,12 +11,23 @@ from agc.training.part import trained_names
 from agc.training.shared import SharedTrainers, step_of
 from agc.training.state import State
 from agc.training.stop import stop_signals
-from agc.training.trainer import Launch, Metrics, Totals, Trainer, ascent_first, check_offered
+from agc.training.trainer import (
+    Hosts,
+    Launch,
+    Metrics,
+    ShardedTrainer,
+    Totals,
+    Trainer,
+    ascent_first,
+    check_offered,
+)
 
 __all__ = [
     "Checkpoints",
+    "Hosts",
     "Launch",
     "Metrics",
+    "ShardedTrainer",
     "SharedTrainers",
     "State",
     "Totals",

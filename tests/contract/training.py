@@ -150,13 +150,17 @@ class Reference:
         return loss, clipped
 
 
+def shrink(monkeypatch: pytest.MonkeyPatch, widths: tuple[int, ...] = (32, 64)) -> None:
+    """Give ``mini`` so many stages of one block, since most of the time is compilation."""
+    small = replace(core.variant("mini"), depths=(1,) * len(widths), widths=widths)
+    for module in (core.variants, store):
+        monkeypatch.setattr(module, "VARIANTS", {**core.VARIANTS, "mini": small})
+
+
 class TrainingContract(Contract):
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Make ``mini`` smaller, since most of the time is compilation."""
-        small = replace(core.variant("mini"), depths=(1, 1), widths=(32, 64))
-        for module in (core.variants, store):
-            monkeypatch.setattr(module, "VARIANTS", {**core.VARIANTS, "mini": small})
+        shrink(monkeypatch)
 
     def trained(
         self, recipe: Recipe, state: State, steps: range, **launch: Any

@@ -195,13 +195,17 @@ def test_tables_that_are_values_are_replaced_whole(tmp_path, name, key, value, c
     assert rest[0] == rest[1]
 
 
-def test_the_empty_text_takes_a_key_out():
+def test_a_change_without_a_value_takes_a_key_out():
     plain = load_recipe("digits-mini")
     recipe = load_recipe("digits-mini", ["agc=", "ema=", "train.epochs=", "train.steps=70"])
     assert (recipe.agc, recipe.ema, recipe.steps) == (None, None, 70)
     assert recipe.schedule == plain.schedule
     with pytest.raises(ConfigError, match="epochs or steps must be given"):
         load_recipe("digits-mini", ["train.epochs="])
+    assert load_recipe("digits-mini", ["sam=", "train.smoothing="]).id == plain.id
+    for unknown in ("trian=", "train.epoch="):
+        with pytest.raises(ConfigError, match=f"unknown key {unknown[:-1]}"):
+            load_recipe("digits-mini", [unknown])
 
 
 def test_tables_of_a_recipe_are_merged_key_by_key():

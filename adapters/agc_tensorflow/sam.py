@@ -24,6 +24,7 @@ from agc.config import SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, ParameterError
 from agc.schedule import Schedule
 from agc.selectors import perturbed_names
+from agc_tensorflow.devices import outside_graphs
 from agc_tensorflow.schedules import value_at
 from agc_tensorflow.units import named_variables, refuse_keras_2, variable_key
 
@@ -208,6 +209,7 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
             self.model(keras.tree.map_structure(_symbolic, x))
         self.built = True
 
+    @outside_graphs()
     def train_step(self, data: Any) -> Any:
         """Take one step: called by ``fit`` and ``train_on_batch``."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)

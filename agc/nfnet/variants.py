@@ -140,14 +140,16 @@ def _family() -> dict[str, Variant]:
             variants[name] = Variant(name, depths, rate, train, test, widths)
     variants["tiny"] = Variant("tiny", (1, 2, 6, 3), 0.2, 32, 32, (32, 64, 96, 96), 8, 10)
     variants["mini"] = Variant("mini", (1, 1, 1, 1), 0.0, 16, 16, (32, 64, 96, 96), 8, 10)
+    variants["micro"] = Variant("micro", (1, 1), 0.0, 16, 16, (32, 64), 8, 10)
     return variants
 
 
 VARIANTS: Final[Mapping[str, Variant]] = MappingProxyType(_family())
-"""Name to variant: F0 to F7, the wider F0+ to F7+, and two for tests and first steps.
+"""Name to variant: F0 to F7, the wider F0+ to F7+, and three for tests and first steps.
 
 ``tiny`` is F0 with narrow stages: 334,086 parameters in 233 tensors with the same names, every code
-path. ``mini`` has one block in each stage.
+path. ``mini`` has one block in each stage, and ``micro`` two stages of one block: the least that
+has both kinds of blocks, for where compiling takes longer than computing.
 """
 
 

@@ -86,6 +86,7 @@ def test_variants():
     assert list(nfnet.VARIANTS) == [f"F{n}{p}" for p in ("", "+") for n in range(8)] + [
         "tiny",
         "mini",
+        "micro",
     ]
     sizes = [(v.train_pixels, v.test_pixels, v.dropout) for v in nfnet.VARIANTS.values()]
     assert sizes[:2] == sizes[8:10] == [(192, 256, 0.2), (224, 320, 0.3)]

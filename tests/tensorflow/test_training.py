@@ -32,7 +32,10 @@ class TestTraining(TrainingContract):
     @pytest.fixture(autouse=True)
     def compiled(self, request: pytest.FixtureRequest) -> Iterator[None]:
         """Trace where it matters, and only once; elsewhere that costs too much."""
-        compiles = request.node.name in ("test_steps[group-4]", "test_resume_is_bit_equal[float32]")
+        compiles = request.node.name in (
+            "test_level_5[trajectory]",
+            "test_resume_is_bit_equal[float32]",
+        )
         once = TracedOnce()
         if compiles:
             self.driver = once

@@ -51,7 +51,10 @@ def overview(report: Mapping[str, Any]) -> str:
     folded = [
         ("The same for SAM", head, rows("SAM", runs)),
         ("The same for NFNets", head[: 1 + len(backends)], rows("NFNET", backends)),
+        ("The same for recipes", head[: 1 + len(backends)], rows("RECIPE", backends)),
     ]
+    # A report may be older than a clause.
+    folded = [part for part in folded if any(any(row[1:]) for row in part[2])]
     worst = ["largest error in float32, of 4 ULP allowed", *(_worst(run) for run in runs)]
     date = min(run["header"]["date"] for run in runs)
     killed = [mutant["status"] for mutant in report["mutants"]].count("killed")

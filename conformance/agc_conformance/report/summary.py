@@ -37,7 +37,7 @@ CellVerdict = Literal["passed", "failed", "expected", "unsupported", "none"]
 
 ULP_LIMITS: Final = {"AGC": LIMITS, "SAM": SHARPNESS_LIMITS}
 """Largest errors allowed, by method and dtype; the clauses of a method start with its name."""
-_PARTS: Final = {"train": "training on real images", "models": "NFNets"}
+_PARTS: Final = {"train": "training on real images", "models": "NFNets and recipes"}
 """Optional parts of a run, by the key of its header."""
 _ORDER = ["-", "float32", "float64", "bfloat16", "float16", "complex64", "complex128"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from agc.training import Launch, Metrics
 from agc_conformance.backend import Backend
 from agc_conformance.backends.reference import ReferenceBackend
 from agc_conformance.clauses import CLAUSES
+from agc_conformance.records import Writer, make_header, read_results
+from agc_conformance.report import html, summarize
+from agc_conformance.report.figures import recipe_curves
 from agc_conformance.runner import cases, run_case
 from agc_conformance.training.recipes import KINDS, SHORT, result_ids, run_recipes
 from agc_conformance.training.reference import ReferenceTrainer
@@ -31,6 +35,25 @@ def test_the_reference_passes() -> None:
 
 class Nothing(Backend):
     name = "nothing"
+
+
+def test_the_report_draws_the_runs_over_each_other(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.jsonl" for name in ("one", "two")]
+    records = list(run_recipes(ReferenceBackend(), SHORT, select="L5-trajectory"))
+    for path in paths:
+        header = make_header("run", vectors="v", backend=path.stem, role="backend")
+        with Writer(path, header) as file:
+            for record in records:
+                file.write(record)
+    report = summarize([read_results(path) for path in paths])
+    runs = {column.name: column.recipe for column in report.backends}
+    assert {len(values) for run in runs.values() for values in run.values()} == {4}
+    assert runs["one"]["loss"] == pytest.approx(runs["one"]["reference_loss"])
+    drawn, page = recipe_curves(runs), html(report)
+    assert drawn == recipe_curves(runs)
+    assert "<title>One recipe in several frameworks: loss and error by step</title>" in page
+    assert all(f">{name}</text>" in drawn for name in ("one", "two", "float64 reference"))
+    assert "<code>L5-trajectory</code>" in page
 
 
 def test_what_is_not_offered_is_reported() -> None:

@@ -14,7 +14,7 @@ from agc.nfnet import Masks
 from agc.recipe import load_recipe, numbers
 from agc.reference import sharpness_aware_gradients
 from agc.training import Launch
-from agc_conformance.training.recipes import seeded_state
+from agc_conformance.training.recipes import KINDS, SHORT, seeded_state
 from agc_jax.train import _Examples, _gradient, _sharpness_aware, trainer
 from tests.contract.training import TrainingContract, batches_of, recipe_of
 from tests.jax.driver import JaxDriver
@@ -26,6 +26,11 @@ class TestTraining(TrainingContract):
     """To compile a step takes longer than all else, so there are few different ones."""
 
     driver = JaxDriver()
+
+    @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sam"])
+    def test_level_5(self, kind):
+        """The ascent on a spread fraction is in :func:`test_sharpness`."""
+        super().test_level_5(kind)
 
     @pytest.mark.parametrize("compute", ["bfloat16"])
     def test_resume_is_bit_equal(self, tmp_path, compute):
@@ -44,9 +49,9 @@ def test_recipes_that_are_not_offered():
 
 def test_nothing_is_compiled_again(monkeypatch):
     """Not for other rates, thresholds and radii, nor after a state was loaded."""
-    recipe = recipe_of("group")
+    recipe = SHORT.recipe  # as level 5 has compiled it
     batches, table = batches_of(recipe), numbers(recipe)
-    made = trainer(recipe, Launch(microbatch=4))
+    made = trainer(recipe, Launch(microbatch=SHORT.microbatches[0]))
     made.load(seeded_state(recipe))
     for step in range(2):  # one perturbs, one does not
         made.step(batches[step], table.at(step))

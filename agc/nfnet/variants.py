@@ -161,6 +161,7 @@ def _variants() -> dict[str, Variant]:
             variants[name] = Variant(name, depths, rate, train, test, widths)
     variants["tiny"] = Variant("tiny", (1, 2, 6, 3), 0.2, 32, 32, (32, 64, 96, 96), 8, 10)
     variants["mini"] = Variant("mini", (1, 1, 1, 1), 0.0, 16, 16, (32, 64, 96, 96), 8, 10)
+    variants["micro"] = Variant("micro", (1, 1), 0.0, 16, 16, (32, 64), 8, 10)
     for layers, depths in _RESNET_DEPTHS.items():
         variant = _resnet(f"NF-ResNet-{layers}", depths, 224, (256, 512, 1024, 2048), 1000)
         variants[variant.name] = variant
@@ -203,7 +204,9 @@ VARIANTS: Final[Mapping[str, Variant]] = MappingProxyType(_variants())
 """Name to variant: F0 to F7, the wider F0+ to F7+, NF-ResNets, and some for tests and first steps.
 
 ``tiny`` is F0 with narrow stages: 334,086 parameters in 233 tensors with the same names, every code
-path. ``mini`` has one block in each stage. ``NF-ResNet-tiny`` is narrow, and has four blocks.
+path. ``mini`` has one block in each stage, and ``micro`` two stages of one block: the least that
+has both kinds of blocks, for where compiling takes longer than computing. ``NF-ResNet-tiny`` is
+narrow, and has four blocks.
 """
 
 

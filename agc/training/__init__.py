@@ -5,6 +5,7 @@ Read ``trainer``, what a framework gives; ``loop``, what is done with it; then `
 """
 
 from agc.training.checkpoints import Checkpoints
+from agc.training.initial import initial_state
 from agc.training.log import read_log
 from agc.training.loop import Training
 from agc.training.part import trained_names
@@ -35,6 +36,7 @@ __all__ = [
     "Training",
     "ascent_first",
     "check_offered",
+    "initial_state",
     "read_log",
     "step_of",
     "stop_signals",

@@ -87,6 +87,7 @@ def test_variants():
     assert list(nfnet.VARIANTS) == [f"F{n}{p}" for p in ("", "+") for n in range(8)] + [
         "tiny",
         "mini",
+        "micro",
         *(f"NF-ResNet-{layers}" for layers in (26, 50, 101, 152, 200, 288, 600, "tiny")),
     ]
     sizes = [(v.train_pixels, v.test_pixels, v.dropout) for v in nfnet.VARIANTS.values()]

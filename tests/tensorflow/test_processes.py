@@ -17,17 +17,16 @@ import tensorflow as tf
 from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError
 from agc.recipe import Recipe
 from agc.training import Checkpoints, Launch, read_log
+from agc_conformance.training.recipes import seeded_state
 from agc_tensorflow.train import trainer
-from tests.contract.training import start_of
 from tests.helpers import relative
-from tests.tensorflow.two_workers import recipe_of, shrink, training
+from tests.tensorflow.two_workers import recipe_of, training
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def small_and_eager(monkeypatch, mirrored):
-    shrink(monkeypatch.setattr)
     monkeypatch.setattr("agc_tensorflow.train._mirrored", lambda devices: mirrored)
     tf.config.run_functions_eagerly(True)
     yield
@@ -36,7 +35,7 @@ def small_and_eager(monkeypatch, mirrored):
 
 def begin(recipe: Recipe, folder: Path) -> Path:
     """Make a folder with a checkpoint in which every branch counts, before a step that moves."""
-    Checkpoints(folder, recipe).save(replace(start_of(recipe), step=1))
+    Checkpoints(folder, recipe).save(replace(seeded_state(recipe), step=1))
     return folder
 
 
@@ -132,7 +131,7 @@ def test_sharded_checkpoints_that_are_refused(tmp_path):
     made = trainer(recipe, Launch(engine="one-device"))
     with pytest.raises(FormatError, match=r"sharded: .*state"):
         made.load_sharded(tmp_path / "sharded", 1)
-    made.load(start_of(recipe))
+    made.load(seeded_state(recipe))
     made.save_sharded(tmp_path / "sharded")
     other = trainer(recipe_of("model.num_classes=3"), Launch(engine="one-device"))
     with pytest.raises(ParameterError, match="of another model"):

@@ -13,8 +13,9 @@ import tensorflow as tf
 from agc.errors import ConfigError, NonFiniteError
 from agc.recipe import Recipe, load_recipe, numbers
 from agc.training import Launch
+from agc_conformance.training.recipes import seeded_state
 from agc_tensorflow.train import trainer
-from tests.contract.training import TrainingContract, batches_of, recipe_of, start_of
+from tests.contract.training import TrainingContract, batches_of, recipe_of
 from tests.tensorflow.driver import TensorFlowDriver
 
 
@@ -34,7 +35,10 @@ class TestTraining(TrainingContract):
     @pytest.fixture(autouse=True)
     def compiled(self, request: pytest.FixtureRequest) -> Iterator[None]:
         """Trace where it matters, and only once; elsewhere that costs too much."""
-        compiles = request.node.name in ("test_steps[group-4]", "test_resume_is_bit_equal[float32]")
+        compiles = request.node.name in (
+            "test_level_5[trajectory]",
+            "test_resume_is_bit_equal[float32]",
+        )
         once = TracedOnce()
         if compiles:
             self.driver = once
@@ -53,7 +57,7 @@ class TestTraining(TrainingContract):
         assert recipe.sam
         rule = replace(recipe.sam.rule, nonfinite="raise")
         recipe = replace(recipe, sam=replace(recipe.sam, rule=rule))
-        state = start_of(recipe)
+        state = seeded_state(recipe)
         bias = np.full_like(state.parameters["head.bias"], np.nan)
         state = replace(state, parameters={**state.parameters, "head.bias": bias})
         made = self.driver.trainer(recipe, Launch())

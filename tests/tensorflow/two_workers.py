@@ -7,8 +7,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,11 @@ if __name__ == "__main__":
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": ADDRESSES}, "task": task})
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
-from agc import nfnet as core
 from agc.data import open_source
 from agc.recipe import Recipe, load_recipe
 from agc.training import Launch, Training
-from agc.weights import store
 from agc_tensorflow.train import trainer
 from tests.contract.training import SMALL
-
-
-def shrink(patch: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Make ``mini`` one block, since most of the time is compilation."""
-    small = replace(core.variant("mini"), depths=(1,), widths=(32,))
-    for module in (core.variants, store):
-        patch(module, "VARIANTS", {**core.VARIANTS, "mini": small})
 
 
 def recipe_of(*changes: str) -> Recipe:
@@ -53,7 +42,6 @@ def training(recipe: Recipe, folder: Path, **options: Any) -> Training:
 
 
 if __name__ == "__main__":
-    shrink()
     run = training(recipe_of(), Path(FOLDER), sharded=True)
     assert not run.run(lambda: run.made == 2 and INDEX == "1")  # the other has to stop as well
     print(run.made)

@@ -576,7 +576,7 @@ class NFNet(nnx.Module):  # type: ignore[misc]
 def _draw(initial: Initial, shape: tuple[int, ...], dtype: Any, key: jax.Array) -> jax.Array:
     """Draw one parameter; in at least float32, of which half precision then has the nearest."""
     if initial.distribution == "constant":
-        return jnp.asarray(np.full(shape, initial.value, dtype))  # nothing to compile
+        return jax.device_put(np.full(shape, initial.value, dtype))  # nothing to compile
     # Rounded up, because there are few powers of two to compile for, and many shapes.
     enough = 1 << (math.prod(shape) - 1).bit_length()
     drawn = _standard(initial.distribution, enough, jnp.promote_types(dtype, jnp.float32), key)

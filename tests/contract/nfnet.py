@@ -299,7 +299,7 @@ class NFNetContract(Contract):
         values |= {"head.weight": np.eye(width), "head.bias": np.zeros(width)}
         model = self.driver.blank(SHALLOW, dtype="float64", dropout=0.4, **options)
         self.driver.adapter.from_neutral(model, values)
-        images = np.repeat(images_of(1, *SIZE[1:]), 200, 0)
+        images = np.repeat(images_of(1, 8), 200, 0)
         pooled = self.driver.run(model, images)
         found = self.driver.run(model, images, train=True)
         kept = found != 0

@@ -19,16 +19,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module")
-def quick() -> Iterator[None]:
+def quick(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile fast instead of fast code; not for tests that count units in the last place.
 
-    JAX may take a program that it has for one that it is asked for, so none is left to other
-    modules.
+    JAX may take a program that it has for one that it is asked for, so none is left to modules that
+    want fast code.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
+    if any("quick" not in item.keywords for item in request.session.items):
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""JAX with Flax NNX, as the contract speaks with it."""
+"""JAX with Flax NNX, as the contract speaks with it.
+
+Arrays are put on the device: ``jnp.asarray`` compiles a program for every shape and dtype.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +46,14 @@ standardised = nnx.jit(lambda conv: conv.standardised())
 def everything(
     model: Any, images: jax.Array, labels: jax.Array, masks: core.Masks | None = None
 ) -> tuple[Any, ...]:
-    """Compute all of Outputs in one program, most of which they share."""
+    """Compute all of Outputs in one program, most of which they share.
+
+    Features and signals take no masks.
+    """
     derive = nnx.value_and_grad(loss_and_logits, has_aux=True)
     (loss, logits), gradients = derive(model, images, labels, masks)
-    return loss, logits, gradients, model.features(images), model.signals(images)
+    maps = (model.features(images), model.signals(images)) if masks is None else ({}, {})
+    return loss, logits, gradients, *maps
 
 
 @nnx.jit
@@ -66,7 +73,7 @@ def blank(leaf: Any) -> jax.Array:
     """Return what is quicker to make than initial values."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.key(0)
-    return jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
+    return jax.device_put(np.zeros(leaf.shape, leaf.dtype))
 
 
 @contextmanager
@@ -148,7 +155,7 @@ class JaxDriver(Driver):
     def conv(self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
         made = WSConv2d(conv, ws_eps, jnp.dtype(dtype))
         for name, value in values.items():
-            setattr(made, name, nnx.Param(jnp.asarray(value)))
+            setattr(made, name, nnx.Param(jax.device_put(value)))
         return made
 
     def standardised(self, conv: Any) -> Array:
@@ -178,20 +185,20 @@ class JaxDriver(Driver):
     ) -> Mapping[str, Array]:
         clip = agc_jax.adaptive_grad_clip(rule)
         tx = optax.chain(clip, optax.clip_by_global_norm(max_norm), optax.sgd(1.0))
-        params, grads = (jax.tree.map(jnp.asarray, dict(tree)) for tree in (weights, gradients))
+        params, grads = (jax.device_put(dict(tree)) for tree in (weights, gradients))
         updates, _ = tx.update(grads, tx.init(params), params)
         return jax.tree.map(np.asarray, optax.apply_updates(params, updates))
 
     def logged(
         self, rule: AGC, weights: Mapping[str, Array], gradients: Mapping[str, Array]
     ) -> dict[str, float]:
-        params, grads = (jax.tree.map(jnp.asarray, dict(tree)) for tree in (weights, gradients))
+        params, grads = (jax.device_put(dict(tree)) for tree in (weights, gradients))
         stats = agc_jax.adaptive_clip_gradients(grads, params, rule)[1]
         return stats.to_dict(plan=agc_jax.plan(params, rule))
 
     def run(self, layer: Any, x: Array, train: bool = False, **options: Any) -> Array:
         layer.train() if train else layer.eval()
-        return np.asarray(run(layer, jnp.asarray(x), **options))
+        return np.asarray(run(layer, jax.device_put(x), **options))
 
     def call(self, model: Any, method: str, x: Array) -> Any:
         return getattr(model, method)(jnp.asarray(x))
@@ -211,7 +218,7 @@ class JaxDriver(Driver):
         large = model.options.variant.name == "F0"  # takes longer to run than to compile
         with optimized(large or not jax.config.read("jax_disable_most_optimizations")):
             loss, logits, gradients, *maps = jax.tree.map(
-                np.asarray, everything(model, jnp.asarray(images), jnp.asarray(labels), masks)
+                np.asarray, everything(model, *jax.device_put((images, labels)), masks)
             )
         return Outputs(loss, logits, values_of(gradients), *maps)
 
@@ -235,7 +242,7 @@ class JaxDriver(Driver):
         return JaxOptimizer(model, agc_jax.sgd_nfnet(model, lr, **options))
 
     def sharpen(self, problem: SamProblem, mode: str = "eager") -> Sharpened:
-        weights, batch = jax.tree.map(jnp.asarray, (problem.weights, tuple(problem.batch)))
+        weights, batch = jax.device_put((dict(problem.weights), tuple(problem.batch)))
         function = agc_jax.sam_value_and_grad(
             partial(problem.loss, jnp),
             problem.rule,

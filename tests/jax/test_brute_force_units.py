@@ -27,8 +27,9 @@ from agc import Units
 from agc.selectors import canonical_name
 from agc_jax.units import flatten
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 BATCH = 2
-QUICK: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def draw(*shape: int) -> Any:
@@ -39,7 +40,7 @@ def filled(shapes: Any) -> Any:
     """Draw all values: no weight may be without effect because another is 0."""
     random = np.random.default_rng(0)
     return jax.tree.map(
-        lambda leaf: jnp.asarray(random.normal(size=leaf.shape), jnp.float32), shapes
+        lambda leaf: jax.device_put(random.normal(size=leaf.shape).astype(np.float32)), shapes
     )
 
 
@@ -66,7 +67,7 @@ def found_units(outputs: Callable[[Any], Any], params: Any) -> dict[str, Any]:
     ``outputs`` returns arrays by the dotted name of the layer that computes them; each layer's own
     parameters are judged by its own outputs, as those of the layers behind it mix them.
     """
-    jacobians = jax.jit(jax.jacrev(outputs), compiler_options=QUICK)(params)
+    jacobians = jax.jit(jax.jacrev(outputs))(params)
     names = [name for name, leaf in zip(*flatten(params)[:2], strict=True) if leaf is not None]
     found = {}
     for name, shape in zip(names, map(np.shape, jax.tree.leaves(params)), strict=True):

@@ -29,7 +29,7 @@ def draw(seed: int, scale: float = 1.0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> Any:
-        return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
+        return jax.device_put((scale * rng.standard_normal(shape)).astype(np.float32))
 
     return {"body": {"kernel": normal(4, 3), "bias": normal(3)}, "head": {"kernel": normal(3, 2)}}
 

@@ -35,7 +35,7 @@ class TestSam(SamFunctionContract):
 def network_arrays(examples=20):
     """Return the network's weights, and a batch."""
     problem = network_problem(examples=examples)
-    return jax.tree.map(jnp.asarray, (problem.weights, *problem.batch))
+    return jax.device_put((dict(problem.weights), *problem.batch))
 
 
 loss_fn = partial(network, jnp)

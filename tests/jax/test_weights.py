@@ -13,6 +13,8 @@ from agc.errors import ParameterError
 from tests.contract.weights import WeightsContract
 from tests.jax.driver import JaxDriver
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 driver = JaxDriver()
 
 

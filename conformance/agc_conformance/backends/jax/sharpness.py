@@ -212,7 +212,7 @@ def _replicas(problem: SharpnessProblem, devices: Sequence[Any], replicas: int) 
 
 def _skipped(gradients: Mapping[str, Any]) -> bool:
     """Tell whether the step is to be skipped: every gradient is NaN."""
-    return all(bool(jnp.isnan(g).all()) for g in gradients.values())
+    return all(bool(np.isnan(g).all()) for g in _arrays(gradients).values())
 
 
 def _batch(examples: Examples) -> Batch:
@@ -220,7 +220,7 @@ def _batch(examples: Examples) -> Batch:
 
 
 def _tree(arrays: Mapping[str, Array]) -> dict[str, Any]:
-    return {name: jnp.asarray(value) for name, value in arrays.items()}
+    return {name: jax.device_put(value) for name, value in arrays.items()}
 
 
 def _arrays(tree: Mapping[str, Any]) -> dict[str, Array]:

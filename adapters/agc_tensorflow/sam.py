@@ -209,7 +209,6 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
             self.model(keras.tree.map_structure(_symbolic, x))
         self.built = True
 
-    @outside_graphs()
     def train_step(self, data: Any) -> Any:
         """Take one step: called by ``fit`` and ``train_on_batch``."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -221,7 +220,8 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
             self._ready = True
         variables = model.trainable_variables
         if not self.optimizer.built:
-            self.optimizer.build(variables)  # not inside the condition further down
+            with outside_graphs():  # nor inside the condition further down
+                self.optimizer.build(variables)
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         last: list[Any] = []
 

@@ -19,14 +19,14 @@ from rich.console import Console
 from agc.cli import demo, experiments, main
 from agc.errors import ConfigError
 from agc.recipe import load_recipe
-from agc.training import Metrics, Totals, step_of
+from agc.training import Hosts, Metrics, Totals, step_of
 
 
 class Fake:
     """Diverges without clipping, else classifies as many images right as the threshold says."""
 
     def __init__(self):
-        self.facts, self.clipping = {"framework": "none"}, 0.05
+        self.facts, self.hosts, self.clipping = {"framework": "none"}, Hosts(), 0.05
 
     def load(self, state):
         self.now = state

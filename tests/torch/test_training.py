@@ -90,7 +90,7 @@ def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (state, records), (alone, expected) = (left(case, tmp_path / n) for n in (name, case))
         for (part, arrays), (_, others) in zip(state.parts(), alone.parts(), strict=True):
             flat = (np.concatenate([*map(np.ravel, of.values())]) for of in (arrays, others))
-            assert relative(*flat) <= 1e-6, (name, part)
+            assert relative(*flat) <= (2e-6 if part == "momentum" else 1e-6), (name, part)
         for record, other in zip(records, expected, strict=True):
             assert [record.pop(key, None) for key in ("type", "weights")] == [
                 other.pop(key, None) for key in ("type", "weights")

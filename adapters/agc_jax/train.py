@@ -72,9 +72,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        check_offered(
-            recipe, launch, "JAX", parts=True, engines=("fsdp",), coordinator=True, sharded=True
-        )
+        check_offered(recipe, launch, "JAX", engines=("fsdp",), coordinator=True, sharded=True)
         self.hosts = join(launch)
         self._recipe = recipe
         self._plain = replace(recipe, sam=None)  # of the steps that do not perturb
@@ -353,7 +351,7 @@ def _masks(recipe: Recipe, given: core.Masks, examples: int, made: jax.Array) ->
     options = recipe.model.options()
     rates = core.Masks(
         [options.stochastic_depth * b.stochastic_depth for b in core.blocks(options.variant)],
-        [options.dropout] * core.final_conv(options.variant).outputs,
+        [options.dropout] * core.features(options.variant),
     )
     high, low = divmod(recipe.seed, 2**32)
     key = jax.random.fold_in(jax.random.key(np.uint32(low)), high)

@@ -65,7 +65,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        check_offered(recipe, launch, "PyTorch", parts=True, engines=ENGINES, sharded=True)
+        check_offered(recipe, launch, "PyTorch", engines=ENGINES, sharded=True)
         self._recipe = recipe
         self.hosts, self._device = join(launch.device)
         self._engine = _engine(recipe, launch)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from agc.cli.frameworks import framework_names, load_framework
+from agc.cli.tensorboard import tensorboard
 from agc.data import PARTS, open_source
 from agc.errors import ConfigError, NonFiniteError
 from agc.packages import need
@@ -94,6 +95,9 @@ def register(subparsers: Any) -> None:
         metavar="N",
         help=f"log all steps, after so many of them ({plain.log_every})",
     )
+    command.add_argument(
+        "--tensorboard", type=Path, metavar="DIR", help="write TensorBoard's files here too"
+    )
     command.set_defaults(run=_run)
 
 
@@ -121,7 +125,16 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"agc train is not offered in {name} as yet")
     trainer = framework.trainer(recipe, launch)
     first = trainer.hosts.first
+    show: list[Callable[[Any], None]] = []
+    if first and arguments.tensorboard:
+        show.append(tensorboard(arguments.tensorboard))
+
+    def report(record: dict[str, Any]) -> None:
+        for each in show:
+            each(record)
+
     with _progress(recipe.steps, shown=first) as progress:
+        show.append(_reporter(progress))
         training = Training(
             recipe,
             trainer,
@@ -131,7 +144,7 @@ def _run(arguments: argparse.Namespace) -> int:
             launch=launch,
             resume=arguments.resume,
             allow_changed=arguments.allow_changed,
-            report=_reporter(progress),
+            report=report,
         )
         try:
             with stop_signals() as stop:

@@ -132,7 +132,6 @@ def check_offered(
     launch: Launch,
     framework: str,
     *,
-    parts: bool = False,
     engines: Collection[str] = (),
     coordinator: bool = False,
     sharded: bool = False,
@@ -145,8 +144,6 @@ def check_offered(
     launch : Launch
     framework : str
         Its name in the message.
-    parts : bool
-        Whether it trains :func:`agc.training.trained_names` alone.
     engines : collection of str
         Its names of what spreads a training over devices.
     coordinator : bool
@@ -172,11 +169,6 @@ def check_offered(
         raise ConfigError(
             f'precision.standardise="{recipe.precision.standardise}": {framework}\'s NFNets standardise '
             "their weights in float32; set precision.standardise=float32"
-        )
-    if recipe.train.only and not parts:
-        raise ConfigError(
-            f"train.only={list(recipe.train.only)}: training a part of the model is not offered in "
-            f"{framework} as yet; leave it out to train all parameters"
         )
 
 

@@ -13,7 +13,8 @@ A vector is a question with its answer, one line of a file in ``vectors/v1``. It
 4. The :mod:`verdict` becomes one of the :mod:`records` of a result file; :mod:`report` presents the
    files.
 
-Two wings compute their questions instead of reading them: :mod:`nfnets` and :mod:`training`.
+Two wings compute their questions instead of reading them: :mod:`nfnets` and :mod:`training`, which
+trains on real images (``ask``) and what recipes say (``recipes``; level 5).
 :mod:`suite` runs everything on one backend, :mod:`apart` in a process that a backend may end.
 :mod:`mutants` are wrong backends, one module for each wing, :mod:`teeth` shows that each of them is
 caught, and :mod:`diagnosis` compares what a backend fails with what they fail. :mod:`generate`

@@ -21,7 +21,9 @@ import numpy.typing as npt
 from agc.config import AGC, SAM
 from agc.nfnet import Variant
 from agc.plan import Plan
+from agc.recipe import Recipe
 from agc.reference import RowSparse, Stats
+from agc.training import Launch, Trainer
 from agc.units import Units
 
 __all__ = [
@@ -592,3 +594,10 @@ class Backend:
     def model_training(self, problem: ModelProblem, recipe: ModelRecipe) -> Iterator[ModelStep]:
         """Train an NFNet, in evaluation mode, yielding every step."""
         raise Unsupported(f"{self.name} has no NFNets")
+
+    def trainer(self, recipe: Recipe, launch: Launch) -> Trainer:
+        """Return a training of a recipe on this device, as :class:`agc.training.Trainer` (level 5).
+
+        It may be given a state more than once, and must then forget the one before.
+        """
+        raise Unsupported(f"{self.name} does not train recipes")

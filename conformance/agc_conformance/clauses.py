@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["CLAUSES"]
+__all__ = ["CLAUSES", "COMPUTED"]
 
 CLAUSES: Final[dict[str, str]] = {
     "AGC-1": "limit = clipping * max(norm(W), eps)",
@@ -37,4 +37,15 @@ CLAUSES: Final[dict[str, str]] = {
     "NFNET-3": "how signals propagate",
     "NFNET-4": "plan, which units are clipped, clipped gradients",
     "NFNET-5": "DeepMind's optimizer and AGC before SGD, step by step",
+    "RECIPE-1": "one file, one canonical form, one id",
+    "RECIPE-2": "the same batches, bit for bit, on any number of hosts",
+    "RECIPE-3": "rate, thresholds, radius and decay of every step, in float32",
+    "RECIPE-4": "stochastic depth and dropout keep what the batch says",
+    "RECIPE-5": "the state after every step, in any number of micro-batches",
+    "RECIPE-6": "an evaluation has every image once",
+    "RECIPE-7": "a checkpoint goes on, bit for bit, or in another framework",
+    "RECIPE-8": "a new head on old weights",
 }
+
+COMPUTED: Final = ("NFNET", *(f"RECIPE-{number}" for number in range(4, 9)))
+"""Beginnings of clauses without vectors: what is expected is computed."""

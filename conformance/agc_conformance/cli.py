@@ -36,7 +36,7 @@ def register(subparsers: Any) -> None:
         "--role", choices=("backend", "subject"), help="'subject': only look, never fail"
     )
     run.add_argument("--no-train", action="store_true", help="leave out training on real images")
-    run.add_argument("--no-models", action="store_true", help="leave out NFNets")
+    run.add_argument("--no-models", action="store_true", help="leave out NFNets and recipes")
     run.add_argument(
         "--allow-unavailable", action="store_true", help="an absent backend is not a failure"
     )
@@ -171,6 +171,7 @@ def _list(options: argparse.Namespace) -> int:
     from agc_conformance.nfnets.ask import KINDS, STUDIES, result_ids
     from agc_conformance.runner import cases
     from agc_conformance.suite import check_selection
+    from agc_conformance.training import recipes
     from agc_conformance.training.ask import TASKS
     from agc_conformance.training.ask import result_ids as trained
     from agc_conformance.vectors import load_vectors
@@ -194,6 +195,9 @@ def _list(options: argparse.Namespace) -> int:
         for identifier in trained(task):
             if options.select is None or fnmatchcase(identifier, options.select):
                 table.add_row(identifier, "", "", "", f"training on {task}")
+    for identifier in recipes.result_ids(options.select):
+        clause = recipes.KINDS[identifier.removeprefix("L5-")]
+        table.add_row(identifier, clause, "", "", "training of a recipe")
     console.print(table)
     if options.select is None:
         for name, what in CLAUSES.items():

@@ -131,5 +131,15 @@ FLAGS: Final[dict[str, str]] = {
     "SamSelection": "only and exclude select other parameters",
     "SamRoundTrip": "a configuration of SAM changes when written to a dict and read back",
     "SamDefault": "a default or profile of SAM differs from the specification",
+    # Recipes
+    "RecipeLenient": "a recipe with an unknown key or a forbidden value is accepted",
+    "RecipeId": "the id depends on what computes nothing, or misses what does",
+    "RateStep": "the rate is that of another step",
+    "WarmupRounded": "the warm-up is a whole number of steps",
+    "EmaWarmup": "the decay of the average is the same at every step",
+    "HostShuffle": "every host shuffles by itself",
+    "PartialEpoch": "what is left of an epoch is dropped where a batch does not end with it",
+    "MixRatio": "the ratio weighs the other image",
+    "CutMixBox": "the box is taken from the other image",
 }
 """Flag to a description of the bug."""

@@ -13,7 +13,7 @@ from agc import errors
 from agc.errors import FormatError, UnitsError
 from agc.units import Units
 from agc_conformance.backend import Backend
-from agc_conformance.clauses import CLAUSES
+from agc_conformance.clauses import CLAUSES, COMPUTED
 from agc_conformance.clipping.ask import KINDS as CLIPPING
 from agc_conformance.data import decode_values, dtype_of, layout_shape, to_layout
 from agc_conformance.flags import FLAGS
@@ -56,11 +56,11 @@ def lint(folder: Path = VECTORS) -> list[str]:
             if not hasattr(Backend, method):
                 problems.append(f"{vector.id}: no backend can be asked for {method}")
     counts = vector_counts(vectors)
-    # NFNets have no vectors: their parameters, images and expectations are computed.
+    # What NFNets and trainings compute has no vectors.
     problems += [
         f"clause {name} has no vector"
         for name in CLAUSES
-        if not name.startswith("NFNET") and not counts["clause"][name]
+        if not name.startswith(COMPUTED) and not counts["clause"][name]
     ]
     problems += [f"flag {name} has no vector" for name in FLAGS if not counts["flag"][name]]
     size = sum(path.stat().st_size for path in folder.glob("*.json"))

@@ -13,6 +13,7 @@ from agc_conformance.backend import Backend, Unsupported
 from agc_conformance.clipping.ask import KINDS as CLIPPING
 from agc_conformance.core.ask import CORE_KINDS
 from agc_conformance.core.ask import KINDS as PLANS
+from agc_conformance.core.recipes import KINDS as RECIPES
 from agc_conformance.question import Kind
 from agc_conformance.records import ResultRecord, Status, describe, make_result
 from agc_conformance.sharpness.ask import KINDS as SHARPNESS
@@ -21,7 +22,7 @@ from agc_conformance.verdict import Verdict
 
 __all__ = ["KINDS", "cases", "run_case"]
 
-KINDS: Final[dict[str, Kind[Any, Any]]] = PLANS | CLIPPING | SHARPNESS
+KINDS: Final[dict[str, Kind[Any, Any]]] = PLANS | CLIPPING | SHARPNESS | RECIPES
 """Kinds of vectors by name; each wing of the suite adds its own."""
 
 

@@ -33,6 +33,7 @@ from agc_conformance.records import (
     make_header,
 )
 from agc_conformance.runner import cases, run_case
+from agc_conformance.training import recipes
 from agc_conformance.vectors import digest, load_vectors
 from agc_conformance.xfail import apply, default_file, read_xfail, unused
 
@@ -52,6 +53,7 @@ def check_selection(select: str | None) -> None:
     names += [*CLAUSES, *FLAGS]
     names += [identifier for study in STUDIES for identifier in result_ids(study)]
     names += [identifier for task in TASKS for identifier in trained(task)]
+    names += recipes.result_ids()
     if any(fnmatchcase(name, select) for name in names):
         return
     plain = {name.lower(): name for name in names}
@@ -99,7 +101,7 @@ def run(
     train : bool
         Also train on real images.
     models : bool
-        Also compare NFNets; subjects are not asked for them.
+        Also compare NFNets and train recipes; subjects are not asked for them.
     allow_unavailable : bool
         Whether the run succeeds if the backend or device is missing.
     watch : callable, optional
@@ -188,6 +190,8 @@ def run(
         if models and role == "backend":
             for record in _models(backend, select, full, bar, watch):
                 keep(record)
+            for record in _recipes(backend, select, bar, watch):
+                keep(record)
     problems = [result for result in results if result["status"] in bad_statuses]
     for bad in problems[:20]:
         console.print(
@@ -250,6 +254,18 @@ def _models(
             bar.advance(task, count)
 
         yield from run_study(backend, name, select=select, progress=advance, watch=watch)
+
+
+def _recipes(
+    backend: Backend, select: str | None, bar: Progress, watch: Watch
+) -> Iterator[Mapping[str, Any]]:
+    """Train recipes and yield the records."""
+    total = len(recipes.result_ids(select))
+    if total:
+        task = bar.add_task(f"{backend.name} trains a recipe", total=total)
+        yield from recipes.run_recipes(
+            backend, select=select, progress=lambda done: bar.advance(task, done), watch=watch
+        )
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def test_what_was_not_asked_is_said(files: dict[str, Path]) -> None:
     assert summary(files, "good").mood == "partly"
     assert summary(files, "hasty").notices == [
         "hasty on cpu ran without training on real images.",
-        "hasty on cpu ran without NFNets.",
+        "hasty on cpu ran without NFNets and recipes.",
     ]
 
 
@@ -265,7 +265,7 @@ def test_failures_are_grouped_and_can_be_filtered(tmp_path: Path) -> None:
     assert '<tr data-of="run0 AGC-4 NaNPasses InfToZero">' in failing
     assert '#failing:has(option[value="InfToZero"]:checked) [data-of]:not(' in page
     assert '<optgroup label="Run">' not in page, "there is one run"
-    assert "Not offered or not asked: 28 clauses" in page
+    assert "Not offered or not asked: 36 clauses" in page
     assert page.count("Not offered: 2 clauses") == 1
     assert 'id="model-tiny"' not in page
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from agc_conformance.clauses import CLAUSES
 from agc_conformance.nfnets import ask as study
+from agc_conformance.training import recipes
 from agc_conformance.training.ask import TASKS, result_ids
 from agc_conformance.vectors import load_vectors
 
@@ -30,7 +31,9 @@ def test_no_code_cites_a_clause_that_is_not_there() -> None:
     cited = {
         clause: path
         for path in files
-        for clause in re.findall(r"\b(?:AGC|SAM|NFNET)-\d+\b", path.read_text(encoding="utf-8"))
+        for clause in re.findall(
+            r"\b(?:AGC|SAM|NFNET|RECIPE)-\d+\b", path.read_text(encoding="utf-8")
+        )
     }
     assert set(HEADS) <= set(cited)
     assert {clause: path for clause, path in cited.items() if clause not in HEADS} == {}
@@ -40,6 +43,7 @@ def test_the_table_of_tests_names_what_is_there() -> None:
     ids = [
         *(vector.id for vector in load_vectors()),
         *(name for task in TASKS for name in result_ids(task)),
+        *recipes.result_ids(),
         *(name for one in study.STUDIES for name in study.result_ids(one)),
     ]
     patterns = re.findall(r"`((?:L\d|real|model)-[^`]*)`", TABLE)

@@ -110,7 +110,6 @@ class JaxOptimizer(Optimizer):
 class JaxDriver(Driver):
     adapter = agc_jax
     sam_modes = ("traced",)
-    trains_parts = True
     backend = JaxBackend
 
     def nfnet(self, variant: Any, *arguments: Any, dtype: str, seed: int, **options: Any) -> Any:
@@ -149,7 +148,7 @@ class JaxDriver(Driver):
     def conv(self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
         made = WSConv2d(conv, ws_eps, jnp.dtype(dtype))
         for name, value in values.items():
-            getattr(made, name)[...] = jnp.asarray(value)
+            setattr(made, name, nnx.Param(jnp.asarray(value)))
         return made
 
     def standardised(self, conv: Any) -> Array:

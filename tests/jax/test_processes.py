@@ -16,10 +16,10 @@ from agc.data import open_source
 from agc.recipe import load_recipe
 from agc.training import Checkpoints, Launch, Training, read_log
 from agc_jax.train import trainer
-from tests.contract.training import shrink
 
 PROGRAM = Path(__file__).with_name("two_processes.py")
 CHANGES = [
+    "model.variant=micro",
     "train.batch=16",
     "train.steps=5",
     'train.only=["head.*", "final_conv.*"]',
@@ -59,12 +59,11 @@ def same(recipe, folder, other):
         assert record == wanted
 
 
-def test_two_processes(monkeypatch, tmp_path, quick):
+def test_two_processes(tmp_path, quick):
     """They go on from the middle of what one device did, and arrive where it arrived.
 
     One device goes on from what they wrote by parts on their way, and arrives there as well.
     """
-    shrink(monkeypatch, widths=(32,))
     recipe = load_recipe("conformance", CHANGES)
     one, two = tmp_path / "one", tmp_path / "two"
     train(recipe, one)

@@ -15,14 +15,10 @@ from agc.nfnet import Masks
 from agc.recipe import load_recipe, numbers
 from agc.reference import sharpness_aware_gradients
 from agc.training import Launch
+from agc_conformance.training.recipes import KINDS, SHORT, seeded_state
 from agc_jax.devices import Devices, mesh
-from agc_jax.train import (
-    _Examples,
-    _gradient,
-    _mean_gradient,
-    trainer,
-)
-from tests.contract.training import TrainingContract, batches_of, recipe_of, shrink, start_of
+from agc_jax.train import _Examples, _gradient, _mean_gradient, trainer
+from tests.contract.training import TrainingContract, batches_of, recipe_of
 from tests.jax.driver import JaxDriver
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -36,13 +32,10 @@ class TestTraining(TrainingContract):
 
     driver = JaxDriver()
 
-    @pytest.mark.parametrize(("case", "microbatch"), [("plain", None), ("bare", None)])
-    def test_steps(self, case, microbatch):
-        """SAM is in the next test, and in :func:`test_sharpness`."""
-        super().test_steps(case, microbatch)
-
-    def test_part_of_the_model(self):
-        super().test_steps("part", 4)
+    @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sam"])
+    def test_level_5(self, kind):
+        """The ascent on a spread fraction is in :func:`test_sharpness`."""
+        super().test_level_5(kind)
 
     @pytest.mark.parametrize("compute", ["bfloat16"])
     def test_resume_is_bit_equal(self, tmp_path, compute):
@@ -78,11 +71,10 @@ def test_processes_that_cannot_be_joined(monkeypatch):
 
 def test_nothing_is_compiled_again(monkeypatch):
     """Not for other rates, thresholds and radii, nor after a state was loaded."""
-    shrink(monkeypatch)
-    recipe = recipe_of("part")
+    recipe = SHORT.recipe  # as level 5 has compiled it
     batches, table = batches_of(recipe), numbers(recipe)
-    made = trainer(recipe, Launch(microbatch=4))
-    made.load(start_of(recipe))
+    made = trainer(recipe, Launch(microbatch=SHORT.microbatches[0]))
+    made.load(seeded_state(recipe))
     for step in range(2):  # one perturbs, one does not
         made.step(batches[step], table.at(step))
     monkeypatch.delattr("agc_jax.train._gradient")
@@ -93,7 +85,7 @@ def test_nothing_is_compiled_again(monkeypatch):
 def test_frozen_parameters_cost_no_gradient():
     """Of a classifier alone there are the convolutions of the forward pass."""
     recipe = recipe_of("plain")
-    frozen = dict(start_of(recipe).parameters)
+    frozen = dict(seeded_state(recipe).parameters)
     trained = {name: frozen.pop(name) for name in ("head.weight", "head.bias")}
     batch = batches_of(recipe)[0]
     examples = _Examples(batch.images, np.ones((16, 10), np.float32), batch.masks)
@@ -120,7 +112,10 @@ def test_sharpness(monkeypatch, case, microbatch, count, sharded):
     The last micro-batch may be smaller than the others.
     """
     monkeypatch.setattr("agc_jax.train._model", lambda *_: lambda w, x, masks: x @ w["w"])
-    recipe = recipe_of(case)
+    recipe = recipe_of("group")
+    assert recipe.sam
+    if case == "batch":  # the ascent's examples are spread over the batch
+        recipe = replace(recipe, sam=replace(recipe.sam, group="batch"))
     assert recipe.sam
     rng = np.random.default_rng(0)
     images, targets = (rng.random((16, size), np.float32) for size in (8, 3))

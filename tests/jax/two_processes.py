@@ -29,7 +29,6 @@ from agc.errors import ConfigError, NonFiniteError
 from agc.recipe import load_recipe
 from agc.training import Launch, Training, stop_signals
 from agc_jax.train import trainer
-from tests.contract.training import shrink
 
 RANK = int(sys.argv[1])
 LAUNCH = Launch(
@@ -179,7 +178,6 @@ def go_on():
     return run.made
 
 
-shrink(pytest.MonkeyPatch(), widths=(32,))
 RECIPE = load_recipe("conformance", sys.argv[4:])
 TRAINER = trainer(RECIPE, LAUNCH)  # joins the processes
 assert (jax.process_count(), jax.device_count()) == (2, 4)

@@ -18,7 +18,7 @@ from agc.recipe import load_recipe
 from agc.training import Checkpoints, Launch, State, read_log
 from agc.training.initial import initial_state
 from agc_torch.train import trainer
-from tests.contract.training import TrainingContract, shrink
+from tests.contract.training import TrainingContract
 from tests.helpers import relative
 from tests.torch import train_two_processes as two
 from tests.torch.driver import TorchDriver
@@ -64,9 +64,8 @@ def left(case: str, folder: Path) -> tuple[State, list[dict[str, object]]]:
     return state, records
 
 
-def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes(tmp_path: Path) -> None:
     """They leave what one process leaves; each engine stops and goes on, on other numbers too."""
-    shrink(monkeypatch)
     for case in two.CASES:
         assert main(two.command(case, tmp_path / case)) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -17,7 +16,7 @@ from agc.cli import main
 from agc.cli.train import STOPPED
 from agc_conformance.backends.torch.processes import leave
 from agc_torch.train import Trainer
-from tests.contract.training import SMALL, shrink
+from tests.contract.training import SMALL
 
 SHORT = [*SMALL, "train.batch=8", "train.steps=2", "data.test.images=9"]
 CASES = {
@@ -59,7 +58,5 @@ def run(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with pytest.MonkeyPatch.context() as smaller:
-        shrink(smaller)
-        run(Path(sys.argv[1]))
+    run(Path(sys.argv[1]))
     leave()

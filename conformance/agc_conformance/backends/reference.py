@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from agc.config import AGC
 from agc.plan import Parameter, Plan, make_plan
+from agc.recipe import Recipe
 from agc.reference import RowSparse, SharpnessAware, adaptive_clip, sharpness_aware_gradients
+from agc.training import Launch, Trainer
 from agc.units import Units
 from agc_conformance.backend import (
     Backend,
@@ -38,6 +40,7 @@ from agc_conformance.core.functions import Core
 from agc_conformance.nfnets.reference import ReferenceModels
 from agc_conformance.sharpness.problems import as_batch, gradient_function
 from agc_conformance.training.ask import reference_run
+from agc_conformance.training.reference import ReferenceTrainer
 from agc_conformance.verdict import round_to
 
 __all__ = ["ReferenceBackend", "Step", "layer_parameters", "to_dtype"]
@@ -153,6 +156,7 @@ class ReferenceBackend(Backend):
 
     core: ClassVar[Core] = Core()
     models: ClassVar[ReferenceModels] = ReferenceModels()
+    training: ClassVar[type[ReferenceTrainer]] = ReferenceTrainer
 
     def versions(self) -> dict[str, str]:
         """Return NumPy's version."""
@@ -356,3 +360,7 @@ class ReferenceBackend(Backend):
     def model_training(self, problem: ModelProblem, recipe: ModelRecipe) -> Iterator[ModelStep]:
         """Train an NFNet in float64."""
         return self.models.training(problem, recipe)
+
+    def trainer(self, recipe: Recipe, launch: Launch) -> Trainer:
+        """Train in float64, with a state in float32."""
+        return self.training(recipe, launch, dtype=np.float32)

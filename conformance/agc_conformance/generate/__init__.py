@@ -66,7 +66,7 @@ def _content(module_name: str) -> str:
 def _json(value: Any, indent: int = 0) -> str:
     """Return JSON with short values on one line and long lists of numbers filled like text."""
     on_one_line = json.dumps(value, allow_nan=False)
-    if len(on_one_line) + indent <= 100 or not isinstance(value, dict | list):
+    if len(on_one_line) + indent <= 110 or not isinstance(value, dict | list):
         return on_one_line
     pad = "\n" + " " * (indent + 1)
     if isinstance(value, dict):

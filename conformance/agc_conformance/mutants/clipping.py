@@ -781,7 +781,8 @@ class _RatioWithoutFloor(Engine):
         return super().floor(w_norm, eps)
 
     def stats(self, g_norm: Array, floor: Array, scale: Array, clipped: Array, bad: Array) -> Stats:
-        return super().stats(g_norm, self.w_norm, scale, clipped, bad)
+        weights = np.minimum(floor, self.w_norm)
+        return super().stats(g_norm, weights, scale, clipped, bad)
 
 
 @_mutant("WeightsChanged", "weights are brought up to their floor in place")

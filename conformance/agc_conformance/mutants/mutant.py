@@ -13,15 +13,17 @@ from agc_conformance.backends.reference import ReferenceBackend
 from agc_conformance.clipping.ask import KINDS as CLIPPING
 from agc_conformance.core.ask import CORE_KINDS
 from agc_conformance.core.functions import Core
+from agc_conformance.core.recipes import KINDS as RECIPES
 from agc_conformance.nfnets.ask import run_study
 from agc_conformance.question import Kind
 from agc_conformance.runner import KINDS, cases, run_case
 from agc_conformance.sharpness.ask import KINDS as SHARPNESS
+from agc_conformance.training.recipes import SHORT, run_recipes
 from agc_conformance.vectors import Vector, load_vectors
 
 __all__ = ["MUTANTS", "Mutant", "checks", "registered", "run_mutant"]
 
-Wing = Literal["core", "clipping", "sharpness", "nfnets"]
+Wing = Literal["core", "clipping", "sharpness", "nfnets", "recipes", "training"]
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,16 @@ class Mutant:
     name : str
         Name in words.
     flag : str
-        Bug class that it represents; for an NFNet, the clause that it breaks.
+        Bug class that it represents; for an NFNet or a training, the clause that it breaks.
     comment : str
         The mistake, and whose code makes it.
-    wing : {"core", "clipping", "sharpness", "nfnets"}
+    wing : {"core", "clipping", "sharpness", "nfnets", "recipes", "training"}
         Wing whose questions it is asked.
     make : callable
         Builds the backend.
     select : str
-        For an NFNet: glob on the kinds of results (:data:`agc_conformance.nfnets.ask.KINDS`).
+        For an NFNet or a training: glob on the kinds of results (``KINDS`` of
+        :mod:`agc_conformance.nfnets.ask` and :mod:`agc_conformance.training.recipes`).
     """
 
     name: str
@@ -59,6 +62,7 @@ _KINDS: Final[Mapping[str, Mapping[str, Kind[Any, Any]]]] = {
     "core": CORE_KINDS,
     "clipping": {**CLIPPING, "layer": KINDS["layer"]},
     "sharpness": SHARPNESS,
+    "recipes": RECIPES,
 }
 """Wing to the kinds of vectors that its mutants run."""
 
@@ -100,7 +104,7 @@ def checks(wing: str) -> list[str]:
 def run_mutant(mutant: Mutant, vectors: Sequence[Vector]) -> list[str]:
     """Return the results (``id:dtype``) that catch a mutant.
 
-    A mutant runs its wing's vectors, or, if it is an NFNet, the study ``tiny`` in float32.
+    A mutant runs its wing's vectors; an NFNet the study ``tiny`` in float32, a training four steps.
     """
     backend = mutant.make()
     with np.errstate(all="ignore"):  # some mutants overflow or divide by zero
@@ -108,6 +112,9 @@ def run_mutant(mutant: Mutant, vectors: Sequence[Vector]) -> list[str]:
             select = f"model-tiny-{mutant.select}"
             study = run_study(backend, "tiny", select=select, dtypes=("float32",))
             records = [record for record in study if record["type"] == "result"]
+        elif mutant.wing == "training":
+            run = run_recipes(backend, SHORT, select=f"L5-{mutant.select}")
+            records = [record for record in run if record["type"] == "result"]
         else:
             records = [
                 run_case(backend, vector, dtype)

@@ -11,9 +11,11 @@ from markupsafe import escape
 
 from agc_conformance.records import ULP_BINS, ModelRecord
 from agc_conformance.training.network import PARAMETERS
+from agc_conformance.training.recipes import LIMITS as LIMITS_OF_STATE
+from agc_conformance.training.recipes import TASK
 from agc_conformance.verdict import LIMITS
 
-__all__ = ["histograms", "model_errors", "svg", "training_figures"]
+__all__ = ["histograms", "model_errors", "recipe_curves", "svg", "training_figures"]
 
 
 _FLOOR: Final = 1e-17
@@ -151,6 +153,50 @@ def model_errors(records_by_run: Mapping[str, Sequence[ModelRecord]]) -> str:
         return svg(figure, "Relative errors by layer, tensor and step")
 
 
+def recipe_curves(runs: Mapping[str, Mapping[str, Sequence[float | None]]]) -> str:
+    """Draw the trainings of one recipe over each other.
+
+    Parameters
+    ----------
+    runs : mapping of run to mapping
+        :attr:`agc_conformance.report.summary.Column.recipe` of each.
+
+    Returns
+    -------
+    str
+        Above the losses, on that of the reference; below the errors, on a logarithmic axis. The red
+        line is the limit.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    def finite(values: Iterable[float | None]) -> list[float]:
+        return [np.nan if value is None else value for value in values]
+
+    style = {"font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none"}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(7.6, 4.2), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        longest = max((run["reference_loss"] for run in runs.values()), key=len)
+        above.plot(finite(longest), "0.8", lw=6, label="float64 reference")
+        dashes: list[Any] = ["-", (0, (4, 2)), (0, (1, 2))]
+        for number, (title, run) in enumerate(runs.items()):
+            line = {"color": f"C{number}", "ls": dashes[number % len(dashes)], "label": title}
+            above.plot(finite(run["loss"]), lw=1.5, **line)
+            known = [_FLOOR if error == 0 else error for error in finite(run["error"])]
+            below.plot(known, f"C{number}.-", ms=3, lw=0.7)
+        below.axhline(limit := LIMITS_OF_STATE["parameters"], color="#b3161b", lw=1)
+        below.set_yscale("log")
+        below.set_ylim(1e-9, 10 * limit)
+        above.set_ylabel("loss")
+        below.set_ylabel("relative error of the parameters")
+        below.set_xlabel("step")
+        above.legend(frameon=False, ncols=len(runs) + 1, fontsize=7)
+        for plot in (above, below):
+            plot.spines[["top", "right"]].set_visible(False)
+        return svg(figure, "One recipe in several frameworks: loss and error by step")
+
+
 def training_figures(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """Draw, for every task, the loss and the clipped fraction of every layer over the steps.
 
@@ -169,7 +215,7 @@ def training_figures(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
     tasks: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
-        if record.get("type") == "train":
+        if record.get("type") == "train" and record["task"] != TASK:
             tasks.setdefault(record["task"], []).append(record)
     drawn = {}
     for task, steps in tasks.items():

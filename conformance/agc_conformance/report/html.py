@@ -11,7 +11,12 @@ from markupsafe import Markup
 from agc_conformance.clauses import CLAUSES
 from agc_conformance.flags import FLAGS
 from agc_conformance.records import ResultRecord, bad_statuses
-from agc_conformance.report.figures import histograms, model_errors, training_figures
+from agc_conformance.report.figures import (
+    histograms,
+    model_errors,
+    recipe_curves,
+    training_figures,
+)
 from agc_conformance.report.summary import (
     ULP_LIMITS,
     Cell,
@@ -48,6 +53,7 @@ def html(summary: Summary) -> str:
         methods=list(ULP_LIMITS),
         training=_training(summary),
         trained=_trained(summary),
+        recipes=_recipes(summary),
         models=_models(summary),
         dtype=lambda name: "no numbers" if name == "-" else name,
         short=_short,
@@ -129,6 +135,16 @@ def _trained(summary: Summary) -> list[str]:
             r["id"]: None for r in column.file.results if _asked(r) and "RealImages" in r["flags"]
         }
     return list(ids)
+
+
+def _recipes(summary: Summary) -> tuple[list[str], Markup] | None:
+    """Return the ids of the results of level 5, and the figure; None if nobody was asked."""
+    every = [r for column in summary.backends for r in column.file.results if r["level"] == "L5"]
+    ids = dict.fromkeys(r["id"] for r in every if _asked(r))
+    if not ids:
+        return None
+    runs = {column.title: column.recipe for column in summary.backends if column.recipe}
+    return list(ids), Markup(recipe_curves(runs) if runs else "")
 
 
 def _models(summary: Summary) -> list[tuple[str, list[tuple[str, str]], Markup]]:

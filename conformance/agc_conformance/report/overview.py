@@ -11,7 +11,7 @@ from agc.errors import FormatError
 from agc.files import check_target, write_text
 from agc_conformance.clauses import CLAUSES
 from agc_conformance.records import ULP_BINS
-from agc_conformance.report.figures import svg
+from agc_conformance.report.figures import recipe_curves, svg
 
 __all__ = ["errors_figure", "overview", "publish"]
 
@@ -51,7 +51,10 @@ def overview(report: Mapping[str, Any]) -> str:
     folded = [
         ("The same for SAM", head, rows("SAM", runs)),
         ("The same for NFNets", head[: 1 + len(backends)], rows("NFNET", backends)),
+        ("The same for recipes", head[: 1 + len(backends)], rows("RECIPE", backends)),
     ]
+    # A report may be older than a clause.
+    folded = [part for part in folded if any(any(row[1:]) for row in part[2])]
     worst = ["largest error in float32, of 4 ULP allowed", *(_worst(run) for run in runs)]
     date = min(run["header"]["date"] for run in runs)
     killed = [mutant["status"] for mutant in report["mutants"]].count("killed")
@@ -113,7 +116,7 @@ def publish(report: Path, results: Path, readme: Path) -> None:
     report : path
         ``report.json``.
     results : path
-        Folder that gets ``cpu.json`` and ``errors.svg``.
+        Folder that gets ``cpu.json``, ``errors.svg`` and, if the report has it, ``recipe.svg``.
     readme : path
         A file with the two marks that the matrix stands between.
 
@@ -135,6 +138,13 @@ def publish(report: Path, results: Path, readme: Path) -> None:
     try:
         lacks = _lacks(data)
         contents = {} if lacks else {"matrix": overview(data), "figure": errors_figure(data)}
+        curves = {
+            _NAMES[run["header"]["backend"]]: run["recipe"]
+            for run in _runs(data, "backend")
+            if run["header"]["backend"] in _NAMES and run.get("recipe")
+        }
+        if contents and curves:
+            contents["recipe"] = recipe_curves(curves)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
         raise FormatError(
@@ -150,6 +160,8 @@ def publish(report: Path, results: Path, readme: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
     write_text(results / "cpu.json", text)
     write_text(results / "errors.svg", contents["figure"] + "\n")
+    if "recipe" in contents:
+        write_text(results / "recipe.svg", contents["recipe"] + "\n")
     write_text(readme, f"{before}{_BEGIN}\n\n{contents['matrix']}\n\n{after}")
 
 

@@ -19,6 +19,7 @@ from agc_conformance.records import (
     bad_statuses,
 )
 from agc_conformance.sharpness.compare import SHARPNESS_LIMITS
+from agc_conformance.training.recipes import TASK
 from agc_conformance.vectors import digest
 from agc_conformance.verdict import LIMITS
 
@@ -37,7 +38,7 @@ CellVerdict = Literal["passed", "failed", "expected", "unsupported", "none"]
 
 ULP_LIMITS: Final = {"AGC": LIMITS, "SAM": SHARPNESS_LIMITS}
 """Largest errors allowed, by method and dtype; the clauses of a method start with its name."""
-_PARTS: Final = {"train": "training on real images", "models": "NFNets"}
+_PARTS: Final = {"train": "training on real images", "models": "NFNets and recipes"}
 """Optional parts of a run, by the key of its header."""
 _ORDER = ["-", "float32", "float64", "bfloat16", "float16", "complex64", "complex128"]
 
@@ -149,6 +150,22 @@ class Column:
         return self.died is None and any(
             r["status"] == "passed" and r["level"] != "L0" for r in self.file.results
         )
+
+    @property
+    def recipe(self) -> dict[str, list[float | None]]:
+        """Loss, the reference's, and the parameters' error of each step of a recipe's training.
+
+        Empty if there was none; a number is None if it is not finite.
+        """
+        steps = [step for step in self.file.train if step["task"] == TASK]
+        errors = [record["errors"] for record in self.file.models if record["model"] == TASK]
+        if not steps or not errors:
+            return {}
+        return {
+            "loss": [step["loss"] for step in steps],
+            "reference_loss": [step["reference_loss"] for step in steps],
+            "error": [error for place, error in errors[0].items() if "," not in place],
+        }
 
     def histograms(self, method: str) -> dict[str, list[int]]:
         """Return counts of elements by error in ULP, for each dtype of gradients.

@@ -317,6 +317,7 @@ def as_json(summary: Summary) -> str:
                 "diagnosis": column.diagnosis,
                 "clauses": matrix(column),
                 "paths": column.paths,
+                "recipe": column.recipe,
                 "errors": {method: errors(column, method) for method in ULP_LIMITS},
             }
             for column in summary.columns

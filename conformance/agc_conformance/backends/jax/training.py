@@ -15,11 +15,15 @@ import optax
 from flax import nnx
 
 from agc import AGC, Plan
+from agc.recipe import Recipe
+from agc.training import Launch, Trainer
 from agc_conformance.backend import TrainingTask, TrainStep, Unsupported
 from agc_conformance.backends.jax.clipping import optax_sgd
 from agc_conformance.backends.jax.device import Device
+from agc_conformance.training.within import Within
 from agc_jax.optimizer import adaptive_grad_clip
 from agc_jax.sam import sam_value_and_grad
+from agc_jax.train import trainer
 from agc_jax.units import plan, units
 
 __all__ = ["Training"]
@@ -34,6 +38,11 @@ class Training(Device):
         """Train the suite's network in Flax NNX with SAM, if asked for, AGC and ``optax.sgd``."""
         with jax.default_device(self._devices[0]):
             yield from _train(task)
+
+    def trainer(self, recipe: Recipe, launch: Launch) -> Trainer:
+        """Train as ``agc train`` does, with matrix products of float32 in full precision."""
+        made = trainer(recipe, replace(launch, device=self.device))
+        return Within(made, lambda: jax.default_matmul_precision("highest"))
 
 
 class _Network(nnx.Module):  # type: ignore[misc]

@@ -11,11 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from agc.recipe import Recipe
+from agc.training import Launch, Trainer
 from agc_conformance.backend import TrainingTask, TrainStep
 from agc_conformance.backends.tensorflow.arrays import keras_sgd
 from agc_conformance.backends.tensorflow.device import Device
 from agc_tensorflow.optimizer import AdaptiveGradClip
 from agc_tensorflow.sam import sam_value_and_gradients
+from agc_tensorflow.train import trainer
 from agc_tensorflow.units import variable_key
 
 __all__ = ["Training"]
@@ -30,6 +33,10 @@ class Training(Device):
         """Train the suite's network in a compiled step of SAM, if asked for, AGC and SGD."""
         with tf.device(self._place):
             yield from _train(task)
+
+    def trainer(self, recipe: Recipe, launch: Launch) -> Trainer:
+        """Train as ``agc train`` does."""
+        return trainer(recipe, replace(launch, device=self._place[1:]))
 
 
 def _train(task: TrainingTask) -> Iterator[TrainStep]:

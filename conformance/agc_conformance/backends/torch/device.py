@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -35,3 +36,9 @@ class Device(Backend):
     def device_name(self) -> str:
         """Return the hardware's own name."""
         return "cpu" if self.device == "cpu" else str(torch.cuda.get_device_name())
+
+    def exact(self) -> AbstractContextManager[Any]:
+        """Switch off TF32, which cuDNN uses for float32 by default."""
+        if self.device == "cuda":
+            return torch.backends.cudnn.flags(allow_tf32=False)  # type: ignore[no-any-return]
+        return nullcontext()

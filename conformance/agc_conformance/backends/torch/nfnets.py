@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ class NFNets(Device):
                 module.register_forward_hook(
                     lambda _, __, out, name=name: outputs.update({name: _channels_last(out)})
                 )
-        with torch.no_grad(), torch.random.fork_rng(), _exact(self.device):
+        with torch.no_grad(), torch.random.fork_rng(), self.exact():
             torch.manual_seed(0)
             logits = to_array(model(images))
             signals = model.signals(images) if problem.outputs else {}
@@ -56,7 +55,7 @@ class NFNets(Device):
     def model_gradients(self, problem: ModelProblem) -> ModelGradients:
         """Run the model forward and backward, and clip by :func:`agc_torch.adaptive_clip_grad_`."""
         model, rule = _model(problem, self.device), AGC.profile("deepmind")
-        with _exact(self.device):
+        with self.exact():
             loss = _backward(model, _images(problem, self.device), problem)
             raw = _gradients(model)
             adaptive_clip_grad_(model, rule)
@@ -76,7 +75,7 @@ class NFNets(Device):
         for rate in recipe.rates:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with _exact(self.device):
+            with self.exact():
                 optimizer.zero_grad()
                 loss = _backward(model, images, problem)
                 optimizer.step()
@@ -122,10 +121,3 @@ def _gradients(model: NFNet) -> dict[str, Array]:
 
 def _channels_last(images: Tensor) -> Array:
     return to_array(images.permute(0, 2, 3, 1))
-
-
-def _exact(device: str) -> AbstractContextManager[Any]:
-    """Switch off TF32, which cuDNN uses for float32 by default."""
-    if device == "cuda":
-        return torch.backends.cudnn.flags(allow_tf32=False)  # type: ignore[no-any-return]
-    return nullcontext()

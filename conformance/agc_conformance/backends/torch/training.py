@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from agc.recipe import Recipe
+from agc.training import Launch, Trainer
 from agc_conformance.backend import TrainingTask, TrainStep
 from agc_conformance.backends.torch.arrays import gradient_arrays, plain_sgd, to_array
 from agc_conformance.backends.torch.clipping import attach_sgd
 from agc_conformance.backends.torch.device import Device
+from agc_conformance.training.within import Within
 from agc_torch.sam import SharpnessAware
+from agc_torch.train import trainer
 
 __all__ = ["Training"]
 
@@ -68,6 +73,10 @@ class Training(Device):
                 dict(seen),
                 dict(given),
             )
+
+    def trainer(self, recipe: Recipe, launch: Launch) -> Trainer:
+        """Train as ``agc train`` does, with TF32 switched off."""
+        return Within(trainer(recipe, replace(launch, device=self.device)), self.exact)
 
 
 class _Network(nn.Module):  # type: ignore[misc]

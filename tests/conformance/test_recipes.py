@@ -1,0 +1,93 @@
+"""Level 5: the reference passes, what is wrong is said, and what is not offered is reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agc.recipe import Recipe
+from agc.training import Launch, Metrics
+from agc_conformance.backend import Backend
+from agc_conformance.backends.reference import ReferenceBackend
+from agc_conformance.clauses import CLAUSES
+from agc_conformance.records import Writer, make_header, read_results
+from agc_conformance.report import html, summarize
+from agc_conformance.report.figures import recipe_curves
+from agc_conformance.runner import cases, run_case
+from agc_conformance.training.recipes import KINDS, SHORT, result_ids, run_recipes
+from agc_conformance.training.reference import ReferenceTrainer
+from agc_conformance.vectors import load_vectors
+
+
+def results(backend: Backend, select: str | None = None) -> list[dict[str, Any]]:
+    records = run_recipes(backend, SHORT, select=select)
+    return [dict(record) for record in records if record["type"] == "result"]
+
+
+def test_the_reference_passes() -> None:
+    found = results(ReferenceBackend())
+    assert [record["id"] for record in found] == result_ids()
+    assert {record["status"] for record in found} == {"passed"}
+    assert {record["clause"] for record in found} == set(CLAUSES) & set(KINDS.values())
+
+
+class Nothing(Backend):
+    name = "nothing"
+
+
+def test_the_report_draws_the_runs_over_each_other(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.jsonl" for name in ("one", "two")]
+    records = list(run_recipes(ReferenceBackend(), SHORT, select="L5-trajectory"))
+    for path in paths:
+        header = make_header("run", vectors="v", backend=path.stem, role="backend")
+        with Writer(path, header) as file:
+            for record in records:
+                file.write(record)
+    report = summarize([read_results(path) for path in paths])
+    runs = {column.name: column.recipe for column in report.backends}
+    assert {len(values) for run in runs.values() for values in run.values()} == {4}
+    assert runs["one"]["loss"] == pytest.approx(runs["one"]["reference_loss"])
+    drawn, page = recipe_curves(runs), html(report)
+    assert drawn == recipe_curves(runs)
+    assert "<title>One recipe in several frameworks: loss and error by step</title>" in page
+    assert all(f">{name}</text>" in drawn for name in ("one", "two", "float64 reference"))
+    assert "<code>L5-trajectory</code>" in page
+
+
+def test_what_is_not_offered_is_reported() -> None:
+    assert {record["status"] for record in results(Nothing())} == {"unsupported"}
+    for case in cases(load_vectors(), select="RECIPE-*"):
+        record = run_case(Nothing(), *case)
+        refusal = case[0].data["expect"].get("error")
+        assert record["status"] == "unsupported", refusal
+
+
+class Low(ReferenceTrainer):
+    """Reports losses of another step."""
+
+    def step(self, *arguments: Any) -> Metrics:
+        return Metrics(loss=7.0 if self.made == 2 else super().step(*arguments).loss)
+
+
+class LowBackend(ReferenceBackend):
+    training = Low
+
+
+class Absent(ReferenceBackend):
+    def trainer(self, recipe: Recipe, launch: Launch) -> Any:
+        raise RuntimeError("no memory")
+
+
+@pytest.mark.parametrize(
+    ("backend", "status", "detail"),
+    [
+        (LowBackend(), "failed", "step 0: perturbed_loss is None, it should be 2.3"),
+        (Absent(), "error", "RuntimeError: no memory"),
+    ],
+)
+def test_what_is_wrong_is_said(backend: Backend, status: str, detail: str) -> None:
+    (record,) = results(backend, "L5-trajectory")
+    assert record["status"] == status
+    assert detail in record["detail"]

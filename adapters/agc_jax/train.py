@@ -106,13 +106,14 @@ class Trainer:
         for arrays in (state.parameters, state.momentum, ema):
             if arrays is not None:
                 core.check_arrays(self._specs(), arrays)
-        momentum = {name: np.array(array) for name, array in state.momentum.items()}
-        moving = {name: momentum.pop(name) for name in self._trained}
-        placed = self._devices.placed
+        placed, momentum = self._devices.placed, state.momentum
         self._arrays = _Arrays(
-            placed(state.parameters), placed(moving), None if ema is None else placed(ema)
+            placed(state.parameters),
+            placed({name: momentum[name] for name in self._trained}),
+            None if ema is None else placed(ema),
         )
-        self._idle = momentum
+        idle = set(momentum).difference(self._trained)
+        self._idle = {name: np.array(momentum[name]) for name in idle}
         self._made = state.step
 
     def state(self) -> State:
@@ -131,7 +132,7 @@ class Trainer:
         if not _all_finite(self._arrays):
             raise NonFiniteError(f"the state is not finite before step {self._made}")
         parts = {part: of for part, of in self._arrays._asdict().items() if of is not None}
-        parts["momentum"] |= self._idle
+        parts["momentum"] = {**parts["momentum"], **self._idle}
         with _checkpointer(OSError, f"{folder}: cannot be written") as checkpointer:
             checkpointer.save(folder.absolute(), parts)
 
@@ -139,8 +140,12 @@ class Trainer:
         """Take over what :meth:`save_sharded` has written, on any number of devices."""
         shapes = {spec.name: spec.shape for spec in self._specs()}
         wanted: dict[str, Any] = self._devices.shapes(shapes)
-        idle = {name: np.zeros(shapes[name], np.float32) for name in set(shapes) - {*self._trained}}
-        parts = {"parameters": wanted, "momentum": wanted | idle}
+        idle = {
+            name: np.zeros(shape, np.float32)
+            for name, shape in shapes.items()
+            if name not in self._trained
+        }
+        parts: dict[str, Any] = {"parameters": wanted, "momentum": wanted | idle}
         if self._recipe.ema:
             parts["ema"] = wanted
         with _checkpointer(FormatError, f"{folder}: cannot be read") as checkpointer:

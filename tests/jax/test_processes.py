@@ -21,14 +21,15 @@ PROGRAM = Path(__file__).with_name("two_processes.py")
 CHANGES = [
     "model.variant=micro",
     "train.batch=16",
-    "train.steps=4",
+    "train.steps=5",
     'train.only=["head.*", "final_conv.*"]',
     "schedule.warmup_steps=1",
     'sam.group="batch"',
     "sam.fraction=0.3",  # five examples, on four devices
     "sam.every=1",
-    "checkpoint.every_steps=2",
-    "evaluate.every_steps=4",
+    "checkpoint.every_steps=1",
+    "checkpoint.keep=4",
+    "evaluate.every_steps=5",
     "data.test.images=9",
 ]
 
@@ -43,7 +44,7 @@ def train(recipe, folder):
 
 def same(recipe, folder, other):
     """Compare the end of two trainings."""
-    found, expected = (Checkpoints(path, recipe).load(4) for path in (folder, other))
+    found, expected = (Checkpoints(path, recipe).load(5) for path in (folder, other))
     for (part, arrays), (_, wanted) in zip(found.parts(), expected.parts(), strict=True):
         for name, array in arrays.items():
             limit = 1e-5 if part == "momentum" else 1e-6
@@ -89,7 +90,7 @@ def test_two_processes(tmp_path, quick):
         assert process.returncode == 0, out + err
         assert out.splitlines()[-1] == "train", out  # the last
     same(recipe, two, one)
-    shutil.rmtree(two / "step-000004")
-    assert (two / "step-000003" / "sharded").is_dir()
+    shutil.rmtree(two / "step-000005")
+    assert (two / "step-000004" / "sharded").is_dir()
     train(recipe, two)
     same(recipe, two, one)

@@ -1,4 +1,4 @@
-"""Run the documentation: every Python block of README.md and docs/ is a test.
+"""Run the documentation: every Python block of README.md and docs/, and every file of examples/.
 
 A block belongs to the framework whose adapter it mentions, and runs in that framework's test folder
 by asking for the fixture ``snippet``. Code that a block needs but a reader does not stands in an
@@ -26,6 +26,7 @@ BLOCK = re.compile(
     r"(?:<!-- setup\n(?P<setup>.*?)-->\n+)?^```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL
 )
 ADAPTERS = ("agc_torch", "agc_jax", "agc_tensorflow")
+TRAINERS = ("transformers", "lightning", "accelerate", "timm")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Snippet:
 
     @property
     def folder(self) -> str:
-        if self.place.startswith("docs/trainers.md"):  # needs the trainers' packages
+        if self.place.startswith(
+            ("docs/trainers.md", *(f"examples/{name}" for name in TRAINERS))
+        ):  # needs the trainers' packages
             return "integrations"
         used = [name for name in ADAPTERS if name in self.code]
         assert len(used) <= 1, f"{self.place} mentions {used}: one framework a block"
@@ -59,6 +62,11 @@ def find_snippets() -> list[Snippet]:
             place = f"{path.relative_to(ROOT).as_posix()}:{line}"
             code = "\n" * line + match["code"]  # so that a traceback points into the document
             found.append(Snippet(place, match["setup"] or "", code))
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        place = path.relative_to(ROOT).as_posix()
+        # Of timm's installation here, without torchvision.
+        setup = "from benchmarks.without_torchvision import import_timm\nimport_timm()"
+        found.append(Snippet(place, setup if "timm" in place else "", path.read_text("utf-8")))
     return found
 
 

@@ -384,7 +384,7 @@ def _count_units(g: jax.Array, w: jax.Array, clipping: jax.Array, *, limits: _Li
     max_ratio, max_clipped = (
         lax.reduce(ratio, g.dtype.type(0), lax.max, (1,))
         for ratio in (
-            lax.sqrt(lax.div(units.norm, units.floor)),
+            _ratio(units.norm, units.floor, limits),
             lax.select(units.clipped, units.ratio, lax.full_like(g, 0)),
         )
     )
@@ -454,9 +454,20 @@ def _decide(g: jax.Array, w: jax.Array, clipping: jax.Array, *, limits: _Limits)
     floor = lax.select(lax.eq(norm, zero), one, lax.max(w, lax.full_like(w, least)))
     clipped = lax.gt(norm, lax.mul(lax.square(clipping_KU), floor))  # AGC-1, AGC-2: strictly
     divided = lax.max(norm, lax.full_like(norm, limits.div_eps**2))
-    ratio = lax.sqrt(lax.div(divided, floor))
+    ratio = _ratio(divided, floor, limits)
     bad, bad_threshold = lax.bitwise_not(good), lax.bitwise_not(sensible_KU)
     return _Decision(norm, floor, bad, bad_threshold, clipped, clipping_KU, ratio)
+
+
+def _ratio(norm: jax.Array, floor: jax.Array, limits: _Limits) -> jax.Array:
+    """Return norm over floor of their squares, whose own quotient may be too large."""
+    quotient = lax.div(norm, floor)
+    ratio = lax.sqrt(quotient)
+    if norm.dtype == np.float64 and not limits.double:  # which holds quotients of float32
+        return ratio
+    # Two roots round once more, so they are for what one cannot do.
+    infinite = lax.eq(quotient, lax.full_like(quotient, np.inf))
+    return lax.select(infinite, lax.div(lax.sqrt(norm), lax.sqrt(floor)), ratio)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""NFNets (arXiv:2102.06171) in Flax NNX.
+"""NFNets (arXiv:2102.06171) and NF-ResNets (arXiv:2101.08692) in Flax NNX.
 
 The shared facts are in :mod:`agc.nfnet`; this file is their JAX code, from the smallest part to the
 whole: convolution, activation, squeeze and excite, stem, block, model. Images are ``(n, h, w, c)``.
@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax, nn
 
@@ -34,6 +35,7 @@ from agc.nfnet import (
     WsEps,
     blocks,
     check_masks,
+    features,
     final_conv,
     options,
     parameters,
@@ -65,6 +67,11 @@ _List: Final = getattr(nnx, "List", list)
 """A list of modules; before Flax 0.12 a module may have plain ones."""
 
 
+def _undrawn(shape: tuple[int, ...], dtype: Any) -> nnx.Param:
+    """Return a parameter without numbers, which :meth:`NFNet.reset_parameters` draws."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.zeros((), dtype).dtype))
+
+
 def nfnet(
     variant: str | Variant,
     num_classes: int | None = None,
@@ -73,32 +80,33 @@ def nfnet(
     dropout: float | None = None,
     stochastic_depth: float | None = None,
     in_channels: int = 3,
-    activation: str = "gelu",
+    activation: str | None = None,
     ws_eps: WsEps = "deepmind",
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> NFNet:
-    """Return an NFNet with the initial values of DeepMind's code (arXiv:2102.06171).
+    """Return an NFNet or NF-ResNet with the initial values of DeepMind's code.
 
     Parameters
     ----------
     variant : str or Variant
-        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first
-        steps.
+        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, ``"NF-ResNet-50"`` and so on, or
+        ``"tiny"`` for tests and first steps: a name in :data:`agc.nfnet.VARIANTS`.
     num_classes : int, optional
-        1000 if None, and 10 for ``tiny``.
+        The variant's own if None: 1000, and 10 for ``tiny``.
     rngs : nnx.Rngs
         Random numbers: ``params`` for the initial values, ``dropout`` for dropout and stochastic
         depth.
     dropout : float, optional
-        Rate before the classifier; the variant's own (0.2 to 0.5) if None.
+        Rate before the classifier; the variant's own (0 to 0.5) if None.
     stochastic_depth : float, optional
-        Rate that the blocks' rates rise to; 0.25 if None. What is kept is not rescaled.
+        Rate that the blocks' rates rise to; the variant's own (0.25, NF-ResNets 0.1) if None. What
+        is kept is not rescaled.
     in_channels : int
         Channels of the images.
-    activation : str
+    activation : str, optional
         A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want
-        ``"gelu_erf"``.
+        ``"gelu_erf"``. The variant's own (``"gelu"``, NF-ResNets ``"relu"``) if None.
     ws_eps : {"deepmind", "timm"}
         Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
     dtype, param_dtype
@@ -150,8 +158,8 @@ class SameConv2d(nnx.Module):  # type: ignore[misc]
 
     def __init__(self, conv: Conv, param_dtype: Any = jnp.float32) -> None:
         self.conv = conv
-        self.weight = nnx.Param(jnp.zeros(conv.shape, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(conv.outputs, param_dtype))
+        self.weight = _undrawn(conv.shape, param_dtype)
+        self.bias = _undrawn((conv.outputs,), param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve images of shape (n, h, w, inputs)."""
@@ -175,10 +183,17 @@ _FILTER: Final = (0, 1, 2)  # the axes of a filter, of which a weight has one fo
 
 
 def _standardise(weight: jax.Array, gain: jax.Array, ws_eps: WsEps) -> jax.Array:
+    """Standardise in at least float32, and return the weight's dtype."""
+    wide = jnp.promote_types(weight.dtype, jnp.float32)
+    weight, gain, dtype = weight.astype(wide), gain.astype(wide), weight.dtype
     # Autodiff's gradient is good enough: XLA fuses what would be many passes over the weights.
     mean = weight.mean(_FILTER)
     scale = gain * _scale(weight - mean, ws_eps)
-    return weight * scale - mean * scale  # the same as of the centred weight, which XLA would keep
+    # The same as of the centred weight, which XLA would keep.
+    return (weight * scale - mean * scale).astype(dtype)
+
+
+_standardised = jax.jit(_standardise, static_argnums=2)
 
 
 def _scale(centred: jax.Array, ws_eps: WsEps) -> jax.Array:
@@ -212,15 +227,11 @@ class WSConv2d(SameConv2d):
     def __init__(self, conv: Conv, ws_eps: WsEps, param_dtype: Any = jnp.float32) -> None:
         super().__init__(conv, param_dtype)
         self.ws_eps = ws_eps
-        self.gain = nnx.Param(jnp.ones(conv.outputs, param_dtype))
+        self.gain = _undrawn((conv.outputs,), param_dtype)
 
     def standardised(self) -> jax.Array:
         """Return the standardised weight: computed in at least float32, in the weight's dtype."""
-        weight, gain = self.weight[...], self.gain[...]
-        wide = jnp.promote_types(weight.dtype, jnp.float32)
-        return _standardise(weight.astype(wide), gain.astype(wide), self.ws_eps).astype(
-            weight.dtype
-        )
+        return _standardise(self.weight[...], self.gain[...], self.ws_eps)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve images of shape (n, h, w, inputs)."""
@@ -228,9 +239,9 @@ class WSConv2d(SameConv2d):
 
     def folded(self) -> SameConv2d:
         """Return the plain convolution that gives the same outputs."""
-        plain: SameConv2d = nnx.eval_shape(lambda: SameConv2d(self.conv))
-        plain.weight = nnx.Param(self.standardised())
-        plain.bias = nnx.Param(jnp.copy(self.bias[...]))
+        plain = SameConv2d(self.conv)
+        plain.weight = nnx.Param(_standardised(self.weight[...], self.gain[...], self.ws_eps))
+        plain.bias = self.bias
         return plain
 
 
@@ -238,8 +249,8 @@ class Dense(nnx.Module):  # type: ignore[misc]
     """A dense layer whose numbers are left to :meth:`NFNet.reset_parameters`."""
 
     def __init__(self, inputs: int, outputs: int, param_dtype: Any = jnp.float32) -> None:
-        self.weight = nnx.Param(jnp.zeros((inputs, outputs), param_dtype))
-        self.bias = nnx.Param(jnp.zeros(outputs, param_dtype))
+        self.weight = _undrawn((inputs, outputs), param_dtype)
+        self.bias = _undrawn((outputs,), param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Take (n, inputs) to (n, outputs)."""
@@ -291,6 +302,18 @@ class Stem(nnx.Module):  # type: ignore[misc]
         return self.conv3(x)
 
 
+class ResNetStem(nnx.Module):  # type: ignore[misc]
+    """A convolution of 7x7 pixels and a maximum of 3x3, a quarter of the size."""
+
+    def __init__(self, options: Options, param_dtype: Any) -> None:
+        (conv0,) = stem(options.variant, options.in_channels)
+        self.conv0 = WSConv2d(conv0, options.ws_eps, param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Take images of shape (n, h, w, c) to (n, h / 4, w / 4, widths[0] / 4)."""
+        return nnx.max_pool(self.conv0(x), (3, 3), (2, 2), "SAME")
+
+
 class NFBlock(nnx.Module):  # type: ignore[misc]
     """A residual block without normalisation."""
 
@@ -302,11 +325,11 @@ class NFBlock(nnx.Module):  # type: ignore[misc]
         convs = {conv.name: WSConv2d(conv, options.ws_eps, param_dtype) for conv in block.convs}
         self.conv0 = convs["conv0"]
         self.conv1 = convs["conv1"]
-        self.conv1b = convs["conv1b"]
+        self.conv1b = convs.get("conv1b")
         self.conv2 = convs["conv2"]
         self.shortcut = convs.get("shortcut")
-        self.se = SqueezeExcite(block, param_dtype)
-        self.skip_gain = nnx.Param(jnp.zeros((), param_dtype))
+        self.se = SqueezeExcite(block, param_dtype) if block.squeezed else None
+        self.skip_gain = _undrawn((), param_dtype)
         self.activation = Activation(options.activation)
 
     def __call__(
@@ -330,15 +353,16 @@ class NFBlock(nnx.Module):  # type: ignore[misc]
         shortcut = x
         if self.shortcut is not None:
             shortcut = out
-            if self.block.stride > 1:
+            if self.block.pools:
                 shortcut = nnx.avg_pool(out, (2, 2), (2, 2), "SAME", count_include_pad=False)
                 shortcut = shortcut.astype(out.dtype)  # the pool widens half precision
             shortcut = self.shortcut(shortcut)
         out = self.conv0(out)
         out = self.conv1(self.activation(out))
-        out = self.conv1b(self.activation(out))
+        if self.conv1b is not None:
+            out = self.conv1b(self.activation(out))
         out = self.conv2(self.activation(out))
-        return self.se(out) * out, shortcut
+        return out if self.se is None else self.se(out) * out, shortcut
 
     def kept(self, residual: jax.Array) -> jax.Array:
         """Draw stochastic depth: 1 for images that keep the residual branch, 0 for the others."""
@@ -385,16 +409,17 @@ class NFNet(nnx.Module):  # type: ignore[misc]
         self.options = options
         self.dtype = dtype
         self.agc_head = HEAD
-        self.stem = Stem(options, param_dtype)
+        resnet = options.variant.family == "NF-ResNet"
+        self.stem = (ResNetStem if resnet else Stem)(options, param_dtype)
         stages: list[list[NFBlock]] = [[] for _ in options.variant.depths]
         for block in blocks(options.variant):
             stages[block.stage].append(NFBlock(block, options, param_dtype, rngs))
         self.stages = _List([_List(stage) for stage in stages])
         last = final_conv(options.variant)
-        self.final_conv = WSConv2d(last, options.ws_eps, param_dtype)
+        self.final_conv = None if last is None else WSConv2d(last, options.ws_eps, param_dtype)
         self.activation = Activation(options.activation)
         self.dropout = nnx.Dropout(options.dropout, rngs=rngs)
-        self.head = Dense(last.outputs, options.num_classes, param_dtype)
+        self.head = Dense(features(options.variant), options.num_classes, param_dtype)
         self.reset_parameters(rngs)
 
     def reset_parameters(self, rngs: nnx.Rngs) -> None:
@@ -462,8 +487,8 @@ class NFNet(nnx.Module):  # type: ignore[misc]
         -------
         dict of str to array
             ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the
-            size, ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features),
-            which is what the classifier is given.
+            size, an NFNet's ``"final_conv"`` after its activation, and ``"pooled"`` of shape
+            (n, features), which is what the classifier is given.
         """
         outputs = {}
         x = outputs["stem"] = self.stem(self._check(x))
@@ -471,7 +496,9 @@ class NFNet(nnx.Module):  # type: ignore[misc]
             for block in stage:
                 x = block(x, deterministic)
             outputs[f"stages.{number}"] = x
-        x = outputs["final_conv"] = self._finish(x)
+        x = self._finish(x)
+        if self.final_conv is not None:
+            outputs["final_conv"] = x
         outputs["pooled"] = self._pool(x)
         return outputs
 
@@ -512,7 +539,7 @@ class NFNet(nnx.Module):  # type: ignore[misc]
             apply.
         """
         graph, state = nnx.split(self)
-        folded: NFNet = nnx.merge(graph, jax.tree.map(jnp.copy, state))
+        folded: NFNet = nnx.merge(graph, jax.device_put(state, may_alias=False))
         folded.eval()
         for _, parent in list(nnx.iter_modules(folded)):
             for name, child in list(vars(parent).items()):
@@ -521,7 +548,7 @@ class NFNet(nnx.Module):  # type: ignore[misc]
         return folded
 
     def _finish(self, x: jax.Array) -> jax.Array:
-        return self.activation(self.final_conv(x))
+        return self.activation(x if self.final_conv is None else self.final_conv(x))
 
     def _pool(self, x: jax.Array) -> jax.Array:
         return x.mean((1, 2))
@@ -549,12 +576,11 @@ class NFNet(nnx.Module):  # type: ignore[misc]
 def _draw(initial: Initial, shape: tuple[int, ...], dtype: Any, key: jax.Array) -> jax.Array:
     """Draw one parameter; in at least float32, of which half precision then has the nearest."""
     if initial.distribution == "constant":
-        return jnp.full(shape, initial.value, dtype)
-    size = math.prod(shape)
+        return jnp.asarray(np.full(shape, initial.value, dtype))  # nothing to compile
     # Rounded up, because there are few powers of two to compile for, and many shapes.
-    enough = 1 << (size - 1).bit_length()
+    enough = 1 << (math.prod(shape) - 1).bit_length()
     drawn = _standard(initial.distribution, enough, jnp.promote_types(dtype, jnp.float32), key)
-    return (initial.value * drawn[:size].reshape(shape)).astype(dtype)
+    return _shaped(shape, dtype, drawn, initial.value)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -562,6 +588,11 @@ def _standard(distribution: str, size: int, dtype: Any, key: jax.Array) -> jax.A
     if distribution == "normal":
         return jax.random.normal(key, (size,), dtype)
     return jax.random.truncated_normal(key, -2, 2, (size,), dtype)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _shaped(shape: tuple[int, ...], dtype: Any, drawn: jax.Array, scale: float) -> jax.Array:
+    return (scale * drawn[: math.prod(shape)].reshape(shape)).astype(dtype)
 
 
 def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:

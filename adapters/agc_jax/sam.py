@@ -179,7 +179,7 @@ def sam_value_and_grad(
             _check_batch(batch, batch_at)
 
         def sharpness_aware() -> Any:
-            return _gradients(compute, weights, batch, rule, _radius(rule, step), axes)
+            return sharpen(compute, weights, batch, rule, _radius(rule, step), axes)
 
         def plain() -> Any:
             (value, aux), gradients = compute(weights, batch)
@@ -205,23 +205,31 @@ def sam_value_and_grad(
 # --- the stages of one step -----------------------------------------------------------------------
 
 
-def _gradients(
+def sharpen(
     compute: Callable[..., Any],
     weights: tuple[Tree, ...],
     batch: tuple[Tree, ...],
     rule: SAM,
     rho: float | jax.Array,
-    axes: Any,
+    axes: Any = None,
 ) -> Any:
-    """Clean loss, auxiliary data, descent gradients and stats of one batch."""
+    """Clean loss, auxiliary data, descent gradients and stats of one batch.
+
+    ``compute`` takes weights and batch, and returns loss and auxiliary data, and gradients.
+    """
+
+    def run(part: tuple[Tree, ...]) -> Any:
+        first = part
+        if rule.fraction < 1:
+            first = jax.tree.map(
+                lambda leaf: _examples(leaf, 0, math.ceil(rule.fraction * len(leaf))), part
+            )
+        return two_passes(compute, weights, first, part, rule, rho, axes)
+
     if rule.microbatches == 1:
-        return _two_passes(compute, weights, batch, rule, rho, axes)
+        return run(batch)
     examples = len(jax.tree.leaves(batch)[0])
     check_microbatches(rule.microbatches, examples)
-
-    def run(micro: tuple[Tree, ...]) -> Any:
-        return _two_passes(compute, weights, micro, rule, rho, axes)
-
     if examples % rule.microbatches == 0:
         size = examples // rule.microbatches
         stacked = jax.tree.map(lambda leaf: _stacked(leaf, size), batch)
@@ -255,19 +263,16 @@ def _average(stacked: jax.Array, counts: Sequence[int]) -> jax.Array:
     return jnp.tensordot(shares, stacked.astype(wide), axes=1).astype(stacked.dtype)
 
 
-def _two_passes(
+def two_passes(
     compute: Callable[..., Any],
     weights: tuple[Tree, ...],
+    first: tuple[Tree, ...],
     batch: tuple[Tree, ...],
     rule: SAM,
     rho: float | jax.Array,
     axes: Any,
 ) -> Any:
-    first = batch
-    if rule.fraction < 1:
-        first = jax.tree.map(
-            lambda leaf: _examples(leaf, 0, math.ceil(rule.fraction * len(leaf))), batch
-        )
+    """As :func:`sharpen`, of one perturbation, by the ascent gradient of the ``first`` batch."""
     (value, clean_aux), ascent = compute(weights, first)
     if axes is not None and rule.scope == "global":
         ascent = _varying(jax.lax.pmean(ascent, axes), axes)

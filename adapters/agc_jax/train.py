@@ -1,38 +1,47 @@
-"""The step of ``agc train`` in JAX; the loop around it is :mod:`agc.training`."""
+"""The step of ``agc train`` in JAX; the loop around it is :mod:`agc.training`.
+
+Each device computes the gradient of its own examples, and no example moves between devices
+(``shard_map``); what they exchange is gradients. All that follows is compiled as if there was one
+device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import optax
 from flax import nnx
 from jax import lax
 from optax.tree_utils import tree_get, tree_set
 
 from agc import nfnet as core
-from agc.config import AGC, Nonfinite
+from agc.config import AGC, SAM, Nonfinite
 from agc.data import Batch, EvaluationBatch, normalisation_table, soft_labels
-from agc.errors import ConfigError, NonFiniteError
+from agc.data.batches import block_of
+from agc.errors import FormatError, NonFiniteError
 from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Weights
-from agc.training import Launch, Metrics, State, Totals, ascent_first, check_offered
+from agc.training import Launch, Metrics, State, Totals, check_offered, trained_names
 from agc_jax.clip import Clipper
+from agc_jax.devices import DATA, EVERYWHERE, SPLIT, Devices, Named, join, mesh
 from agc_jax.nfnet import NFNet
 from agc_jax.recipe import after_clipping
-from agc_jax.sam import SamStats, sam_value_and_grad
+from agc_jax.sam import SamStats, sharpen, two_passes
 from agc_jax.stats import Stats
 from agc_jax.units import ModelUnits, flatten, plan, units
 
 __all__ = ["Trainer", "trainer"]
 
 Tree = Any
-Gradient = Callable[[Tree, Any], tuple[jax.Array, Tree]]
 
 
 class Trainer:
@@ -43,63 +52,102 @@ class Trainer:
     recipe : Recipe
         Of an NFNet.
     launch : Launch
-        ``device`` is JAX's first one if None, as ``"cuda:1"`` is its second GPU.
+        ``device`` is all local devices of JAX's first platform if None, as ``"cuda:1"`` is the
+        second GPU alone. ``engine="fsdp"`` shards parameters, momentum and average over the
+        devices.
 
     Raises
     ------
     ConfigError
-        If the recipe asks for what the model cannot do, or there is no such device.
+        If the recipe asks for what the model cannot do, there is no such device, the hosts do not
+        divide the batch, or the other processes cannot be joined.
 
     Notes
     -----
     A step is one compiled program, in which only the recipe is a constant; a step at which SAM does
     not perturb is that of the recipe without SAM. Trainings of equal recipes share them.
+
+    Of the devices of a process as many are used as divide its part of the batch, or the groups of
+    SAM in it.
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        check_offered(recipe, "JAX")
+        check_offered(recipe, launch, "JAX", engines=("fsdp",), coordinator=True, sharded=True)
+        self.hosts = join(launch)
         self._recipe = recipe
         self._plain = replace(recipe, sam=None)  # of the steps that do not perturb
-        self._microbatch = launch.microbatch or recipe.train.batch
-        self._device = _device(launch.device)
+        part = len(block_of("train.batch", recipe.train.batch, 0, self.hosts.count))
+        group = recipe.sam.group if recipe.sam else "batch"
+        self._devices = Devices(
+            mesh(launch.device, part if group == "batch" else part // group),
+            sharded=launch.engine == "fsdp",
+        )
+        self._own = self._devices.count // self.hosts.count
+        self._microbatch = max(1, (launch.microbatch or part) // self._own)
         self._model = _model(recipe.model.options())
+        first = self._devices.mesh.devices[0]
         self.facts: Mapping[str, Any] = {
             "framework": "jax",
             "jax": jax.__version__,
-            "device": f"{self._device.platform}:{self._device.id}",
+            "device": f"{first.platform}:{first.id}",
+            "devices": self._devices.count,
+            "processes": self.hosts.count,
         }
+        self._trained = trained_names(recipe)
         self._arrays: _Arrays | None = None
+        self._idle: dict[str, npt.NDArray[np.float32]] = {}  # momentum of what is not trained
         self._made = 0
 
     # --- the state --------------------------------------------------------------------------------
 
     def load(self, state: State) -> None:
         """Take over a state, and raise ParameterError if it is of another model."""
-        parts = dict(state.parts())
-        ema = None if self._recipe.ema is None else self._tree(parts.get("ema", {}))
-        self._arrays = _Arrays(self._tree(parts["parameters"]), self._tree(parts["momentum"]), ema)
+        ema = (state.ema or {}) if self._recipe.ema else None
+        for arrays in (state.parameters, state.momentum, ema):
+            if arrays is not None:
+                core.check_arrays(self._specs(), arrays)
+        momentum = {name: np.array(array) for name, array in state.momentum.items()}
+        moving = {name: momentum.pop(name) for name in self._trained}
+        placed = self._devices.placed
+        self._arrays = _Arrays(
+            placed(state.parameters), placed(moving), None if ema is None else placed(ema)
+        )
+        self._idle = momentum
         self._made = state.step
 
     def state(self) -> State:
         """Return a copy of the state."""
         assert self._arrays is not None
-        parts: dict[str, Any] = {
-            part: None if tree is None else self._neutral(tree)
-            for part, tree in self._arrays._asdict().items()
-        }
+        parts: dict[str, Any] = {}
+        for part, arrays in self._arrays._asdict().items():
+            if arrays is not None:
+                known = self._devices.whole(arrays) | (self._idle if part == "momentum" else {})
+                parts[part] = {spec.name: known[spec.name] for spec in self._specs()}
         return State(step=self._made, facts=self.facts, **parts)
 
-    def _tree(self, arrays: Mapping[str, Any]) -> Tree:
-        core.check_arrays(self._specs(), arrays)
-        names, _, structure = flatten(self._model.parameters)
-        # The copy is this training's alone, so that its memory can be donated.
-        copies = [np.array(arrays[name], np.float32) for name in names]
-        return jax.tree.unflatten(structure, jax.device_put(copies, self._device))
+    def save_sharded(self, folder: Path) -> None:
+        """Write the state by Orbax, each process its part."""
+        assert self._arrays is not None
+        if not _all_finite(self._arrays):
+            raise NonFiniteError(f"the state is not finite before step {self._made}")
+        parts = {part: of for part, of in self._arrays._asdict().items() if of is not None}
+        parts["momentum"] |= self._idle
+        with _checkpointer(OSError, f"{folder}: cannot be written") as checkpointer:
+            checkpointer.save(folder.absolute(), parts)
 
-    def _neutral(self, tree: Tree) -> dict[str, Any]:
-        names, leaves, _ = flatten(tree)
-        named = dict(zip(names, leaves, strict=True))
-        return {spec.name: np.array(named[spec.name], order="C") for spec in self._specs()}
+    def load_sharded(self, folder: Path, step: int) -> None:
+        """Take over what :meth:`save_sharded` has written, on any number of devices."""
+        shapes = {spec.name: spec.shape for spec in self._specs()}
+        wanted: dict[str, Any] = self._devices.shapes(shapes)
+        idle = {name: np.zeros(shapes[name], np.float32) for name in set(shapes) - {*self._trained}}
+        parts = {"parameters": wanted, "momentum": wanted | idle}
+        if self._recipe.ema:
+            parts["ema"] = wanted
+        with _checkpointer(FormatError, f"{folder}: cannot be read") as checkpointer:
+            parts = checkpointer.restore(folder.absolute(), parts)
+        self._idle = {name: parts["momentum"].pop(name) for name in idle}
+        self._arrays = _Arrays(parts["parameters"], parts["momentum"], parts.get("ema"))
+        self._made = step
 
     def _specs(self) -> list[core.ParameterSpec]:
         options = self._recipe.model.options()
@@ -116,11 +164,12 @@ class Trainer:
             recipe = self._plain
         self._arrays, done = _step(
             self._arrays,
-            _Examples(batch.images, targets, batch.masks),
+            self._devices.examples(_Examples(batch.images, targets, batch.masks)),
             vars(numbers),
             np.uint32(self._made),
             recipe=recipe,
             microbatch=self._microbatch,
+            devices=self._devices,
         )
         self._raise_if_nonfinite(done)
         self._made += 1
@@ -141,7 +190,8 @@ class Trainer:
         if sam and done.sam and sam.rule.nonfinite == "raise" and not np.isfinite(done.sam.norm):
             raise NonFiniteError(f"the norm of the ascent gradient is {done.sam.norm}")
         if agc and done.agc and agc.nonfinite == "raise" and done.agc.nonfinite:
-            names = plan(self._model.parameters, agc, units=self._model.units)
+            assert self._arrays is not None
+            names = plan(self._arrays.momentum, agc, units=self._model.units)
             rows = done.agc.parameters(names)
             bad = [name for name, row in rows.items() if row.nonfinite]
             raise NonFiniteError(f"units of these parameters have a norm that is not finite: {bad}")
@@ -156,12 +206,20 @@ class Trainer:
         loss, top1, top5, images = 0.0, 0, 0, 0
         options = self._recipe.model.options()
         for batch in batches:
-            classified = _classify(parameters, batch.images, batch.labels, options=options)
-            losses, rank = (np.asarray(row)[batch.weight > 0] for row in classified)
-            loss += float(losses.sum(dtype=np.float64))
-            top1 += int((rank < 1).sum())
-            top5 += int((rank < min(5, options.num_classes)).sum())
-            images += len(rank)
+            # What fills the devices up has weight 0.
+            more = -len(batch.images) % self._own
+            filled = (np.pad(rows, [(0, more)] + [(0, 0)] * (rows.ndim - 1)) for rows in batch)
+            classified = _classify(
+                parameters,
+                *self._devices.examples(tuple(filled)),
+                options=options,
+                devices=self._devices,
+            )
+            losses, rank, real = map(np.asarray, classified)
+            loss += float(losses[real].sum(dtype=np.float64))
+            top1 += int((rank[real] < 1).sum())
+            top5 += int((rank[real] < min(5, options.num_classes)).sum())
+            images += int(real.sum())
         return Totals(loss, top1, top5, images)
 
 
@@ -170,14 +228,17 @@ def trainer(recipe: Recipe, launch: Launch) -> Trainer:
     return Trainer(recipe, launch)
 
 
-def _device(name: str | None) -> Any:
-    if name is None:
-        return jax.local_devices()[0]
-    platform, _, number = name.partition(":")
+@contextmanager
+def _checkpointer(failure: type[Exception], what: str) -> Iterator[Any]:
+    """Give what writes and reads sharded checkpoints; raise a failure in place of its own."""
+    # Here, because it takes longer to import than all else.
+    import orbax.checkpoint
+
     try:
-        return jax.local_devices(backend=platform)[int(number or 0)]
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ConfigError(f"device={name!r}: JAX cannot use it: {error}") from None
+        with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+            yield checkpointer
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise failure(f"{what} by Orbax: {error}") from None
 
 
 # --- what is compiled -----------------------------------------------------------------------------
@@ -187,14 +248,18 @@ class _Model(NamedTuple):
     """An NFNet without numbers, taken apart."""
 
     graph: Any
-    parameters: Tree
+    names: tuple[str, ...]
+    structure: Any
     others: Tree
     """Random numbers, of which none is drawn: masks are given."""
     units: ModelUnits
 
-    def __call__(self, parameters: Tree, images: jax.Array, **options: Any) -> jax.Array:
+    def __call__(
+        self, parameters: Mapping[str, Any], images: jax.Array, **options: Any
+    ) -> jax.Array:
         """Return the logits in float32."""
-        logits = nnx.merge(self.graph, parameters, self.others)(images, **options)
+        tree = jax.tree.unflatten(self.structure, [parameters[name] for name in self.names])
+        logits = nnx.merge(self.graph, tree, self.others)(images, **options)
         return logits.astype(jnp.float32)
 
 
@@ -203,15 +268,17 @@ def _model(options: core.Options, compute: str = "float32") -> _Model:
     made = partial(NFNet, options, dtype=jnp.dtype(compute))
     model = nnx.eval_shape(lambda: made(rngs=nnx.Rngs(0)))
     graph, parameters, others = nnx.split(model, nnx.Param, ...)
-    return _Model(graph, parameters, others, units(model))
+    names, _, structure = flatten(parameters)
+    return _Model(graph, names, structure, others, units(model))
 
 
 class _Arrays(NamedTuple):
-    """What a step changes, by the names of :class:`State`: trees like the model's parameters."""
+    """What a step changes, by the names of :class:`State`."""
 
-    parameters: Tree
-    momentum: Tree
-    ema: Tree | None
+    parameters: Named
+    momentum: Named
+    """Of the parameters that are trained."""
+    ema: Named | None
 
 
 class _Examples(NamedTuple):
@@ -230,7 +297,7 @@ class _Done(NamedTuple):
     agc: Stats | None
 
 
-@partial(jax.jit, static_argnames=("recipe", "microbatch"), donate_argnames="arrays")
+@partial(jax.jit, static_argnames=("recipe", "microbatch", "devices"), donate_argnames="arrays")
 def _step(
     arrays: _Arrays,
     batch: _Examples,
@@ -239,29 +306,39 @@ def _step(
     *,
     recipe: Recipe,
     microbatch: int,
+    devices: Devices,
 ) -> tuple[_Arrays, _Done]:
     """Make a step: gradient, AGC, decay, momentum, rate, average (AGC-7)."""
-    parameters = arrays.parameters
     batch = batch._replace(masks=_masks(recipe, batch.masks, len(batch.images), made))
-    gradient = partial(_gradient, recipe, microbatch)
-    sam = None
-    if recipe.sam:
-        loss, gradients, sam = _sharpness_aware(recipe, gradient, numbers["rho"], parameters, batch)
-    else:
-        loss, gradients = gradient(parameters, batch)
+    frozen = dict(arrays.parameters)
+    trained = {name: frozen.pop(name) for name in arrays.momentum}
+    gradient = devices.mapped(
+        partial(_mean_gradient, recipe, microbatch, devices),
+        (EVERYWHERE, EVERYWHERE, SPLIT, EVERYWHERE),
+        (EVERYWHERE, {name: devices.spec(w.shape) for name, w in trained.items()}, EVERYWHERE),
+    )
+    loss, gradients, sam = gradient(trained, frozen, batch, numbers["rho"])
     agc = None
     if recipe.agc:
         rule = _rule(recipe.agc, numbers["clipping"])
         clip = Clipper(rule, _model(recipe.model.options()).units)
-        gradients, agc = clip(gradients, parameters, made)
-    updated = _updated(recipe, arrays, gradients, numbers["rate"])
+        gradients, agc = clip(gradients, trained, made)
+    updated = _updated(recipe, trained, arrays.momentum, gradients, numbers["rate"])
     if (may := _may_step(recipe, sam, agc)) is not None:
-        updated = jax.tree.map(partial(jnp.where, may), updated, (parameters, arrays.momentum))
-    parameters, momentum = updated
+        updated = jax.tree.map(partial(jnp.where, may), updated, (trained, arrays.momentum))
+    trained, momentum = updated
+    parameters = frozen | trained
     ema, decay = arrays.ema, numbers["ema_decay"]
     if decay is not None:
         ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, parameters)
-    return _Arrays(parameters, momentum, ema), _Done(loss, sam, agc)
+    arrays = devices.kept(_Arrays(parameters, momentum, ema))
+    everywhere = partial(lax.with_sharding_constraint, shardings=devices.sharding())
+    return arrays, jax.tree.map(everywhere, _Done(loss, sam, agc))
+
+
+@jax.jit  # type: ignore[untyped-decorator]
+def _all_finite(arrays: _Arrays) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(arrays)]).all()
 
 
 def _masks(recipe: Recipe, given: core.Masks, examples: int, made: jax.Array) -> core.Masks:
@@ -269,7 +346,7 @@ def _masks(recipe: Recipe, given: core.Masks, examples: int, made: jax.Array) ->
     options = recipe.model.options()
     rates = core.Masks(
         [options.stochastic_depth * b.stochastic_depth for b in core.blocks(options.variant)],
-        [options.dropout] * core.final_conv(options.variant).outputs,
+        [options.dropout] * core.features(options.variant),
     )
     high, low = divmod(recipe.seed, 2**32)
     key = jax.random.fold_in(jax.random.key(np.uint32(low)), high)
@@ -283,23 +360,46 @@ def _masks(recipe: Recipe, given: core.Masks, examples: int, made: jax.Array) ->
     return core.Masks(*masks)
 
 
+def _mean_gradient(
+    recipe: Recipe,
+    microbatch: int,
+    devices: Devices,
+    trained: Named,
+    frozen: Named,
+    batch: _Examples,
+    rho: jax.Array | None,
+) -> tuple[jax.Array, Named, SamStats | None]:
+    """Return loss, gradient and SAM's numbers of the whole batch, from a device's examples."""
+    gradient = partial(_gradient, recipe, microbatch, frozen)
+    sam = None
+    if recipe.sam:
+        assert rho is not None
+        loss, gradients, sam = _sharpness_aware(recipe, gradient, devices, rho, trained, batch)
+        norms = lax.all_gather(sam.norm, DATA)  # NaN is the largest, as it may not be in pmax
+        sam = SamStats(norms.max(), *lax.pmean((sam.loss, sam.perturbed_loss), DATA))
+    else:
+        loss, gradients = gradient(trained, batch)
+    return lax.pmean(loss, DATA), jax.tree.map(devices.mean, gradients), sam
+
+
 def _gradient(
-    recipe: Recipe, microbatch: int, parameters: Tree, batch: _Examples
-) -> tuple[jax.Array, Tree]:
+    recipe: Recipe, microbatch: int, frozen: Named, trained: Named, batch: _Examples
+) -> tuple[jax.Array, Named]:
     """Return the mean loss of examples and its gradient, one micro-batch after another."""
     model = _model(recipe.model.options(), recipe.precision.compute)
     examples = len(batch.images)
 
-    def share(parameters: Tree, part: _Examples) -> jax.Array:
-        logits = model(parameters, _images(recipe, part.images), masks=part.masks)
+    def share(trained: Named, part: _Examples) -> jax.Array:
+        logits = model(frozen | trained, _images(recipe, part.images), masks=part.masks)
         return optax.softmax_cross_entropy(logits, part.targets).sum() / examples
 
     def add(sums: Any, part: _Examples) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, derive(parameters, part)), None
+        return jax.tree.map(jnp.add, sums, derive(trained, part)), None
 
-    derive: Gradient = jax.value_and_grad(share)
+    derive = jax.value_and_grad(share)
     if examples <= microbatch:
-        return derive(parameters, batch)
+        known: tuple[jax.Array, Named] = derive(trained, batch)
+        return known
     whole = examples - examples % microbatch
     stacked, rest = (
         jax.tree.map(take, batch)
@@ -308,8 +408,8 @@ def _gradient(
             lambda leaf: leaf[whole:],
         )
     )
-    zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, parameters)
-    sums: tuple[jax.Array, Tree] = lax.scan(add, zeros, stacked)[0]
+    zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained)
+    sums: tuple[jax.Array, Named] = lax.scan(add, zeros, stacked)[0]
     return sums if whole == examples else add(sums, rest)[0]
 
 
@@ -322,27 +422,57 @@ def _images(recipe: Recipe, images: jax.Array) -> jax.Array:
 
 
 def _sharpness_aware(
-    recipe: Recipe, gradient: Gradient, rho: jax.Array, parameters: Tree, batch: _Examples
-) -> tuple[jax.Array, Tree, SamStats]:
-    """Return SAM's loss, gradient and numbers, from a function that has loss and gradient."""
+    recipe: Recipe,
+    gradient: Any,
+    devices: Devices,
+    rho: jax.Array,
+    trained: Named,
+    batch: _Examples,
+) -> tuple[jax.Array, Named, SamStats]:
+    """Return SAM's loss, gradient and numbers of a device's examples.
+
+    A group is on one device, and has its own perturbation. Where the whole batch is one group, what
+    the devices exchange is the ascent gradient.
+    """
     assert recipe.sam is not None
-    loss = jax.custom_vjp(lambda parameters, batch: gradient(parameters, batch)[0])
-    # With the loss comes its gradient, so that no micro-batch has to be kept for a second pass.
-    loss.defvjp(gradient, lambda known, share: (jax.tree.map(lambda g: share * g, known), None))
-    count = 1 if recipe.sam.group == "batch" else recipe.train.batch // recipe.sam.group
+
+    def compute(weights: tuple[Named], batch: tuple[_Examples]) -> Any:
+        loss, gradients = gradient(*weights, *batch)
+        return (loss, None), (gradients,)
+
     policy = recipe.sam.rule.nonfinite
-    rule = replace(
-        recipe.sam.rule,
-        rho=lambda _: rho,
-        every=1,  # who calls this knows that the step perturbs
-        microbatches=count,
-        nonfinite="skip_step" if policy == "raise" else policy,
-    )
-    if (order := ascent_first(recipe)) is not None:
-        batch = jax.tree.map(lambda leaf: leaf[order], batch)
-    perturbed = sam_value_and_grad(loss, rule, batch_argnums=1, return_stats=True)
-    made: tuple[jax.Array, Tree, SamStats] = perturbed(parameters, batch, step=0)
-    return made
+    nonfinite: Any = "skip_step" if policy == "raise" else policy
+    rule: SAM = replace(recipe.sam.rule, scope="global", nonfinite=nonfinite)
+    if recipe.sam.group == "batch":
+        first = _ascent(recipe, devices, batch)
+        made = two_passes(compute, (trained,), (first,), (batch,), rule, rho, DATA)
+    else:
+        rule = replace(rule, microbatches=len(batch.images) // recipe.sam.group)
+        made = sharpen(compute, (trained,), (batch,), rule, rho)
+    loss, _, (gradients,), stats = made
+    return loss, gradients, stats
+
+
+def _ascent(recipe: Recipe, devices: Devices, batch: _Examples) -> _Examples:
+    """Return those of a device's examples that are among the ascent's, spread over the batch.
+
+    A device may have one more than another. So each takes as many, and what is too many has
+    targets of 0, hence neither loss nor gradient.
+    """
+    assert recipe.sam is not None
+    ascent = np.array(recipe.sam.ascent(recipe.train.batch))
+    own = len(batch.images)
+    if len(ascent) == recipe.train.batch:
+        return batch
+    rows = [ascent[ascent // own == device] % own for device in range(devices.count)]
+    most = max(map(len, rows))
+    device = lax.axis_index(DATA)
+    taken = jnp.array([np.resize(row, most) for row in rows])[device]
+    # The mean over the device's examples is to be its share of the mean over all.
+    factor = most * devices.count / len(ascent)
+    factors = jnp.array([factor * (np.arange(most) < len(row)) for row in rows], jnp.float32)
+    first: _Examples = jax.tree.map(lambda leaf: leaf[taken], batch)
+    return first._replace(targets=first.targets * factors[device][:, None])
 
 
 def _rule(rule: AGC, thresholds: Mapping[str, jax.Array]) -> AGC:
@@ -358,17 +488,16 @@ def _first(value: jax.Array, _: Any) -> jax.Array:
 
 
 def _updated(
-    recipe: Recipe, arrays: _Arrays, gradients: Tree, rate: jax.Array
-) -> tuple[Tree, Tree]:
+    recipe: Recipe, parameters: Named, momentum: Named, gradients: Named, rate: jax.Array
+) -> tuple[Named, Named]:
     """Return parameters and momentum after decay, momentum and rate."""
     rule = recipe.optimizer
     optimizer = optax.chain(*after_clipping(rate, rule.momentum, rule.weight_decay))
-    state = optimizer.init(arrays.parameters)
+    state = optimizer.init(parameters)
     if rule.momentum:
-        state = tree_set(state, trace=arrays.momentum)
-    updates, state = optimizer.update(gradients, state, arrays.parameters)
-    momentum = tree_get(state, "trace", arrays.momentum)
-    return optax.apply_updates(arrays.parameters, updates), momentum
+        state = tree_set(state, trace=momentum)
+    updates, state = optimizer.update(gradients, state, parameters)
+    return optax.apply_updates(parameters, updates), tree_get(state, "trace", momentum)
 
 
 def _may_step(recipe: Recipe, sam: SamStats | None, agc: Stats | None) -> jax.Array | None:
@@ -381,17 +510,32 @@ def _may_step(recipe: Recipe, sam: SamStats | None, agc: Stats | None) -> jax.Ar
     return jnp.stack(reasons).all() if reasons else None
 
 
-@partial(jax.jit, static_argnames="options")
+@partial(jax.jit, static_argnames=("options", "devices"))
 def _classify(
-    parameters: Tree, images: jax.Array, labels: jax.Array, *, options: core.Options
-) -> tuple[jax.Array, jax.Array]:
-    """Return for each image its cross entropy, and how many classes come before the right one.
+    parameters: Named,
+    images: jax.Array,
+    labels: jax.Array,
+    weight: jax.Array,
+    *,
+    options: core.Options,
+    devices: Devices,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return for each image its cross entropy, how many classes come before, and if it is one.
 
-    These are all of them if the right one's logit is NaN.
+    The classes before the right one are all of them if its logit is NaN.
     """
-    logits = _model(options)(parameters, images, deterministic=True)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    own = jnp.take_along_axis(logits, labels[:, None], 1)
-    lower = jnp.arange(logits.shape[1]) >= labels[:, None]
-    behind = (own > logits) | ((own == logits) & lower)
-    return losses, logits.shape[1] - behind.sum(1)
+
+    def rows(parameters: Named, images: Any, labels: Any, weight: Any) -> tuple[jax.Array, ...]:
+        logits = _model(options)(parameters, images, deterministic=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        own = jnp.take_along_axis(logits, labels[:, None], 1)
+        lower = jnp.arange(logits.shape[1]) >= labels[:, None]
+        behind = (own > logits) | ((own == logits) & lower)
+        mine = losses, logits.shape[1] - behind.sum(1), weight > 0
+        gathered: tuple[jax.Array, ...] = lax.all_gather(mine, DATA, tiled=True)
+        return gathered
+
+    specs = (EVERYWHERE, SPLIT, SPLIT, SPLIT)
+    run = devices.mapped(rows, specs, EVERYWHERE)
+    found: tuple[jax.Array, jax.Array, jax.Array] = run(parameters, images, labels, weight)
+    return found

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["has_accelerators", "in_xla", "splits_groups"]
+__all__ = ["has_accelerators", "in_xla", "outside_graphs", "splits_groups"]
 
 
 def in_xla() -> bool:
@@ -31,3 +34,23 @@ def splits_groups() -> bool:
     and bfloat16 without oneDNN.
     """
     return not in_xla() and not has_accelerators()
+
+
+@contextmanager
+def outside_graphs() -> Iterator[None]:
+    """Create variables as if no function were being traced, which would be traced again for them.
+
+    Replicas create them together, which they can only do inside.
+    """
+    if tf.distribute.has_strategy():
+        yield
+        return
+    with tf.variable_creator_scope(_create_outside):
+        yield
+
+
+def _create_outside(create: Callable[..., Any], **options: Any) -> Any:
+    if tf.is_symbolic_tensor(options["initial_value"]):  # only the graph has it
+        return create(**options)
+    with tf.init_scope():
+        return create(**{**options, "experimental_enable_variable_lifting": False})

@@ -1,4 +1,4 @@
-"""NFNets (arXiv:2102.06171) in TensorFlow and Keras 3.
+"""NFNets (arXiv:2102.06171) and NF-ResNets (arXiv:2101.08692) in TensorFlow and Keras 3.
 
 The shared facts are in :mod:`agc.nfnet`; this file is their TensorFlow code, from the smallest part
 to the whole: convolution, activation, squeeze and excite, stem, block, model. Images are
@@ -35,6 +35,7 @@ from agc.nfnet import (
     WsEps,
     blocks,
     check_masks,
+    features,
     final_conv,
     options,
     stem,
@@ -76,29 +77,30 @@ def nfnet(
     dropout: float | None = None,
     stochastic_depth: float | None = None,
     in_channels: int = 3,
-    activation: str = "gelu",
+    activation: str | None = None,
     ws_eps: WsEps = "deepmind",
     dtype: Any = None,
     name: str | None = None,
 ) -> NFNet:
-    """Return an NFNet with the initial values of DeepMind's code (arXiv:2102.06171).
+    """Return an NFNet or NF-ResNet with the initial values of DeepMind's code.
 
     Parameters
     ----------
     variant : str or Variant
-        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first
-        steps.
+        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, ``"NF-ResNet-50"`` and so on, or
+        ``"tiny"`` for tests and first steps: a name in :data:`agc.nfnet.VARIANTS`.
     num_classes : int, optional
-        1000 if None, and 10 for ``tiny``.
+        The variant's own if None: 1000, and 10 for ``tiny``.
     dropout : float, optional
-        Rate before the classifier; the variant's own (0.2 to 0.5) if None.
+        Rate before the classifier; the variant's own (0 to 0.5) if None.
     stochastic_depth : float, optional
-        Rate that the blocks' rates rise to; 0.25 if None. What is kept is not rescaled.
+        Rate that the blocks' rates rise to; the variant's own (0.25, NF-ResNets 0.1) if None. What
+        is kept is not rescaled.
     in_channels : int
         Channels of the images.
-    activation : str
+    activation : str, optional
         A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want
-        ``"gelu_erf"``.
+        ``"gelu_erf"``. The variant's own (``"gelu"``, NF-ResNets ``"relu"``) if None.
     ws_eps : {"deepmind", "timm"}
         Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
     dtype : str or keras.DTypePolicy, optional
@@ -311,6 +313,23 @@ class Stem(_Layer):
         return self.conv3(x)
 
 
+class ResNetStem(_Layer):
+    """A convolution of 7x7 pixels and a maximum of 3x3, a quarter of the size."""
+
+    def __init__(self, options: Options, convolution: Callable[[Conv], SameConv2D], **layer: Any):
+        super().__init__(name="stem", **layer)
+        (conv0,) = stem(options.variant, options.in_channels)
+        self.conv0 = convolution(conv0)
+
+    def build(self, _input_shape: Any) -> None:
+        """Create the variables."""
+        _build(self.conv0)
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Take images of shape (n, h, w, c) to (n, h / 4, w / 4, widths[0] / 4)."""
+        return tf.nn.max_pool2d(self.conv0(x), 3, 2, "SAME")
+
+
 class NFBlock(_Layer):
     """A residual block without normalisation."""
 
@@ -327,10 +346,10 @@ class NFBlock(_Layer):
         convs = {conv.name: convolution(conv) for conv in block.convs}
         self.conv0 = convs["conv0"]
         self.conv1 = convs["conv1"]
-        self.conv1b = convs["conv1b"]
+        self.conv1b = convs.get("conv1b")
         self.conv2 = convs["conv2"]
         self.shortcut = convs.get("shortcut")
-        self.se = SqueezeExcite(block, **layer)
+        self.se = SqueezeExcite(block, **layer) if block.squeezed else None
         self.activation = Activation(options.activation)
         self.seed = keras.random.SeedGenerator() if self.drop_rate > 0 else None
 
@@ -360,14 +379,15 @@ class NFBlock(_Layer):
         shortcut = x
         if self.shortcut is not None:
             shortcut = out
-            if self.block.stride > 1:
+            if self.block.pools:
                 shortcut = tf.nn.avg_pool2d(out, 2, 2, "SAME")
             shortcut = self.shortcut(shortcut)
         out = self.conv0(out)
         out = self.conv1(self.activation(out))
-        out = self.conv1b(self.activation(out))
+        if self.conv1b is not None:
+            out = self.conv1b(self.activation(out))
         out = self.conv2(self.activation(out))
-        return self.se(out) * out, shortcut
+        return out if self.se is None else self.se(out) * out, shortcut
 
     def kept(self, residual: tf.Tensor) -> tf.Tensor:
         """Draw stochastic depth: 1 for images that keep the residual branch, 0 for the others."""
@@ -435,16 +455,17 @@ class NFNet(keras.Model):  # type: ignore[misc]
         self.options = options
         self.folded = folded
         self.agc_head = HEAD
-        self.stem = Stem(options, convolution, **inner)
+        resnet = options.variant.family == "NF-ResNet"
+        self.stem = (ResNetStem if resnet else Stem)(options, convolution, **inner)
         stages: list[list[NFBlock]] = [[] for _ in options.variant.depths]
         for block in blocks(options.variant):
             stages[block.stage].append(NFBlock(block, options, convolution, **inner))
         self.stages = [Stage(f"stages.{s}", stage, **inner) for s, stage in enumerate(stages)]
         last = final_conv(options.variant)
-        self.final_conv = convolution(last)
+        self.final_conv = None if last is None else convolution(last)
         self.activation = Activation(options.activation)
         self.dropout = keras.layers.Dropout(options.dropout, **inner)
-        self.head = Dense(HEAD, last.outputs, options.num_classes, "head", **inner)
+        self.head = Dense(HEAD, features(options.variant), options.num_classes, "head", **inner)
         self.build((None, None, None, options.in_channels))
         self.trainable = trainable
 
@@ -503,15 +524,18 @@ class NFNet(keras.Model):  # type: ignore[misc]
         -------
         dict of str to tensor
             ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the
-            size, ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features),
-            which is what the classifier is given. Dropout and stochastic depth are off.
+            size, an NFNet's ``"final_conv"`` after its activation, and ``"pooled"`` of shape
+            (n, features), which is what the classifier is given. Dropout and stochastic depth are
+            off.
         """
         x = self._check(x)
         outputs = {}
         x = outputs["stem"] = self.stem(x)
         for stage in self.stages:
             x = outputs[stage.name] = stage(x, training=False)
-        x = outputs["final_conv"] = self._finish(x)
+        x = self._finish(x)
+        if self.final_conv is not None:
+            outputs["final_conv"] = x
         outputs["pooled"] = self._pool(x)
         return outputs
 
@@ -580,7 +604,7 @@ class NFNet(keras.Model):  # type: ignore[misc]
         return cls(Options(variant=Variant(**variant), **data), dtype=dtype, **config)
 
     def _finish(self, x: tf.Tensor) -> tf.Tensor:
-        return self.activation(self.final_conv(x))
+        return self.activation(x if self.final_conv is None else self.final_conv(x))
 
     def _pool(self, x: tf.Tensor) -> tf.Tensor:
         return tf.reduce_mean(x, (1, 2))

@@ -22,6 +22,7 @@ from agc import AGC, Plan, PlanEntry
 from agc.checks import check_rule
 from agc.errors import ConfigError, FormatError, ParameterError
 from agc_tensorflow.clip import clip
+from agc_tensorflow.devices import outside_graphs
 from agc_tensorflow.stats import IDLE, Stats
 from agc_tensorflow.units import (
     Model,
@@ -152,6 +153,7 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
             raise ParameterError("the optimizer is not built yet, so there is no telemetry")
         return Stats(tuple(entry.name for entry in self._hook.entries), self._hook.table)
 
+    @outside_graphs()
     def build(self, variables: Sequence[Variable]) -> None:
         """Create the inner optimizer's state and settle what happens to every variable."""
         self._hook.build(variables)

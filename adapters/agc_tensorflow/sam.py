@@ -24,6 +24,7 @@ from agc.config import SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, ParameterError
 from agc.schedule import Schedule
 from agc.selectors import perturbed_names
+from agc_tensorflow.devices import outside_graphs
 from agc_tensorflow.schedules import value_at
 from agc_tensorflow.units import named_variables, refuse_keras_2, variable_key
 
@@ -208,6 +209,7 @@ class SharpnessAwareModel(keras.Model):  # type: ignore[misc]
             self.model(keras.tree.map_structure(_symbolic, x))
         self.built = True
 
+    @outside_graphs()
     def train_step(self, data: Any) -> Any:
         """Take one step: called by ``fit`` and ``train_on_batch``."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -705,7 +707,7 @@ def two_passes(
         reduced = iter(tf.distribute.get_replica_context().all_reduce("sum", present))
         ascent = [None if g is None else next(reduced) for g in ascent]
     rho = value_at("rho", rule.rho, step, _norm_dtype(passes.variables, perturbs))
-    values, norm = _perturbed_values(passes.variables, ascent, perturbs, rule, rho, step)
+    values, norm = perturbed_values(passes.variables, ascent, perturbs, rule, rho, step)
     perturbed = passes.perturbed(batch, values)
     gradients = perturbed.gradients
     if callable(rule.rho) and not isinstance(rule.rho, Schedule):
@@ -719,7 +721,7 @@ def two_passes(
     return clean.loss, gradients, stats, report, *sizes
 
 
-def _perturbed_values(
+def perturbed_values(
     variables: list[Any], ascent: list[Any], perturbs: list[bool], rule: SAM, rho: Any, step: Any
 ) -> tuple[list[Any], Any]:
     """Return ``w + e`` and the norm of the ascent gradient (SAM-1, SAM-2, SAM-10)."""

@@ -106,8 +106,12 @@ class Part(NamedTuple):
         """How programs go through the tensor."""
         g, _, outputs, window = self.order
         if outputs == 1:
-            return next(tile for most, tile in _TILES if self.length <= most)
-        return _COLUMNS if g == window == 1 else _GATHER
+            tile = next(tile for most, tile in _TILES if self.length <= most)
+        else:
+            tile = _COLUMNS if g == window == 1 else _GATHER
+        if self.dtype.itemsize < 8:
+            return tile
+        return tile._replace(elements=tile.elements // 2)  # which fill as many registers
 
     @property
     def units(self) -> int:

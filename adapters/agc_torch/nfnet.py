@@ -1,4 +1,4 @@
-"""NFNets (arXiv:2102.06171) in PyTorch.
+"""NFNets (arXiv:2102.06171) and NF-ResNets (arXiv:2101.08692) in PyTorch.
 
 The shared facts are in :mod:`agc.nfnet`; this file is their PyTorch code, from the smallest part to
 the whole: convolution, activation, squeeze and excite, stem, block, model. Images are
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -30,6 +31,7 @@ from agc.nfnet import (
     WsEps,
     blocks,
     check_masks,
+    features,
     final_conv,
     options,
     parameters,
@@ -67,29 +69,30 @@ def nfnet(
     dropout: float | None = None,
     stochastic_depth: float | None = None,
     in_channels: int = 3,
-    activation: str = "gelu",
+    activation: str | None = None,
     ws_eps: WsEps = "deepmind",
     device: torch.device | str | int | None = None,
     dtype: torch.dtype | None = None,
 ) -> NFNet:
-    """Return an NFNet with the initial values of DeepMind's code (arXiv:2102.06171).
+    """Return an NFNet or NF-ResNet with the initial values of DeepMind's code.
 
     Parameters
     ----------
     variant : str or Variant
-        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, or ``"tiny"`` for tests and first
-        steps.
+        ``"F0"`` to ``"F7"``, the wider ``"F0+"`` to ``"F7+"``, ``"NF-ResNet-50"`` and so on, or
+        ``"tiny"`` for tests and first steps: a name in :data:`agc.nfnet.VARIANTS`.
     num_classes : int, optional
-        1000 if None, and 10 for ``tiny``.
+        The variant's own if None: 1000, and 10 for ``tiny``.
     dropout : float, optional
-        Rate before the classifier; the variant's own (0.2 to 0.5) if None.
+        Rate before the classifier; the variant's own (0 to 0.5) if None.
     stochastic_depth : float, optional
-        Rate that the blocks' rates rise to; 0.25 if None. What is kept is not rescaled.
+        Rate that the blocks' rates rise to; the variant's own (0.25, NF-ResNets 0.1) if None. What
+        is kept is not rescaled.
     in_channels : int
         Channels of the images.
-    activation : str
+    activation : str, optional
         A name in :data:`agc.nfnet.GAMMAS`: ``"gelu"`` is the tanh form, timm's weights want
-        ``"gelu_erf"``.
+        ``"gelu_erf"``. The variant's own (``"gelu"``, NF-ResNets ``"relu"``) if None.
     ws_eps : {"deepmind", "timm"}
         Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
     device, dtype
@@ -304,6 +307,24 @@ class WSConv2d(SameConv2d):
         plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return plain
 
+    def normalised(self) -> NormalisedConv2d:
+        """Return a convolution with the same weight and batch normalisation."""
+        twin = NormalisedConv2d(self.conv, device=self.weight.device, dtype=self.weight.dtype)
+        twin.weight = nn.Parameter(self.weight.detach().clone())
+        return twin
+
+
+class NormalisedConv2d(SameConv2d):
+    """A convolution, and batch normalisation instead of a standardised weight and a bias."""
+
+    def __init__(self, conv: Conv, **factory: Any) -> None:
+        super().__init__(conv, bias=False, **factory)
+        self.norm = nn.BatchNorm2d(conv.outputs, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve images of shape (n, inputs, h, w), and normalise over them."""
+        return self.norm(super().forward(x))
+
 
 class Dense(nn.Linear):  # type: ignore[misc]
     """A dense layer whose numbers are left to :meth:`NFNet.reset_parameters`."""
@@ -365,6 +386,22 @@ class Stem(nn.Module):  # type: ignore[misc]
         return self.conv3(x)
 
 
+class ResNetStem(nn.Module):  # type: ignore[misc]
+    """A convolution of 7x7 pixels and a maximum of 3x3, a quarter of the size."""
+
+    def __init__(self, options: Options, **factory: Any) -> None:
+        super().__init__()
+        (conv0,) = stem(options.variant, options.in_channels)
+        self.conv0 = WSConv2d(conv0, options.ws_eps, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take images of shape (n, c, h, w) to (n, widths[0] / 4, h / 4, w / 4)."""
+        x = self.conv0(x)
+        # SAME: an even axis is padded at its end only, which ceil_mode does.
+        before = [same_padding(size, 3, 2)[0] for size in x.shape[2:]]
+        return F.max_pool2d(x, 3, 2, before, ceil_mode=True)
+
+
 class NFBlock(nn.Module):  # type: ignore[misc]
     """A residual block without normalisation."""
 
@@ -375,10 +412,10 @@ class NFBlock(nn.Module):  # type: ignore[misc]
         convs = {conv.name: WSConv2d(conv, options.ws_eps, **factory) for conv in block.convs}
         self.conv0 = convs["conv0"]
         self.conv1 = convs["conv1"]
-        self.conv1b = convs["conv1b"]
+        self.conv1b = convs.get("conv1b")
         self.conv2 = convs["conv2"]
         self.shortcut = convs.get("shortcut")
-        self.se = SqueezeExcite(block, **factory)
+        self.se = SqueezeExcite(block, **factory) if block.squeezed else None
         self.skip_gain = nn.Parameter(torch.empty((), **factory))
         self.activation = Activation(options.activation)
 
@@ -400,14 +437,15 @@ class NFBlock(nn.Module):  # type: ignore[misc]
         shortcut = x
         if self.shortcut is not None:
             shortcut = out
-            if self.block.stride > 1:
+            if self.block.pools:
                 shortcut = F.avg_pool2d(out, 2, ceil_mode=True, count_include_pad=False)
             shortcut = self.shortcut(shortcut)
         out = self.conv0(out)
         out = self.conv1(self.activation(out))
-        out = self.conv1b(self.activation(out))
+        if self.conv1b is not None:
+            out = self.conv1b(self.activation(out))
         out = self.conv2(self.activation(out))
-        return self.se(out) * out, shortcut
+        return out if self.se is None else self.se(out) * out, shortcut
 
     def kept(self, residual: Tensor) -> Tensor:
         """Draw stochastic depth: 1 for images that keep the residual branch, 0 for the others."""
@@ -459,15 +497,16 @@ class NFNet(nn.Module):  # type: ignore[misc]
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.options = options
         self.agc_head = HEAD
-        self.stem = Stem(options, **factory)
+        resnet = options.variant.family == "NF-ResNet"
+        self.stem = (ResNetStem if resnet else Stem)(options, **factory)
         stages: list[list[NFBlock]] = [[] for _ in options.variant.depths]
         for block in blocks(options.variant):
             stages[block.stage].append(NFBlock(block, options, **factory))
         self.stages = Chain(*(Chain(*stage) for stage in stages))
         last = final_conv(options.variant)
-        self.final_conv = WSConv2d(last, options.ws_eps, **factory)
+        self.final_conv = None if last is None else WSConv2d(last, options.ws_eps, **factory)
         self.activation = Activation(options.activation)
-        self.head = Dense(last.outputs, options.num_classes, **factory)
+        self.head = Dense(features(options.variant), options.num_classes, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -529,15 +568,17 @@ class NFNet(nn.Module):  # type: ignore[misc]
         -------
         dict of str to Tensor
             ``"stem"`` and ``"stages.0"`` to ``"stages.3"``, a quarter to a thirty-second of the
-            size, ``"final_conv"`` after its activation, and ``"pooled"`` of shape (n, features),
-            which is what the classifier is given.
+            size, an NFNet's ``"final_conv"`` after its activation, and ``"pooled"`` of shape
+            (n, features), which is what the classifier is given.
         """
         self._check(x)
         outputs = {}
         x = outputs["stem"] = self.stem(x)
         for number, stage in enumerate(self.stages):
             x = outputs[f"stages.{number}"] = stage(x)
-        x = outputs["final_conv"] = self._finish(x)
+        x = self._finish(x)
+        if self.final_conv is not None:
+            outputs["final_conv"] = x
         outputs["pooled"] = self._pool(x)
         return outputs
 
@@ -568,6 +609,22 @@ class NFNet(nn.Module):  # type: ignore[misc]
             "res_avg_var": torch.stack(residuals),
         }
 
+    def batch_normalised(self) -> NFNet:
+        """Return the twin that normalises, for comparisons of speed and of training.
+
+        Returns
+        -------
+        NFNet
+            With the same weights, and batch normalisation after each convolution instead of
+            standardised weights and expected variances; all else is the same, activations with
+            their constants and skip gains too. It has no canonical names, hence no files.
+        """
+        twin = self._with_convs(WSConv2d.normalised)
+        for module in twin.modules():
+            if isinstance(module, NFBlock):
+                module.block = replace(module.block, variance=1.0)
+        return twin
+
     def fold(self) -> NFNet:
         """Return a copy for inference, in which weight standardisation is done once and for all.
 
@@ -577,16 +634,21 @@ class NFNet(nn.Module):  # type: ignore[misc]
             In evaluation mode, with plain convolutions and without gains; its parameters are
             frozen. Outputs are the same up to rounding.
         """
-        folded: NFNet = copy.deepcopy(self)
-        for parent in list(folded.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, WSConv2d):
-                    setattr(parent, name, child.folded())
+        folded = self._with_convs(WSConv2d.folded)
         folded.eval().requires_grad_(False)
         return folded
 
+    def _with_convs(self, change: Callable[[WSConv2d], SameConv2d]) -> NFNet:
+        """Return a copy with other convolutions."""
+        changed: NFNet = copy.deepcopy(self)
+        for parent in list(changed.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, WSConv2d):
+                    setattr(parent, name, change(child))
+        return changed
+
     def _finish(self, x: Tensor) -> Tensor:
-        return self.activation(self.final_conv(x))
+        return self.activation(x if self.final_conv is None else self.final_conv(x))
 
     def _pool(self, x: Tensor) -> Tensor:
         return x.mean((2, 3))

@@ -10,6 +10,7 @@ from torch import nn
 from agc import AGC
 from agc.nfnet import MOMENTUM, WEIGHT_DECAY, check_recipe, decays
 from agc_torch.optimizer import attach
+from agc_torch.shards import is_dtensor
 from agc_torch.units import named_parameters
 
 __all__ = ["sgd_nfnet"]
@@ -52,8 +53,8 @@ def sgd_nfnet(
     Returns
     -------
     torch.optim.SGD
-        Two parameter groups: what is decayed, and what is not. :func:`agc_torch.attached` returns
-        the handle, with the plan and the telemetry.
+        Two parameter groups: what is decayed, and what is not; each twice if some parameters are
+        ``DTensor``. :func:`agc_torch.attached` returns the handle, with the plan and the telemetry.
 
     Raises
     ------
@@ -69,13 +70,15 @@ def sgd_nfnet(
     4855
     """
     check_recipe(momentum, weight_decay)
-    named = [
-        (name, tensor) for name, tensor in named_parameters(model).items() if tensor.requires_grad
-    ]
-    groups = [
-        {"params": [p for _, p in named if decays(p.dim())], "weight_decay": weight_decay},
-        {"params": [p for _, p in named if not decays(p.dim())], "weight_decay": 0.0},
-    ]
+    tensors = [tensor for tensor in named_parameters(model).values() if tensor.requires_grad]
+    groups: list[dict[str, Any]] = []
+    # PyTorch's operations on many tensors take DTensors or others, not both.
+    for sharded in sorted({is_dtensor(p) for p in tensors}) or [False]:
+        mine = [p for p in tensors if is_dtensor(p) == sharded]
+        groups += [
+            {"params": [p for p in mine if decays(p.dim())], "weight_decay": weight_decay},
+            {"params": [p for p in mine if not decays(p.dim())], "weight_decay": 0.0},
+        ]
     settings = {"nesterov": momentum > 0, **options}
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, **settings)
     rule = AGC.profile("deepmind") if rule is None else rule

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "gathered",
     "held_rows",
     "is_dtensor",
     "is_first_replica",
@@ -31,6 +32,12 @@ def local(tensor: Tensor) -> Tensor:
     """Return this process's shard of a ``DTensor``; any other tensor, detached, as it is."""
     detached: Any = tensor.detach()
     return detached.to_local() if is_dtensor(detached) else detached
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return all of a ``DTensor``, from all processes; any other tensor, detached, as it is."""
+    detached: Any = tensor.detach()
+    return detached.full_tensor() if is_dtensor(detached) else detached
 
 
 def summed(tensor: Any) -> Any:

@@ -14,6 +14,7 @@ from agc.errors import ParameterError
 from agc.layouts import out_first_axes, out_last_axes
 from agc.nfnet import ParameterSpec, check_arrays, parameters
 from agc_torch.nfnet import NFNet
+from agc_torch.shards import gathered, held_rows, is_dtensor, local
 from agc_torch.units import named_parameters, unwrap
 
 __all__ = ["array_of", "copy_array_", "from_neutral", "pairs_of", "to_neutral"]
@@ -27,7 +28,8 @@ def to_neutral(model: nn.Module) -> dict[str, Array]:
     Parameters
     ----------
     model : NFNet
-        Not folded; may be wrapped (``DistributedDataParallel``, ``torch.compile``).
+        Not folded; may be wrapped (``DistributedDataParallel``, ``torch.compile``), or sharded
+        (``fully_shard``): all processes then call this.
 
     Returns
     -------
@@ -95,18 +97,24 @@ def pairs_of(model: nn.Module) -> list[tuple[ParameterSpec, Tensor]]:
 
 def array_of(tensor: Tensor) -> Array:
     """Return a copy of a parameter, or what has its shape, in the neutral layout."""
-    tensor = tensor.detach().cpu()
+    tensor = gathered(tensor).cpu()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
     return np.array(tensor.permute(out_last_axes(tensor.dim())).numpy(), order="C")
 
 
 def copy_array_(tensor: Tensor, values: Any) -> None:
-    """Put an array in the neutral layout into a parameter, or what has its shape."""
+    """Put an array in the neutral layout into a parameter, or what has its shape.
+
+    Of a ``DTensor``, each process is given the whole array.
+    """
     array = np.asarray(values)
     if array.dtype.name not in ("float16", "float32", "float64"):
         array = array.astype(np.float32)  # bfloat16 and the like, which PyTorch does not read
     # Nor does it read another byte order, or strides that run backwards.
     array = np.asarray(array, array.dtype.newbyteorder("="), order="C")
-    with torch.no_grad():
-        tensor.copy_(torch.tensor(array).permute(out_first_axes(array.ndim)))
+    whole = torch.tensor(array).permute(out_first_axes(array.ndim))
+    for axis in range(tensor.dim()) if is_dtensor(tensor) else ():
+        rows = held_rows(tensor, axis, whole.device)
+        whole = whole if rows is None else whole.index_select(axis, rows)
+    local(tensor).copy_(whole)

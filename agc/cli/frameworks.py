@@ -6,7 +6,7 @@ The commands know no framework. Each adapter registers one module, which has the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Final, Protocol
 
@@ -42,37 +42,6 @@ class Framework(Protocol):
         ------
         ParameterError
             If the arrays are not the model's.
-        """
-        ...
-
-    def train(
-        self,
-        initial: Mapping[str, Array],
-        batches: Iterator[tuple[Array, Array]],
-        rates: Sequence[float],
-        clipping: float | None,
-        test: tuple[Array, Array],
-    ) -> Iterator[tuple[float, float]]:
-        """Train ``tiny`` by DeepMind's optimizer, without dropout and stochastic depth.
-
-        Parameters
-        ----------
-        initial : mapping of str to array
-            Parameters by canonical name.
-        batches : iterator of (images, labels)
-            One batch a step: float32, shape (batch, 32, 32, 3), and int64.
-        rates : sequence of float
-            Learning rate of each step.
-        clipping : float or None
-            Threshold of AGC.
-        test : (images, labels)
-            Images that the accuracy is measured on.
-
-        Yields
-        ------
-        (loss, clipped)
-            After every step the loss before it (label smoothing 0.1) and the share of clipped
-            units; stops after a loss that is not finite. At last, once, the accuracy and 0.
         """
         ...
 

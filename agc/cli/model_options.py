@@ -46,4 +46,5 @@ def add_which_option(parser: argparse.ArgumentParser, name: str) -> None:
 
 def describe(options: Options) -> str:
     """Name a model in a few words."""
-    return f"NFNet-{options.variant.name}, {options.num_classes} classes"
+    prefix = "NFNet-" if options.variant.family == "NFNet" else ""
+    return f"{prefix}{options.variant.name}, {options.num_classes} classes"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from agc.cli.frameworks import framework_names, load_framework
+from agc.cli.tensorboard import tensorboard
 from agc.data import PARTS, open_source
 from agc.errors import ConfigError, NonFiniteError
 from agc.packages import need
@@ -68,6 +69,19 @@ def register(subparsers: Any) -> None:
     )
     command.add_argument("--device", metavar="NAME", help="a device, as the framework calls it")
     command.add_argument(
+        "--engine", metavar="NAME", help="how the framework uses several devices, as it calls it"
+    )
+    command.add_argument(
+        "--sharded",
+        action="store_true",
+        help="write checkpoints on the way by all processes, in the framework's own form",
+    )
+    command.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="process 0 of several, where JAX finds none"
+    )
+    command.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
+    command.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    command.add_argument(
         "--threads",
         type=int,
         default=plain.threads,
@@ -81,6 +95,9 @@ def register(subparsers: Any) -> None:
         metavar="N",
         help=f"log all steps, after so many of them ({plain.log_every})",
     )
+    command.add_argument(
+        "--tensorboard", type=Path, metavar="DIR", help="write TensorBoard's files here too"
+    )
     command.set_defaults(run=_run)
 
 
@@ -91,7 +108,12 @@ def _run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         threads=arguments.threads,
         log_every=arguments.log_every,
+        engine=arguments.engine,
+        sharded=arguments.sharded,
         init=arguments.init,
+        coordinator=arguments.coordinator,
+        processes=arguments.processes,
+        process=arguments.process,
     )
     train, test = (open_source(recipe, part, arguments.data) for part in PARTS)
     name = arguments.framework
@@ -101,17 +123,28 @@ def _run(arguments: argparse.Namespace) -> int:
         need(package, "agc train")
     if not hasattr(framework, "trainer"):
         raise ConfigError(f"agc train is not offered in {name} as yet")
-    with _progress(recipe.steps) as progress:
+    trainer = framework.trainer(recipe, launch)
+    first = trainer.hosts.first
+    show: list[Callable[[Any], None]] = []
+    if first and arguments.tensorboard:
+        show.append(tensorboard(arguments.tensorboard))
+
+    def report(record: dict[str, Any]) -> None:
+        for each in show:
+            each(record)
+
+    with _progress(recipe.steps, shown=first) as progress:
+        show.append(_reporter(progress))
         training = Training(
             recipe,
-            framework.trainer(recipe, launch),
+            trainer,
             train,
             test,
             arguments.out,
             launch=launch,
             resume=arguments.resume,
             allow_changed=arguments.allow_changed,
-            report=_reporter(progress),
+            report=report,
         )
         try:
             with stop_signals() as stop:
@@ -119,14 +152,16 @@ def _run(arguments: argparse.Namespace) -> int:
         except NonFiniteError as error:
             print(f"agc: {error}", file=sys.stderr)
             return 1
-    if not finished:
-        print(f"stopped and saved after {training.made} steps; --resume goes on")
-        return STOPPED
-    print(f"trained for {training.made} steps: {arguments.out}")
-    return 0
+    if finished:
+        said = f"trained for {training.made} steps: {arguments.out}"
+    else:
+        said = f"stopped and saved after {training.made} steps; --resume goes on"
+    if first:
+        print(said)
+    return 0 if finished else STOPPED
 
 
-def _progress(steps: int) -> Any:
+def _progress(steps: int, *, shown: bool) -> Any:
     """Return a bar, which is shown on terminals only, with one task of so many steps."""
     rich, console = need("rich.progress", "agc train"), need("rich.console", "agc train").Console()
     progress = rich.Progress(
@@ -136,7 +171,7 @@ def _progress(steps: int) -> Any:
         rich.TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (shown and console.is_terminal),
     )
     progress.add_task("", total=steps)
     return progress

@@ -30,17 +30,11 @@ def initial_values(recipe: Recipe) -> dict[str, npt.NDArray[np.float32]]:
     Parameters
     ----------
     recipe : Recipe
-        Of an NFNet.
 
     Returns
     -------
     dict of str to float32 array
         Canonical name to values in the neutral layout, in the model's order; see :mod:`agc.nfnet`.
-
-    Raises
-    ------
-    ConfigError
-        If the model is no NFNet.
     """
     options = recipe.model.options()
     stream = Stream(recipe.seed, Purpose.INITIAL)

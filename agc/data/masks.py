@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agc.data.uniforms import Purpose, Stream
-from agc.nfnet import blocks, final_conv
+from agc.nfnet import blocks, features
 from agc.recipe import Recipe
 
 __all__ = ["RecipeMasks"]
@@ -32,8 +32,8 @@ class RecipeMasks:
             rates = [model.stochastic_depth * block.stochastic_depth for block in blocks(variant)]
             self._rates[Purpose.STOCHASTIC_DEPTH] = np.array(rates)
         if "dropout" in recipe.train.masks and model.dropout:
-            features = final_conv(model.options().variant).outputs
-            self._rates[Purpose.DROPOUT] = np.full(features, model.dropout)
+            size = features(model.options().variant)
+            self._rates[Purpose.DROPOUT] = np.full(size, model.dropout)
 
     def of(self, purpose: Purpose, numbers: range) -> npt.NDArray[np.bool_] | None:
         """Return what is kept, shape (examples, blocks or features); None if nothing is dropped."""

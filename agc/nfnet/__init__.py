@@ -1,4 +1,4 @@
-"""NFNet: the facts that the models of every framework share (arXiv:2102.06171).
+"""NFNets and NF-ResNets: the facts that the models of every framework share (arXiv:2102.06171).
 
 The models themselves are native code in the adapters; what they must agree on is here once: the
 variants, the blocks with their expected variances, the constants, and every parameter's name,
@@ -16,12 +16,15 @@ shape, meaning and initial values. The released code is the source where the pap
     final_conv                      weight, gain, bias      1x1
     head                            weight, bias            the classifier
 
+An NF-ResNet (arXiv:2101.08692) has the same blocks without ``conv1b`` and ``se``, the stem
+``stem.conv0`` of 7x7 alone, and no ``final_conv``; its ``conv1`` is not grouped.
+
 The *neutral layout* is that of DeepMind's files: a convolution's weight is
 ``(height, width, inputs / groups, outputs)``, a dense layer's ``(inputs, outputs)``, gains and
 biases are ``(outputs,)``, a skip gain ``()``.
 """
 
-from agc.nfnet.architecture import Block, Conv, blocks, final_conv, same_padding, stem
+from agc.nfnet.architecture import Block, Conv, blocks, features, final_conv, same_padding, stem
 from agc.nfnet.masks import Masks, check_masks
 from agc.nfnet.parameters import HEAD, Initial, Kind, ParameterSpec, check_arrays, parameters
 from agc.nfnet.recipe import MOMENTUM, SMOOTHING, WEIGHT_DECAY, check_recipe, decays
@@ -33,6 +36,7 @@ from agc.nfnet.variants import (
     STOCHASTIC_DEPTH,
     VARIANTS,
     WS_EPS,
+    Family,
     Options,
     Variant,
     WsEps,
@@ -53,6 +57,7 @@ __all__ = [
     "WS_EPS",
     "Block",
     "Conv",
+    "Family",
     "Initial",
     "Kind",
     "Masks",
@@ -65,6 +70,7 @@ __all__ = [
     "check_masks",
     "check_recipe",
     "decays",
+    "features",
     "final_conv",
     "options",
     "parameters",

@@ -1,14 +1,19 @@
-"""Convolutions and blocks of an NFNet: sizes, strides, and the schedule of expected variances."""
+"""Convolutions and blocks of NFNets and NF-ResNets: sizes, strides, expected variances.
+
+Both families have the same blocks: activation times ``beta``, convolutions with activations between
+them, a skip gain. What an NF-ResNet (arXiv:2101.08692) has otherwise is here, by ``family``, and
+follows DeepMind's code.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from agc.nfnet.variants import ALPHA, STEM, Variant
+from agc.nfnet.variants import ALPHA, STEM, Family, Variant
 from agc.nfnet.variants import variant as _variant
 
-__all__ = ["Block", "Conv", "blocks", "final_conv", "same_padding", "stem"]
+__all__ = ["Block", "Conv", "blocks", "features", "final_conv", "same_padding", "stem"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Block:
         Expected variance of what comes in, at initialisation.
     stochastic_depth : float
         This block's share, ``index / blocks``, of the model's rate of stochastic depth.
+    family : {"NFNet", "NF-ResNet"}
+        That of the variant.
     """
 
     index: int
@@ -60,6 +67,7 @@ class Block:
     stride: int
     variance: float
     stochastic_depth: float
+    family: Family = "NFNet"
 
     @property
     def name(self) -> str:
@@ -77,27 +85,38 @@ class Block:
         return self.stride > 1 or self.inputs != self.outputs
 
     @property
+    def pools(self) -> bool:
+        """Whether an average of 2x2 pixels has the shortcut's stride, not its convolution."""
+        return self.stride > 1 and self.family == "NFNet"
+
+    @property
     def squeezed(self) -> int:
-        """Channels inside squeeze and excite."""
-        return max(1, self.outputs // 2)
+        """Channels inside squeeze and excite; 0 if the block has none."""
+        return max(1, self.outputs // 2) if self.family == "NFNet" else 0
 
     @property
     def convs(self) -> tuple[Conv, ...]:
-        """Convolutions by name within the block: conv0, conv1, conv1b, conv2, and shortcut."""
+        """Convolutions by name within the block: conv0, conv1, NFNets' conv1b, conv2, shortcut."""
         i, m, o, g = self.inputs, self.middle, self.outputs, self.groups
-        convs = (
-            Conv("conv0", i, m, 1),
-            Conv("conv1", m, m, 3, self.stride, g),
-            Conv("conv1b", m, m, 3, 1, g),
-            Conv("conv2", m, o, 1),
-        )
-        # The stride of the shortcut is in the pooling before it.
-        return (*convs, Conv("shortcut", i, o, 1)) if self.projects else convs
+        convs = [Conv("conv0", i, m, 1), Conv("conv1", m, m, 3, self.stride, g)]
+        if self.family == "NFNet":
+            convs.append(Conv("conv1b", m, m, 3, 1, g))
+        convs.append(Conv("conv2", m, o, 1))
+        if self.projects:
+            convs.append(Conv("shortcut", i, o, 1, 1 if self.pools else self.stride))
+        return tuple(convs)
 
 
 def stem(variant: str | Variant, in_channels: int = 3) -> tuple[Conv, ...]:
-    """Return the four convolutions that images go through first; activations stand between them."""
-    outputs = (*STEM, _variant(variant).widths[0] // 2)
+    """Return the convolutions that images go through first.
+
+    An NFNet has four, with activations between them. An NF-ResNet has one, and then the maximum of
+    3x3 pixels with stride 2, padded as SAME with what is never the maximum.
+    """
+    sizes = _variant(variant)
+    if sizes.family == "NF-ResNet":
+        return (Conv("stem.conv0", in_channels, sizes.widths[0] // 4, 7, 2),)
+    outputs = (*STEM, sizes.widths[0] // 2)
     inputs = (in_channels, *outputs)
     strides = (2, 1, 1, 2)
     return tuple(Conv(f"stem.conv{k}", inputs[k], outputs[k], 3, strides[k]) for k in range(4))
@@ -112,9 +131,13 @@ def blocks(variant: str | Variant) -> tuple[Block, ...]:
     sizes = _variant(variant)
     total = sum(sizes.depths)
     built: list[Block] = []
-    inputs, variance = sizes.widths[0] // 2, 1.0
+    inputs, variance = stem(sizes)[-1].outputs, 1.0
     for stage, (depth, width) in enumerate(zip(sizes.depths, sizes.widths, strict=True)):
-        groups = width // 2 // sizes.group_width
+        if sizes.family == "NFNet":
+            groups = width // 2 // sizes.group_width
+            middle = groups * sizes.group_width
+        else:
+            groups, middle = 1, width // 4
         for place in range(depth):
             index = len(built)
             built.append(
@@ -123,12 +146,13 @@ def blocks(variant: str | Variant) -> tuple[Block, ...]:
                     stage=stage,
                     place=place,
                     inputs=inputs,
-                    middle=groups * sizes.group_width,
+                    middle=middle,
                     outputs=width,
                     groups=groups,
                     stride=2 if stage > 0 and place == 0 else 1,
                     variance=variance,
                     stochastic_depth=index / total,
+                    family=sizes.family,
                 )
             )
             inputs = width
@@ -136,10 +160,18 @@ def blocks(variant: str | Variant) -> tuple[Block, ...]:
     return tuple(built)
 
 
-def final_conv(variant: str | Variant) -> Conv:
-    """Return the convolution after the last block."""
-    width = _variant(variant).widths[-1]
-    return Conv("final_conv", width, 2 * width, 1)
+def final_conv(variant: str | Variant) -> Conv | None:
+    """Return the convolution after the last block; None for an NF-ResNet."""
+    sizes = _variant(variant)
+    if sizes.family == "NF-ResNet":
+        return None
+    return Conv("final_conv", sizes.widths[-1], 2 * sizes.widths[-1], 1)
+
+
+def features(variant: str | Variant) -> int:
+    """Return how many features the classifier is given."""
+    last = final_conv(variant)
+    return _variant(variant).widths[-1] if last is None else last.outputs
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from agc.errors import ConfigError, DTypeError, ShapeError
-from agc.nfnet.architecture import final_conv
+from agc.nfnet.architecture import features
 from agc.nfnet.variants import Variant
 
 __all__ = ["Masks", "check_masks"]
@@ -76,7 +76,7 @@ def check_masks(
             "masks are for training mode, and the model is in evaluation mode, which keeps "
             "everything; switch the mode or leave the masks out"
         )
-    axes = Masks(("blocks", sum(variant.depths)), ("features", final_conv(variant).outputs))
+    axes = Masks(("blocks", sum(variant.depths)), ("features", features(variant)))
     arrays = []
     for field, mask, (axis, size) in zip(Masks._fields, masks, axes, strict=True):
         array = None if mask is None else convert(mask)

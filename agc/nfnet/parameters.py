@@ -1,4 +1,4 @@
-"""Every parameter of an NFNet: names, shapes in the neutral layout, and what it means."""
+"""Every parameter of a model: names, shapes in the neutral layout, and what it means."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from agc.errors import ParameterError
-from agc.nfnet.architecture import Conv, blocks, final_conv, stem
+from agc.nfnet.architecture import Conv, blocks, features, final_conv, stem
 from agc.nfnet.recipe import decays
 from agc.nfnet.variants import Variant
 from agc.nfnet.variants import variant as _variant
@@ -117,8 +117,7 @@ def parameters(
     specs: list[ParameterSpec] = []
 
     def add(name: str, shape: tuple[int, ...], kind: Kind) -> None:
-        haiku = _haiku(name, [sum(sizes.depths[:stage]) for stage in range(len(sizes.depths))])
-        specs.append(ParameterSpec(name, shape, kind, haiku))
+        specs.append(ParameterSpec(name, shape, kind, _haiku(name, sizes)))
 
     def add_conv(conv: Conv, prefix: str = "") -> None:
         add(f"{prefix}{conv.name}.weight", conv.shape, "conv")
@@ -134,12 +133,15 @@ def parameters(
     for block in blocks(sizes):
         for conv in block.convs:
             add_conv(conv, f"{block.name}.")
-        add_dense(f"{block.name}.se.fc0", block.outputs, block.squeezed, "se")
-        add_dense(f"{block.name}.se.fc1", block.squeezed, block.outputs, "se")
+        if block.squeezed:
+            add_dense(f"{block.name}.se.fc0", block.outputs, block.squeezed, "se")
+            add_dense(f"{block.name}.se.fc1", block.squeezed, block.outputs, "se")
         add(f"{block.name}.skip_gain", (), "skip_gain")
     last = final_conv(sizes)
-    add_conv(last)
-    add_dense(HEAD, last.outputs, sizes.num_classes if num_classes is None else num_classes, "head")
+    if last is not None:
+        add_conv(last)
+    classes = sizes.num_classes if num_classes is None else num_classes
+    add_dense(HEAD, features(sizes), classes, "head")
     return tuple(specs)
 
 
@@ -151,12 +153,14 @@ _HAIKU_MODULES: Final = {
 }
 
 
-def _haiku(name: str, starts: list[int]) -> str:
-    """Name of a parameter in DeepMind's files, which number blocks over the whole network."""
-    prefix = "NFNet/~/"
+def _haiku(name: str, sizes: Variant) -> str:
+    """Name of a parameter in DeepMind's code, which numbers blocks over the whole network."""
+    resnet = sizes.family == "NF-ResNet"
+    prefix = "NF_ResNet/~/" if resnet else "NFNet/~/"
     if block := re.match(r"stages\.(\d+)\.(\d+)\.", name):
-        index = starts[int(block[1])] + int(block[2])
-        prefix += f"nf_block_{index}/" if index else "nf_block/"
+        index = sum(sizes.depths[: int(block[1])]) + int(block[2])
+        prefix += "nf_res_block" if resnet else "nf_block"
+        prefix += f"_{index}/" if index else "/"
         name = name[block.end() :]
         if name == "skip_gain":
             return prefix + name
@@ -166,6 +170,8 @@ def _haiku(name: str, starts: list[int]) -> str:
         leaf = leaf[0]  # Haiku's dense layers have w and b, DeepMind's convolutions w and bias
     elif leaf == "weight":
         leaf = "w"
+    if resnet and layer == "stem.conv0":
+        layer = "initial_conv"
     return f"{prefix}{_HAIKU_MODULES.get(layer, layer.replace('.', '_'))}/{leaf}"
 
 

@@ -1,11 +1,11 @@
-"""Variants, constants and options of NFNets."""
+"""Variants, constants and options of NFNets and NF-ResNets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from agc.checks import check_count, check_number
 from agc.errors import ConfigError
@@ -17,6 +17,7 @@ __all__ = [
     "STOCHASTIC_DEPTH",
     "VARIANTS",
     "WS_EPS",
+    "Family",
     "Options",
     "Variant",
     "WsEps",
@@ -24,6 +25,7 @@ __all__ = [
     "variant",
 ]
 
+Family = Literal["NFNet", "NF-ResNet"]
 WsEps = Literal["deepmind", "timm"]
 
 ALPHA: Final = 0.2
@@ -33,7 +35,7 @@ STOCHASTIC_DEPTH: Final = 0.25
 """Rate of stochastic depth in DeepMind's experiments; block ``i`` of ``n`` has ``i / n`` of it."""
 
 STEM: Final = (16, 32, 64)
-"""Outputs of the stem's first three convolutions; the fourth has half the first width."""
+"""Outputs of an NFNet's first three convolutions; the fourth has half the first width."""
 
 WS_EPS: Final[Mapping[WsEps, float]] = MappingProxyType({"deepmind": 1e-4, "timm": 1e-5})
 """Epsilon of weight standardisation, for a filter of ``N`` weights of biased variance ``var``.
@@ -89,6 +91,15 @@ class Variant:
         Channels in each group of the 3x3 convolutions.
     num_classes : int
         Classes, unless the user says otherwise.
+    family : {"NFNet", "NF-ResNet"}
+        ``NF-ResNet``: stem of a 7x7 convolution and a maximum, bottleneck of a quarter of the
+        width, one 3x3 convolution without groups (``group_width`` means nothing), no squeeze and
+        excite, a stride instead of an average in the shortcut, no last convolution (see
+        :mod:`agc.nfnet.architecture`).
+    activation : str
+        A name in :data:`GAMMAS`, unless the user says otherwise.
+    stochastic_depth : float
+        Rate that the blocks' rates rise to, unless the user says otherwise.
 
     Raises
     ------
@@ -104,6 +115,9 @@ class Variant:
     widths: tuple[int, ...] = (256, 512, 1536, 1536)
     group_width: int = 128
     num_classes: int = 1000
+    family: Family = "NFNet"
+    activation: str = "gelu"
+    stochastic_depth: float = STOCHASTIC_DEPTH
 
     def __post_init__(self) -> None:
         if len(self.depths) != len(self.widths) or not self.depths:
@@ -113,14 +127,21 @@ class Variant:
             )
         if min(self.depths) < 1:
             raise ConfigError(f"Variant {self.name!r}: depths must be >= 1, got {self.depths}")
-        if self.group_width < 1 or min(self.widths) // 2 < self.group_width:
+        if self.family not in get_args(Family):
+            raise ConfigError(
+                f"Variant {self.name!r}: family must be 'NFNet' or 'NF-ResNet', got {self.family!r}"
+            )
+        if self.family == "NF-ResNet":
+            if min(self.widths) < 4:
+                raise ConfigError(f"Variant {self.name!r}: widths must be >= 4, got {self.widths}")
+        elif self.group_width < 1 or min(self.widths) // 2 < self.group_width:
             raise ConfigError(
                 f"Variant {self.name!r}: half of each width must hold a group of "
                 f"group_width={self.group_width} channels, got the widths {self.widths}"
             )
 
 
-def _family() -> dict[str, Variant]:
+def _variants() -> dict[str, Variant]:
     dropout = (0.2, 0.3, 0.4, 0.4, 0.5, 0.5, 0.5, 0.5)
     pixels = (
         (192, 256),
@@ -141,15 +162,51 @@ def _family() -> dict[str, Variant]:
     variants["tiny"] = Variant("tiny", (1, 2, 6, 3), 0.2, 32, 32, (32, 64, 96, 96), 8, 10)
     variants["mini"] = Variant("mini", (1, 1, 1, 1), 0.0, 16, 16, (32, 64, 96, 96), 8, 10)
     variants["micro"] = Variant("micro", (1, 1), 0.0, 16, 16, (32, 64), 8, 10)
+    for layers, depths in _RESNET_DEPTHS.items():
+        variant = _resnet(f"NF-ResNet-{layers}", depths, 224, (256, 512, 1024, 2048), 1000)
+        variants[variant.name] = variant
+    variants["NF-ResNet-tiny"] = _resnet("NF-ResNet-tiny", (1, 2, 1), 32, (32, 64, 128), 10)
     return variants
 
 
-VARIANTS: Final[Mapping[str, Variant]] = MappingProxyType(_family())
-"""Name to variant: F0 to F7, the wider F0+ to F7+, and three for tests and first steps.
+_RESNET_DEPTHS: Final = {
+    26: (2, 2, 2, 2),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+    288: (24, 24, 24, 24),
+    600: (50, 50, 50, 50),
+}
+"""Those of DeepMind's code; 26 is timm's."""
+
+
+def _resnet(
+    name: str, depths: tuple[int, ...], pixels: int, widths: tuple[int, ...], num_classes: int
+) -> Variant:
+    # Activation and stochastic depth are the defaults of DeepMind's class, which has none for
+    # dropout; pixels and dropout are those of their base configuration.
+    return Variant(
+        name,
+        depths,
+        0.0,
+        pixels,
+        pixels,
+        widths,
+        num_classes=num_classes,
+        family="NF-ResNet",
+        activation="relu",
+        stochastic_depth=0.1,
+    )
+
+
+VARIANTS: Final[Mapping[str, Variant]] = MappingProxyType(_variants())
+"""Name to variant: F0 to F7, the wider F0+ to F7+, NF-ResNets, and some for tests and first steps.
 
 ``tiny`` is F0 with narrow stages: 334,086 parameters in 233 tensors with the same names, every code
 path. ``mini`` has one block in each stage, and ``micro`` two stages of one block: the least that
-has both kinds of blocks, for where compiling takes longer than computing.
+has both kinds of blocks, for where compiling takes longer than computing. ``NF-ResNet-tiny`` is
+narrow, and has four blocks.
 """
 
 
@@ -229,10 +286,10 @@ def options(
     dropout: float | None = None,
     stochastic_depth: float | None = None,
     in_channels: int = 3,
-    activation: str = "gelu",
+    activation: str | None = None,
     ws_eps: WsEps = "deepmind",
 ) -> Options:
-    """Return checked options; None means the variant's own, and 0.25 for stochastic depth.
+    """Return checked options; None means the variant's own.
 
     Raises
     ------
@@ -244,8 +301,8 @@ def options(
         variant=chosen,
         num_classes=chosen.num_classes if num_classes is None else num_classes,
         dropout=chosen.dropout if dropout is None else dropout,
-        stochastic_depth=STOCHASTIC_DEPTH if stochastic_depth is None else stochastic_depth,
+        stochastic_depth=chosen.stochastic_depth if stochastic_depth is None else stochastic_depth,
         in_channels=in_channels,
-        activation=activation,
+        activation=chosen.activation if activation is None else activation,
         ws_eps=ws_eps,
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from agc.errors import ConfigError, FormatError
-from agc.recipe.keys import dotted, tables_of
+from agc.recipe.keys import dotted, fields_of, tables_of
 from agc.recipe.recipe import Recipe
 
 __all__ = ["flat", "load_recipe", "shipped_recipes", "to_toml"]
@@ -38,7 +38,8 @@ def load_recipe(name: str | Path, changes: Iterable[str] = ()) -> Recipe:
     name : str or Path
         A name of :func:`shipped_recipes`, or the path of a TOML file.
     changes : iterable of str
-        Keys to set, as TOML with dots: ``"train.steps=100"``. Text needs no quotes.
+        Keys to set, as TOML with dots: ``"train.steps=100"``. Text needs no quotes;
+        ``"train.epochs="`` takes the key out.
 
     Raises
     ------
@@ -105,6 +106,8 @@ def _read(name: str, folder: Path, depth: int) -> dict[str, Any]:
 def _change(change: str) -> dict[str, Any]:
     """Return the tables that one change such as ``train.steps=100`` means."""
     key, equals, value = change.partition("=")
+    if equals and not value:  # TOML has no null
+        return _emptied(_change(f"{key}=0"))
     for text in (change, f"{key}{equals}{json.dumps(value)}"):
         try:
             return tomllib.loads(text)
@@ -113,10 +116,18 @@ def _change(change: str) -> dict[str, Any]:
     raise ConfigError(f"{change!r} is no change of a key, such as train.steps=100")
 
 
+def _emptied(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tables with None for their values."""
+    return {
+        key: _emptied(value) if isinstance(value, Mapping) else None
+        for key, value in tables.items()
+    }
+
+
 def _merged(
     base: Mapping[str, Any], changes: Mapping[str, Any], cls: Any = Recipe
 ) -> dict[str, Any]:
-    """Return a table of a class with changes put over it.
+    """Return a table of a class with changes put over it; what they say is None is left out.
 
     Tables in it, and notes, are merged key by key. Other mappings are values, whose keys belong
     together and whose order may count.
@@ -124,6 +135,9 @@ def _merged(
     merged, tables = dict(base), tables_of(cls)
     for key, value in changes.items():
         old = merged.get(key)
+        if value is None and key in fields_of(cls):
+            merged.pop(key, None)
+            continue
         if isinstance(old, Mapping) and isinstance(value, Mapping):
             if key in tables:
                 value = _merged(old, value, tables[key])

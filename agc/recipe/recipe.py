@@ -163,12 +163,12 @@ class Recipe:
 
     def _fill(self) -> None:
         """Replace None by what follows from other tables."""
-        variant = VARIANTS.get(self.model.variant)
+        variant = VARIANTS[self.model.variant]
         for name in ("train_pixels", "test_pixels"):
             if getattr(self.input, name) is None:
-                if variant is None:
+                if variant.family == "NF-ResNet":
                     raise ConfigError(
-                        f"input.{name} must be given: {self.model.variant} has no default"
+                        f"input.{name} must be given: {variant.name} has no published one"
                     )
                 filled = replace(self.input, **{name: getattr(variant, name)})
                 object.__setattr__(self, "input", filled)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, get_args
+from typing import Any, Literal, get_args
 
 from agc.checks import (
     check_choice,
@@ -29,7 +29,6 @@ from agc.nfnet.images import MEAN, STD
 from agc.schedule import WarmupDecay
 
 __all__ = [
-    "NF_RESNETS",
     "Augment",
     "Checkpoint",
     "Crop",
@@ -64,18 +63,17 @@ Mask = Literal["stochastic_depth", "dropout"]
 DType = Literal["float32", "bfloat16"]
 Weights = Literal["raw", "ema"]
 
-NF_RESNETS: Final = ("NF-ResNet-26", "NF-ResNet-50", "NF-ResNet-101", "NF-ResNet-200")
-"""Models of the paper's ablation; nothing about them has a default."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """Which model is trained; ``None`` is the variant's own value.
 
+    What NF-ResNets were trained with is not published, so their recipes say all of it.
+
     Attributes
     ----------
     variant : str
-        A name in :data:`agc.nfnet.VARIANTS` or :data:`NF_RESNETS`.
+        A name in :data:`agc.nfnet.VARIANTS`.
     num_classes, in_channels, dropout, stochastic_depth, activation, ws_eps
         As :class:`agc.nfnet.Options`.
     init : {"random", "file"}
@@ -89,7 +87,7 @@ class Model:
     in_channels: int = 3
     dropout: float | None = None
     stochastic_depth: float | None = None
-    activation: str = "gelu"
+    activation: str | None = None
     ws_eps: WsEps = "deepmind"
     init: Init = "random"
     head: Head = "keep"
@@ -99,29 +97,21 @@ class Model:
         check_choice("head", self.head, get_args(Head))
         if self.head == "new" and self.init != "file":
             raise ConfigError('head = "new" replaces the classifier of a file: give init = "file"')
-        if self.variant in NF_RESNETS:
-            for name in ("num_classes", "dropout", "stochastic_depth"):
+        filled = self.options()
+        object.__setattr__(self, "variant", filled.variant.name)
+        if filled.variant.family == "NF-ResNet":
+            for name in ("num_classes", "dropout", "stochastic_depth", "activation"):
                 if getattr(self, name) is None:
-                    raise ConfigError(f"{name} must be given: {self.variant} has no default")
-            # The rules for these fields are the same, whatever the depths and widths are.
-            filled = self._options("F0")
-        else:
-            filled = self._options(self.variant)
-            object.__setattr__(self, "variant", filled.variant.name)
-        for name in ("num_classes", "in_channels"):
+                    raise ConfigError(f"{name} must be given: {self.variant} has no published one")
+        for name in ("num_classes", "in_channels", "activation"):
             object.__setattr__(self, name, getattr(filled, name))
         for name in ("dropout", "stochastic_depth"):
             object.__setattr__(self, name, float(getattr(filled, name)))
 
     def options(self) -> Options:
-        """Return what an NFNet is made from; raise ConfigError for another model."""
-        if self.variant in NF_RESNETS:
-            raise ConfigError(f"variant: {self.variant} is no NFNet, and this release has no other")
-        return self._options(self.variant)
-
-    def _options(self, variant: str) -> Options:
+        """Return what the model is made from."""
         return options(
-            variant,
+            self.variant,
             self.num_classes,
             dropout=self.dropout,
             stochastic_depth=self.stochastic_depth,

@@ -1,8 +1,9 @@
-r"""The executable definition of NFNets: forward and backward in float64 NumPy, written to be read.
+r"""The executable definition of NFNets and NF-ResNets: forward and backward in float64 NumPy.
 
-Source: Brock, De, Smith, Simonyan, arXiv:2102.06171, and the code released with it where that
-differs. The sizes, constants and names are those of :mod:`agc.nfnet`; parameters are in the neutral
-layout, and images are ``(n, h, w, c)``.
+Written to be read. Sources: Brock, De, Smith, Simonyan, arXiv:2102.06171; Brock, De, Smith,
+arXiv:2101.08692; and the code released with them where that differs. The sizes, constants and names
+are those of :mod:`agc.nfnet`; parameters are in the neutral layout, and images are
+``(n, h, w, c)``.
 
 Every part returns its output together with the function that takes a gradient back through it. Such
 a function returns the gradient of the part's input and leaves those of its parameters in
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from agc.errors import ShapeError
+from agc.errors import ConfigError, ShapeError
 from agc.nfnet import (
     ALPHA,
     GAMMAS,
@@ -75,7 +76,9 @@ class NFNetPass:
 
 
 class NFNet:
-    """An NFNet with tanh-GELU and DeepMind's weight standardisation; it draws nothing.
+    """An NFNet with tanh-GELU or an NF-ResNet with ReLU, as DeepMind standardises weights.
+
+    It draws nothing.
 
     Parameters
     ----------
@@ -97,6 +100,8 @@ class NFNet:
     ------
     ParameterError
         If these are not the variant's parameters.
+    ConfigError
+        If its activation is another one.
 
     Examples
     --------
@@ -115,6 +120,11 @@ class NFNet:
         dropout: float | None = None,
     ) -> None:
         self.variant = find_variant(variant)
+        if self.variant.activation not in ("gelu", "relu"):
+            raise ConfigError(
+                "the reference has the activations gelu and relu, "
+                f"not {self.variant.activation!r} of {self.variant.name}"
+            )
         self.dropout = self.variant.dropout if dropout is None else dropout
         bias = arrays.get(f"{HEAD}.bias")
         classes = None if bias is None or bias.ndim != 1 else bias.shape[0]
@@ -181,13 +191,16 @@ class NFNet:
         return NFNetPass(logits, pooled, outputs, signals, backward)
 
     def stem(self, x: Array) -> tuple[Array, Back]:
-        """Apply four convolutions, with the activation between them and none after the last."""
+        """Apply an NFNet's convolutions and activations, or an NF-ResNet's one and the maximum."""
         backs: list[Back] = []
         for place, conv in enumerate(stem(self.variant, self.channels)):
             if place:
                 x, back = self.activate(x)
                 backs.append(back)
             x, back = self.convolve(conv.name, conv, x)
+            backs.append(back)
+        if self.variant.family == "NF-ResNet":
+            x, back = self.maximum(x)
             backs.append(back)
         return x, _chain(backs)
 
@@ -197,19 +210,19 @@ class NFNet:
         shortcut = x
         back_shortcut: Back = _identity
         if block.projects:
-            pooled, back_pool = self.pool(active) if block.stride > 1 else (active, _identity)
+            pooled, back_pool = self.pool(active) if block.pools else (active, _identity)
             conv = block.convs[-1]
             shortcut, back_conv = self.convolve(f"{block.name}.shortcut", conv, pooled)
             back_shortcut = _chain([back_pool, back_conv])
 
         branch, backs = active, []
-        for place, conv in enumerate(block.convs[:4]):  # conv0, conv1, conv1b, conv2
+        for place, conv in enumerate(block.convs[:-1] if block.projects else block.convs):
             if place:
                 branch, back = self.activate(branch)
                 backs.append(back)
             branch, back = self.convolve(f"{block.name}.{conv.name}", conv, branch)
             backs.append(back)
-        residual, back = self.gate(block, branch)
+        residual, back = self.gate(block, branch) if block.squeezed else (branch, _identity)
         back_branch = _chain([*backs, back])
 
         name = f"{block.name}.skip_gain"
@@ -226,8 +239,11 @@ class NFNet:
         return out, residual, backward
 
     def finish(self, x: Array) -> tuple[Array, Back]:
-        """Apply the last convolution, the activation, and the mean over pixels."""
-        x, back_conv = self.convolve("final_conv", final_conv(self.variant), x)
+        """Apply an NFNet's last convolution, the activation, and the mean over pixels."""
+        last = final_conv(self.variant)
+        back_conv: Back = _identity
+        if last is not None:
+            x, back_conv = self.convolve("final_conv", last, x)
         x, back_active = self.activate(x)
         shape = x.shape
 
@@ -357,6 +373,25 @@ class NFNet:
 
         return windows(x).sum((2, 4)) / counts, backward
 
+    def maximum(self, x: Array) -> tuple[Array, Back]:
+        """Take the maximum of 3x3 pixels with stride 2, of those that are there."""
+        n, height, width, c = x.shape
+        rows, columns = self.padding(height, 3, 2), self.padding(width, 3, 2)
+        padded = np.pad(x, ((0, 0), rows, columns, (0, 0)), constant_values=-np.inf)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))[:, ::2, ::2]
+        windows = windows.reshape(*windows.shape[:4], 9)
+        largest = windows.argmax(-1)
+        _, h, w, _ = largest.shape
+        image, row, column, channel = np.ogrid[:n, :h, :w, :c]
+        source = (image, 2 * row + largest // 3, 2 * column + largest % 3, channel)
+
+        def backward(d: Array) -> Array:
+            d_padded = np.zeros_like(padded)
+            np.add.at(d_padded, source, d)
+            return d_padded[:, rows[0] : rows[0] + height, columns[0] : columns[0] + width]
+
+        return padded[source], backward
+
     # -- formulas that ports get wrong ----------------------------------------------------------
 
     def padding(self, size: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -364,7 +399,9 @@ class NFNet:
         return same_padding(size, kernel, stride)
 
     def function(self, x: Array) -> tuple[Array, Array]:
-        """Return GELU in its tanh form, and its slope."""
+        """Return GELU in its tanh form, or an NF-ResNet's ReLU, and its slope."""
+        if self.variant.activation == "relu":
+            return self.squeezed_function(x)
         root, cubic = math.sqrt(2 / math.pi), 0.044715
         tanh = np.tanh(root * (x + cubic * x**3))
         inner = root * (1 + 3 * cubic * x**2)
@@ -372,7 +409,7 @@ class NFNet:
 
     def gamma(self) -> float:
         """Return the activation's constant: a literal, estimated by sampling."""
-        return GAMMAS["gelu"]
+        return GAMMAS[self.variant.activation]
 
     def squeezed_function(self, x: Array) -> tuple[Array, Array]:
         """Return the activation of squeeze and excite, ReLU without a constant, and its slope."""

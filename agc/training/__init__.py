@@ -9,14 +9,27 @@ from agc.training.initial import initial_state
 from agc.training.log import read_log
 from agc.training.loop import Training
 from agc.training.part import trained_names
+from agc.training.shared import SharedTrainers, step_of
 from agc.training.state import State
 from agc.training.stop import stop_signals
-from agc.training.trainer import Launch, Metrics, Totals, Trainer, ascent_first, check_offered
+from agc.training.trainer import (
+    Hosts,
+    Launch,
+    Metrics,
+    ShardedTrainer,
+    Totals,
+    Trainer,
+    ascent_first,
+    check_offered,
+)
 
 __all__ = [
     "Checkpoints",
+    "Hosts",
     "Launch",
     "Metrics",
+    "ShardedTrainer",
+    "SharedTrainers",
     "State",
     "Totals",
     "Trainer",
@@ -25,6 +38,7 @@ __all__ = [
     "check_offered",
     "initial_state",
     "read_log",
+    "step_of",
     "stop_signals",
     "trained_names",
 ]

@@ -7,6 +7,9 @@
 ``state.json``             step, recipe and its id, and whatever else is worth knowing
 ========================== ==============================================================
 
+A sharded checkpoint has a folder ``sharded`` in a framework's own form in place of the arrays. All
+hosts write into it, and ``agc checkpoint export`` makes it portable.
+
 A checkpoint is written beside its place, under a name that begins with a dot, and renamed when all
 of it is on the disk. A process that is killed leaves such a folder behind; the next checkpoint
 removes it.
@@ -18,6 +21,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +32,7 @@ from agc.nfnet import check_arrays, parameters
 from agc.recipe import Recipe
 from agc.training.state import State
 from agc.weights import load, save
-from agc.weights.folders import FACTS, STEP
+from agc.weights.folders import FACTS, SHARDED, STEP, sharded_way_out
 
 __all__ = ["SCHEMA", "Checkpoints"]
 
@@ -90,27 +94,37 @@ class Checkpoints:
         self._check(state, "the state to be saved")
         state.check_finite()
         self._remove_parts()
-        final = self.path(state.step)
-        part = self._folder / f".{final.name}.{secrets.token_hex(4)}.part"
+        part = self._folder / f".{self.path(state.step).name}.{secrets.token_hex(4)}.part"
         part.mkdir()
         try:
             for name, arrays in state.parts():
                 save(part / f"{name}.safetensors", self._options, arrays)
-            write_text(part / FACTS, json.dumps(self._facts(state), allow_nan=False) + "\n")
-            _sync(part)
-            if final.exists():
-                # A training that went on from an older step comes by again.
-                final.rename(self._folder / f".{final.name}.{secrets.token_hex(4)}.old.part")
-            part.rename(final)
-            _sync(self._folder)
+            return self._complete(part, state.step, state.facts)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
+
+    def begin_sharded(self, step: int) -> None:
+        """Make room for a sharded checkpoint; in the first host, before the others write."""
         self._remove_parts()
-        for step in self.steps()[: -self._recipe.checkpoint.keep]:
-            if step != state.step:
-                shutil.rmtree(self.path(step))
-        return final
+        self.sharded_part(step).parent.mkdir()
+
+    def sharded_part(self, step: int) -> Path:
+        """Return the folder, not made as yet, that all hosts write a sharded checkpoint into."""
+        return self._folder / f".{self.path(step).name}.sharded.part" / SHARDED
+
+    def complete_sharded(self, step: int, facts: Mapping[str, Any]) -> Path:
+        """Put a sharded checkpoint in its place, when all hosts have written; in the first host."""
+        return self._complete(self.sharded_part(step).parent, step, facts)
+
+    def sharded(self, step: int) -> Path | None:
+        """Return the folder in a framework's own form; None of a portable checkpoint."""
+        folder = self.path(step) / SHARDED
+        return folder if folder.is_dir() else None
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """Return the facts of a checkpoint; raise FormatError as :meth:`load`."""
+        return self._read_facts(self.path(step) / FACTS, step)
 
     def load(self, step: int | None = None) -> State:
         """Read a checkpoint, of the newest step if None.
@@ -118,8 +132,8 @@ class Checkpoints:
         Raises
         ------
         FormatError
-            If there is none, it is truncated, of a later version, or of another recipe; the message
-            names the file and the way out.
+            If there is none, it is truncated, sharded, of a later version, or of another recipe;
+            the message names the file and the way out.
         ParameterError
             If its arrays are not those of the recipe's model.
         """
@@ -129,7 +143,9 @@ class Checkpoints:
                 raise FormatError(f"{self._folder}: there is no checkpoint")
             step = steps[-1]
         path = self.path(step)
-        facts = self._read_facts(path / FACTS, step)
+        facts = self.facts(step)
+        if self.sharded(step):
+            raise FormatError(f"{path}: {sharded_way_out(path)}")
         names = ["parameters", "momentum", *(["ema"] if self._recipe.ema else [])]
         arrays = {}
         for name in names:
@@ -147,14 +163,28 @@ class Checkpoints:
         for left in self._folder.glob(".step-*.part"):
             shutil.rmtree(left)
 
-    def _facts(self, state: State) -> dict[str, Any]:
-        return {
+    def _complete(self, part: Path, step: int, facts: Mapping[str, Any]) -> Path:
+        """Write what is worth knowing, rename to the final name, and remove what is too old."""
+        data = {
             "schema": SCHEMA,
-            "step": state.step,
+            "step": step,
             "recipe_id": self._recipe.id,
             "recipe": self._recipe.to_dict(),
-            "facts": dict(state.facts),
+            "facts": dict(facts),
         }
+        write_text(part / FACTS, json.dumps(data, allow_nan=False) + "\n")
+        _sync(part)
+        final = self.path(step)
+        if final.exists():
+            # A training that went on from an older step comes by again.
+            final.rename(self._folder / f".{final.name}.{secrets.token_hex(4)}.old.part")
+        part.rename(final)
+        _sync(self._folder)
+        self._remove_parts()
+        for other in self.steps()[: -self._recipe.checkpoint.keep]:
+            if other != step:
+                shutil.rmtree(self.path(other))
+        return final
 
     def _read_facts(self, file: Path, step: int) -> dict[str, Any]:
         try:

@@ -30,6 +30,8 @@ class Log:
     step : int
         Where the training goes on: what was logged of this step and later ones is dropped; what was
         found between the steps, such as evaluations, is kept up to here.
+    write : bool
+        Whether this process is the one that writes; the others read what is kept.
 
     Attributes
     ----------
@@ -44,18 +46,20 @@ class Log:
         If it cannot be written to.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        self._path = path
+    def __init__(self, path: Path, step: int, *, write: bool = True) -> None:
+        self._path, self._write = path, write
         records = read_log(path) if path.exists() else []
         self.records = [
             record for record in records if record["step"] < step + (record["type"] != "step")
         ]
-        write_text(path, "".join(map(_line, self.records)))
+        if write:
+            write_text(path, "".join(map(_line, self.records)))
 
     def write(self, records: Iterable[Record]) -> None:
         """Append records; they are in the file when this returns."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(map(_line, records)))
+        if self._write:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(map(_line, records)))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -18,17 +18,18 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from agc import __version__
 from agc.data import Batch, Batches, Evaluation, Source, feed
-from agc.errors import ConfigError, NonFiniteError
+from agc.errors import AGCError, ConfigError, FormatError, NonFiniteError
 from agc.recipe import Numbers, Recipe, numbers
 from agc.training.checkpoints import Checkpoints
 from agc.training.initial import initial_state
 from agc.training.log import Log
 from agc.training.state import State
-from agc.training.trainer import Launch, Metrics, Trainer
+from agc.training.trainer import Launch, Metrics, ShardedTrainer, Trainer
+from agc.weights.folders import sharded_way_out
 
 __all__ = ["Training", "evaluation_due"]
 
@@ -82,23 +83,35 @@ class Training:
         allow_changed: bool = False,
         report: Callable[[Record], None] | None = None,
     ) -> None:
-        launch.check(recipe)
-        self._recipe, self._trainer, self._launch, self._report = recipe, trainer, launch, report
-        self._batches = Batches(recipe, train)
-        size = min(launch.microbatch or recipe.train.batch, len(test))
-        self._evaluation = Evaluation(recipe, test, batch=size)
+        self._hosts = hosts = trainer.hosts
+        launch.check(recipe, hosts.count)
+        self._recipe, self._trainer, self._launch = recipe, trainer, launch
+        self._report = report if hosts.first else None
+        part = {"host": hosts.index, "hosts": hosts.count}
+        self._batches = Batches(recipe, train, **part)
+        size = launch.microbatch or recipe.train.batch // hosts.count
+        size = min(size, -(-len(test) // hosts.count)) * hosts.count
+        self._evaluation = Evaluation(recipe, test, batch=size, **part)
         self._checkpoints = Checkpoints(folder, recipe, allow_changed=allow_changed)
         state = self._first_state(folder, resume)
-        trainer.load(state)
+        if not hosts.same(state.step):
+            raise ConfigError(
+                f"{folder}: the hosts see different checkpoints, this one of step {state.step}; "
+                "choose a folder that all hosts share"
+            )
+        self._load(state)
         self.made = state.step
         self._began = {key: state.facts[key] for key in ("init",) if key in state.facts}
-        self._log = Log(folder / "log.jsonl", state.step)
+        self._log = Log(folder / "log.jsonl", state.step, write=hosts.first)
         self._evaluations = [r for r in self._log.records if r["type"] == "evaluation"]
         self._waiting: list[tuple[int, Numbers, Metrics]] = []
         self._since = 0.0
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end, or until ``stop`` says so: the step under way is finished and saved.
+
+        Several hosts ask each other whether one of them is to stop only when they log, save or
+        evaluate, since to ask is to wait.
 
         Returns
         -------
@@ -138,16 +151,32 @@ class Training:
                 f"{folder} has a checkpoint of step {steps[-1]}: say that the training goes on "
                 "from there (--resume), or choose another folder"
             )
-        state = self._checkpoints.load()
-        if state.step > self._recipe.steps:
+        step = steps[-1]
+        if step > self._recipe.steps:
             raise ConfigError(
-                f"{folder} has a checkpoint of step {state.step}, and the recipe has "
+                f"{folder} has a checkpoint of step {step}, and the recipe has "
                 f"{self._recipe.steps} steps; choose another folder"
             )
-        return state
+        if self._checkpoints.sharded(step):
+            facts = self._checkpoints.facts(step)
+            return State(step=step, parameters={}, momentum={}, facts=facts)
+        return self._checkpoints.load(step)
+
+    def _load(self, state: State) -> None:
+        """Let the trainer take over a state, or read what is sharded in its own form."""
+        sharded = self._checkpoints.sharded(state.step)
+        if sharded is None:
+            self._trainer.load(state)
+            return
+        mine, other = (facts.get("framework") for facts in (self._trainer.facts, state.facts))
+        if mine != other:
+            path = self._checkpoints.path(state.step)
+            raise FormatError(f"{path}: written by {other}, not {mine}: {sharded_way_out(path)}")
+        cast("ShardedTrainer", self._trainer).load_sharded(sharded, state.step)
 
     def _steps(self, stop: Callable[[], bool]) -> bool:
         recipe, launch, table = self._recipe, self._launch, numbers(self._recipe)
+        alone = self._hosts.count == 1
         if self._must_evaluate() and not self._evaluate(stop):
             return False
         coming = feed(self._batches, range(self.made, recipe.steps), threads=launch.threads)
@@ -157,10 +186,12 @@ class Training:
                 now = table.at(self.made)
                 self._waiting.append((self.made, now, self._step(batch, now)))
                 self.made += 1
-                evaluate, stopping = self._must_evaluate(), stop()
+                evaluate = self._must_evaluate()
                 save = self.made % recipe.checkpoint.every_steps == 0 or self.made == recipe.steps
+                pause = save or evaluate or len(self._waiting) >= launch.log_every
+                stopping = (alone or pause) and self._hosts.any(stop())
                 save = save or stopping
-                if save or evaluate or len(self._waiting) >= launch.log_every:
+                if pause or stopping:
                     self._log_steps()
                 if save:
                     self._save()
@@ -190,7 +221,12 @@ class Training:
         return not wanted <= done
 
     def _evaluate(self, stop: Callable[[], bool]) -> bool:
-        """Evaluate and log it; return False, and log nothing, if the training is to stop first."""
+        """Evaluate and log it; return False, and log nothing, if the training is to stop first.
+
+        Several hosts finish what they began, as none can go on without the others.
+        """
+        if self._hosts.count > 1:
+            stop = _never
         records = []
         for weights in self._recipe.evaluate.weights or ():
             every = range(len(self._evaluation))
@@ -229,13 +265,33 @@ class Training:
         self._write(records)
 
     def _save(self) -> None:
-        state = self._trainer.state()
+        """Write a checkpoint: the last one in the portable form, others as the launch says."""
         last = {record["weights"]: record for record in self._evaluations}
-        facts = {**state.facts, **self._began, "evaluation": last}
-        self._checkpoints.save(replace(state, facts=facts))
+        facts = {**self._trainer.facts, **self._began, "evaluation": last}
+        checkpoints, step = self._checkpoints, self.made
+        if self._launch.sharded and step < self._recipe.steps:
+            trainer, part = cast("ShardedTrainer", self._trainer), checkpoints.sharded_part(step)
+            self._write_together(lambda: checkpoints.begin_sharded(step), first=True)
+            self._write_together(lambda: trainer.save_sharded(part))
+            self._write_together(lambda: checkpoints.complete_sharded(step, facts), first=True)
+        else:
+            state = replace(self._trainer.state(), facts=facts)
+            self._write_together(lambda: checkpoints.save(state), first=True)
+
+    def _write_together(self, write: Callable[[], object], *, first: bool = False) -> None:
+        """Write in all hosts or the first; if one cannot, no host goes on."""
+        error: Exception | None = None
+        if self._hosts.first or not first:
+            try:
+                write()
+            except Exception as raised:  # raised again below, when all hosts know of it
+                error = raised
+        if self._hosts.any(error is not None):
+            raise error or AGCError(f"another host wrote no checkpoint of step {self.made}")
 
     def _end(self, reason: str) -> None:
         self._write([{"type": "end", "step": self.made, "time": time.time(), "reason": reason}])
+        self._hosts.any(False)  # whoever started the hosts may end all of them when one has ended
 
     def _write(self, records: list[Record]) -> None:
         self._log.write(records)
@@ -253,6 +309,10 @@ def evaluation_due(recipe: Recipe, made: int) -> bool:
         assert recipe.evaluate.every_epochs is not None
         every = recipe.evaluate.every_epochs * recipe.epoch
     return made == recipe.steps or made // every > max(0, made - 1) // every
+
+
+def _never() -> bool:
+    return False
 
 
 def _step_record(step: int, now: Numbers, metrics: Metrics) -> Record:

@@ -15,9 +15,8 @@ from functools import cache
 from typing import Any, Final, Literal
 
 from agc.errors import FormatError
-from agc.nfnet import parameters
 from agc.weights.files import Source, Tensor
-from agc.weights.forms import FORMS
+from agc.weights.forms import FORMS, shared_names
 
 __all__ = ["Chosen", "WhichWeights", "choose"]
 
@@ -109,8 +108,8 @@ def _listed(sets: Iterable[_Set]) -> str:
 
 @cache
 def _names() -> frozenset[str]:
-    """Return the names in every form of the parameters that all variants have."""
-    return frozenset(form.rename(spec) for form in FORMS.values() for spec in parameters("tiny"))
+    """Return the names in every form of the parameters that all variants of a family have."""
+    return frozenset().union(*map(shared_names, FORMS))
 
 
 def _prefix(name: object) -> str | None:

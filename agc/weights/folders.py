@@ -10,12 +10,14 @@ from typing import Final
 from agc.errors import FormatError
 from agc.weights.choice import WhichWeights
 
-__all__ = ["FACTS", "STEP", "weights_file"]
+__all__ = ["FACTS", "SHARDED", "STEP", "sharded_way_out", "weights_file"]
 
 STEP: Final = re.compile(r"step-(\d{6,})")
 """Name of a checkpoint's folder."""
 FACTS: Final = "state.json"
 """Name of the file in it that has the recipe."""
+SHARDED: Final = "sharded"
+"""Name of the folder in it that has a framework's own form, in place of arrays."""
 
 _FILES: Final[dict[WhichWeights, str]] = {
     "raw": "parameters.safetensors",
@@ -43,6 +45,8 @@ def weights_file(folder: Path, weights: WhichWeights | None) -> tuple[Path, str 
     }
     if steps:
         folder = steps[max(steps)]
+    if (folder / SHARDED).is_dir():
+        raise FormatError(f"{folder}: {sharded_way_out(folder)}")
     if not (folder / _FILES["raw"]).is_file():
         raise FormatError(
             f"{folder}: a folder without a checkpoint of agc train; name a file of weights"
@@ -54,6 +58,15 @@ def weights_file(folder: Path, weights: WhichWeights | None) -> tuple[Path, str 
     if weights is not None or which == "raw":
         return file, None
     return file, f"{folder}: took {file.name}, which its recipe evaluates, not {_FILES['raw']}"
+
+
+def sharded_way_out(folder: Path) -> str:
+    """Return what to do with a sharded checkpoint where a portable one is needed."""
+    step = int(folder.name.removeprefix("step-"))
+    return (
+        "a sharded checkpoint, in a framework's own form; make it portable with "
+        f"agc checkpoint export {folder.parent} {step}"
+    )
 
 
 def _evaluated(folder: Path) -> WhichWeights:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from agc.layouts import out_first, out_first_axes, out_last
 from agc.nfnet import HEAD, VARIANTS, ParameterSpec, Variant, parameters
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "FORMS", "Form", "guess", "sizes"]
+__all__ = ["FORMAT", "FORMAT_VERSION", "FORMS", "Form", "guess", "shared_names", "sizes"]
 
 Array = npt.NDArray[Any]
 
@@ -129,8 +129,7 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Form, Variant]:
     """
     # A file of flax is one of neutral, but for its metadata.
     forms = [form for form in FORMS.values() if form.name != "flax"]
-    small = parameters("tiny")  # whose names are in every variant
-    named = {form.name: sum(form.rename(spec) in shapes for spec in small) for form in forms}
+    named = {form.name: sum(name in shapes for name in shared_names(form.name)) for form in forms}
     most = max(named.values())
     if not most:
         raise KeyError("no name of an NFNet")
@@ -149,14 +148,23 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Form, Variant]:
 
 
 @cache
+def shared_names(form: str) -> frozenset[str]:
+    """Return the names in a form of the parameters that all variants of a family have."""
+    smallest = (*parameters("tiny"), *parameters("NF-ResNet-tiny"))
+    return frozenset(FORMS[form].rename(spec) for spec in smallest)
+
+
+@cache
 def _shapes(form: str, variant: str) -> Mapping[str, tuple[int, ...]]:
     specs = (FORMS[form].spec(spec) for spec in parameters(variant))
     return {spec.name: spec.shape for spec in specs}
 
 
-def sizes(form: Form, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int]:
+def sizes(
+    form: Form, variant: Variant, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int | None, int]:
     """Return the number of classes, or None, and of channels by shape; a check comes later."""
-    specs = {spec.name: spec for spec in parameters("tiny")}
+    specs = {spec.name: spec for spec in parameters(variant)}
     bias = shapes.get(form.rename(specs["head.bias"]), ())
     kernel = shapes.get(form.rename(specs["stem.conv0.weight"]), ())
     channels = 3

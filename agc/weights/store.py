@@ -148,6 +148,8 @@ def open_weights(
             chosen = replace(chosen, activation=activation)
         if ws_eps is not None:
             chosen = replace(chosen, ws_eps=ws_eps)
+        if problem := _misfit(chosen, form):
+            raise FormatError(f"{path}: {problem}")
         tensors = _check(source, found, form, chosen)
         if not complete:
             notes.append(_assumed(path, chosen))
@@ -217,8 +219,8 @@ def save(
     ParameterError
         If they are not; the message names them.
     ConfigError
-        If there is no such form, or the variant is one that is only yours and has no name to be
-        found by.
+        If there is no such form, or none of this model, or the variant is one that is only yours
+        and has no name to be found by.
     OSError
         If ``path`` is a folder, or in none.
     """
@@ -282,6 +284,8 @@ def _write(
     form: Form,
     progress: Progress | None,
 ) -> None:
+    if problem := _misfit(chosen, form):
+        raise ConfigError(problem)
     # NumPy's files do not tell bfloat16 from other numbers of two bytes.
     npz = form.suffix == ".npz"
     writable = [dtype for dtype in DTYPES.values() if not (npz and dtype == "bfloat16")]
@@ -299,6 +303,17 @@ def _write(
         for name in write(file, encoded, _metadata(chosen, form)):
             if progress is not None:
                 progress(name, encoded[name].nbytes, total)
+
+
+def _misfit(chosen: Options, form: Form) -> str | None:
+    """Say why no weights of a model have a form; None if they do."""
+    if form.name != "timm" or chosen.variant.family != "NF-ResNet":
+        return None
+    return (
+        "timm's NF-ResNets are other networks than DeepMind's: 2x2 pixels are averaged in shortcuts, "
+        "convolutions pad on both sides, weights are scaled instead of activations, and skip gains "
+        "are missing; the weights of the one are not those of the other"
+    )
 
 
 def _encoded(form: Form, spec: ParameterSpec, tensor: Tensor) -> Tensor:
@@ -368,7 +383,7 @@ def _from_shapes(source: Source, found: Chosen) -> tuple[Form, Options]:
     except KeyError:
         some = ", ".join(list(shapes)[:5]) or "nothing"
         raise FormatError(f"{source.path}: no tensor is an NFNet's; it holds {some}") from None
-    classes, channels = sizes(form, shapes)
+    classes, channels = sizes(form, variant, shapes)
     return form, options(variant, classes, in_channels=channels)
 
 

@@ -62,6 +62,7 @@ FLAGS: Final[dict[str, str]] = {
     # Order and place
     "DecayBeforeClip": "weight decay is clipped together with the gradient",
     "DecayBeforeNorm": "norms are taken of weights already decayed",
+    "WeightsChanged": "the weights are changed, and not by the optimizer alone",
     "StaleWeights": "norms are taken of another step's weights",
     "ClipAfterMomentum": "the momentum buffer is clipped instead of the gradient",
     "ClipEachMicroBatch": "every micro-batch is clipped instead of their mean",

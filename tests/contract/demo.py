@@ -1,38 +1,47 @@
-"""The demo's training: it learns, clips, and stops when it must."""
+"""Trainings that share a trainer, as those of ``agc demo`` do."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
+from rich.console import Console
 
-from agc.cli.demo import gratings, initial_values, learning_rates
+from agc.cli.demo import experiment
+from agc.cli.experiments import results, run
+from agc.data import open_source
+from agc.recipe import Recipe
+from agc.training import Launch, Trainer, Training, read_log
+from tests.contract import Contract
+from tests.contract.training import TrainingContract
 
 
-class DemoContract:
-    """``train`` is the framework's own training, as a static method."""
+class DemoContract(Contract):
+    small = TrainingContract.small
 
-    train: Callable[..., Any]
+    def test_demo(self, tmp_path, monkeypatch):
+        made = []
 
-    def run(self, clipping: float | None, peak: float, steps: int = 6) -> list[Any]:
-        random = np.random.default_rng(0)
-        batches = (gratings(random, 16) for _ in range(steps))
-        test = gratings(np.random.default_rng(1), 32)
-        rates = learning_rates(peak, steps)
-        return list(self.train(initial_values(0), batches, rates, clipping, test))
+        def trainer(recipe, launch):
+            made.append(self.driver.trainer(recipe, launch))
+            return made[-1]
 
-    def test_demo(self):
-        seen = self.run(0.01, 0.2)
-        assert len(seen) == 7
-        losses, shares = zip(*seen[:-1], strict=True)
-        assert abs(losses[0] - math.log(10)) < 0.1
-        assert all(0 < share < 0.1 for share in shares)
-        assert 0 <= seen[-1][0] <= 1
-        assert [share for _, share in self.run(None, 0.001)] == 7 * [0.0]
-        lost = self.run(None, 1e30)
-        assert not math.isfinite(lost[-1][0])
-        assert len(lost) < 6
-        again = self.run(0.01, 0.2)  # nothing is left of the others
-        np.testing.assert_allclose(again, seen, rtol=1e-3)
+        framework: Any = SimpleNamespace(trainer=trainer)
+        plan = experiment([0.01], [1e30, 0.2], seeds=1, steps=3, batch=64)
+        run(plan, "any", framework, tmp_path / "all", Console(quiet=True))
+        lost, found = results(plan, "any", tmp_path / "all")
+        assert len(made) == 1  # rates and thresholds are numbers
+        assert (lost.diverged, found.diverged) == (True, False)
+        assert 0 < found.clipped < 0.5
+
+        # Another trainer does the same: nothing was left of the run that diverged.
+        recipe = plan.cells()[1].recipe
+        sources = (open_source(recipe, part) for part in ("train", "test"))
+        alone, launch = self.other_trainer(recipe, made[0]), Launch()
+        Training(recipe, alone, *sources, tmp_path / "alone", launch=launch).run()
+        log = read_log(tmp_path / "alone" / "log.jsonl")
+        assert tuple(r["loss"] for r in log if r["type"] == "step") == found.losses
+
+    def other_trainer(self, recipe: Recipe, used: Trainer) -> Trainer:
+        """Return a trainer for this recipe alone; ``used`` has made it, after another one."""
+        return self.driver.trainer(recipe, Launch())

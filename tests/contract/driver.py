@@ -102,8 +102,6 @@ class Driver(ABC):
         Ways to clip gradients by hand; the first is that of the suite.
     accurate_ways : tuple of str
         Those which are as accurate on this machine as on the one that they are made for.
-    trains_parts : bool
-        Whether a recipe may train a part of the model.
     """
 
     adapter: ModuleType
@@ -116,7 +114,6 @@ class Driver(ABC):
     ways: tuple[str, ...] = ("plain",)
     exported_sizes: tuple[tuple[int, int, int], ...] = ((2, 20, 27), (1, 20, 27))
     sam_modes: tuple[str, ...] = ("eager",)
-    trains_parts = False
 
     # Models
 

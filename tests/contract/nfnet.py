@@ -1,4 +1,4 @@
-"""NFNets: the models against DeepMind's golden values, and what they promise in every framework."""
+"""The models against DeepMind's golden values, and what they promise in every framework."""
 
 from __future__ import annotations
 
@@ -200,6 +200,7 @@ class NFNetContract(Contract):
             (SHALLOW, 1, 50, 33),
             (SHALLOW, 1, 64, 64),
             (SHALLOW, 3, 7, 1),
+            ("NF-ResNet-tiny", 1, 45, 36),
         ],
     )
     def test_sizes(self, variant, images, height, width):
@@ -372,11 +373,14 @@ class NFNetContract(Contract):
         rescaled = (dropout / 0.6).astype("float32")
         refuse(DTypeError, r"masks\.dropout must be bool.* got .*float32", Masks(depth, rescaled))
 
-    @pytest.mark.parametrize("variant", ["tiny", "F1", SHALLOW])
-    def test_rates_of_stochastic_depth(self, variant):
+    @pytest.mark.parametrize(
+        ("variant", "last"),
+        [("tiny", 0.25), ("F1", 0.25), (SHALLOW, 0.25), ("NF-ResNet-tiny", 0.1)],
+    )
+    def test_rates_of_stochastic_depth(self, variant, last):
         rates = [block.drop_rate for block in self.blocks(self.driver.abstract(variant))]
         assert len(rates) == len(core.blocks(core.variant(variant)))
-        np.testing.assert_allclose(rates, [0.25 * i / len(rates) for i in range(len(rates))])
+        np.testing.assert_allclose(rates, [last * i / len(rates) for i in range(len(rates))])
 
     @pytest.mark.parametrize(
         ("variant", "options", "message"),
@@ -413,7 +417,8 @@ class NFNetContract(Contract):
 
     # Parameters
 
-    @pytest.mark.parametrize("variant", ["tiny", "F0", "F7+"])  # smallest, and by depth and width
+    # The smallest, by depth and width, and the other family.
+    @pytest.mark.parametrize("variant", ["tiny", "F0", "F7+", "NF-ResNet-50"])
     def test_parameters_have_the_canonical_names(self, variant):
         found = self.driver.parameters(self.driver.abstract(variant))
         shapes = {name: tuple(parameter.shape) for name, parameter in found.items()}

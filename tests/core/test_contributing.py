@@ -30,8 +30,8 @@ def test_sessions_exist():
 
 
 EXTRAS = {  # what only one framework needs
-    "torch": {"fused", "passes", "shards", "triton_kernels"},
-    "jax": {"leaf_names"},
+    "torch": {"fused", "passes", "processes", "shards", "triton_kernels"},
+    "jax": {"devices", "leaf_names"},
     "tensorflow": {"devices"},
 }
 

@@ -293,6 +293,24 @@ def test_forms_and_variants_are_told_apart(form, variant):
     assert (found.name, sized.name) == (form, variant)
 
 
+def test_timms_resnets_are_others(tmp_path, capsys):
+    """The names are alike; what is computed is not."""
+    chosen = nfnet.options("NF-ResNet-tiny")
+    values = nfnet.seeded_parameters("NF-ResNet-tiny")
+    with pytest.raises(ConfigError, match="timm's NF-ResNets are other networks"):
+        save(tmp_path / "x", chosen, values, "timm")
+    form = FORMS["timm"]
+    specs = nfnet.parameters("NF-ResNet-tiny")
+    theirs = {form.rename(spec): form.encode(spec, values[spec.name]) for spec in specs}
+    write_safetensors(tmp_path / "x", theirs)
+    with pytest.raises(FormatError, match="x: timm's NF-ResNets are other networks"):
+        load_as(tmp_path / "x")
+    save(tmp_path / "x", chosen, values, "haiku")
+    assert_same(load_as(tmp_path / "x", variant="NF-ResNet-tiny"), values)
+    assert main(["convert", str(tmp_path / "x"), str(tmp_path / "y"), "--to", "keras"]) == 0
+    assert "keras weights of NF-ResNet-tiny, 10 classes, 54 tensors" in capsys.readouterr().out
+
+
 # --- Which weights?
 
 

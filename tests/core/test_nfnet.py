@@ -26,6 +26,7 @@ COUNTS = {  # parameters and tensors, counted by running DeepMind's code
     "F4+": (524_954_484, 1049),
     "F7+": (829_551_960, 1661),
     "tiny": (334_086, 233),
+    "NF-ResNet-tiny": (38_742, 54),
 }
 
 
@@ -49,7 +50,7 @@ def test_counts_by_kind():
     }
 
 
-@pytest.mark.parametrize("name", ["F0", "F7+", "tiny"])
+@pytest.mark.parametrize("name", ["F0", "F7+", "tiny", "NF-ResNet-50"])
 def test_what_decays_is_what_deepmind_decides_by_name(name):
     for spec in nfnet.parameters(name):
         module, _, leaf = spec.haiku.rpartition("/")
@@ -87,15 +88,42 @@ def test_variants():
         "tiny",
         "mini",
         "micro",
+        *(f"NF-ResNet-{layers}" for layers in (26, 50, 101, 152, 200, 288, 600, "tiny")),
     ]
     sizes = [(v.train_pixels, v.test_pixels, v.dropout) for v in nfnet.VARIANTS.values()]
     assert sizes[:2] == sizes[8:10] == [(192, 256, 0.2), (224, 320, 0.3)]
     assert sizes[7] == (480, 608, 0.5)
     assert nfnet.variant("f3+") is nfnet.VARIANTS["F3+"]
+    assert nfnet.variant("nf-resnet-50") is nfnet.VARIANTS["NF-ResNet-50"]
     assert nfnet.variant(nfnet.VARIANTS["F1"]) is nfnet.VARIANTS["F1"]
 
 
+def test_resnets():
+    """NF-ResNet-50 has 3 + 4 + 6 + 3 blocks of three convolutions, and four projections."""
+    variant = nfnet.variant("NF-ResNet-50")
+    blocks = nfnet.blocks(variant)
+    assert (len(blocks), len(nfnet.parameters(variant))) == (16, 3 * (1 + 48 + 4) + 16 + 2)
+    first = {b.stage: b for b in blocks if b.place == 0}
+    assert [(b.inputs, b.middle, b.outputs, b.stride, b.groups) for b in first.values()] == [
+        (64, 64, 256, 1, 1),
+        (256, 128, 512, 2, 1),
+        (512, 256, 1024, 2, 1),
+        (1024, 512, 2048, 2, 1),
+    ]
+    assert [b.convs[-1].stride for b in first.values()] == [1, 2, 2, 2]
+    assert nfnet.features(variant) == 2048
+    depths = {v.name: 3 * sum(v.depths) + 2 for v in nfnet.VARIANTS.values() if v.family != "NFNet"}
+    layers = {name: int(name[10:]) for name in depths if name != "NF-ResNet-tiny"}
+    deep = {"NF-ResNet-288": 290, "NF-ResNet-600": 602}  # without stem and classifier
+    assert {name: depths[name] for name in layers} == {**layers, **deep}
+
+
 def test_haiku_names():
+    resnet = {spec.name: spec.haiku for spec in nfnet.parameters("NF-ResNet-50")}
+    assert resnet["stem.conv0.weight"] == "NF_ResNet/~/initial_conv/w"
+    assert resnet["stages.0.0.skip_gain"] == "NF_ResNet/~/nf_res_block/skip_gain"
+    assert resnet["stages.1.0.shortcut.gain"] == "NF_ResNet/~/nf_res_block_3/~/conv_shortcut/gain"
+    assert resnet["head.bias"] == "NF_ResNet/~/linear/b"
     names = {spec.name: spec.haiku for spec in nfnet.parameters("F0")}
     prefix = "NFNet/~/"
     for name, haiku in {
@@ -168,6 +196,9 @@ def test_options():
     assert (made.num_classes, made.dropout, made.stochastic_depth) == (10, 0.2, 0.25)
     assert nfnet.options("F4", dropout=0.0).dropout == 0
     assert nfnet.options("F4").num_classes == 1000
+    made = nfnet.options("NF-ResNet-50")
+    assert (made.activation, made.dropout, made.stochastic_depth) == ("relu", 0.0, 0.1)
+    assert nfnet.options("NF-ResNet-50", activation="silu").activation == "silu"
 
 
 @pytest.mark.parametrize(
@@ -196,6 +227,10 @@ def test_bad_variants():
         replace(tiny, depths=(1, 0, 1, 1))
     with pytest.raises(ConfigError, match="group_width=32"):
         replace(tiny, group_width=32)
+    with pytest.raises(ConfigError, match="family must be 'NFNet' or 'NF-ResNet', got 'ResNet'"):
+        replace(tiny, family="ResNet")
+    with pytest.raises(ConfigError, match="widths must be >= 4"):
+        replace(tiny, family="NF-ResNet", widths=(2, 4, 8, 8))
 
 
 def test_arrays_are_checked():

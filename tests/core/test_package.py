@@ -18,8 +18,9 @@ def python(code):
 def test_core_loads_no_framework():
     """Not even where all of them are installed."""
     loaded = python(
-        "import sys, agc.cli.classify, agc.cli.convert, agc.cli.demo, agc.cli.train, agc.layer_table;"
-        "import agc.data, agc.plan, agc.recipe, agc.reference.nfnet, agc.training;"
+        "import sys, agc.cli.checkpoint, agc.cli.classify, agc.cli.convert, agc.cli.demo, agc.cli.plot;"
+        "import agc.cli.reproduce, agc.cli.train, agc.data, agc.layer_table, agc.plan, agc.recipe;"
+        "import agc.reference.nfnet, agc.training;"
         "print(*{name.split('.')[0] for name in sys.modules})"
     ).split()
     assert "numpy" in loaded
@@ -47,7 +48,17 @@ def test_command_line_needs_a_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     names = re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE)
-    assert names == ["classify", "conformance", "convert", "demo", "recipe", "train"]
+    assert names == [
+        "checkpoint",
+        "classify",
+        "conformance",
+        "convert",
+        "demo",
+        "plot",
+        "recipe",
+        "reproduce",
+        "train",
+    ]
 
 
 def test_command_without_its_packages_says_what_to_install(capsys, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from agc import AGC, SAM, Schedule
 from agc.cli import main
 from agc.errors import ConfigError, FormatError
-from agc.nfnet import VARIANTS
+from agc.nfnet import VARIANTS, options
 from agc.recipe import Recipe, load_recipe, numbers, shipped_recipes, to_toml
 from agc.recipe.files import flat
 from agc.recipe.tables import Sharpness
@@ -69,8 +70,8 @@ def test_unpublished_values_are_marked():
     }.items():
         notes = load_recipe(name).notes
         assert all("not published" in notes[key] for key in keys)
-    with pytest.raises(ConfigError, match="NF-ResNet-50 is no NFNet"):
-        load_recipe("nf-resnet-ablation").model.options()
+    model = load_recipe("nf-resnet-ablation", ["model.variant=nf-resnet-200"]).model
+    assert model.options() == options("NF-ResNet-200", stochastic_depth=0.0)
 
 
 def test_the_documentation_shows_a_recipe(tmp_path):
@@ -192,6 +193,19 @@ def test_tables_that_are_values_are_replaced_whole(tmp_path, name, key, value, c
     before, after = flat(load_recipe(base)), flat(recipe)
     rest = [{k: v for k, v in each.items() if not k.startswith(key)} for each in (before, after)]
     assert rest[0] == rest[1]
+
+
+def test_a_change_without_a_value_takes_a_key_out():
+    plain = load_recipe("digits-mini")
+    recipe = load_recipe("digits-mini", ["agc=", "ema=", "train.epochs=", "train.steps=70"])
+    assert (recipe.agc, recipe.ema, recipe.steps) == (None, None, 70)
+    assert recipe.schedule == plain.schedule
+    with pytest.raises(ConfigError, match="epochs or steps must be given"):
+        load_recipe("digits-mini", ["train.epochs="])
+    assert load_recipe("digits-mini", ["sam=", "train.smoothing="]).id == plain.id
+    for unknown in ("trian=", "train.epoch="):
+        with pytest.raises(ConfigError, match=f"unknown key {unknown[:-1]}"):
+            load_recipe("digits-mini", [unknown])
 
 
 def test_tables_of_a_recipe_are_merged_key_by_key():
@@ -372,11 +386,17 @@ def test_files(tmp_path):
         load_recipe("nfnet-f0", ["train"])
 
 
-@pytest.mark.parametrize("name", ["num_classes", "dropout", "stochastic_depth"])
-def test_nothing_is_assumed_about_models_without_defaults(name):
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [
+        *product(["model"], ["num_classes", "dropout", "stochastic_depth", "activation"]),
+        *product(["input"], ["train_pixels", "test_pixels"]),
+    ],
+)
+def test_nothing_is_assumed_about_models_without_defaults(table, name):
     tables = load_recipe("nf-resnet-ablation").to_dict()
-    del tables["model"][name], tables["notes"]
-    with pytest.raises(ConfigError, match=rf"model\.{name} must be given: NF-ResNet-50"):
+    del tables[table][name], tables["notes"]
+    with pytest.raises(ConfigError, match=rf"{table}\.{name} must be given: NF-ResNet-50"):
         Recipe.from_dict(tables)
 
 

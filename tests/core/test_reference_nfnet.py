@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from agc.errors import ParameterError, ShapeError
+from agc.errors import ConfigError, ParameterError, ShapeError
 from agc.nfnet import (
     VARIANTS,
     Masks,
@@ -203,6 +203,8 @@ def test_bad_input():
     with pytest.raises(ParameterError, match=r"55 of another shape: stages\.3\.0\.conv0\.weight"):
         NFNet(replace(VARIANTS["tiny"], widths=(32, 64, 96, 128)), arrays)
     assert len(parameters("tiny")) == len(model.parameters)
+    with pytest.raises(ConfigError, match="gelu and relu, not 'silu' of tiny"):
+        NFNet(replace(VARIANTS["tiny"], activation="silu"), arrays)
 
 
 def test_gradients_stay():

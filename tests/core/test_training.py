@@ -7,6 +7,8 @@ import math
 import os
 import re
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,17 +16,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from agc.cli import main
+from agc.cli import checkpoint, main
 from agc.cli import train as command
-from agc.data import digest, initial_values, open_source
-from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError, SelectorError
+from agc.data import initial_values, open_source
+from agc.errors import (
+    AGCError,
+    ConfigError,
+    FormatError,
+    NonFiniteError,
+    ParameterError,
+    SelectorError,
+)
 from agc.nfnet import seeded_parameters
 from agc.recipe import load_recipe
 from agc.training import (
+    Checkpoints,
+    Hosts,
     Launch,
     Metrics,
+    State,
     Totals,
     Training,
+    check_offered,
     read_log,
     stop_signals,
     trained_names,
@@ -32,12 +45,13 @@ from agc.training import (
 from agc.training.initial import initial_state
 from agc.training.loop import evaluation_due
 from agc.weights import save
+from agc.weights.folders import weights_file
 
 CHANGES = [
     "train.batch=4",
     "train.steps=8",
     "schedule.warmup_steps=2",
-    "sam.group=4",
+    "sam.group=2",
     "sam.fraction=0.5",
     "evaluate.every_steps=3",
     "checkpoint.every_steps=4",
@@ -52,8 +66,8 @@ class Counting:
     ``events`` maps a step to what happens in it; what that returns is the loss.
     """
 
-    def __init__(self, events=None):
-        self.facts = {"framework": "none"}
+    def __init__(self, events=None, hosts=None):
+        self.facts, self.hosts = {"framework": "none"}, hosts or Hosts()
         self.events = events or {}
 
     def load(self, state):
@@ -62,25 +76,42 @@ class Counting:
     def state(self):
         return replace(self.now, facts=self.facts)
 
+    def save_sharded(self, folder):
+        """Write this host's share of the arrays."""
+        folder.mkdir(exist_ok=True)
+        index, count = self.hosts.index, self.hosts.count
+        for name, arrays in self.now.parts():
+            np.savez(folder / f"{name}-{index}", **dict([*arrays.items()][index::count]))
+
+    def load_sharded(self, folder, step):
+        parts = {}
+        for name in ("parameters", "momentum", "ema"):
+            parts[name] = {}
+            for file in folder.glob(f"{name}-*"):
+                parts[name] |= np.load(file)
+        self.now = State(step=step, **parts)
+
     def step(self, batch, numbers):
         step = self.now.step
         loss = self.events.get(step, lambda: None)()
-        value = np.float32(int(digest(batch)[:6], 16) * numbers.rate)
+        (value,) = self.hosts.total([float(batch.numbers.sum() * numbers.rate)])
         weights = dict(self.now.parameters)
-        weights["head.bias"] = np.float32(0.75) * weights["head.bias"] + value
+        weights["head.bias"] = np.float32(0.75) * weights["head.bias"] + np.float32(value)
         self.now = replace(self.now, step=step + 1, parameters=weights)
-        loss = float(value) if loss is None else loss
+        loss = value if loss is None else loss
         return Metrics(loss=np.float32(loss), units=8, clipped=2)
 
     def evaluate(self, batches, weights):
-        images = sum(int(batch.weight.sum()) for batch in batches)
-        return Totals(float(self.now.parameters["head.bias"][0]), 1, 2, images)
+        (images,) = self.hosts.total([float(sum(batch.weight.sum() for batch in batches))])
+        return Totals(float(self.now.parameters["head.bias"][0]), 1, 2, int(images))
 
 
-def training(folder, events=None, *, recipe=RECIPE, log_every=1, trainer=None, **options):
+def training(
+    folder, events=None, *, recipe=RECIPE, log_every=1, sharded=False, trainer=None, **options
+):
     trainer = trainer or Counting(events)
     sources = (open_source(recipe, part) for part in ("train", "test"))
-    launch = Launch(log_every=log_every)
+    launch = Launch(log_every=log_every, sharded=sharded)
     return Training(recipe, trainer, *sources, folder, launch=launch, **options)
 
 
@@ -177,6 +208,101 @@ def test_stopped_in_an_evaluation(tmp_path, uninterrupted):
     records = read_log(tmp_path / "log.jsonl")
     assert [record["type"] for record in records] == ["start", *3 * ["step"], "end"]
     assert training(tmp_path, resume=True).run()
+    assert content(tmp_path) == uninterrupted
+
+
+class Rounds:
+    """Two hosts in two threads that add up numbers when both of them have come."""
+
+    def __init__(self):
+        self.barrier, self.numbers = threading.Barrier(2, timeout=20), [[], []]
+
+    def host(self, index):
+        def total(numbers):
+            self.numbers[index] = numbers
+            self.barrier.wait()
+            sums = [sum(pair) for pair in zip(*self.numbers, strict=True)]
+            self.barrier.wait()
+            return sums
+
+        return Hosts(index, 2, total)
+
+
+def on_two_hosts(folder, *, events=(None, None), stop=lambda run: False, **options):
+    """Train on two hosts; return what each returned or raised."""
+    rounds = Rounds()
+
+    def on_host(index):
+        try:
+            trainer = Counting(events[index], rounds.host(index))
+            run = training(folder[index], trainer=trainer, log_every=3, **options)
+            return run.run(lambda: stop(run)), run.made
+        except (AGCError, OSError) as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(on_host, range(2)))
+
+
+def test_hosts(tmp_path, uninterrupted):
+    """Two hosts stop together if one is told to, and leave behind what one host leaves."""
+    folders = [tmp_path] * 2
+    told = on_two_hosts(folders, stop=lambda run: run.made >= 2 and not run._hosts.first)
+    assert told == [(False, 3)] * 2  # where they log, and then evaluate
+    assert on_two_hosts(folders, resume=True) == [(True, 8)] * 2
+    assert content(tmp_path) == uninterrupted
+    ends = [r["step"] for r in read_log(tmp_path / "log.jsonl") if r["type"] == "end"]
+    assert ends == [3, 8]
+
+
+def test_hosts_that_cannot_go_on(tmp_path, monkeypatch):
+    """What one host alone sees ends all of them."""
+    errors = on_two_hosts([tmp_path] * 2, events=[{2: lambda: math.nan}] * 2)
+    assert [str(error) for error in errors] == ["the loss is nan at step 2; no checkpoint yet"] * 2
+    (tmp_path / "a").mkdir()
+    stopped(tmp_path / "a", 2)
+    for error in on_two_hosts([tmp_path / "a", tmp_path / "b"], resume=True):
+        assert "the hosts see different checkpoints" in str(error)
+    monkeypatch.setattr(Checkpoints, "save", lambda *_: os.close(-1))
+    full, other = on_two_hosts([tmp_path] * 2)
+    assert isinstance(full, OSError)
+    assert str(other) == "another host wrote no checkpoint of step 4"
+
+
+def test_sharded_checkpoints(tmp_path, uninterrupted, monkeypatch, capsys):
+    """Hosts write them together; another number of hosts goes on from them, or makes them portable.
+
+    What was not written by all hosts is never taken.
+    """
+    folders, step = [tmp_path] * 2, tmp_path / "step-000003"
+    on_two_hosts(folders, sharded=True, stop=lambda run: run.made == 3)
+    assert sorted(path.name for path in step.iterdir()) == ["sharded", "state.json"]
+    assert len(list((step / "sharded").iterdir())) == 6
+    with pytest.raises(FormatError, match=f"agc checkpoint export {tmp_path} 3"):
+        weights_file(tmp_path, None)
+    other = Counting()
+    other.facts = {"framework": "other"}
+    with pytest.raises(FormatError, match="written by none, not other: a sharded checkpoint"):
+        training(tmp_path, trainer=other, resume=True)
+
+    def fail(self, folder):
+        if not self.hosts.first:
+            os.close(-1)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Counting, "save_sharded", fail)
+        mine, _ = on_two_hosts(folders, sharded=True, resume=True)
+        assert str(mine) == "another host wrote no checkpoint of step 4"
+    assert sorted(tmp_path.glob("step-*")) == [step]
+
+    monkeypatch.setattr(checkpoint, "load_framework", lambda *_: Counting())
+    monkeypatch.setattr(Counting, "trainer", lambda self, *_: self, raising=False)
+    for said in ("portable now", "portable already"):
+        assert main(["checkpoint", "export", str(tmp_path)]) == 0
+        assert said in capsys.readouterr().out
+    on_two_hosts(folders, sharded=True, resume=True, stop=lambda run: run.made == 6)
+    assert (tmp_path / "step-000006" / "sharded").is_dir()
+    assert training(tmp_path, sharded=True, resume=True).run()
     assert content(tmp_path) == uninterrupted
 
 
@@ -337,10 +463,19 @@ def test_launches():
     message = "microbatch=3 does not divide train.batch=4"
     with pytest.raises(ConfigError, match=re.escape(message)):
         Launch(microbatch=3).check(RECIPE)
+    with pytest.raises(ConfigError, match="X writes no sharded checkpoints; leave it out"):
+        check_offered(RECIPE, Launch(sharded=True), "X")
     with pytest.raises(ConfigError, match=r'model\.init="random": give a file'):
         Launch(init=Path("x")).check(RECIPE)
     with pytest.raises(ConfigError, match=r'model\.init="file": give a file of weights \(--init'):
         Launch().check(load_recipe("conformance", [*CHANGES, "model.init=file"]))
+    for told in ({"processes": 2}, {"coordinator": "a:1", "processes": 2}, {"process": 0}):
+        with pytest.raises(ConfigError, match="give all three, or none to have them found"):
+            Launch(**told)
+    with pytest.raises(ConfigError, match="process must be less than processes=2, got 2"):
+        Launch(coordinator="a:1", processes=2, process=2)
+    with pytest.raises(ConfigError, match="Keras learns of other processes from what launches it"):
+        check_offered(RECIPE, Launch(processes=1), "Keras")
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ class JaxDriver(Driver):
     def conv(self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
         made = WSConv2d(conv, ws_eps, jnp.dtype(dtype))
         for name, value in values.items():
-            getattr(made, name)[...] = jnp.asarray(value)
+            setattr(made, name, nnx.Param(jnp.asarray(value)))
         return made
 
     def standardised(self, conv: Any) -> Array:

@@ -1,12 +1,16 @@
-"""The demo's training."""
+"""Trainings that share a trainer."""
 
 import pytest
 
-from agc_jax.commands import train
 from tests.contract.demo import DemoContract
+from tests.jax.driver import JaxDriver
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
 class TestDemo(DemoContract):
-    train = staticmethod(train)
+    driver = JaxDriver()
+
+    def other_trainer(self, recipe, used):
+        """A second time by the same one: to compile takes longer than all else."""
+        return used

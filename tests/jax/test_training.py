@@ -8,14 +8,21 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from agc.errors import ConfigError
 from agc.nfnet import Masks
 from agc.recipe import load_recipe, numbers
 from agc.reference import sharpness_aware_gradients
 from agc.training import Launch
-from agc_conformance.training.recipes import KINDS, SHORT, seeded_state
-from agc_jax.train import _Examples, _gradient, _sharpness_aware, trainer
+from agc_conformance.training.recipes import KINDS, seeded_state
+from agc_jax.devices import Devices, mesh
+from agc_jax.train import (
+    _Examples,
+    _gradient,
+    _mean_gradient,
+    trainer,
+)
 from tests.contract.training import TrainingContract, batches_of, recipe_of
 from tests.jax.driver import JaxDriver
 
@@ -23,7 +30,10 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 class TestTraining(TrainingContract):
-    """To compile a step takes longer than all else, so there are few different ones."""
+    """On two devices or eight: as many as divide the batch, or the groups of SAM in it.
+
+    To compile a step takes longer than all else, so there are few different ones.
+    """
 
     driver = JaxDriver()
 
@@ -31,6 +41,9 @@ class TestTraining(TrainingContract):
     def test_level_5(self, kind):
         """The ascent on a spread fraction is in :func:`test_sharpness`."""
         super().test_level_5(kind)
+
+    def test_part_of_the_model(self):
+        super().test_steps("part", 4)
 
     @pytest.mark.parametrize("compute", ["bfloat16"])
     def test_resume_is_bit_equal(self, tmp_path, compute):
@@ -47,11 +60,28 @@ def test_recipes_that_are_not_offered():
         trainer(load_recipe("conformance", low), Launch())
 
 
+def test_processes_that_cannot_be_joined(monkeypatch):
+    """Not where JAX was used before; nobody trains alone who was meant to have company."""
+    recipe = recipe_of("plain")
+    jax.devices()
+    told = Launch(coordinator="127.0.0.1:1", processes=2, process=0)
+    with pytest.raises(
+        ConfigError, match=r"called before .* \(--processes 1\) trains without them"
+    ):
+        trainer(recipe, told)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(ConfigError, match="JAX cannot join the other processes"):
+        trainer(recipe, Launch())
+    assert trainer(recipe, Launch(processes=1)).hosts.count == 1
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert trainer(recipe, Launch()).facts["devices"] == 8
+
+
 def test_nothing_is_compiled_again(monkeypatch):
     """Not for other rates, thresholds and radii, nor after a state was loaded."""
-    recipe = SHORT.recipe  # as level 5 has compiled it
+    recipe = recipe_of("part")
     batches, table = batches_of(recipe), numbers(recipe)
-    made = trainer(recipe, Launch(microbatch=SHORT.microbatches[0]))
+    made = trainer(recipe, Launch(microbatch=4))
     made.load(seeded_state(recipe))
     for step in range(2):  # one perturbs, one does not
         made.step(batches[step], table.at(step))
@@ -60,10 +90,35 @@ def test_nothing_is_compiled_again(monkeypatch):
     made.step(batches[2], table.at(2))
 
 
-@pytest.mark.parametrize("microbatch", [16, 3])
-@pytest.mark.parametrize("case", ["group", "batch"])
-def test_sharpness(monkeypatch, case, microbatch):
-    """Of a linear model, in groups or not; the last micro-batch may be smaller than the others."""
+def test_frozen_parameters_cost_no_gradient():
+    """Of a classifier alone there are the convolutions of the forward pass."""
+    recipe = recipe_of("plain")
+    frozen = dict(seeded_state(recipe).parameters)
+    trained = {name: frozen.pop(name) for name in ("head.weight", "head.bias")}
+    batch = batches_of(recipe)[0]
+    examples = _Examples(batch.images, np.ones((16, 10), np.float32), batch.masks)
+    program = jax.make_jaxpr(partial(_gradient, recipe, 16, frozen))(trained, examples)
+    convolutions = [name for name in frozen if "conv" in name and name.endswith(".gain")]
+    shortcuts = [name for name in frozen if name.endswith("shortcut.gain")]
+    found = str(program).count(" = conv_general_dilated[")
+    assert found == len(convolutions) + len(shortcuts)
+
+
+@pytest.mark.parametrize(
+    ("case", "microbatch", "count", "sharded"),
+    [
+        ("group", 3, 1, False),
+        ("batch", 16, 1, False),
+        ("group", 4, 2, True),
+        ("batch", 3, 8, True),
+        ("batch", 1, 8, False),
+    ],
+)
+def test_sharpness(monkeypatch, case, microbatch, count, sharded):
+    """Of a linear model on one device and on several, of which some have no part in the ascent.
+
+    The last micro-batch may be smaller than the others.
+    """
     monkeypatch.setattr("agc_jax.train._model", lambda *_: lambda w, x, masks: x @ w["w"])
     recipe = recipe_of("group")
     assert recipe.sam
@@ -71,8 +126,8 @@ def test_sharpness(monkeypatch, case, microbatch):
         recipe = replace(recipe, sam=replace(recipe.sam, group="batch"))
     assert recipe.sam
     rng = np.random.default_rng(0)
-    images, targets = (rng.random((16, size), np.float32) for size in (5, 3))
-    weights = {"w": rng.random((5, 3), np.float32)}
+    images, targets = (rng.random((16, size), np.float32) for size in (8, 3))
+    weights = {"w": rng.random((8, 3), np.float32)}
 
     def gradients(weights, batch):
         x, targets = batch
@@ -86,9 +141,17 @@ def test_sharpness(monkeypatch, case, microbatch):
     rule = replace(recipe.sam.rule, microbatches=1 if case == "batch" else 2)
     batch = [array[order].astype(np.float64) for array in (images, targets)]
     expected = sharpness_aware_gradients(gradients, weights, batch, rule, step=0)
-    run = jax.jit(partial(_sharpness_aware, recipe, partial(_gradient, recipe, microbatch)))
+    devices = Devices(mesh("cpu" if count == 1 else None, count), sharded=sharded)
+    assert devices.count == count
+    split = devices.spec((8, 3))
+    assert (split == PartitionSpec("data")) == sharded
+    run = devices.mapped(
+        partial(_mean_gradient, recipe, microbatch, devices),
+        (PartitionSpec(), PartitionSpec(), PartitionSpec("data"), PartitionSpec()),
+        (PartitionSpec(), {"w": split}, PartitionSpec()),
+    )
     examples = _Examples(images, targets, Masks(None, None))
-    loss, found, stats = run(np.float32(rule.rho), weights, examples)
+    loss, found, stats = jax.jit(run)(weights, {}, examples, np.float32(rule.rho))
     assert float(loss) == pytest.approx(expected.loss, rel=1e-5)
     assert float(stats.perturbed_loss) == pytest.approx(expected.perturbed_loss, rel=1e-5)
     np.testing.assert_allclose(found["w"], expected.gradients["w"], rtol=1e-4, atol=1e-6)

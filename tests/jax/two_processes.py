@@ -1,7 +1,13 @@
-"""Two processes of one program: ``python two_processes.py RANK PORT``, run by test_processes.py."""
+"""Two processes of one program, run by test_processes.py.
+
+``python two_processes.py RANK PORT FOLDER CHANGE...``: the folder has a training that goes on, of a
+recipe with these changes.
+"""
 
 import os
+import signal
 import sys
+from pathlib import Path
 
 os.environ.update(
     JAX_PLATFORMS="cpu",
@@ -18,9 +24,22 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import agc_jax
 from agc import AGC, SAM
+from agc.data import open_source
 from agc.errors import ConfigError, NonFiniteError
+from agc.recipe import load_recipe
+from agc.training import Launch, Training, stop_signals
+from agc_jax.train import trainer
+from tests.contract.training import shrink
 
-RANK, PORT = int(sys.argv[1]), sys.argv[2]
+RANK = int(sys.argv[1])
+LAUNCH = Launch(
+    coordinator=f"127.0.0.1:{sys.argv[2]}",
+    processes=2,
+    process=RANK,
+    engine="fsdp",
+    sharded=True,
+    log_every=1,
+)
 RNG = np.random.default_rng(0)
 
 
@@ -137,18 +156,40 @@ def raise_on_all():
             call(poisoned, split(PARAMS))
 
 
-def main():
-    jax.distributed.initialize(f"127.0.0.1:{PORT}", 2, RANK, initialization_timeout=60)
-    assert (jax.process_count(), jax.device_count()) == (2, 4)
-    for check in (
-        clip_in_every_layout,
-        step_of_an_optimizer,
-        sharpen_sharded_parameters,
-        sharpen_replicas,
-        raise_on_all,
-    ):
-        check()
-        print(check.__name__, flush=True)
+def train():
+    """Both stop where one of them is told to, and go on."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    assert (go_on(), go_on()) == (3, 4)
+    weight = TRAINER._arrays.parameters["head.weight"]
+    assert weight.addressable_data(0).size == weight.size // 4
 
 
-main()
+def go_on():
+    """Go on to the end, or until one process is told to stop; return the steps made."""
+    sources = (open_source(RECIPE, part) for part in ("train", "test"))
+    run = Training(RECIPE, TRAINER, *sources, Path(sys.argv[3]), launch=LAUNCH, resume=True)
+
+    def told():
+        if (RANK, run.made) == (1, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stop()
+
+    with stop_signals() as stop:
+        assert run.run(told) == (run.made == 4)
+    return run.made
+
+
+shrink(pytest.MonkeyPatch(), widths=(32,))
+RECIPE = load_recipe("conformance", sys.argv[4:])
+TRAINER = trainer(RECIPE, LAUNCH)  # joins the processes
+assert (jax.process_count(), jax.device_count()) == (2, 4)
+for check in (
+    clip_in_every_layout,
+    step_of_an_optimizer,
+    sharpen_sharded_parameters,
+    sharpen_replicas,
+    raise_on_all,
+    train,
+):
+    check()
+    print(check.__name__, flush=True)

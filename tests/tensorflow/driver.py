@@ -57,20 +57,19 @@ class KerasOptimizer(Optimizer):
         with floatx(self.variables[0].dtype):
             self.inner = agc_tensorflow.sgd_nfnet(model, lr, **options)
             self.inner.build(self.variables)
-        self.train = WRAPPERS[way or "eager"](self._train)
+        self.apply = WRAPPERS[way or "eager"](self._apply)
 
-    def _train(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    def step(self, images: Array, labels: Array) -> float:
         with tf.GradientTape() as tape:
             loss = mean_loss(self.model(images), labels)
         gradients = tape.gradient(loss, [variable.value for variable in self.variables])
-        self.inner.apply(gradients, self.variables)
-        return loss
-
-    def step(self, images: Array, labels: Array) -> float:
-        return float(self.train(tf.constant(images), tf.constant(labels)))
+        self.apply(gradients)
+        return float(loss)
 
     def update(self, gradient: float) -> None:
-        gradients = [tf.fill(v.shape, tf.cast(gradient, v.dtype)) for v in self.variables]
+        self.apply([tf.fill(v.shape, tf.cast(gradient, v.dtype)) for v in self.variables])
+
+    def _apply(self, gradients: list[tf.Tensor]) -> None:
         self.inner.apply(gradients, self.variables)
 
     def total(self) -> Any:

@@ -74,8 +74,9 @@ def largest_gap(first, second):
 def test_crops_are_distributed_like_those_of_tensorflow(height, width):
     """And not like torchvision's: area, aspect and places of 3,000 crops of each."""
     count = 3000
-    draw = tf.function(
-        lambda seed: tf.image.stateless_sample_distorted_bounding_box(
+
+    def draw(seed):
+        return tf.image.stateless_sample_distorted_bounding_box(
             [height, width, 3],
             bounding_boxes=[[[0.0, 0.0, 1.0, 1.0]]],
             seed=[1, seed],
@@ -85,10 +86,12 @@ def test_crops_are_distributed_like_those_of_tensorflow(height, width):
             max_attempts=10,
             use_image_if_no_bounding_boxes=True,
         )[:2]
-    )
-    pairs = tf.map_fn(
-        draw, tf.range(count), fn_output_signature=(tf.int32, tf.int32), parallel_iterations=1
-    )
+
+    @tf.function(autograph=False)
+    def draw_all(seeds):
+        return tf.map_fn(draw, seeds, fn_output_signature=(tf.int32, tf.int32))
+
+    pairs = draw_all(tf.range(count))
     theirs = np.concatenate([pair.numpy()[:, :2] for pair in pairs], axis=1)
     uniforms = np.random.RandomState(0).random_sample((count, 10 * DRAWS))
 

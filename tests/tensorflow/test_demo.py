@@ -1,8 +1,20 @@
-"""The demo's training."""
+"""Trainings that share a trainer."""
 
-from agc_tensorflow.commands import train
+from collections.abc import Iterator
+
+import pytest
+import tensorflow as tf
+
 from tests.contract.demo import DemoContract
+from tests.tensorflow.driver import TensorFlowDriver
 
 
 class TestDemo(DemoContract):
-    train = staticmethod(train)
+    driver = TensorFlowDriver()
+
+    @pytest.fixture(autouse=True)
+    def eager(self) -> Iterator[None]:
+        """Trace nothing, which would take longer than all else."""
+        tf.config.run_functions_eagerly(True)
+        yield
+        tf.config.run_functions_eagerly(False)

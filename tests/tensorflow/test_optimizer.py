@@ -16,7 +16,7 @@ import tensorflow as tf
 from keras import layers, optimizers
 
 import agc_tensorflow
-from agc import AGC, Schedule
+from agc import AGC, SAM, Schedule
 from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError, SelectorError
 from agc_tensorflow import AdaptiveGradClip, adaptive_clip_gradients
 
@@ -168,6 +168,19 @@ def test_fit(mode, micro):
     assert stats.total().units == 6
     assert int(optimizer.iterations) == 2 * len(batches)
     assert optimizer.plan == agc_tensorflow.plan(model, rule)
+
+
+@pytest.mark.parametrize("sharp", [False, True])
+def test_a_step_is_traced_once(sharp):
+    """Variables made in it would have it traced again."""
+    model, optimizer = with_network(optimizers.SGD(0.1, momentum=0.9))
+    calls, call = [], model.call
+    model.call = lambda *args, **options: calls.append(1) or call(*args, **options)
+    if sharp:
+        fit(agc_tensorflow.SharpnessAwareModel(model, SAM()), optimizer, metrics=["accuracy"])
+    else:
+        fit(model, optimizer)
+    assert len(calls) == 1 + sharp
 
 
 def test_embeddings_stay_sparse_in_fit():

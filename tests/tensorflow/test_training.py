@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
-from agc.errors import ConfigError
-from agc.recipe import Recipe, load_recipe
+from agc.errors import ConfigError, NonFiniteError
+from agc.recipe import Recipe, load_recipe, numbers
 from agc.training import Launch
+from agc_conformance.training.recipes import seeded_state
 from agc_tensorflow.train import trainer
-from tests.contract.training import TrainingContract
+from tests.contract.training import TrainingContract, batches_of, recipe_of
 from tests.tensorflow.driver import TensorFlowDriver
 
 
@@ -48,17 +51,28 @@ class TestTraining(TrainingContract):
             assert max(counts) == 1
             assert sum(counts) >= 4  # steps alone do not classify
 
+    def test_nonfinite_ascent_raises(self):
+        """And nothing has changed."""
+        recipe = recipe_of("group")
+        assert recipe.sam
+        rule = replace(recipe.sam.rule, nonfinite="raise")
+        recipe = replace(recipe, sam=replace(recipe.sam, rule=rule))
+        state = seeded_state(recipe)
+        bias = np.full_like(state.parameters["head.bias"], np.nan)
+        state = replace(state, parameters={**state.parameters, "head.bias": bias})
+        made = self.driver.trainer(recipe, Launch())
+        made.load(state)
+        with pytest.raises(NonFiniteError, match=r"ascent gradient.*skip_step"):
+            made.step(batches_of(recipe)[0], numbers(recipe).at(0))
+        for (_, ours), (_, wanted) in zip(made.state().parts(), state.parts(), strict=True):
+            for name, array in wanted.items():
+                np.testing.assert_array_equal(ours[name], array)
+
 
 _FUNCTION = type(tf.function(trainer))
 
 
-@pytest.mark.parametrize(
-    ("changes", "cure"),
-    [
-        (["precision.compute=bfloat16", "precision.standardise=bfloat16"], "standardise=float32"),
-        (["sam.nonfinite=raise"], "nonfinite=skip_step"),
-    ],
-)
-def test_recipes_that_are_not_offered(changes, cure):
-    with pytest.raises(ConfigError, match=f"set .*{cure}"):
+def test_standardisation_in_bfloat16_is_not_offered():
+    changes = ["precision.compute=bfloat16", "precision.standardise=bfloat16"]
+    with pytest.raises(ConfigError, match=r"set precision\.standardise=float32"):
         trainer(load_recipe("conformance", changes), Launch())

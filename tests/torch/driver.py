@@ -119,7 +119,6 @@ class LossOfWeights(nn.ParameterDict):
 
 
 class TorchDriver(Driver):
-    trains_parts = True
     adapter = agc_torch
     channels_first = True
     modes = ("contiguous", "channels_last")

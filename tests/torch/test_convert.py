@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,12 @@ import agc_torch
 from agc import nfnet as core
 from agc.cli import main
 from agc.errors import FormatError, MissingPackageError
-from agc.weights import convert, load, save
+from agc.weights import FORMS, convert, load, save
 from tests.contract.convert import ConvertContract
+from tests.helpers import close, relative
 from tests.torch.driver import TorchDriver
 
+GAMMA = core.GAMMAS["relu"]
 CHINA, FLOWER = load_sample_images().images
 
 
@@ -195,41 +198,114 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 sys.meta_path.insert(0, Finder())
 
-import numpy as np, safetensors.torch, torch
-from timm.models.nfnet import dm_nfnet_f0
+import os, safetensors.torch, torch
+from timm.models.nfnet import NfCfg, NormFreeNet, dm_nfnet_f0
 
+os.chdir(sys.argv[1])
+given = safetensors.torch.load_file("images")
 theirs = dm_nfnet_f0().eval()
-theirs.load_state_dict(safetensors.torch.load_file(sys.argv[1]), strict=True)
-images = torch.from_numpy(np.load(sys.argv[2]))
+theirs.load_state_dict(safetensors.torch.load_file("F0"), strict=True)
 with torch.inference_mode():
-    np.save(sys.argv[3], theirs(images).numpy())
-safetensors.torch.save_file(theirs.state_dict(), sys.argv[4])
+    logits = theirs(given["F0"])
+safetensors.torch.save_file(theirs.state_dict() | {"logits": logits}, "F0-back")
+
+resnet = NormFreeNet(
+    NfCfg(
+        (1, 2, 1), (32, 64, 128), stem_type="7x7_pool", stem_chs=8, bottle_ratio=0.25,
+        skipinit=True, act_layer="relu",
+    ),
+    num_classes=10,
+).double()
+for stage in resnet.stages:
+    for block in stage:
+        if block.downsample is not None and block.conv2.stride[0] > 1:
+            block.downsample.pool = torch.nn.AvgPool2d(1, 2)  # DeepMind's have a stride
+resnet.load_state_dict(safetensors.torch.load_file("resnet"), strict=True)
+logits = resnet(given["resnet"])
+logits.square().sum().backward()
+found = {name: p.grad for name, p in resnet.named_parameters()}
+safetensors.torch.save_file(found | {"logits": logits.detach()}, "resnet-back")
 """
 
 
-def test_timms_own_model(tmp_path):
-    """F0 goes into timm's dm_nfnet_f0 and comes back, and gives the same logits there."""
+def images(*sizes: int) -> torch.Tensor:
+    return torch.from_numpy(core.seeded_batch(*sizes)[0]).permute(0, 3, 1, 2).contiguous()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    safetensors.torch.save_file(dict(tensors), path)
+
+
+def timms_name(spec: core.ParameterSpec) -> str:
+    return FORMS["timm"].rename(spec).replace("stem.conv1", "stem.conv")
+
+
+def factor(name: str) -> float:
+    """Return timm's number by ours, which scale weights instead of activations.
+
+    All convolutions have the constant of the activation before them but the first, which has one
+    too many, and the classifier has one too few.
+    """
+    return {"stem.conv0.gain": 1 / GAMMA, "head.weight": GAMMA}.get(name, 1.0)
+
+
+def resnet_of_timm() -> dict[str, torch.Tensor]:
+    """Return the seeded weights of an NF-ResNet as timm's would have them."""
+    values = core.seeded_parameters("NF-ResNet-tiny")
+    found = {}
+    for spec in core.parameters("NF-ResNet-tiny"):
+        encoded = np.ascontiguousarray(FORMS["timm"].encode(spec, values[spec.name]))
+        found[timms_name(spec)] = torch.from_numpy(encoded) * factor(spec.name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def timm(tmp_path_factory):
+    """Let timm load seeded weights and compute; return the folder with its answers."""
+    folder = tmp_path_factory.mktemp("timm")
     values = {name: a.astype("float32") for name, a in core.seeded_parameters("F0").items()}
     chosen = core.options("F0", activation="gelu_erf", ws_eps="timm")
-    weights, images, logits, state = (
-        tmp_path / name for name in ("weights", "images.npy", "logits.npy", "state")
-    )
-    save(weights, chosen, values, "timm")
-    x = core.seeded_batch(1, 64)[0].transpose(0, 3, 1, 2).astype("float32")
-    np.save(images, x)
-    command = [sys.executable, "-c", TIMM, *map(str, (weights, images, logits, state))]
+    save(folder / "F0", chosen, values, "timm")
+    save_tensors(folder / "resnet", resnet_of_timm())
+    save_tensors(folder / "images", {"F0": images(1, 64).float(), "resnet": images(2, 33)})
+    command = [sys.executable, "-c", TIMM, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_timms_own_model(timm, tmp_path):
+    """F0 goes into timm's dm_nfnet_f0 and comes back, and gives the same logits there."""
     model = agc_torch.nfnet("F0", activation="gelu_erf", ws_eps="timm").eval()
+    values = {name: a.astype("float32") for name, a in core.seeded_parameters("F0").items()}
     agc_torch.from_neutral(model, values)
     with torch.inference_mode():
-        ours = model(torch.from_numpy(x.copy())).numpy()
-    theirs = np.load(logits)
-    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
-    found = convert(state, tmp_path / "back", "neutral")
+        ours = model(images(1, 64).float())
+    back = safetensors.torch.load_file(timm / "F0-back")
+    theirs = back.pop("logits")
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    save_tensors(tmp_path / "state", back)
+    found = convert(tmp_path / "state", tmp_path / "back", "neutral")
     assert (found.form, found.options.variant.name) == ("timm", "F0")
     for name, value in load(tmp_path / "back")[1].items():
         assert value.tobytes() == values[name].tobytes()
+
+
+def test_timms_resnet_where_it_is_the_same(timm):
+    """Outputs and gradients, on images whose sides are odd at every stride, where SAME is symmetric
+    padding.
+    """
+    model = agc_torch.nfnet("NF-ResNet-tiny", ws_eps="timm", dtype=torch.float64).eval()
+    agc_torch.from_neutral(model, core.seeded_parameters("NF-ResNet-tiny"))
+    logits = model(images(2, 33))
+    logits.square().sum().backward()
+    theirs = safetensors.torch.load_file(timm / "resnet-back")
+    close(logits.detach().numpy(), theirs["logits"].numpy(), 1e-12)
+    ours = dict(model.named_parameters())
+    for spec in core.parameters("NF-ResNet-tiny"):
+        gradient = factor(spec.name) * theirs[timms_name(spec)]
+        own = ours[spec.name].grad
+        assert relative(own.numpy(), gradient.reshape(own.shape).numpy()) < 1e-10, spec.name
 
 
 # --- agc classify

@@ -1,8 +1,8 @@
-"""The demo's training."""
+"""Trainings that share a trainer."""
 
-from agc_torch.commands import train
 from tests.contract.demo import DemoContract
+from tests.torch.driver import TorchDriver
 
 
 class TestDemo(DemoContract):
-    train = staticmethod(train)
+    driver = TorchDriver()

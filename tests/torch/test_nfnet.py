@@ -90,6 +90,33 @@ def test_a_folded_model_is_for_inference():
     assert not any(p.requires_grad for p in folded.parameters())
 
 
+@pytest.mark.parametrize("variant", [SHALLOW, "NF-ResNet-tiny"])
+def test_the_batch_normalised_twin(variant):
+    """What follows a convolution has mean 0 and variance 1 in training; nothing is shared."""
+    model = driver.seeded(variant)
+    images = tensor(seeded_batch(2, 45, 36)[0])
+    before = model(images)
+    twin = model.batch_normalised().train()
+    moments = []
+
+    def note(module: torch.nn.Module, _: object, out: Tensor) -> None:
+        moments.append([*torch.var_mean(out, (0, 2, 3), correction=0)])
+
+    convs = [m for m in twin.modules() if type(m).__name__ == "NormalisedConv2d"]
+    for conv in convs:
+        conv.register_forward_hook(note)
+    twin(images).square().sum().backward()
+    kinds = [spec.kind for spec in core.parameters(variant)]
+    assert len(moments) == len(convs) == kinds.count("conv")
+    assert not [m for m in twin.modules() if type(m).__name__ == "WSConv2d"]
+    for variance, mean in moments:
+        torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-12)
+        torch.testing.assert_close(variance, torch.ones_like(variance), rtol=0, atol=2e-2)
+    assert {block.block.beta for block in twin.modules() if hasattr(block, "drop_rate")} == {1.0}
+    assert all(p.grad is not None for p in twin.parameters())
+    assert torch.equal(model(images), before)
+
+
 def test_state_dict_round_trip(tmp_path):
     model = driver.seeded(dtype="float32")
     torch.save(model.state_dict(), tmp_path / "model.pt")

@@ -246,6 +246,15 @@ VECTORS: Final = [
         full_dtypes=["float64"],
     ),
     clip_vector(
+        "L1-stats-small-weights",
+        11,
+        ["WrongStats"],
+        "The ratio is to eps where the weights are smaller.",
+        [dense([[0.0, 0], [2.0**-14, 0]], [[0.5, 0.25], [1, 2]])],
+        stats=True,
+        full_dtypes=["float64"],
+    ),
+    clip_vector(
         "L1-stats-nonfinite",
         11,
         ["WrongStats"],

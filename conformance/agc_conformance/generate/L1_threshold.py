@@ -36,7 +36,7 @@ VECTORS: Final = [
     clip_vector(
         "L1-eps-floor",
         1,
-        ["AdditiveEps", "MissingEps", "EpsInsideRoot", "WrongNorm"],
+        ["AdditiveEps", "MissingEps", "EpsInsideRoot", "WrongNorm", "WeightsChanged"],
         "Norms just below, just above and far above eps: eps is a floor, never added.",
         [dense([[2.0**-12, 2.0**-13, 0], [2.0**-10, 2.0**-10, 2.0**-11], [1.0, -2, 2]], _GRADIENT)],
         full_dtypes=["float64"],

@@ -774,6 +774,26 @@ class _RatioOfClipped(Engine):
         return super().stats(np.where(clipped, g_norm, 0.0), floor, scale, clipped, bad)
 
 
+@_mutant("WrongStats", "the ratio is to the weights without their floor")
+class _RatioWithoutFloor(Engine):
+    def floor(self, w_norm: Array, eps: float) -> Array:
+        self.w_norm = w_norm
+        return super().floor(w_norm, eps)
+
+    def stats(self, g_norm: Array, floor: Array, scale: Array, clipped: Array, bad: Array) -> Stats:
+        weights = np.minimum(floor, self.w_norm)
+        return super().stats(g_norm, weights, scale, clipped, bad)
+
+
+@_mutant("WeightsChanged", "weights are brought up to their floor in place")
+class _WeightsRaised(Engine):
+    def clip(self, problem: Problem) -> Outcome:
+        outcome = super().clip(problem)
+        for weight in problem.parameters.values():
+            np.maximum(weight, problem.rule.eps, out=weight, where=weight > 0)
+        return outcome
+
+
 @_mutant("AcceptsBadInput", "integers are cast, shapes reshaped, nothing is refused")
 class _AcceptsAnything(Engine):
     def check(self, name: str, gradient: Gradient, weight: Array) -> None:

@@ -28,7 +28,7 @@ is larger.
 In bfloat16 the logits, the loss and the median gradient are compared, and no training: a parameter
 in bfloat16 loses every update smaller than half its last place.
 
-In float64, ``tiny`` and F0 are also compared with :data:`agc_conformance.nfnets.golden.GOLDEN`,
+In float64, all studies are also compared with :data:`agc_conformance.nfnets.golden.GOLDEN`,
 independently of the reference.
 """
 
@@ -125,6 +125,7 @@ _RATES: Final = (0.1, 0.1, *(0.05 * (1 + math.cos(math.pi * step / 48)) for step
 STUDIES: Final[dict[str, Study]] = {
     "tiny": Study("tiny", 32, _RATES, 50),
     "F0": Study("F0", 64, (0.1, 0.1, 0.05), 3, sizes=False, full=True),
+    "NF-ResNet-tiny": Study("NF-ResNet-tiny", 32, (0.1, 0.1, 0.05), 3, sizes=False, full=True),
 }
 """Studies by name."""
 

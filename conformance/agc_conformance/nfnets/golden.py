@@ -1,4 +1,4 @@
-"""Expected numbers of NFNets with the seeded parameters and images of :mod:`agc.nfnet`.
+"""Expected numbers of models with the seeded parameters and images of :mod:`agc.nfnet`.
 
 The numbers were computed by DeepMind's own code in float64: evaluation mode, cross-entropy with
 label smoothing 0.1, mean over the batch. The suite and the tests of the adapters compare with them,
@@ -114,6 +114,33 @@ GOLDEN: Final[dict[str, Golden]] = {
         },
         gradient_norm=5.373009923629,
         parameter_norm=336.842282731,
+    ),
+    "NF-ResNet-tiny": Golden(
+        batch=2,
+        pixels=32,
+        loss=2.446630706431,
+        logits=(
+            (-0.099376724437, -0.146645259438, 0.109158026331, 0.124320957573, -0.123350815127),
+            (0.042682483549, -0.162231941304, 0.075531138995),
+        ),
+        logits_sum=-0.504914874371,
+        logits_norm=0.483796618576,
+        pooled_norm=16.236430718589,
+        avg_var=(0.366180048, 0.926356395, 0.995986632, 0.996254970, 1.012494675),
+        res_avg_var={0: 0.862289296, 2: 0.536573530, 3: 0.716319925},
+        gradients={
+            "stem.conv0.weight": 1.336533897302e00,
+            "stem.conv0.gain": 2.265748608828e-01,
+            "stages.0.0.skip_gain": 6.180635734783e-03,
+            "stages.0.0.shortcut.bias": 8.382867215887e-02,
+            "stages.1.0.shortcut.weight": 3.783270209048e-01,
+            "stages.1.1.conv1.weight": 4.313623995172e-02,
+            "stages.2.0.conv0.weight": 3.759925058821e-02,
+            "head.weight": 6.878470325585e00,
+            "head.bias": 5.904440052201e-01,
+        },
+        gradient_norm=7.070284423461,
+        parameter_norm=36.974899714,
     ),
 }
 # fmt: on

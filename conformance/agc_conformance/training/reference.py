@@ -21,7 +21,7 @@ from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Weights
 from agc.reference import Result, adaptive_clip, sharpness_aware_gradients
 from agc.reference.nfnet import NFNet
-from agc.training import Launch, Metrics, State, Totals, trained_names
+from agc.training import Hosts, Launch, Metrics, State, Totals, trained_names
 
 __all__ = ["ReferenceTrainer"]
 
@@ -54,6 +54,7 @@ class ReferenceTrainer:
         self, recipe: Recipe, launch: Launch | None = None, *, dtype: npt.DTypeLike = np.float64
     ) -> None:
         self.facts: Mapping[str, Any] = {"framework": "reference", "numpy": np.__version__}
+        self.hosts = Hosts()
         self.recipe, self.dtype = recipe, np.dtype(dtype)
         self.microbatch = (launch and launch.microbatch) or recipe.train.batch
         model = recipe.model.options()

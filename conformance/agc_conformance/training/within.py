@@ -27,7 +27,8 @@ class Within:
     def __init__(
         self, trainer: Trainer, context: Callable[[], AbstractContextManager[Any]]
     ) -> None:
-        self._trainer, self._context, self.facts = trainer, context, trainer.facts
+        self._trainer, self._context = trainer, context
+        self.facts, self.hosts = trainer.facts, trainer.hosts
 
     def load(self, state: State) -> None:
         """Take over a state."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["CLAUSES", "COMPUTED"]
+__all__ = ["CLAUSES", "COMPUTED", "OF_THE_CORE"]
 
 CLAUSES: Final[dict[str, str]] = {
     "AGC-1": "limit = clipping * max(norm(W), eps)",
@@ -49,3 +49,6 @@ CLAUSES: Final[dict[str, str]] = {
 
 COMPUTED: Final = ("NFNET", *(f"RECIPE-{number}" for number in range(4, 9)))
 """Beginnings of clauses without vectors: what is expected is computed."""
+
+OF_THE_CORE: Final = ("RECIPE-1", "RECIPE-2", "RECIPE-3")
+"""Clauses that this library's core answers wherever recipes are trained; no merit of a backend."""

@@ -92,13 +92,15 @@ class TrainingContract(Contract):
         (result,) = (record for record in records if record["type"] == "result")
         assert result["status"] == "passed", result["detail"]
 
-    def test_steps(self, case="bare"):
+    def test_steps(self, case="bare", microbatch=None):
         recipe = recipe_of(case)
         start = seeded_state(recipe)
         reference = ReferenceTrainer(recipe)
         reference.load(start)
         batches, table = batches_of(recipe), numbers(recipe)
-        for step, (metrics, state) in enumerate(self.trained(recipe, start, range(STEPS))):
+        for step, (metrics, state) in enumerate(
+            self.trained(recipe, start, range(STEPS), microbatch=microbatch)
+        ):
             expected = reference.step(batches[step], table.at(step))
             assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=1e-5)
             assert metrics.perturbed_loss is None or recipe.sam

@@ -15,9 +15,14 @@ from agc.nfnet import Masks
 from agc.recipe import load_recipe, numbers
 from agc.reference import sharpness_aware_gradients
 from agc.training import Launch
-from agc_conformance.training.recipes import KINDS, SHORT, seeded_state
+from agc_conformance.training.recipes import KINDS, seeded_state
 from agc_jax.devices import Devices, mesh
-from agc_jax.train import _Examples, _gradient, _mean_gradient, trainer
+from agc_jax.train import (
+    _Examples,
+    _gradient,
+    _mean_gradient,
+    trainer,
+)
 from tests.contract.training import TrainingContract, batches_of, recipe_of
 from tests.jax.driver import JaxDriver
 
@@ -36,6 +41,9 @@ class TestTraining(TrainingContract):
     def test_level_5(self, kind):
         """The ascent on a spread fraction is in :func:`test_sharpness`."""
         super().test_level_5(kind)
+
+    def test_part_of_the_model(self):
+        super().test_steps("part", 4)
 
     @pytest.mark.parametrize("compute", ["bfloat16"])
     def test_resume_is_bit_equal(self, tmp_path, compute):
@@ -71,9 +79,9 @@ def test_processes_that_cannot_be_joined(monkeypatch):
 
 def test_nothing_is_compiled_again(monkeypatch):
     """Not for other rates, thresholds and radii, nor after a state was loaded."""
-    recipe = SHORT.recipe  # as level 5 has compiled it
+    recipe = recipe_of("part")
     batches, table = batches_of(recipe), numbers(recipe)
-    made = trainer(recipe, Launch(microbatch=SHORT.microbatches[0]))
+    made = trainer(recipe, Launch(microbatch=4))
     made.load(seeded_state(recipe))
     for step in range(2):  # one perturbs, one does not
         made.step(batches[step], table.at(step))

@@ -34,13 +34,14 @@ def _batch(
 
 VECTORS: Final = [
     _batch("one-host", _ALL, "Every augmentation, and masks of both kinds."),
-    _batch("two-hosts", [*_ALL, "HostShuffle"], "Two blocks of each batch.", hosts=2),
+    _batch("two-hosts", [*_ALL, "HostShuffle"], "Two blocks of each batch.", hosts=2, steps=[1, 6]),
     _batch(
         "four-hosts",
         [*_ALL, "HostShuffle"],
         "Four blocks of each batch.",
         "sam.group = 8\n",
         hosts=4,
+        steps=[1, 6],
     ),
     _batch(
         "clean",

@@ -46,7 +46,7 @@ VECTORS: Final = [
         ["RateStep", "WarmupRounded", "EmaWarmup"],
         "A warm-up of 7.5 steps, a threshold that changes, SAM every second step.",
         'base = "conformance"\n',
-        [0, 1, 2, 7, 8, 9, 39, 40, 41, 49],
+        [0, 1, 7, 8, 9, 39, 40, 49],
     ),
     _schedule(
         "patterns",
@@ -54,7 +54,7 @@ VECTORS: Final = [
         "Thresholds by pattern, a radius that changes, an average without warm-up.",
         'base = "conformance"\nema.warmup = false\nsam.rho = { "@schedule" = [[0, 0.05], [30, 0.1]] }\n'
         'agc.clipping = { "stem.*" = 0.02, "*" = { "@schedule" = [[0, 0.04], [9, 0.01]] } }\n',
-        [0, 8, 9, 29, 30, 31, 49],
+        [8, 9, 29, 30],
     ),
     _schedule(
         "f0",

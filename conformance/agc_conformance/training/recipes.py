@@ -17,8 +17,9 @@ tables of numbers are the core's own, and have vectors (``L5-recipe-*``, ``L5-ba
 ``L5-finetune``   RECIPE-8 a file's weights under a new head; what AGC leaves out is the new one
 ================= ======== ====================================================================
 
-Since every backend goes on from the same checkpoint, and all of them from any of their own, a
-training may move from each to each other. Nothing here depends on the number of processes.
+Since every backend goes on from the same checkpoint, and is compared with the same run, a training
+may move from each to each other. Another launch of the same recipe, such as several processes, is
+one more question with the same expected steps.
 
 The state before the first step has skip gains of about 0.5, a momentum and an average that differ
 from the weights: at the official start, errors in the branches stay invisible.

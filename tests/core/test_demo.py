@@ -54,16 +54,16 @@ def fake(monkeypatch):
 
 
 def test_experiment(tmp_path):
-    plan = demo.experiment((None, 0.08), (0.1, 0.2), seeds=2, steps=4, batch=64)
-    recipe = plan.cells()[2].recipe
-    assert (recipe.agc.clipping, recipe.peak, recipe.steps) == (0.08, pytest.approx(0.1), 4)
+    plan = demo.experiment((None, 0.08), (0.1,), seeds=2, steps=3, batch=16)
+    recipe = plan.cells()[1].recipe
+    assert (recipe.agc.clipping, recipe.peak, recipe.steps) == (0.08, 0.1, 3)
     quiet = Console(quiet=True)
     assert experiments.run(plan, "fake", FAKE, tmp_path, quiet)
     found = experiments.results(plan, "fake", tmp_path)
-    assert len(found) == 8
+    assert len(found) == 4
     assert {result.diverged for result in found if result.row == "none"} == {True}
     clipped = {(r.accuracy, r.clipped, r.losses) for r in found if r.row == "0.08"}
-    assert clipped == {(238 / 297, 0.25, (2.0,) * 4)}
+    assert clipped == {(238 / 297, 0.25, (2.0,) * 3)}
     text = io.StringIO()
     Console(width=80, file=text).print(experiments.table(plan, found))
     assert "10.0 (2 diverged)" in text.getvalue()
@@ -74,7 +74,7 @@ def test_experiment(tmp_path):
     (folders[0] / "log.jsonl").unlink()
     before = [(folder / "log.jsonl").stat().st_mtime_ns for folder in folders[1:]]
     assert not experiments.run(plan, "fake", FAKE, tmp_path, quiet, stop=lambda: True)
-    assert len(experiments.results(plan, "fake", tmp_path)) == 7
+    assert len(experiments.results(plan, "fake", tmp_path)) == 3
     assert experiments.run(plan, "fake", FAKE, tmp_path, quiet)
     assert experiments.results(plan, "fake", tmp_path)[0].losses == found[0].losses
     assert [(folder / "log.jsonl").stat().st_mtime_ns for folder in folders[1:]] == before
@@ -101,8 +101,8 @@ def test_recipes_with_the_same_step():
 
 def test_command(fake, tmp_path, capsys):
     out = tmp_path / "picture.svg"
-    given = ["demo", "--clippings", "none", "0.08", "--rates", "0.1", "0.2", "--steps", "3"]
-    assert main([*given, "--seeds", "1", "--out", str(out)]) == 0
+    given = ["demo", "--clippings", "none", "0.08", "--rates", "0.1", "0.2"]
+    assert main([*given, *TINY, "--out", str(out)]) == 0
     assert "diverged" in out.read_text()
     data = json.loads(out.with_suffix(".json").read_text())
     assert [run["row"] for run in data["results"]] == ["none", "none", "0.08", "0.08"]
@@ -171,7 +171,8 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch, capsys, untra
     assert 'pip install "agc-sam[demo]"' in err
 
 
-SHORT = ["demo", "--clippings", "0.08", "--rates", "0.1", "--steps", "3", "--seeds", "1"]
+TINY = ["--steps", "3", "--seeds", "1", "--batch", "16"]
+SHORT = ["demo", "--clippings", "0.08", "--rates", "0.1", *TINY]
 
 
 @pytest.mark.parametrize("name", ["x", "x.svg", "x.PNG", "x.pdf"])

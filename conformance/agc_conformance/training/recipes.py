@@ -110,11 +110,12 @@ class Plan:
 
 
 _STRONG: Final = ("model.variant=micro", "optimizer.weight_decay=0.01", "checkpoint.keep=1")
-FULL: Final = Plan(_STRONG, (8, 32))
+FULL: Final = Plan((*_STRONG, "seed=20210212"), (8, 32))
 """All 50 steps of the recipe ``conformance``.
 
 Of a smaller model, since most of the time is compilation, and with more weight decay, so that
-errors in it show.
+errors in it show. With this seed no input of a ReLU is within 4e-6 of 0, where rounding would
+choose between two gradients.
 """
 SHORT: Final = Plan(
     (

@@ -24,6 +24,7 @@ __all__ = ["KINDS", "cases", "run_case"]
 
 KINDS: Final[dict[str, Kind[Any, Any]]] = PLANS | CLIPPING | SHARPNESS | RECIPES
 """Kinds of vectors by name; each wing of the suite adds its own."""
+_OF_THE_CORE: Final = CORE_KINDS.keys() | RECIPES.keys()
 
 
 def cases(
@@ -50,7 +51,7 @@ def cases(
     return [
         (vector, dtype)
         for vector in vectors
-        if selected(vector) and (core or vector.kind not in CORE_KINDS)
+        if selected(vector) and (core or vector.kind not in _OF_THE_CORE)
         for dtype in vector.dtypes(full=full)
     ]
 

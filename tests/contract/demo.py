@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +14,9 @@ from agc.data import open_source
 from agc.recipe import Recipe
 from agc.training import Launch, Trainer, Training, read_log
 from tests.contract import Contract
-from tests.contract.training import TrainingContract
 
 
 class DemoContract(Contract):
-    small = TrainingContract.small
-
     def test_demo(self, tmp_path, monkeypatch):
         made = []
 
@@ -28,6 +26,7 @@ class DemoContract(Contract):
 
         framework: Any = SimpleNamespace(trainer=trainer)
         plan = experiment([0.01], [1e30, 0.2], seeds=1, steps=3, batch=64)
+        plan = replace(plan, changes=[*plan.changes, "model.variant=micro"])
         run(plan, "any", framework, tmp_path / "all", Console(quiet=True))
         lost, found = results(plan, "any", tmp_path / "all")
         assert len(made) == 1  # rates and thresholds are numbers

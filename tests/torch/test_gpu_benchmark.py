@@ -15,6 +15,7 @@ import pytest
 from agc_conformance.nfnets import ask as study
 from agc_conformance.records import Writer, make_header, make_result
 from agc_conformance.runner import cases
+from agc_conformance.training import recipes
 from agc_conformance.training.ask import TASKS, result_ids
 from agc_conformance.vectors import load_vectors
 from benchmarks.gpu import __main__ as program
@@ -181,6 +182,7 @@ def test_the_limits_leave_time() -> None:
 def test_the_parts_of_conformance_are_the_whole_suite(backend: str) -> None:
     ids = [vector.id for vector, _ in cases(load_vectors())]
     ids += [name for task in TASKS for name in result_ids(task)]
+    ids += recipes.result_ids()
     ids += [
         name
         for one, details in study.STUDIES.items()

@@ -284,7 +284,9 @@ def build(session: nox.Session) -> None:
 
 
 CHECK_WHEEL = """
-import importlib.util, pathlib, sys
+import importlib.metadata, importlib.util, pathlib, re, sys
+page = importlib.metadata.metadata("agc-sam").get_payload()
+assert "specified once" in page and not re.search(r"\\]\\((?!https?:|#)|<!--", page), page
 for name in sys.argv[1:]:
     spec = importlib.util.find_spec(name)
     assert spec is not None, f"{name} is not in the wheel"

@@ -12,6 +12,7 @@ float, and ``tf.nn.gelu``, go through float32.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -584,12 +585,15 @@ class NFNet(keras.Model):  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         """Return what :meth:`from_config` builds the same model from."""
+        options = dataclasses.asdict(self.options)
+        # As one text, since Keras takes a text that is the name of a class for the class.
+        options["variant"] = json.dumps(options["variant"])
         return {
             "name": self.name,
             "trainable": self.trainable,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "folded": self.folded,
-            "options": dataclasses.asdict(self.options),
+            "options": options,
         }
 
     @classmethod
@@ -597,7 +601,7 @@ class NFNet(keras.Model):  # type: ignore[misc]
         """Build a model from :meth:`get_config`'s data."""
         config = dict(config)
         data = keras.saving.deserialize_keras_object(config.pop("options"))
-        variant = data.pop("variant")
+        variant = json.loads(data.pop("variant"))
         for field in ("depths", "widths"):
             variant[field] = tuple(variant[field])
         dtype = keras.dtype_policies.deserialize(config.pop("dtype"))

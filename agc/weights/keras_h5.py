@@ -95,7 +95,7 @@ def metadata_of(archive: zipfile.ZipFile) -> Mapping[str, str]:
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
             "form": "keras",
-            "variant": options["variant"]["name"],
+            "variant": json.loads(options["variant"])["name"],
         }
     except (KeyError, TypeError, ValueError):
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -78,9 +79,7 @@ class Clipping(Device):
 
     def scenario_xla(self, problem: Problem) -> Outcome:
         """Clip in a graph that XLA compiles."""
-        return self._clip(
-            problem, lambda clip: tf.function(clip, autograph=False, jit_compile=True)()
-        )
+        return self._clip(problem, partial(_in_graph, jit_compile=True))
 
     def scenario_sharded(self, problem: Problem, shards: int) -> Outcome:
         """Raise Unsupported: Keras shards no parameters on TensorFlow."""
@@ -138,10 +137,11 @@ class Clipping(Device):
         return Outcome(received, clipper.stats().parameters())
 
 
-def _in_graph(clip: Callable[[], Any]) -> Any:
+def _in_graph(clip: Callable[[], Any], *, jit_compile: bool | None = None) -> Any:
     """Run inside a ``tf.function``; turn TensorFlow's error into the policy's."""
     try:
-        return tf.function(clip, autograph=False).get_concrete_function()()
+        function = tf.function(clip, autograph=False, jit_compile=jit_compile)
+        return function.get_concrete_function()()  # without TensorFlow's warnings of many traces
     except tf.errors.InvalidArgumentError as error:
         if NonFiniteError.__name__ in str(error):
             raise NonFiniteError(str(error)) from error

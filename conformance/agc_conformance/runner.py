@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
@@ -20,15 +20,20 @@ from agc_conformance.sharpness.ask import KINDS as SHARPNESS
 from agc_conformance.vectors import Vector
 from agc_conformance.verdict import Verdict
 
-__all__ = ["KINDS", "cases", "run_case"]
+__all__ = ["KINDS", "OF_THIS_LIBRARY", "cases", "run_case"]
 
 KINDS: Final[dict[str, Kind[Any, Any]]] = PLANS | CLIPPING | SHARPNESS | RECIPES
 """Kinds of vectors by name; each wing of the suite adds its own."""
-_OF_THE_CORE: Final = CORE_KINDS.keys() | RECIPES.keys()
+OF_THIS_LIBRARY: Final = frozenset(CORE_KINDS) | RECIPES.keys()
+"""Kinds that the core of this library answers, recipes in each backend's environment."""
 
 
 def cases(
-    vectors: Sequence[Vector], *, select: str | None = None, full: bool = False, core: bool = True
+    vectors: Sequence[Vector],
+    *,
+    select: str | None = None,
+    full: bool = False,
+    without: Collection[str] = (),
 ) -> list[tuple[Vector, str]]:
     """Return the vectors and dtypes to run.
 
@@ -40,8 +45,8 @@ def cases(
         Glob on ids, clauses or flags.
     full : bool, default False
         Also the dtypes that add little coverage.
-    core : bool, default True
-        Also vectors that test the core of this library and no backend.
+    without : collection of str
+        Kinds of vectors that are left out.
     """
 
     def selected(vector: Vector) -> bool:
@@ -51,7 +56,7 @@ def cases(
     return [
         (vector, dtype)
         for vector in vectors
-        if selected(vector) and (core or vector.kind not in _OF_THE_CORE)
+        if selected(vector) and vector.kind not in without
         for dtype in vector.dtypes(full=full)
     ]
 

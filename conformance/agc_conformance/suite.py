@@ -19,6 +19,7 @@ from agc.files import written
 from agc_conformance.backend import Backend, Unavailable
 from agc_conformance.backends.reference import ReferenceBackend
 from agc_conformance.clauses import CLAUSES, OF_THE_CORE
+from agc_conformance.core.ask import CORE_KINDS
 from agc_conformance.diagnosis import diagnose
 from agc_conformance.flags import FLAGS
 from agc_conformance.load import load_backend, role_of
@@ -32,7 +33,7 @@ from agc_conformance.records import (
     bad_statuses,
     make_header,
 )
-from agc_conformance.runner import cases, run_case
+from agc_conformance.runner import OF_THIS_LIBRARY, cases, run_case
 from agc_conformance.training import recipes
 from agc_conformance.vectors import digest, load_vectors
 from agc_conformance.xfail import apply, default_file, read_xfail, unused
@@ -149,8 +150,10 @@ def run(
     path = xfail or default_file(backend.name)
     expected = read_xfail(path) if path else []
     # Level 0 tests this library's core, so only the reference backend is asked.
-    core = isinstance(backend, ReferenceBackend) and role == "backend"
-    chosen = cases(load_vectors(), select=select, full=full, core=core)
+    without = frozenset(CORE_KINDS) if role == "backend" else OF_THIS_LIBRARY
+    if isinstance(backend, ReferenceBackend) and role == "backend":
+        without = frozenset()
+    chosen = cases(load_vectors(), select=select, full=full, without=without)
     header = make_header(
         "run",
         backend=backend.name,

@@ -27,7 +27,7 @@ from agc_conformance.load import load_backend
 from agc_conformance.mutants.sharpness import SharpnessEngine
 from agc_conformance.nfnets.ask import result_ids, run_study
 from agc_conformance.records import make_result, read_results
-from agc_conformance.runner import cases, run_case
+from agc_conformance.runner import OF_THIS_LIBRARY, cases, run_case
 from agc_conformance.training.ask import run_task
 from agc_conformance.vectors import Vector, load_vectors
 
@@ -253,7 +253,7 @@ def test_select_by_id_clause_and_flag() -> None:
 
 
 def test_subjects_are_not_asked_about_our_core() -> None:
-    kinds = {vector.kind for vector, _ in cases(load_vectors(), core=False)}
+    kinds = {vector.kind for vector, _ in cases(load_vectors(), without=OF_THIS_LIBRARY)}
     sharp = {"sharpen", "sharpness-trajectory", "sharpness-scenario"}
     assert kinds == {"layer", "clip", "trajectory", "scenario"} | sharp
 

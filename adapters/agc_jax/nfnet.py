@@ -354,8 +354,7 @@ class NFBlock(nnx.Module):  # type: ignore[misc]
         if self.shortcut is not None:
             shortcut = out
             if self.block.pools:
-                shortcut = nnx.avg_pool(out, (2, 2), (2, 2), "SAME", count_include_pad=False)
-                shortcut = shortcut.astype(out.dtype)  # the pool widens half precision
+                shortcut = halved(out)
             shortcut = self.shortcut(shortcut)
         out = self.conv0(out)
         out = self.conv1(self.activation(out))
@@ -376,6 +375,17 @@ class NFBlock(nnx.Module):  # type: ignore[misc]
     def set_view(self, deterministic: bool | None = None) -> None:
         """Switch stochastic depth off or on, for ``nnx.view``."""
         self.deterministic = self.deterministic if deterministic is None else deterministic
+
+
+def halved(images: jax.Array) -> jax.Array:
+    """Return means of 2x2 pixels, at odd sides of those that are there; shape (n, h, w, channels).
+
+    No window is wider than the images: the sums that XLA then makes on CPUs are wrong in large
+    arrays (jaxlib 0.10.2).
+    """
+    window = tuple(min(2, size) for size in images.shape[1:3])
+    means = nnx.avg_pool(images, window, window, "SAME", count_include_pad=False)
+    return means.astype(images.dtype)  # the pool widens half precision
 
 
 class NFNet(nnx.Module):  # type: ignore[misc]

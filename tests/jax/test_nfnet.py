@@ -13,6 +13,7 @@ from flax import nnx
 import agc_jax
 from agc import AGC
 from agc import nfnet as core
+from agc_jax.nfnet import halved
 from tests.contract.golden import EXACT
 from tests.contract.nfnet import SHALLOW, SIZE, NFNetContract, images_of
 from tests.helpers import close, relative
@@ -133,3 +134,19 @@ def test_linen():
         np.array_equal(values[name], np.asarray(value) + 1)
         for name, value in values_of(driver.seeded(SHALLOW)).items()
     )
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (1, 3), (2, 1), (3, 2)])
+def test_means_of_pixels(sides):
+    """In arrays that are large enough for XLA to compute them in another way."""
+    images = np.random.default_rng(0).random((64, *sides, 96), np.float32)
+    expected = np.stack(
+        [
+            np.stack(
+                [images[:, i : i + 2, j : j + 2].mean((1, 2)) for j in range(0, sides[1], 2)], 1
+            )
+            for i in range(0, sides[0], 2)
+        ],
+        1,
+    )
+    np.testing.assert_allclose(halved(images), expected, rtol=1e-6)

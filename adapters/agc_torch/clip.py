@@ -471,10 +471,10 @@ class _Chunk:
     def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:
         """Multiply every gradient by its scales, in place, with one rounding (AGC-2 to AGC-4)."""
         touched: Iterable[int] = range(len(self._jobs))
+        if self._host and _none_touched(numbers):
+            return
         sizes = [count for _, count in numbers.counts]
         if self._host:
-            if _none_touched(numbers):
-                return
             untouched_U = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
             if untouched_U.any():
                 split = untouched_U.split(sizes)

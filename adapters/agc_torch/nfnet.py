@@ -39,6 +39,8 @@ from agc.nfnet import (
     same_padding,
     stem,
 )
+from agc_torch import fused
+from agc_torch.fused import order_of
 
 __all__ = ["NFNet", "nfnet"]
 
@@ -193,6 +195,36 @@ def _scale(squared_norm: Tensor, fan_in: int, ws_eps: WsEps) -> Tensor:
     return (squared_norm + fan_in * eps).rsqrt()
 
 
+class _Fused(torch.autograd.Function):  # type: ignore[misc]
+    """The formula and its gradient by kernels of our own: one pass over the weights each way."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
+        ctx.ws_eps = ws_eps
+        ctx.save_for_backward(weight, gain)
+        return fused.standardise(weight, gain, ws_eps)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight, gain = ctx.saved_tensors
+        if torch.is_grad_enabled() or not fused.has_memory(gradient):
+            return *_derive(weight, gain, ctx.ws_eps, gradient), None
+        return *fused.standardise_back(weight, gain, gradient, ctx.ws_eps), None
+
+
+def _derive(
+    weight: Tensor, gain: Tensor, ws_eps: WsEps, gradient: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return gradients of the formula, which have gradients themselves if these are recorded."""
+    record = torch.is_grad_enabled()
+    with torch.enable_grad():
+        result = _standardise(weight, gain, ws_eps)
+    with_respect_to = [x for x in (weight, gain) if x.requires_grad]
+    gradients = iter(torch.autograd.grad(result, with_respect_to, gradient, create_graph=record))
+    ours, gains = (next(gradients) if x.requires_grad else None for x in (weight, gain))
+    return ours, gains
+
+
 class _Standardise(torch.autograd.Function):  # type: ignore[misc]
     """The formula and its gradient by fused kernels: two passes over the weights each way.
 
@@ -235,13 +267,7 @@ class _Standardise(torch.autograd.Function):  # type: ignore[misc]
     ) -> tuple[Tensor | None, Tensor | None, None]:
         weight, gain, mean, r = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-            with_respect_to = [x for x in (weight, gain) if x.requires_grad]
-            result = _standardise(weight, gain, ctx.ws_eps)
-            gradients = iter(
-                torch.autograd.grad(result, with_respect_to, gradient, create_graph=True)
-            )
-            ours, gains = (next(gradients) if x.requires_grad else None for x in (weight, gain))
-            return ours, gains, None
+            return *_derive(weight, gain, ctx.ws_eps, gradient), None
         rows, g = _rows(weight), _rows(gradient, weight)
         factor, low = _Standardise.factor(r, rows.shape[1], ctx.ws_eps)
         scale = factor * gain[:, None]
@@ -265,21 +291,17 @@ _LEAST: Final = 1e-30
 
 def _rows(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """Return filters as rows, in the order of a weight's memory."""
-    if _channels_last(tensor if like is None else like):
+    if order_of(tensor if like is None else like) == torch.channels_last:
         tensor = tensor.permute(0, 2, 3, 1)
     return tensor.flatten(1)
 
 
 def _filters(rows: Tensor, weight: Tensor) -> Tensor:
     """Return rows as filters with a weight's shape and memory order."""
-    if _channels_last(weight):
+    if order_of(weight) == torch.channels_last:
         outputs, inputs, *kernel = weight.shape
         return rows.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
     return rows.view_as(weight)
-
-
-def _channels_last(weight: Tensor) -> bool:
-    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _computed_in(x: Tensor) -> torch.dtype:
@@ -326,6 +348,9 @@ class WSConv2d(SameConv2d):
         weight, gain = self.weight, self.gain
         if self.ws_dtype == "bfloat16" and dtype == torch.bfloat16:
             return _standardise_in_bfloat16(weight, gain, self.ws_eps)
+        if fused.standardises(weight, gain, self.ws_eps):
+            run = _Fused.apply if torch.is_grad_enabled() else fused.standardise
+            return run(weight, gain, self.ws_eps)
         if weight.dtype in (torch.bfloat16, torch.float16):
             weight, gain = weight.float(), gain.float()
         if torch.compiler.is_compiling():  # a compiler fuses the formula and its gradient by itself

@@ -33,6 +33,7 @@ from agc.nfnet import (
     Masks,
     Options,
     Variant,
+    WsDtype,
     WsEps,
     blocks,
     check_masks,
@@ -83,6 +84,7 @@ def nfnet(
     in_channels: int = 3,
     activation: str | None = None,
     ws_eps: WsEps = "deepmind",
+    ws_dtype: WsDtype = "float32",
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> NFNet:
@@ -110,6 +112,8 @@ def nfnet(
         ``"gelu_erf"``. The variant's own (``"gelu"``, NF-ResNets ``"relu"``) if None.
     ws_eps : {"deepmind", "timm"}
         Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
+    ws_dtype : {"float32", "bfloat16"}
+        What weights of convolutions in bfloat16 are standardised in; others in at least float32.
     dtype, param_dtype
         What is computed in, and how parameters are stored, as in any Flax layer. Without ``dtype``
         it is what images and parameters promote to.
@@ -147,6 +151,7 @@ def nfnet(
             in_channels=in_channels,
             activation=activation,
             ws_eps=ws_eps,
+            ws_dtype=ws_dtype,
         ),
         rngs=rngs,
         dtype=dtype,
@@ -189,7 +194,8 @@ def _standardise(weight: jax.Array, gain: jax.Array, ws_eps: WsEps) -> jax.Array
     weight, gain, dtype = weight.astype(wide), gain.astype(wide), weight.dtype
     # Autodiff's gradient is good enough: XLA fuses what would be many passes over the weights.
     mean = weight.mean(_FILTER)
-    scale = gain * _scale(weight - mean, ws_eps)
+    squared_norm = jnp.square(weight - mean).sum(_FILTER)
+    scale = gain * _scale(squared_norm, weight[..., 0].size, ws_eps)
     # The same as of the centred weight, which XLA would keep.
     return (weight * scale - mean * scale).astype(dtype)
 
@@ -197,13 +203,28 @@ def _standardise(weight: jax.Array, gain: jax.Array, ws_eps: WsEps) -> jax.Array
 _standardised = jax.jit(_standardise, static_argnums=2)
 
 
-def _scale(centred: jax.Array, ws_eps: WsEps) -> jax.Array:
-    """Return what makes each filter's norm 1."""
-    squared_norm = jnp.square(centred).sum(_FILTER)
+def _standardise_in_bfloat16(weight: jax.Array, gain: jax.Array, ws_eps: WsEps) -> jax.Array:
+    weight, gain = _rounded(weight), _rounded(gain)
+    fan_in = weight[..., 0].size
+    mean, squared_norm = _rounded(weight.mean(_FILTER)), fan_in * _rounded(weight.var(_FILTER))
+    scale = _rounded(gain * _scale(squared_norm, fan_in, ws_eps))
+    return (weight * scale - _rounded(mean * scale)).astype(jnp.bfloat16)
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """Return a bfloat16, as its gradient will be, for computations in float32.
+
+    Two casts in its place XLA may leave out, as it is allowed excess precision.
+    """
+    return lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+
+
+def _scale(squared_norm: jax.Array, fan_in: int, ws_eps: WsEps) -> jax.Array:
+    """Return what makes the norm of a filter 1."""
     eps = WS_EPS[ws_eps]
     if ws_eps == "deepmind":
         return lax.rsqrt(jnp.maximum(squared_norm, eps))
-    return lax.rsqrt(squared_norm + centred[..., 0].size * eps)
+    return lax.rsqrt(squared_norm + fan_in * eps)
 
 
 class WSConv2d(SameConv2d):
@@ -215,6 +236,8 @@ class WSConv2d(SameConv2d):
         Sizes, stride and groups.
     ws_eps : {"deepmind", "timm"}
         See :data:`agc.nfnet.WS_EPS`.
+    ws_dtype : {"float32", "bfloat16"}
+        See :class:`agc.nfnet.Options`.
     param_dtype
         How parameters are stored.
 
@@ -225,18 +248,30 @@ class WSConv2d(SameConv2d):
         A gain is a vector, hence one unit of AGC (AGC-5).
     """
 
-    def __init__(self, conv: Conv, ws_eps: WsEps, param_dtype: Any = jnp.float32) -> None:
+    def __init__(
+        self,
+        conv: Conv,
+        ws_eps: WsEps,
+        ws_dtype: WsDtype = "float32",
+        param_dtype: Any = jnp.float32,
+    ) -> None:
         super().__init__(conv, param_dtype)
-        self.ws_eps = ws_eps
+        self.ws_eps: WsEps = ws_eps
+        self.ws_dtype: WsDtype = ws_dtype
         self.gain = _undrawn((conv.outputs,), param_dtype)
 
-    def standardised(self) -> jax.Array:
-        """Return the standardised weight: computed in at least float32, in the weight's dtype."""
+    def standardised(self, dtype: Any = None) -> jax.Array:
+        """Return the standardised weight: computed in at least float32, in the weight's dtype.
+
+        Both are bfloat16 if ``ws_dtype`` is and ``dtype``, what the convolution computes in, too.
+        """
+        if self.ws_dtype == "bfloat16" and dtype == jnp.bfloat16:
+            return _standardise_in_bfloat16(self.weight[...], self.gain[...], self.ws_eps)
         return _standardise(self.weight[...], self.gain[...], self.ws_eps)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve images of shape (n, h, w, inputs)."""
-        return self.convolve(x, self.standardised())
+        return self.convolve(x, self.standardised(x.dtype))
 
     def folded(self) -> SameConv2d:
         """Return the plain convolution that gives the same outputs."""
@@ -314,10 +349,10 @@ class Stem(nnx.Module):  # type: ignore[misc]
 
     def __init__(self, options: Options, param_dtype: Any) -> None:
         conv0, conv1, conv2, conv3 = stem(options.variant, options.in_channels)
-        self.conv0 = WSConv2d(conv0, options.ws_eps, param_dtype)
-        self.conv1 = WSConv2d(conv1, options.ws_eps, param_dtype)
-        self.conv2 = WSConv2d(conv2, options.ws_eps, param_dtype)
-        self.conv3 = WSConv2d(conv3, options.ws_eps, param_dtype)
+        self.conv0 = WSConv2d(conv0, options.ws_eps, options.ws_dtype, param_dtype)
+        self.conv1 = WSConv2d(conv1, options.ws_eps, options.ws_dtype, param_dtype)
+        self.conv2 = WSConv2d(conv2, options.ws_eps, options.ws_dtype, param_dtype)
+        self.conv3 = WSConv2d(conv3, options.ws_eps, options.ws_dtype, param_dtype)
         self.activation = Activation(options.activation)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -333,7 +368,7 @@ class ResNetStem(nnx.Module):  # type: ignore[misc]
 
     def __init__(self, options: Options, param_dtype: Any) -> None:
         (conv0,) = stem(options.variant, options.in_channels)
-        self.conv0 = WSConv2d(conv0, options.ws_eps, param_dtype)
+        self.conv0 = WSConv2d(conv0, options.ws_eps, options.ws_dtype, param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Take images of shape (n, h, w, c) to (n, h / 4, w / 4, widths[0] / 4)."""
@@ -348,7 +383,10 @@ class NFBlock(nnx.Module):  # type: ignore[misc]
         self.drop_rate = options.stochastic_depth * block.stochastic_depth
         self.deterministic = False  # True in evaluation mode
         self.rngs = rngs["dropout"].fork()
-        convs = {conv.name: WSConv2d(conv, options.ws_eps, param_dtype) for conv in block.convs}
+        convs = {
+            conv.name: WSConv2d(conv, options.ws_eps, options.ws_dtype, param_dtype)
+            for conv in block.convs
+        }
         self.conv0 = convs["conv0"]
         self.conv1 = convs["conv1"]
         self.conv1b = convs.get("conv1b")
@@ -452,7 +490,9 @@ class NFNet(nnx.Module):  # type: ignore[misc]
             stages[block.stage].append(NFBlock(block, options, param_dtype, rngs))
         self.stages = _List([_List(stage) for stage in stages])
         last = final_conv(options.variant)
-        self.final_conv = None if last is None else WSConv2d(last, options.ws_eps, param_dtype)
+        self.final_conv = (
+            None if last is None else WSConv2d(last, options.ws_eps, options.ws_dtype, param_dtype)
+        )
         self.activation = Activation(options.activation)
         self.dropout = nnx.Dropout(options.dropout, rngs=rngs)
         self.head = Dense(features(options.variant), options.num_classes, param_dtype)

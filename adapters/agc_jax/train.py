@@ -72,7 +72,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        check_offered(recipe, launch, "JAX", engines=("fsdp",), coordinator=True, sharded=True)
+        check_offered(launch, "JAX", engines=("fsdp",), coordinator=True)
         self.hosts = join(launch)
         self._recipe = recipe
         self._plain = replace(recipe, sam=None)  # of the steps that do not perturb
@@ -391,7 +391,7 @@ def _gradient(
     recipe: Recipe, microbatch: int, frozen: Named, trained: Named, batch: _Examples
 ) -> tuple[jax.Array, Named]:
     """Return the mean loss of examples and its gradient, one micro-batch after another."""
-    model = _model(recipe.model.options(), recipe.precision.compute)
+    model = _model(recipe.options(), recipe.precision.compute)
     examples = len(batch.images)
 
     def share(trained: Named, part: _Examples) -> jax.Array:

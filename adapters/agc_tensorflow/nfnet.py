@@ -33,6 +33,7 @@ from agc.nfnet import (
     Options,
     ParameterSpec,
     Variant,
+    WsDtype,
     WsEps,
     blocks,
     check_masks,
@@ -80,6 +81,7 @@ def nfnet(
     in_channels: int = 3,
     activation: str | None = None,
     ws_eps: WsEps = "deepmind",
+    ws_dtype: WsDtype = "float32",
     dtype: Any = None,
     name: str | None = None,
 ) -> NFNet:
@@ -104,6 +106,8 @@ def nfnet(
         ``"gelu_erf"``. The variant's own (``"gelu"``, NF-ResNets ``"relu"``) if None.
     ws_eps : {"deepmind", "timm"}
         Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
+    ws_dtype : {"float32", "bfloat16"}
+        What weights of convolutions in bfloat16 are standardised in; others in at least float32.
     dtype : str or keras.DTypePolicy, optional
         As in any Keras layer: ``"float64"``, ``"mixed_bfloat16"`` and so on; Keras' global policy
         if None.
@@ -135,6 +139,7 @@ def nfnet(
             in_channels=in_channels,
             activation=activation,
             ws_eps=ws_eps,
+            ws_dtype=ws_dtype,
         ),
         dtype=dtype,
         name=name,
@@ -191,12 +196,28 @@ _FILTER: Final = (0, 1, 2)  # the axes of a filter, of which a weight has one fo
 def _standardise(weight: tf.Tensor, gain: tf.Tensor, ws_eps: WsEps) -> tf.Tensor:
     centred = weight - tf.reduce_mean(weight, _FILTER)
     squared_norm = tf.reduce_sum(tf.square(centred), _FILTER)
+    return centred * (gain * _scale(squared_norm, math.prod(weight.shape[:3]), ws_eps))
+
+
+def _standardise_in_bfloat16(weight: tf.Tensor, gain: tf.Tensor, ws_eps: WsEps) -> tf.Tensor:
+    weight, gain = _rounded(weight), _rounded(gain)
+    fan_in = math.prod(weight.shape[:3])
+    mean, variance = tf.nn.moments(weight, _FILTER)
+    scale = _rounded(gain * _scale(fan_in * _rounded(variance), fan_in, ws_eps))
+    return tf.cast(weight * scale - _rounded(_rounded(mean) * scale), tf.bfloat16)
+
+
+def _rounded(x: Any) -> tf.Tensor:
+    """Return a bfloat16, as its gradient will be, for computations in float32."""
+    return tf.cast(tf.cast(x, tf.bfloat16), tf.float32)
+
+
+def _scale(squared_norm: tf.Tensor, fan_in: int, ws_eps: WsEps) -> tf.Tensor:
+    """Return what makes the norm of a filter 1."""
     eps = WS_EPS[ws_eps]
     if ws_eps == "deepmind":
-        squared_norm = tf.maximum(squared_norm, eps)
-    else:
-        squared_norm += math.prod(weight.shape[:3]) * eps
-    return centred * (gain * tf.math.rsqrt(squared_norm))
+        return tf.math.rsqrt(tf.maximum(squared_norm, eps))
+    return tf.math.rsqrt(squared_norm + fan_in * eps)
 
 
 class WSConv2D(SameConv2D):
@@ -208,6 +229,8 @@ class WSConv2D(SameConv2D):
         Sizes, stride and groups.
     ws_eps : {"deepmind", "timm"}
         See :data:`agc.nfnet.WS_EPS`.
+    ws_dtype : {"float32", "bfloat16"}
+        See :class:`agc.nfnet.Options`.
     **layer
         ``dtype``.
 
@@ -218,25 +241,33 @@ class WSConv2D(SameConv2D):
         A gain is a vector, hence one unit of AGC (AGC-5).
     """
 
-    def __init__(self, conv: Conv, ws_eps: WsEps, **layer: Any) -> None:
+    def __init__(
+        self, conv: Conv, ws_eps: WsEps, ws_dtype: WsDtype = "float32", **layer: Any
+    ) -> None:
         super().__init__(conv, **layer)
         self.ws_eps: WsEps = ws_eps
+        self.ws_dtype: WsDtype = ws_dtype
 
     def build(self, _input_shape: Any) -> None:
         """Create the variables."""
         super().build(_input_shape)
         self.gain = self.add("gain", (self.conv.outputs,), "gain")
 
-    def standardised(self) -> tf.Tensor:
-        """Return the standardised weight: computed in at least float32, in the weight's dtype."""
-        dtype = tf.as_dtype(self.variable_dtype)
-        at_least = tf.float32 if dtype in (tf.bfloat16, tf.float16) else dtype
+    def standardised(self, dtype: Any = None) -> tf.Tensor:
+        """Return the standardised weight: computed in at least float32, in the weight's dtype.
+
+        Both are bfloat16 if ``ws_dtype`` is and ``dtype``, what the convolution computes in, too.
+        """
+        if self.ws_dtype == "bfloat16" and dtype == tf.bfloat16:
+            return _standardise_in_bfloat16(self.weight, self.gain, self.ws_eps)
+        stored = tf.as_dtype(self.variable_dtype)
+        at_least = tf.float32 if stored in (tf.bfloat16, tf.float16) else stored
         weight, gain = tf.cast(self.weight, at_least), tf.cast(self.gain, at_least)
-        return tf.cast(_standardise(weight, gain, self.ws_eps), dtype)
+        return tf.cast(_standardise(weight, gain, self.ws_eps), stored)
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Convolve images of shape (n, h, w, inputs)."""
-        return self.convolve(x, self.standardised())
+        return self.convolve(x, self.standardised(x.dtype))
 
 
 class NormalisedConv2D(SameConv2D):
@@ -483,7 +514,9 @@ class NFNet(keras.Model):  # type: ignore[misc]
         def convolution(conv: Conv) -> SameConv2D:
             if normalised:
                 return NormalisedConv2D(conv, **inner)
-            return SameConv2D(conv, **inner) if folded else WSConv2D(conv, options.ws_eps, **inner)
+            if folded:
+                return SameConv2D(conv, **inner)
+            return WSConv2D(conv, options.ws_eps, options.ws_dtype, **inner)
 
         self.options = options
         self.folded = folded

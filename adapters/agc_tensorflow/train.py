@@ -66,7 +66,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        check_offered(recipe, launch, "TensorFlow", engines=ENGINES, sharded=True)
+        check_offered(launch, "TensorFlow", engines=ENGINES)
         self._recipe = recipe
         self._strategy, engine = _strategy(launch)
         self._replicas = int(self._strategy.num_replicas_in_sync)
@@ -101,7 +101,7 @@ class Trainer:
         }
 
     def _build(self, recipe: Recipe, launch: Launch) -> None:
-        options = recipe.model.options()
+        options = recipe.options()
         low = recipe.precision.compute == "bfloat16"
         self._model = NFNet(options, dtype="mixed_bfloat16" if low else "float32")
         self._evaluated = NFNet(options, dtype="float32") if low else self._model

@@ -65,7 +65,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        check_offered(recipe, launch, "PyTorch", engines=ENGINES, sharded=True)
+        check_offered(launch, "PyTorch", engines=ENGINES)
         self._recipe = recipe
         self.hosts, self._device = join(launch.device)
         self._engine = _engine(recipe, launch)
@@ -79,7 +79,7 @@ class Trainer:
         if self._engine:
             facts |= {"processes": self.hosts.count, "engine": self._engine}
         self.facts: Mapping[str, Any] = facts
-        self._model = NFNet(recipe.model.options(), device=self._device)
+        self._model = NFNet(recipe.options(), device=self._device)
         if self._engine != "fsdp2":  # which takes contiguous parameters alone
             self._model.to(memory_format=torch.channels_last)
         trained = trained_names(recipe)

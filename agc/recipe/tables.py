@@ -544,7 +544,7 @@ class Precision:
     compute : {"float32", "bfloat16"}
         Of the forward and backward pass.
     standardise : {"float32", "bfloat16"}
-        Of weight standardisation.
+        Of weight standardisation in these passes; DeepMind's recipe has ``bfloat16``.
     """
 
     compute: DType = "float32"

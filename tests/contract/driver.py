@@ -161,7 +161,9 @@ class Driver(ABC):
         """Return the layers, and the layers in these, in order."""
 
     @abstractmethod
-    def conv(self, conv: core.Conv, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
+    def conv(
+        self, conv: core.Conv, ws_eps: str, dtype: str, values: Mapping[str, Array], **options: Any
+    ) -> Any:
         """Return a convolution with standardised weights whose weight, gain and bias are these."""
 
     @abstractmethod
@@ -181,6 +183,10 @@ class Driver(ABC):
     @abstractmethod
     def set_norms(self, twin: Any, values: Mapping[str, Array]) -> None:
         """Set what :meth:`norms` returns."""
+
+    @abstractmethod
+    def standardised_in_bfloat16(self, conv: Any, gradient: Array) -> tuple[Array, Array, Array]:
+        """Return its weight for a convolution in bfloat16, and the gradients of weight and gain."""
 
     @abstractmethod
     def activation(self, name: str, x: Array) -> Array:

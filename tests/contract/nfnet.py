@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -308,6 +309,50 @@ class NFNetContract(Contract):
         found = self.driver.standardised(conv)
         assert found.dtype == BFLOAT16
         np.testing.assert_array_equal(found, expected.astype(BFLOAT16))
+
+    @pytest.mark.parametrize("ws_eps", ["deepmind", "timm"])
+    def test_standardised_in_bfloat16(self, ws_eps):
+        """What is rounded where, against the reference; float32 gives other numbers."""
+        sizes = {"inputs": 512, "outputs": 8, "kernel": 3, "stride": 1, "groups": 1}
+        made = core.Conv("conv", **sizes)
+        values = {"weight": normal(0, *made.shape) + 0.3, "gain": normal(1, 8) + 2}
+        values = {name: value.astype("float32") for name, value in values.items()}
+        values["bias"] = np.zeros(8, "float32")
+        conv = self.driver.conv(made, ws_eps, "float32", values, ws_dtype="bfloat16")
+        single = self.driver.standardised(conv)
+        assert single.dtype == "float32"
+        gradient = normal(2, *made.shape) + 0.3
+        found, *back = self.driver.standardised_in_bfloat16(conv, gradient)
+        assert found.dtype == BFLOAT16
+        assert {array.dtype for array in back} == {np.dtype("float32")}
+        exact, low = (
+            NFNet("micro", core.seeded_parameters("micro"), ws_dtype=dtype).standardise
+            for dtype in ("float32", "bfloat16")
+        )
+        weight, gain = (values[name].astype("float64") for name in ("weight", "gain"))
+        wanted, backward = exact(weight, gain)
+        assert 1e-3 < relative(found, wanted) < 1e-2
+        assert relative(found, single) > 1e-3
+        # That of the gain is a difference of two sums that are bfloat16 numbers, hence less exact.
+        for ours, reference, limit in zip(back, backward(gradient), (1e-2, 3e-2), strict=True):
+            assert 1e-4 < relative(ours, reference) < limit
+        rounded, _ = low(weight, gain)
+        assert np.mean(found.astype("float64") == rounded) > 0.95
+        assert np.mean(single.astype(BFLOAT16) == found) < 0.9
+
+    def test_standardisation_in_bfloat16_is_for_convolutions_in_bfloat16(self):
+        logits = {}
+        for dtype in ("float32", "mixed_bfloat16"):
+            for ws_dtype in ("float32", "bfloat16"):
+                model = self.driver.seeded(SHALLOW, dtype, ws_dtype=ws_dtype)
+                images = images_of(*SIZE, dtype="float32")
+                with self.driver.autocast() if dtype != "float32" else nullcontext():
+                    logits[dtype, ws_dtype] = self.driver.run(model, images)
+        np.testing.assert_array_equal(logits["float32", "float32"], logits["float32", "bfloat16"])
+        single, low = (logits["mixed_bfloat16", ws_dtype] for ws_dtype in ("float32", "bfloat16"))
+        assert low.dtype == BFLOAT16
+        assert not np.array_equal(single, low)
+        close(low, logits["float32", "float32"], LIMITS["bfloat16"].logits)
 
     # The options
 

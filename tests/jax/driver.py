@@ -153,8 +153,10 @@ class JaxDriver(Driver):
     def layers(self, model: Any) -> list[Any]:
         return [layer for _, layer in nnx.iter_modules(model)]
 
-    def conv(self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
-        made = WSConv2d(conv, ws_eps, jnp.dtype(dtype))
+    def conv(
+        self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array], **options: Any
+    ) -> Any:
+        made = WSConv2d(conv, ws_eps, **options, param_dtype=jnp.dtype(dtype))
         for name, value in values.items():
             setattr(made, name, nnx.Param(jax.device_put(value)))
         return made
@@ -173,6 +175,17 @@ class JaxDriver(Driver):
     def set_norms(self, twin: Any, values: Mapping[str, Array]) -> None:
         for name, leaf in self._norms(twin).items():
             leaf[...] = jax.device_put(values[name])
+
+    def standardised_in_bfloat16(self, conv: Any, gradient: Array) -> tuple[Array, Array, Array]:
+        graph, state = nnx.split(conv)
+
+        @jax.jit
+        def both(state: Any, gradient: jax.Array) -> tuple[jax.Array, Any]:
+            value, back = jax.vjp(lambda s: nnx.merge(graph, s).standardised(jnp.bfloat16), state)
+            return value, nnx.to_pure_dict(back(gradient)[0])
+
+        value, back = both(state, jnp.asarray(gradient, jnp.bfloat16))
+        return np.asarray(value), np.asarray(back["weight"]), np.asarray(back["gain"])
 
     def activation(self, name: str, x: Array) -> Array:
         return np.asarray(jax.jit(Activation(name))(x))

@@ -147,8 +147,10 @@ class TensorFlowDriver(Driver):
     def layers(self, model: Any) -> list[Any]:
         return [*model._flatten_layers()]
 
-    def conv(self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
-        made = WSConv2D(conv, ws_eps, dtype=dtype)
+    def conv(
+        self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array], **options: Any
+    ) -> Any:
+        made = WSConv2D(conv, ws_eps, **options, dtype=dtype)
         made.build(None)
         for name, value in values.items():
             getattr(made, name).assign(tf.constant(value))
@@ -167,6 +169,13 @@ class TensorFlowDriver(Driver):
     def set_norms(self, twin: Any, values: Mapping[str, Array]) -> None:
         for name, variable in self._norms(twin).items():
             variable.assign(values[name])
+
+    def standardised_in_bfloat16(self, conv: Any, gradient: Array) -> tuple[Array, Array, Array]:
+        variables = [conv.weight.value, conv.gain.value]
+        with tf.GradientTape() as tape:
+            value = conv.standardised(tf.bfloat16)
+        back = tape.gradient(value, variables, tf.cast(gradient, tf.bfloat16))
+        return value.numpy(), back[0].numpy(), back[1].numpy()
 
     def activation(self, name: str, x: Array) -> Array:
         return Activation(name)(tf.constant(x)).numpy()

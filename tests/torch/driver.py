@@ -154,8 +154,10 @@ class TorchDriver(Driver):
     def layers(self, model: nn.Module) -> list[Any]:
         return [*model.modules()]
 
-    def conv(self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
-        made = WSConv2d(conv, ws_eps, dtype=getattr(torch, dtype))
+    def conv(
+        self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array], **options: Any
+    ) -> Any:
+        made = WSConv2d(conv, ws_eps, **options, dtype=getattr(torch, dtype))
         weight = tensor(values["weight"].transpose(3, 0, 1, 2))  # o h w i
         made.load_state_dict({name: tensor(a) for name, a in values.items()} | {"weight": weight})
         return made
@@ -173,6 +175,12 @@ class TorchDriver(Driver):
     def set_norms(self, twin: Any, values: Mapping[str, Array]) -> None:
         for name, value in self._norms(twin).items():
             value.copy_(tensor(values[name]))
+
+    def standardised_in_bfloat16(self, conv: Any, gradient: Array) -> tuple[Array, Array, Array]:
+        found = conv.standardised(torch.bfloat16)
+        found.backward(tensor(gradient.transpose(3, 0, 1, 2)).bfloat16())
+        weight, back = (numpy(t).transpose(1, 2, 3, 0) for t in (found, conv.weight.grad))
+        return weight, back, numpy(conv.gain.grad)
 
     def activation(self, name: str, x: Array) -> Array:
         return numpy(Activation(name)(tensor(x)))

@@ -19,6 +19,7 @@ from rich.console import Console
 from agc.checks import check_count
 from agc.cli.experiments import Axis, Experiment, Result, draw, results, run, table, write
 from agc.cli.frameworks import framework_names, load_framework
+from agc.cli.halves import CLASSES, half, write_halves
 from agc.cli.train import STOPPED
 from agc.files import named_files
 from agc.packages import need
@@ -39,9 +40,9 @@ _PLAIN: Final = [
 _FRAMEWORKS: Final = Axis("framework", {})  # a row for each that has run
 
 
-def _batch(size: int) -> list[str]:
-    """Return the changes for a batch: the same number of images, a warm-up of 10 %."""
-    steps = _IMAGES // size
+def _batch(size: int, steps: int | None = None) -> list[str]:
+    """Return the changes for a batch: a warm-up of 10 %, and all images if no steps are given."""
+    steps = steps or _IMAGES // size
     return [
         f"train.batch={size}",
         f"train.steps={steps}",
@@ -91,6 +92,21 @@ EXPERIMENTS: Final = {
             },
         ),
         columns=Axis("batch", {"256": []}),
+    ),
+    "transfer": Experiment(
+        question="What does training on five classes save with 200 images of each of five others?",
+        recipe="fashion-mini",
+        changes=[*_PLAIN, f"model.num_classes={CLASSES}"],
+        start=[*_batch(64), *half(0, 6000)],
+        rows=Axis(
+            "model",
+            {
+                "from scratch": [],
+                "fine-tuned": ["model.init=file", "model.head=new"],
+                "new head only": ["model.init=file", "model.head=new", 'train.only=["head.*"]'],
+            },
+        ),
+        columns=Axis("steps", {str(n): [*_batch(64, n), *half(5, 200)] for n in (20, 80, 320)}),
     ),
     "portability": Experiment(
         question="Is one recipe the same training in three frameworks? Run it in each.",
@@ -142,8 +158,10 @@ def _run(arguments: argparse.Namespace) -> int:
     console = Console()
     with named_files(), stop_signals() as stop:
         folder.mkdir(parents=True, exist_ok=True)
-        mine = _for(plan, [name])
-        if not run(mine, name, framework, folder, console, data=arguments.data, stop=stop):
+        mine, data = _for(plan, [name]), arguments.data
+        if arguments.name == "transfer":
+            data = write_halves(data, folder / "data")
+        if not run(mine, name, framework, folder, console, data=data, stop=stop):
             print(f"stopped; the same command goes on: {folder}", file=sys.stderr)
             return STOPPED
     names = [name] if plan.rows is not _FRAMEWORKS else framework_names()

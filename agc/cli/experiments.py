@@ -89,6 +89,8 @@ class Experiment:
         The column whose losses are drawn, the last one if None.
     question : str
         What it is about, in a line.
+    costs : bool
+        Whether the time of a step is a result, in units of the first row's.
     """
 
     recipe: str
@@ -99,6 +101,7 @@ class Experiment:
     start: Sequence[str] | None = None
     curves: str | None = None
     question: str = ""
+    costs: bool = False
 
     def __post_init__(self) -> None:
         check_count("seeds", self.seeds)
@@ -328,6 +331,8 @@ def table(experiment: Experiment, found: Sequence[Result]) -> Table:
     single = len(experiment.columns.changes) == 1
     if single:
         shown.add_column("images/s", justify="right")
+    if experiment.costs:
+        shown.add_column("time of a step", justify="right")
     rows = [[label] for label in experiment.rows.changes]
     for row, _, cell in _grid(experiment, found):
         diverged = sum(result.diverged for result in cell)
@@ -336,9 +341,18 @@ def table(experiment: Experiment, found: Sequence[Result]) -> Table:
         rows[row].append(f"{mean}{lost}")
         if single and cell:
             rows[row].append(f"{np.median([result.images_per_second for result in cell]):.0f}")
+        if experiment.costs and cell:
+            rows[row].append(f"{_cost(experiment, found, cell):.2f}")
     for cells in rows:
         shown.add_row(*cells)
     return shown
+
+
+def _cost(experiment: Experiment, found: Sequence[Result], cell: Sequence[Result]) -> float:
+    """Return the time of an image in units of the first row's: the median over the seeds."""
+    first = next(iter(experiment.rows.changes))
+    speeds = {(r.column, r.seed): r.images_per_second for r in found if r.row == first}
+    return float(np.median([speeds[r.column, r.seed] / r.images_per_second for r in cell]))
 
 
 def draw(experiment: Experiment, found: Sequence[Result], path: Path) -> None:
@@ -357,6 +371,8 @@ def draw(experiment: Experiment, found: Sequence[Result], path: Path) -> None:
             text = "diverged" if diverged == len(cell) else f"{100 * mean:.0f} %"
             if diverged < len(cell) > 1:
                 text += f"\n± {50 * (max(accuracies) - min(accuracies)):.0f}"
+            if experiment.costs:
+                text += f"\ntime {_cost(experiment, found, cell):.2f}"
             colour = "white" if mean < 0.5 else "black"
             left.text(column, row, text, ha="center", va="center", color=colour)
         left.imshow(means, vmin=0, vmax=1, cmap="viridis", aspect="auto")

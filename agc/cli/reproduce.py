@@ -20,7 +20,9 @@ from agc.checks import check_count
 from agc.cli.experiments import Axis, Experiment, Result, draw, results, run, table, write
 from agc.cli.frameworks import framework_names, load_framework
 from agc.cli.halves import CLASSES, half, write_halves
+from agc.cli.step_time import NAME, QUESTION, step_time
 from agc.cli.train import STOPPED
+from agc.errors import ConfigError
 from agc.files import named_files
 from agc.packages import need
 from agc.training import stop_signals
@@ -62,6 +64,7 @@ EXPERIMENTS: Final = {
         changes=_PLAIN,
         rows=Axis("clipping", {"none": ["agc="], **_thresholds(0.16, 0.04, 0.01)}),
         columns=Axis("batch", {str(size): _batch(size) for size in (64, 256, 1024)}),
+        curves="256",
     ),
     "clippers": Experiment(
         question="At a large batch, how far does the threshold matter to clipping by unit and tensor?",
@@ -92,6 +95,7 @@ EXPERIMENTS: Final = {
             },
         ),
         columns=Axis("batch", {"256": []}),
+        costs=True,
     ),
     "transfer": Experiment(
         question="What does training on five classes save with 200 images of each of five others?",
@@ -107,6 +111,7 @@ EXPERIMENTS: Final = {
             },
         ),
         columns=Axis("steps", {str(n): [*_batch(64, n), *half(5, 200)] for n in (20, 80, 320)}),
+        curves="80",
     ),
     "portability": Experiment(
         question="Is one recipe the same training in three frameworks? Run it in each.",
@@ -122,7 +127,8 @@ EXPERIMENTS: Final = {
 
 def register(subparsers: Any) -> None:
     """Add the command ``reproduce`` to ``agc`` (entry-point group ``agc.commands``)."""
-    names = "\n".join(f"  {name:16} {plan.question}" for name, plan in EXPERIMENTS.items())
+    questions = {name: plan.question for name, plan in EXPERIMENTS.items()} | {NAME: QUESTION}
+    names = "\n".join(f"  {name:16} {question}" for name, question in questions.items())
     command = subparsers.add_parser(
         "reproduce",
         help="repeat an experiment of the papers in small",
@@ -130,7 +136,7 @@ def register(subparsers: Any) -> None:
         "same command goes on",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("name", metavar="NAME", choices=EXPERIMENTS)
+    command.add_argument("name", metavar="NAME", choices=questions)
     command.add_argument("--framework", choices=framework_names(), default="torch")
     command.add_argument(
         "--data", type=Path, default=_FASHION, metavar="DIR", help=f"Fashion-MNIST ({_FASHION})"
@@ -148,33 +154,46 @@ def register(subparsers: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     name = arguments.framework
-    plan = EXPERIMENTS[arguments.name]
+    plan = EXPERIMENTS.get(arguments.name)
     if arguments.seeds is not None:
+        if plan is None:
+            raise ConfigError(f"--seeds: {arguments.name} makes no trainings; leave it out")
         plan = replace(plan, seeds=check_count("seeds", arguments.seeds))
     framework = load_framework(name, f"agc reproduce in {name}", f"{name},demo")
     for package in ("matplotlib.figure", "safetensors.numpy"):
         need(package, "agc reproduce", "demo")
     folder = arguments.out / arguments.name
     console = Console()
-    with named_files(), stop_signals() as stop:
+    with named_files():
         folder.mkdir(parents=True, exist_ok=True)
-        mine, data = _for(plan, [name]), arguments.data
-        if arguments.name == "transfer":
-            data = write_halves(data, folder / "data")
-        if not run(mine, name, framework, folder, console, data=data, stop=stop):
+        with stop_signals() as stop:
+            if plan is None:
+                made = step_time(name, framework, folder, console, stop)
+            else:
+                data = arguments.data
+                if arguments.name == "transfer":
+                    data = write_halves(data, folder / "data")
+                mine = _for(plan, [name])
+                made = run(mine, name, framework, folder, console, data=data, stop=stop)
+        if not made:
             print(f"stopped; the same command goes on: {folder}", file=sys.stderr)
             return STOPPED
+        if plan is not None:
+            _show(plan, name, folder, console)
+    console.print(f"written: {folder}/results.json and figure.svg", highlight=False)
+    return 0
+
+
+def _show(plan: Experiment, name: str, folder: Path, console: Console) -> None:
+    """Print what the trainings came to, and write and draw it."""
     names = [name] if plan.rows is not _FRAMEWORKS else framework_names()
     found = [result for each in names for result in results(_for(plan, [each]), each, folder)]
     plan = _for(plan, list(dict.fromkeys(result.framework for result in found)))
     console.print(plan.question, table(plan, found), highlight=False)
     if len({result.framework for result in found}) > 1:
         console.print(f"largest relative difference of a loss: {_difference(found):.1e}")
-    with named_files():
-        write(plan, found, folder / "results.json")
-        draw(plan, found, folder / "figure.svg")
-    console.print(f"written: {folder}/results.json and figure.svg", highlight=False)
-    return 0
+    write(plan, found, folder / "results.json")
+    draw(plan, found, folder / "figure.svg")
 
 
 def _for(plan: Experiment, names: Sequence[str]) -> Experiment:

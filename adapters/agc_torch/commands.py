@@ -47,7 +47,7 @@ def contest(options: Options, images: Any, labels: Any) -> Contest:
             loss = F.cross_entropy(model(x), y)
             loss.backward()
             optimizer.step()
-            return loss.item()  # a GPU comes to this after the step
+            return float(loss.detach())  # a GPU comes to this after the step
 
         return run
 

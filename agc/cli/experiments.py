@@ -39,11 +39,12 @@ class Axis:
     ----------
     title : str
     changes : mapping of str to sequence of str
-        Label to changes of the recipe, as :func:`agc.recipe.load_recipe` takes them.
+        Label to changes of the recipe, as :func:`agc.recipe.load_recipe` takes them. Of a row it
+        may also be a mapping: label of each column to the row's changes there.
     """
 
     title: str
-    changes: Mapping[str, Sequence[str]]
+    changes: Mapping[str, Sequence[str] | Mapping[str, Sequence[str]]]
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ class Experiment:
             for seed, start in enumerate(self.starts())
             for row, of_row in self.rows.changes.items()
             for column, of_column in self.columns.changes.items()
-            for recipe in [self._recipe([*of_column, *of_row], seed)]
+            for own in [of_row[column] if isinstance(of_row, Mapping) else of_row]
+            for recipe in [self._recipe([*of_column, *own], seed)]
         ]
 
     def starts(self) -> list[Cell | None]:
@@ -377,7 +379,7 @@ def draw(experiment: Experiment, found: Sequence[Result], path: Path) -> None:
             left.text(column, row, text, ha="center", va="center", color=colour)
         left.imshow(means, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         left.set_xticks(range(size[1]), list(columns.changes))
-        left.set_yticks(range(size[0]), list(rows.changes))
+        left.set_yticks(range(size[0]), [label.replace(" (", "\n(") for label in rows.changes])
         left.set_xlabel(columns.title)
         left.set_ylabel(rows.title)
         left.set_title("test accuracy")

@@ -57,6 +57,36 @@ def _thresholds(*values: float) -> dict[str, list[str]]:
     return {f"{value:g}": [f"agc.clipping={value}"] for value in values}
 
 
+_SETTINGS: Final = ("loose", "medium", "tight")
+"""Columns of rows that have thresholds of their own: each is a fourth of the one before."""
+
+
+_RATIOS: Final = (0.04, 0.01, 0.0025)
+
+
+def _settings(
+    name: str, change: str, values: Sequence[float], *others: str
+) -> dict[str, dict[str, list[str]]]:
+    """Return a row that says its thresholds; ``change`` has ``{}`` where they belong."""
+    own = {
+        column: [*others, change.format(value)]
+        for column, value in zip(_SETTINGS, values, strict=True)
+    }
+    return {f"{name} ({', '.join(map(str, values))})": own}
+
+
+# LARS scales the gradient of each tensor to a trust times the norm of its weights, up or down. AGC
+# by tensor does so if it excludes none and its threshold is below all ratios but 0. That is 1e-9
+# times the trust here, hence the rate is 1e9 times that of other rows, and the decay 1e-9 times.
+_LARS: Final = [
+    "agc.granularity=tensor",
+    "agc.exclude=[]",
+    "agc.div_eps=0",
+    "optimizer.rate.base=0.4e9",
+    "optimizer.weight_decay=2e-14",
+]
+
+
 EXPERIMENTS: Final = {
     "batch-threshold": Experiment(
         question="Which clipping thresholds work at which batch, if the rate grows with it?",
@@ -67,13 +97,22 @@ EXPERIMENTS: Final = {
         curves="256",
     ),
     "clippers": Experiment(
-        question="At a large batch, how far does the threshold matter to clipping by unit and tensor?",
+        question="At a large batch, how far does the threshold matter to AGC, a global norm, LARS?",
         recipe="fashion-mini",
         changes=[*_PLAIN, *_batch(1024)],
         rows=Axis(
-            "clipping", {"none": ["agc="], "by unit": [], "by tensor": ["agc.granularity=tensor"]}
+            "clipping",
+            {
+                "none": ["agc="],
+                **_settings("AGC by unit", "agc.clipping={}", _RATIOS),
+                **_settings("AGC by tensor", "agc.clipping={}", _RATIOS, "agc.granularity=tensor"),
+                # The middle one is the best of 1, 0.3, 0.1 and 0.03 at the first seed.
+                **_settings("global norm", "optimizer.max_norm={}", (0.4, 0.1, 0.025), "agc="),
+                **_settings("LARS, trust", "agc.clipping={}e-9", _RATIOS, *_LARS),
+            },
         ),
-        columns=Axis("threshold", _thresholds(0.04, 0.01, 0.0025)),
+        columns=Axis("threshold", dict.fromkeys(_SETTINGS, ())),
+        curves="medium",
     ),
     "head": Experiment(
         question="Should the classifier be clipped? With ten classes no difference is expected.",

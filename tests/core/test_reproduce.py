@@ -6,8 +6,10 @@ import io
 import json
 import math
 import os
+import re
 import signal
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +26,7 @@ from agc.errors import FormatError
 from tests.core.test_demo import Fake
 from tests.core.test_sources import idx
 
+DOCS = Path(__file__).parents[2] / "docs"
 TINY = ["train.epochs=", "train.steps=2", "train.batch=8", "schedule.warmup_epochs=", "ema="]
 ROWS = Axis("clipping", {"none": ["agc="], "0.05": ["agc.clipping=0.05"]})
 
@@ -60,6 +63,53 @@ def test_declarations_are_recipes(name):
     ids = {cell.recipe.id for cell in cells if cell.row != "none"}
     assert len(ids) == sum(cell.row != "none" for cell in cells)
     assert all(cell.recipe.evaluate.every_steps == cell.recipe.steps for cell in cells)
+
+
+def test_rows_with_thresholds_of_their_own():
+    plan = EXPERIMENTS["clippers"]
+    found = {(c.row, c.column): c.recipe for c in plan.cells()}
+    none, unit, tensor, norm, lars = (
+        [found[row, column] for column in plan.columns.changes] for row in plan.rows.changes
+    )
+    assert {(recipe.agc, recipe.optimizer.max_norm) for recipe in none} == {(None, None)}
+    for row in (unit, tensor):
+        assert [recipe.agc.clipping for recipe in row] == [0.04, 0.01, 0.0025]
+    assert {recipe.agc.granularity for recipe in tensor} == {"tensor"}
+    assert [recipe.optimizer.max_norm for recipe in norm] == [0.4, 0.1, 0.025]
+    assert {recipe.agc for recipe in norm} == {None}
+    # LARS moves a weight as far as AGC by tensor moves one that it clips, and decays it as much.
+    for ours, other in zip(lars, tensor, strict=True):
+        assert ours.agc.exclude == ()
+        assert ours.agc.clipping < 1e-10
+        assert ours.peak * ours.agc.clipping == pytest.approx(other.peak * other.agc.clipping)
+        decays = [recipe.peak * recipe.optimizer.weight_decay for recipe in (ours, other)]
+        assert decays[0] == pytest.approx(decays[1])
+
+
+def test_the_run_in_the_documentation_is_of_this_experiment():
+    """The table in docs/reproduce.md has the means of the results, and those are of its recipes."""
+    plan = EXPERIMENTS["clippers"]
+    data = json.loads((DOCS / "figures" / "clippers.json").read_text(encoding="utf-8"))
+    runs = {(run["row"], run["column"], run["seed"]): run for run in data["results"]}
+    ids = {(c.row, c.column, c.seed): c.recipe.id for c in plan.cells()}
+    assert {key: run["recipe_id"] for key, run in runs.items()} == ids
+    page = (DOCS / "reproduce.md").read_text(encoding="utf-8")
+    spans = []
+    for row in plan.rows.changes:
+        cells, means = [], []
+        for column in plan.columns.changes:
+            mine = [100 * runs[row, column, s]["accuracy"] for s in range(plan.seeds)]
+            means.append(sum(mine) / len(mine))
+            cells.append(f"{means[-1]:.1f} ({min(mine):.1f} to {max(mine):.1f})")
+        assert re.search(re.escape(row) + r" +\| " + r" +\| ".join(map(re.escape, cells)), page)
+        spans.append(max(means) - min(means))
+    _, unit, tensor, norm, lars = spans
+    said = f"{unit:.0f} points by unit and by {tensor:.0f} by tensor, that of the global norm by {norm:.0f}"
+    assert f"{said}, that of LARS by {lars:.0f}." in " ".join(page.split())
+    shares = {round(100 * run["clipped"]) for key, run in runs.items() if "LARS" in key[0]}
+    assert {f"{share} % are scaled" in page for share in shares} == {True}
+    diverged = {key[0] for key, run in runs.items() if run["diverged"]}
+    assert diverged == {"none"}
 
 
 def test_a_run_that_was_stopped_goes_on(made, tmp_path, monkeypatch, capsys):

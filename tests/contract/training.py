@@ -12,7 +12,8 @@ import pytest
 
 from agc import Schedule
 from agc.data import Batches, Evaluation, open_source
-from agc.errors import ConfigError, ParameterError
+from agc.errors import ConfigError, NonFiniteError, ParameterError
+from agc.nfnet import decays
 from agc.recipe import Recipe, load_recipe, numbers
 from agc.recipe.tables import Precision, Rate
 from agc.training import Launch, State, Trainer, Training
@@ -110,6 +111,29 @@ class TrainingContract(Contract):
                 state.parts(), reference.state().parts(), strict=True
             ):
                 self.equal(found, right)
+
+    @pytest.mark.parametrize("policy", ["propagate", "zero", "raise"])
+    def test_a_limited_norm_that_is_not_finite(self, policy):
+        """The policy of AGC decides for all gradients, also those that AGC leaves alone."""
+        recipe = recipe_of("plain")
+        assert recipe.agc
+        rule = replace(recipe.agc, exclude=("*",), nonfinite=policy)
+        limited = replace(recipe.optimizer, max_norm=0.2)
+        recipe = replace(recipe, agc=rule, optimizer=limited)
+        start, batch = seeded_state(recipe), batches_of(recipe)[0]
+        poisoned = batch._replace(images=np.full_like(batch.images, np.nan))
+        trainer = self.driver.trainer(recipe, Launch())
+        trainer.load(start)
+        if policy == "raise":
+            with pytest.raises(NonFiniteError, match="norm of all gradients together"):
+                trainer.step(poisoned, numbers(recipe).at(0))
+        else:
+            trainer.step(poisoned, numbers(recipe).at(0))
+        factor = {"propagate": np.nan, "zero": recipe.optimizer.momentum, "raise": 1.0}[policy]
+        for name, buffer in trainer.state().momentum.items():
+            if not decays(buffer.ndim):
+                wanted = factor * start.momentum[name]
+                np.testing.assert_allclose(buffer, wanted, rtol=1e-6, err_msg=name)
 
     def test_part_of_the_model(self):
         self.test_steps("part")

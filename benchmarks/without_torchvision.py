@@ -1,15 +1,18 @@
-"""Import timm's models where torchvision has no build: they import it, but do not use it."""
+"""Import what needs torchvision where it has no build for PyTorch.
+
+timm's models import it, but do not use it. Of torchvision itself, what is Python and Pillow works.
+"""
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["import_timm", "timm_model"]
+__all__ = ["import_timm", "timm_model", "torchvision_part"]
 
 
 class _Anything(type):
@@ -42,12 +45,19 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def import_timm() -> Any:
-    """Return the package, with or without torchvision."""
-    if find_spec("torchvision") is None:
+    """Return the package, without torchvision unless that is in use."""
+    if "torchvision" not in sys.modules:
         sys.meta_path.insert(0, _Finder())
     import timm
 
     return timm
+
+
+def torchvision_part(name: str) -> Any:
+    """Return a module of torchvision, whose own operators need not be there."""
+    operators = "torchvision._meta_registrations"  # describes them, and fails without
+    sys.modules.setdefault(operators, ModuleType(operators))
+    return import_module(f"torchvision.{name}")
 
 
 def timm_model(name: str) -> Any:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from agc.data import Batch, EvaluationBatch
 from agc.data.batches import block_of
@@ -27,8 +27,6 @@ from agc.training import Hosts, Launch, Metrics, State, Totals, Trainer
 from agc_conformance.records import describe
 
 __all__ = ["Process", "free_addresses", "started"]
-
-Rows = TypeVar("Rows", Batch, EvaluationBatch)
 
 
 class Process(NamedTuple):
@@ -123,7 +121,8 @@ class _Together:
 
     def step(self, batch: Batch, numbers: Numbers) -> Metrics:
         """Make one step, and raise RuntimeError if the processes differ in what they say of it."""
-        return self._same("step", [(part, numbers) for part in self._parts(batch)])
+        metrics: Metrics = self._same("step", [(part, numbers) for part in self._parts(batch)])
+        return metrics
 
     def evaluate(self, batches: Iterable[EvaluationBatch], weights: Weights) -> Totals:
         """Classify all images."""
@@ -131,12 +130,13 @@ class _Together:
         totals: Totals = self._same("evaluate", [(part, weights) for part in parts])
         return totals
 
-    def _parts(self, batch: Rows) -> list[Rows]:
+    def _parts(self, batch: Batch | EvaluationBatch) -> list[Any]:
         """Return each process's part of a batch."""
         count, size = len(self._crew), len(batch.labels)
         blocks = [block_of("the batch", size, number, count) for number in range(count)]
+        kind: Any = type(batch)
         return [
-            batch._make(None if rows is None else rows[block.start : block.stop] for rows in batch)
+            kind(*(None if rows is None else rows[block.start : block.stop] for rows in batch))
             for block in blocks
         ]
 
@@ -200,7 +200,7 @@ def _serve(connection: Connection, make: str, environment: Mapping[str, str], lo
 
 def _read(metrics: Metrics) -> Metrics:
     """Return metrics without the device."""
-    values = {
+    values: dict[str, Any] = {
         name: None if value is None else float(value) for name, value in vars(metrics).items()
     }
     return Metrics(**values)

@@ -86,12 +86,14 @@ class TrainingContract(Contract):
             metrics = trainer.step(batches[step], table.at(step))
             yield metrics, trainer.state()
 
+    @pytest.mark.long
     @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "processes"])
     def test_level_5(self, kind):
         records = run_recipes(Trained(self.driver), SHORT, select=f"L5-{kind}")
         (result,) = (record for record in records if record["type"] == "result")
         assert result["status"] == "passed", result["detail"]
 
+    @pytest.mark.long
     def test_processes(self):
         """Without SAM and clipping; for all of a recipe the suite's main job asks."""
         with self.driver.backend().processes(2) as trainer:

@@ -302,7 +302,7 @@ def sam_table(results: Results) -> str:
 
 def data_table(results: Results) -> str:
     """Return a Markdown table: images per second of a core, ours and each peer's."""
-    rows = [["the same work as", "its images/s", "**agc.data**'s images/s", "share"]]
+    rows = [["the same work as", "its images/s of a core", "**agc.data**'s", "share"]]
     rows.append(["---", "---:", "---:", "---:"])
     for case in results.pipelines():
         speeds = [results.images_per_second(case, name) for name in ("peer", "ours")]

@@ -9,6 +9,7 @@ import sys
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -45,9 +46,11 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def import_timm() -> Any:
-    """Return the package, without torchvision unless that is in use."""
-    if "torchvision" not in sys.modules:
+    """Return the package, with or without torchvision."""
+    if find_spec("torchvision") is None:
         sys.meta_path.insert(0, _Finder())
+    else:
+        torchvision_part("ops")
     import timm
 
     return timm
@@ -55,9 +58,12 @@ def import_timm() -> Any:
 
 def torchvision_part(name: str) -> Any:
     """Return a module of torchvision, whose own operators need not be there."""
-    operators = "torchvision._meta_registrations"  # describes them, and fails without
-    sys.modules.setdefault(operators, ModuleType(operators))
-    return import_module(f"torchvision.{name}")
+    try:
+        return import_module(f"torchvision.{name}")
+    except RuntimeError:  # what describes the operators does not find them
+        describes = "torchvision._meta_registrations"
+        sys.modules[describes] = ModuleType(describes)
+        return import_module(f"torchvision.{name}")
 
 
 def timm_model(name: str) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax import lax, nn
 
-from agc.errors import DTypeError, ShapeError
+from agc.errors import DTypeError, ParameterError, ShapeError
 from agc.nfnet import (
     ALPHA,
     GAMMAS,
@@ -156,10 +157,10 @@ def nfnet(
 class SameConv2d(nnx.Module):  # type: ignore[misc]
     """A convolution with a bias that pads as XLA's SAME: even axes under stride 2 at their end."""
 
-    def __init__(self, conv: Conv, param_dtype: Any = jnp.float32) -> None:
+    def __init__(self, conv: Conv, param_dtype: Any = jnp.float32, *, bias: bool = True) -> None:
         self.conv = conv
         self.weight = _undrawn(conv.shape, param_dtype)
-        self.bias = _undrawn((conv.outputs,), param_dtype)
+        self.bias = _undrawn((conv.outputs,), param_dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve images of shape (n, h, w, inputs)."""
@@ -176,7 +177,7 @@ class SameConv2d(nnx.Module):  # type: ignore[misc]
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=self.conv.groups,
         )
-        return out + self.bias[...].astype(x.dtype)
+        return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 
 
 _FILTER: Final = (0, 1, 2)  # the axes of a filter, of which a weight has one for each output
@@ -243,6 +244,31 @@ class WSConv2d(SameConv2d):
         plain.weight = nnx.Param(_standardised(self.weight[...], self.gain[...], self.ws_eps))
         plain.bias = self.bias
         return plain
+
+    def normalised(self) -> NormalisedConv2d:
+        """Return a convolution with the same weight and batch normalisation."""
+        twin = NormalisedConv2d(self.conv, self.weight.dtype)
+        twin.weight = self.weight
+        return twin
+
+
+class NormalisedConv2d(SameConv2d):
+    """A convolution, and batch normalisation instead of a standardised weight and a bias."""
+
+    def __init__(self, conv: Conv, param_dtype: Any = jnp.float32) -> None:
+        super().__init__(conv, param_dtype, bias=False)
+        # PyTorch's epsilon and momentum; Flax calls the share that is kept momentum.
+        self.norm = nnx.BatchNorm(
+            conv.outputs, momentum=0.9, epsilon=1e-5, param_dtype=param_dtype, rngs=nnx.Rngs(0)
+        )
+        # Flax has float32 at first, and after a step in float64 another dtype.
+        wide = jnp.promote_types(param_dtype, jnp.float32)
+        self.norm.mean = nnx.BatchStat(self.norm.mean[...].astype(wide))
+        self.norm.var = nnx.BatchStat(self.norm.var[...].astype(wide))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolve images of shape (n, h, w, inputs), and normalise over them, in their dtype."""
+        return self.norm(super().__call__(x)).astype(x.dtype)
 
 
 class Dense(nnx.Module):  # type: ignore[misc]
@@ -538,6 +564,37 @@ class NFNet(nnx.Module):  # type: ignore[misc]
             "res_avg_var": jnp.stack(residuals),
         }
 
+    def batch_normalised(self) -> NFNet:
+        """Return the twin that normalises, for comparisons of speed and of training.
+
+        Returns
+        -------
+        NFNet
+            In the same mode, with the same weights, and batch normalisation (``norm``) after each
+            convolution instead of standardised weights, biases and expected variances; all else is
+            the same, activations with their constants and skip gains too. It has no canonical
+            names, hence no files.
+
+        Raises
+        ------
+        ParameterError
+            If the model is folded or batch-normalised.
+
+        Notes
+        -----
+        ``flax.nnx.BatchNorm`` with PyTorch's constants: epsilon 1e-5, and running statistics
+        (``nnx.BatchStat``, in at least float32) that take a tenth of each batch's; of its variance
+        the biased one, where PyTorch takes the unbiased one. The statistics of the batch are used
+        between ``train()`` and ``eval()``, whatever the argument ``deterministic`` is.
+        """
+        twin = self._with_convs(WSConv2d.normalised)
+        for _, module in nnx.iter_modules(twin):
+            if isinstance(module, NFBlock):
+                module.block = replace(module.block, variance=1.0)
+        if self.dropout.deterministic:
+            twin.eval()
+        return twin
+
     def fold(self) -> NFNet:
         """Return a copy for inference, in which weight standardisation is done once and for all.
 
@@ -547,15 +604,30 @@ class NFNet(nnx.Module):  # type: ignore[misc]
             In evaluation mode, with plain convolutions and without gains. Outputs are the same up
             to rounding. It is not for training: without standardisation, DeepMind's recipe does not
             apply.
+
+        Raises
+        ------
+        ParameterError
+            If the model is folded or batch-normalised.
         """
-        graph, state = nnx.split(self)
-        folded: NFNet = nnx.merge(graph, jax.device_put(state, may_alias=False))
+        folded = self._with_convs(WSConv2d.folded)
         folded.eval()
-        for _, parent in list(nnx.iter_modules(folded)):
+        return folded
+
+    def _with_convs(self, change: Callable[[WSConv2d], SameConv2d]) -> NFNet:
+        """Return a copy with other convolutions."""
+        if not any(isinstance(module, WSConv2d) for _, module in nnx.iter_modules(self)):
+            raise ParameterError(
+                "the model has no standardised weights: it is folded or batch-normalised; "
+                "use the model that it was made from"
+            )
+        graph, state = nnx.split(self)
+        changed: NFNet = nnx.merge(graph, jax.device_put(state, may_alias=False))
+        for _, parent in list(nnx.iter_modules(changed)):
             for name, child in list(vars(parent).items()):
                 if isinstance(child, WSConv2d):
-                    setattr(parent, name, child.folded())
-        return folded
+                    setattr(parent, name, change(child))
+        return changed
 
     def _finish(self, x: jax.Array) -> jax.Array:
         return self.activation(x if self.final_conv is None else self.final_conv(x))

@@ -20,7 +20,7 @@ from typing import Any, Final
 import keras
 import tensorflow as tf
 
-from agc.errors import DTypeError, ShapeError
+from agc.errors import DTypeError, ParameterError, ShapeError
 from agc.nfnet import (
     ALPHA,
     GAMMAS,
@@ -160,14 +160,15 @@ class _Layer(keras.layers.Layer):  # type: ignore[misc]
 class SameConv2D(_Layer):
     """A convolution with a bias that pads as XLA's SAME: even axes under stride 2 at their end."""
 
-    def __init__(self, conv: Conv, **layer: Any) -> None:
+    def __init__(self, conv: Conv, *, biased: bool = True, **layer: Any) -> None:
         super().__init__(name=conv.name.rpartition(".")[2], **layer)
         self.conv = conv
+        self.biased = biased
 
     def build(self, _input_shape: Any) -> None:
         """Create the variables."""
         self.weight = self.add("weight", self.conv.shape, "conv")
-        self.bias = self.add("bias", (self.conv.outputs,), "bias")
+        self.bias = self.add("bias", (self.conv.outputs,), "bias") if self.biased else None
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Convolve images of shape (n, h, w, inputs)."""
@@ -181,7 +182,7 @@ class SameConv2D(_Layer):
         else:
             pairs = zip(tf.split(x, groups, 3), tf.split(weight, groups, 3), strict=True)
             x = tf.concat([tf.nn.conv2d(group, w, stride, "SAME") for group, w in pairs], 3)
-        return x + tf.cast(self.bias, x.dtype)
+        return x if self.bias is None else x + tf.cast(self.bias, x.dtype)
 
 
 _FILTER: Final = (0, 1, 2)  # the axes of a filter, of which a weight has one for each output
@@ -236,6 +237,26 @@ class WSConv2D(SameConv2D):
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Convolve images of shape (n, h, w, inputs)."""
         return self.convolve(x, self.standardised())
+
+
+class NormalisedConv2D(SameConv2D):
+    """A convolution, and batch normalisation instead of a standardised weight and a bias."""
+
+    def __init__(self, conv: Conv, **layer: Any) -> None:
+        super().__init__(conv, biased=False, **layer)
+        # PyTorch's epsilon and momentum; Keras calls the share that is kept momentum.
+        self.norm = keras.layers.BatchNormalization(
+            momentum=0.9, epsilon=1e-5, name="norm", **layer
+        )
+
+    def build(self, _input_shape: Any) -> None:
+        """Create the variables."""
+        super().build(_input_shape)
+        self.norm.build((None, None, None, self.conv.outputs))
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Convolve images of shape (n, h, w, inputs), and normalise over them."""
+        return self.norm(super().call(x))
 
 
 class Dense(_Layer):
@@ -431,6 +452,9 @@ class NFNet(keras.Model):  # type: ignore[misc]
         What to build.
     folded : bool
         Whether convolutions are plain ones; see :meth:`fold`.
+    normalised : bool
+        Whether convolutions are plain ones, each with batch normalisation behind it; see
+        :meth:`batch_normalised`.
     **layer
         ``dtype``, ``name`` and ``trainable``, as in any Keras model.
 
@@ -438,28 +462,38 @@ class NFNet(keras.Model):  # type: ignore[misc]
     ----------
     options : Options
         What it was built from.
-    folded : bool
-        Whether convolutions are plain ones.
+    folded, normalised : bool
+        Whether convolutions are plain ones, and whether batch normalisation is behind them.
     agc_head : str
         The classifier, for ``@head`` in a rule (AGC-6).
     """
 
     def __init__(
-        self, options: Options, *, folded: bool = False, trainable: bool = True, **layer: Any
+        self,
+        options: Options,
+        *,
+        folded: bool = False,
+        normalised: bool = False,
+        trainable: bool = True,
+        **layer: Any,
     ) -> None:
         super().__init__(**layer)
         inner = {"dtype": self.dtype_policy}
 
         def convolution(conv: Conv) -> SameConv2D:
+            if normalised:
+                return NormalisedConv2D(conv, **inner)
             return SameConv2D(conv, **inner) if folded else WSConv2D(conv, options.ws_eps, **inner)
 
         self.options = options
         self.folded = folded
+        self.normalised = normalised
         self.agc_head = HEAD
         resnet = options.variant.family == "NF-ResNet"
         self.stem = (ResNetStem if resnet else Stem)(options, convolution, **inner)
         stages: list[list[NFBlock]] = [[] for _ in options.variant.depths]
         for block in blocks(options.variant):
+            block = dataclasses.replace(block, variance=1.0) if normalised else block
             stages[block.stage].append(NFBlock(block, options, convolution, **inner))
         self.stages = [Stage(f"stages.{s}", stage, **inner) for s, stage in enumerate(stages)]
         last = final_conv(options.variant)
@@ -566,6 +600,38 @@ class NFNet(keras.Model):  # type: ignore[misc]
             "res_avg_var": tf.stack(residuals),
         }
 
+    def batch_normalised(self) -> NFNet:
+        """Return the twin that normalises, for comparisons of speed and of training.
+
+        Returns
+        -------
+        NFNet
+            With the same weights, and batch normalisation (``norm``) after each convolution instead
+            of standardised weights, biases and expected variances; all else is the same,
+            activations with their constants and skip gains too. It can be saved as any model, but
+            has no canonical names.
+
+        Raises
+        ------
+        ParameterError
+            If the model is folded or batch-normalised.
+
+        Notes
+        -----
+        ``keras.layers.BatchNormalization`` with PyTorch's constants: epsilon 1e-5, and moving
+        statistics that take a tenth of each batch's; of its variance the biased one, where PyTorch
+        takes the unbiased one.
+        """
+        check_standardised(self)
+        twin = NFNet(
+            self.options, normalised=True, trainable=self.trainable, dtype=self.dtype_policy
+        )
+        own = named_variables(self)
+        for name, variable in named_variables(twin).items():
+            if name in own:
+                variable.assign(own[name])
+        return twin
+
     def fold(self) -> NFNet:
         """Return a copy for inference, in which weight standardisation is done once and for all.
 
@@ -574,7 +640,13 @@ class NFNet(keras.Model):  # type: ignore[misc]
         NFNet
             With plain convolutions and without gains; its parameters are frozen. Outputs are the
             same up to rounding. It can be saved and exported as any model.
+
+        Raises
+        ------
+        ParameterError
+            If the model is folded or batch-normalised.
         """
+        check_standardised(self)
         folded = NFNet(self.options, folded=True, trainable=False, dtype=self.dtype_policy)
         convs = [layer for layer in self._flatten_layers() if isinstance(layer, WSConv2D)]
         standardised = {id(conv.weight): conv.standardised() for conv in convs}
@@ -593,6 +665,7 @@ class NFNet(keras.Model):  # type: ignore[misc]
             "trainable": self.trainable,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "folded": self.folded,
+            "normalised": self.normalised,
             "options": options,
         }
 
@@ -631,6 +704,15 @@ class NFNet(keras.Model):  # type: ignore[misc]
                 "convert them, subtract the mean and divide by the standard deviation"
             )
         return x
+
+
+def check_standardised(model: NFNet) -> None:
+    """Raise ParameterError if a model has no standardised weights."""
+    if model.folded or model.normalised:
+        what = "folded" if model.folded else "batch-normalised"
+        raise ParameterError(
+            f"the model has no standardised weights: it is {what}; use the model that it was made from"
+        )
 
 
 def _build(*layers: _Layer | None) -> None:

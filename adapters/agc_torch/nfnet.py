@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from agc.errors import DTypeError, ShapeError
+from agc.errors import DTypeError, ParameterError, ShapeError
 from agc.nfnet import (
     ALPHA,
     GAMMAS,
@@ -311,6 +311,7 @@ class WSConv2d(SameConv2d):
         """Return a convolution with the same weight and batch normalisation."""
         twin = NormalisedConv2d(self.conv, device=self.weight.device, dtype=self.weight.dtype)
         twin.weight = nn.Parameter(self.weight.detach().clone())
+        twin.train(self.training)
         return twin
 
 
@@ -615,9 +616,20 @@ class NFNet(nn.Module):  # type: ignore[misc]
         Returns
         -------
         NFNet
-            With the same weights, and batch normalisation after each convolution instead of
-            standardised weights and expected variances; all else is the same, activations with
-            their constants and skip gains too. It has no canonical names, hence no files.
+            In the same mode, with the same weights, and batch normalisation (``norm``) after each
+            convolution instead of standardised weights, biases and expected variances; all else is
+            the same, activations with their constants and skip gains too. It has no canonical
+            names, hence no files.
+
+        Raises
+        ------
+        ParameterError
+            If the model is folded or batch-normalised.
+
+        Notes
+        -----
+        ``torch.nn.BatchNorm2d`` as it is by default: epsilon 1e-5, and running statistics that take
+        a tenth of each batch's; of its variance the unbiased one.
         """
         twin = self._with_convs(WSConv2d.normalised)
         for module in twin.modules():
@@ -633,6 +645,11 @@ class NFNet(nn.Module):  # type: ignore[misc]
         NFNet
             In evaluation mode, with plain convolutions and without gains; its parameters are
             frozen. Outputs are the same up to rounding.
+
+        Raises
+        ------
+        ParameterError
+            If the model is folded or batch-normalised.
         """
         folded = self._with_convs(WSConv2d.folded)
         folded.eval().requires_grad_(False)
@@ -640,6 +657,11 @@ class NFNet(nn.Module):  # type: ignore[misc]
 
     def _with_convs(self, change: Callable[[WSConv2d], SameConv2d]) -> NFNet:
         """Return a copy with other convolutions."""
+        if not any(isinstance(module, WSConv2d) for module in self.modules()):
+            raise ParameterError(
+                "the model has no standardised weights: it is folded or batch-normalised; "
+                "use the model that it was made from"
+            )
         changed: NFNet = copy.deepcopy(self)
         for parent in list(changed.modules()):
             for name, child in parent.named_children():

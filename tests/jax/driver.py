@@ -116,6 +116,7 @@ class JaxOptimizer(Optimizer):
 
 class JaxDriver(Driver):
     adapter = agc_jax
+    norm_names = ("scale", "bias", "mean", "var")
     sam_modes = ("traced",)
     backend = JaxBackend
 
@@ -160,6 +161,18 @@ class JaxDriver(Driver):
 
     def standardised(self, conv: Any) -> Array:
         return np.asarray(standardised(conv))
+
+    def _norms(self, twin: Any) -> dict[str, Any]:
+        state = nnx.to_flat_state(nnx.state(twin, (nnx.Param, nnx.BatchStat)))
+        named = {".".join(map(str, path)): leaf for path, leaf in state}
+        return {self.canonical(n): leaf for n, leaf in named.items() if ".norm." in n}
+
+    def norms(self, twin: Any) -> dict[str, Array]:
+        return {name: np.asarray(leaf[...]) for name, leaf in self._norms(twin).items()}
+
+    def set_norms(self, twin: Any, values: Mapping[str, Array]) -> None:
+        for name, leaf in self._norms(twin).items():
+            leaf[...] = jax.device_put(values[name])
 
     def activation(self, name: str, x: Array) -> Array:
         return np.asarray(jax.jit(Activation(name))(x))

@@ -110,6 +110,7 @@ class GraphBackend(TensorFlowBackend):
 
 class TensorFlowDriver(Driver):
     adapter = agc_tensorflow
+    norm_names = ("gamma", "beta", "moving_mean", "moving_variance")
     modes = ("eager", "graph", "xla")
     dtypes = ("float64", "float32", "mixed_bfloat16", "bfloat16")
     ways = ("eager", "graph")
@@ -155,6 +156,17 @@ class TensorFlowDriver(Driver):
 
     def standardised(self, conv: Any) -> Array:
         return conv.standardised().numpy()
+
+    def _norms(self, twin: Any) -> dict[str, Any]:
+        named = {n: v for n, v in self.parameters(twin).items() if ".norm." in n}
+        return {self.canonical(name): variable for name, variable in named.items()}
+
+    def norms(self, twin: Any) -> dict[str, Array]:
+        return numpy_of(self._norms(twin))
+
+    def set_norms(self, twin: Any, values: Mapping[str, Array]) -> None:
+        for name, variable in self._norms(twin).items():
+            variable.assign(values[name])
 
     def activation(self, name: str, x: Array) -> Array:
         return Activation(name)(tf.constant(x)).numpy()
@@ -228,7 +240,9 @@ class TensorFlowDriver(Driver):
         x = tf.constant(images)
         logits, loss, gradients = WRAPPERS[mode or "eager"](derive)(x, masks)
         by_name = numpy_of(dict(zip(named, gradients, strict=True)))
-        maps = (numpy_of(model.features(x)), numpy_of(model.signals(x)))
+        maps: tuple[Any, Any] = ({}, {})
+        if masks is None:
+            maps = (numpy_of(model.features(x)), numpy_of(model.signals(x)))
         return Outputs(float(loss), logits.numpy(), by_name, *maps)
 
     def check_gradients(self, conv: Any, images: Array) -> None:

@@ -120,6 +120,8 @@ class LossOfWeights(nn.ParameterDict):
 
 class TorchDriver(Driver):
     adapter = agc_torch
+    norm_names = ("weight", "bias", "running_mean", "running_var")
+    unbiased = True
     channels_first = True
     modes = ("contiguous", "channels_last")
     ways = ("foreach", "fused", "one by one")
@@ -160,6 +162,17 @@ class TorchDriver(Driver):
 
     def standardised(self, conv: Any) -> Array:
         return numpy(conv.standardised()).transpose(1, 2, 3, 0)
+
+    def _norms(self, twin: Any) -> dict[str, Tensor]:
+        tensors = {n: t for n, t in twin.state_dict().items() if ".norm." in n and t.ndim}
+        return {self.canonical(name): value for name, value in tensors.items()}
+
+    def norms(self, twin: Any) -> dict[str, Array]:
+        return {name: numpy(value).copy() for name, value in self._norms(twin).items()}
+
+    def set_norms(self, twin: Any, values: Mapping[str, Array]) -> None:
+        for name, value in self._norms(twin).items():
+            value.copy_(tensor(values[name]))
 
     def activation(self, name: str, x: Array) -> Array:
         return numpy(Activation(name)(tensor(x)))
@@ -239,10 +252,12 @@ class TorchDriver(Driver):
         logits = model(x, masks=masks)
         loss = mean_loss(logits, labels)
         loss.backward()
-        with torch.no_grad():
-            features, signals = numpy_of(model.features(x)), numpy_of(model.signals(x))
         gradients = numpy_of({name: p.grad for name, p in model.named_parameters()})
-        return Outputs(loss.item(), numpy(logits), gradients, features, signals)
+        maps: tuple[Any, Any] = ({}, {})
+        if masks is None:
+            with torch.no_grad():
+                maps = (numpy_of(model.features(x)), numpy_of(model.signals(x)))
+        return Outputs(loss.item(), numpy(logits), gradients, *maps)
 
     def check_gradients(self, conv: Any, images: Array) -> None:
         def run(weight: Tensor, gain: Tensor, bias: Tensor) -> Tensor:

@@ -254,6 +254,8 @@ def bench(session: nox.Session) -> None:
     pinned = tuple(f"pinned-{framework}" for framework in FRAMEWORKS)
     install(session, *FRAMEWORKS, "conformance", groups=("test", "bench", *pinned))
     install_peers(session)
+    # Its Python part does without the operators, which are of another build of PyTorch.
+    session.install("--no-deps", *nox.project.dependency_groups(PYPROJECT, "peers-data"))
     session.run("python", "-m", "benchmarks", *session.posargs, env=QUIET)
 
 

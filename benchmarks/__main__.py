@@ -1,4 +1,4 @@
-"""Run everything: ``python -m benchmarks [torch] [jax] [tensorflow]``, then report and check."""
+"""Run everything: ``python -m benchmarks [torch] [jax] [tensorflow] [data]``, then report."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from benchmarks import report
 
 def main(arguments: list[str]) -> int:
     """Measure each framework in its own process; return 1 if a test fails or a target is missed."""
-    frameworks = arguments or list(report.FRAMEWORKS)
-    unknown = sorted(set(frameworks) - set(report.FRAMEWORKS))
+    known = (*report.FRAMEWORKS, report.DATA)
+    frameworks = arguments or list(known)
+    unknown = sorted(set(frameworks) - set(known))
     if unknown:
-        print(f"unknown framework {unknown[0]!r}; there are {', '.join(report.FRAMEWORKS)}")
+        print(f"unknown framework {unknown[0]!r}; there are {', '.join(known)}")
         return 2
     folder = report.HERE / "results"
     folder.mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ TURNS = 8
 ROUNDS = 4
 PACKAGES = (
     "agc-sam", "numpy", "torch", "timm", "pytorch_optimizer", "jax", "optax", "tensorflow-cpu",
-    "tensorflow", "keras",
+    "tensorflow", "keras", "pillow", "torchvision",
 )  # fmt: skip
 
 

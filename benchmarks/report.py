@@ -23,6 +23,8 @@ __all__ = ["TARGETS", "Results", "main", "verdicts"]
 
 HERE = Path(__file__).parent
 FRAMEWORKS = ("torch", "jax", "tensorflow")
+DATA = "data"
+"""Name of the file of input pipelines, which is of no framework."""
 TITLES = {
     "torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow",
     "nfnet-f0": "NFNet-F0", "gpt2-small": "GPT-2 small",
@@ -31,6 +33,7 @@ TITLES = {
     "new arrays": "*bound of new arrays*", "naive": "naive port", "ours": "**agc**", "ours xla": "**agc**, XLA", "naive xla": "naive port, XLA",
     "F0": "NFNet-F0", "forward": "forward", "plain functions": "plain functions",
     "standardisation": "weight standardisation alone", "step": "training step",
+    "data": "agc.data", "torchvision": "torchvision", "tf.data": "tf.data",
     "sam": "SAM", "fraction": "SAM, fraction 0.2",
 }  # fmt: skip
 
@@ -90,8 +93,9 @@ class Results:
         self.memory: dict[tuple[str, str, str], float] = {}
         self.model_peaks: dict[tuple[str, str], float] = {}
         self.sam_peaks: dict[str, float] = {}
+        self.images: int = 0
         self._turns: dict[Case, dict[str, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
-        for framework in FRAMEWORKS:
+        for framework in (*FRAMEWORKS, DATA):
             path = folder / f"{framework}.json"
             if not path.exists():
                 continue
@@ -110,8 +114,22 @@ class Results:
                     key = case["model"], case["condition"], case["contestant"]
                     self.memory[key] = case["peak_memory"]
                     continue
+                self.images = case.get("images", self.images)
                 place = framework, case["model"], case["condition"]
                 self._turns[place][case["contestant"]][case["turn"]] = benchmark["stats"]
+
+    @property
+    def frameworks(self) -> list[str]:
+        """The frameworks that were measured."""
+        return [framework for framework in FRAMEWORKS if framework in self.machines]
+
+    def pipelines(self) -> list[Case]:
+        """Return the input pipelines that ours is compared with, in the order they were run."""
+        return [case for case in self._turns if case[0] == DATA]
+
+    def images_per_second(self, case: Case, contestant: str) -> float:
+        """Return how many images a pipeline makes in a second of one core, at its fastest."""
+        return 1e3 * self.images / self.milliseconds(case, contestant)
 
     def cases(self, framework: str) -> list[Case]:
         """Return the cases of clipping of a framework in the order they were run."""
@@ -168,7 +186,7 @@ def verdicts(results: Results) -> list[tuple[str, bool]]:
                 # Noise makes one of two equal programs slower.
                 slack = NOISE if target.ratio == 1 else 0.0
                 targets.append((text, ratio >= target.ratio * (1 - slack)))
-    for framework in results.machines:
+    for framework in results.frameworks:
         for contestant, most in SAM_COSTS.items():
             cost = results.sam_cost(framework, contestant)
             text = (
@@ -176,7 +194,7 @@ def verdicts(results: Results) -> list[tuple[str, bool]]:
                 f"(at most {most:g})"
             )
             targets.append((text, cost <= most))
-    for framework in results.machines:
+    for framework in results.frameworks:
         for case in results.models(framework):
             peer = PEERS[framework]
             ratio = results.ratio(case, peer)
@@ -260,7 +278,7 @@ def table(results: Results, framework: str) -> str:
 def model_table(results: Results) -> str:
     """Return a Markdown table: NFNet-F0 forward and a training step, in milliseconds."""
     rows = [["NFNet-F0", "forward", "training step", "memory of a step"], ["---", *3 * ["---:"]]]
-    for framework in results.machines:
+    for framework in results.frameworks:
         cases = results.models(framework)
         for contestant in results.contestants(cases):
             row = [f"{TITLES[framework]}: {TITLES[contestant]}"]
@@ -276,9 +294,20 @@ def model_table(results: Results) -> str:
 def sam_table(results: Results) -> str:
     """Return a Markdown table: a training step with SAM, as a multiple of one without."""
     rows = [["training step", *(TITLES[name] for name in SAM_COSTS)], ["---", "---:", "---:"]]
-    for framework in results.machines:
+    for framework in results.frameworks:
         costs = [f"{results.sam_cost(framework, name):.2f}x" for name in SAM_COSTS]
         rows.append([TITLES[framework], *costs])
+    return grid(rows)
+
+
+def data_table(results: Results) -> str:
+    """Return a Markdown table: images per second of a core, ours and each peer's."""
+    rows = [["the same work as", "its images/s of a core", "**agc.data**'s", "share"]]
+    rows.append(["---", "---:", "---:", "---:"])
+    for case in results.pipelines():
+        speeds = [results.images_per_second(case, name) for name in ("peer", "ours")]
+        share = f"{results.ratio(case, 'peer'):.2f}"
+        rows.append([TITLES[case[2]], *(f"{speed:.0f}" for speed in speeds), share])
     return grid(rows)
 
 
@@ -293,9 +322,11 @@ def document(results: Results) -> str:
         "operation that reads both and writes all gradients into new arrays.",
         "![Time relative to ours](speed.svg)",
     ]
-    parts += [table(results, framework) for framework in results.machines]
+    parts += [table(results, framework) for framework in results.frameworks]
     parts.append("## SAM\n\n" + sam_table(results))
     parts.append("## Models\n\n" + model_table(results))
+    if results.pipelines():
+        parts.append("## Images\n\n" + data_table(results))
     marks = {True: "met", False: "**missed**"}
     rows = [("target", "verdict"), ("---", "---")]
     rows += [(text, marks[met]) for text, met in verdicts(results)]
@@ -323,7 +354,7 @@ def figure(results: Results) -> str:
 
     bars = [
         (f"{_label(case)}: {peer}", results.ratio(case, peer))
-        for framework in results.machines
+        for framework in results.frameworks
         for case in results.cases(framework)
         for peer in results.contestants([case])
         if not peer.startswith("ours") and peer not in BOUNDS

@@ -1,15 +1,19 @@
-"""Import timm's models where torchvision has no build: they import it, but do not use it."""
+"""Import what needs torchvision where it has no build for PyTorch.
+
+timm's models import it, but do not use it. Of torchvision itself, what is Python and Pillow works.
+"""
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["import_timm", "timm_model"]
+__all__ = ["import_timm", "timm_model", "torchvision_part"]
 
 
 class _Anything(type):
@@ -45,9 +49,21 @@ def import_timm() -> Any:
     """Return the package, with or without torchvision."""
     if find_spec("torchvision") is None:
         sys.meta_path.insert(0, _Finder())
+    else:
+        torchvision_part("ops")
     import timm
 
     return timm
+
+
+def torchvision_part(name: str) -> Any:
+    """Return a module of torchvision, whose own operators need not be there."""
+    try:
+        return import_module(f"torchvision.{name}")
+    except RuntimeError:  # what describes the operators does not find them
+        describes = "torchvision._meta_registrations"
+        sys.modules[describes] = ModuleType(describes)
+        return import_module(f"torchvision.{name}")
 
 
 def timm_model(name: str) -> Any:

@@ -42,4 +42,5 @@ def normalisation_table(mean: Sequence[float], std: Sequence[float]) -> npt.NDAr
     A gather from it has the same bits on every device, and those of :func:`agc.data.normalise`;
     a subtraction and a division on the device need not have.
     """
-    return normalise(np.arange(256, dtype=np.uint8)[:, None], mean, std)
+    values = np.arange(256, dtype=np.uint8)[:, None]
+    return normalise(np.repeat(values, len(mean), axis=1), mean, std)

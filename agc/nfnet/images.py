@@ -98,8 +98,12 @@ def normalise(
     -------
     float32 array of the same shape
     """
-    standard = (images - 255 * np.array(mean)) / (255 * np.array(std))
-    return np.asarray(standard, np.float32)
+    # Whole rows at a time: NumPy is slow along an axis of three.
+    rows = images.reshape(*images.shape[:-2], -1) if images.ndim > 1 else images
+    times = rows.shape[-1] // images.shape[-1]
+    means, stds = (np.tile(255 * np.array(each), times) for each in (mean, std))
+    standard = (rows - means) / stds
+    return np.asarray(standard, np.float32).reshape(images.shape)
 
 
 def resize_bicubic(image: npt.NDArray[Any], height: int, width: int) -> Array:

@@ -12,7 +12,8 @@ takes ``device=`` and returns one, or an instance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -601,3 +602,12 @@ class Backend:
         It may be given a state more than once, and must then forget the one before.
         """
         raise Unsupported(f"{self.name} does not train recipes")
+
+    def processes(self, count: int) -> AbstractContextManager[Callable[[Recipe, Launch], Trainer]]:
+        """Start processes of this machine that train together, and end them.
+
+        What is given is as :meth:`trainer`, and trains on all of them: it takes whole batches, of
+        which each process has an equal, contiguous part
+        (:func:`agc_conformance.training.processes.started`).
+        """
+        raise Unsupported(f"{self.name} trains in one process")

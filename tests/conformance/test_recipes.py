@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from agc_conformance.records import Writer, make_header, read_results
 from agc_conformance.report import html, summarize
 from agc_conformance.report.figures import recipe_curves
 from agc_conformance.runner import cases, run_case
+from agc_conformance.training.processes import Process, started
 from agc_conformance.training.recipes import KINDS, SHORT, result_ids, run_recipes
 from agc_conformance.training.reference import ReferenceTrainer
 from agc_conformance.vectors import load_vectors
@@ -75,19 +79,42 @@ class LowBackend(ReferenceBackend):
     training = Low
 
 
+class Apart(ReferenceBackend):
+    """Starts processes that know nothing of each other."""
+
+    make = "agc_conformance.training.reference:ReferenceTrainer"
+
+    def processes(self, count: int) -> Any:
+        return started(self.make, [Process({"WHO": str(n)}, {}) for n in range(count)])
+
+
+class Ended(Apart):
+    make = f"{__name__}:end"
+
+
+def end(*_: Any) -> None:
+    if os.environ["WHO"] == "1":
+        sys.stderr.write("no more")
+        sys.stderr.flush()
+        os._exit(3)
+    time.sleep(600)
+
+
 class Absent(ReferenceBackend):
     def trainer(self, recipe: Recipe, launch: Launch) -> Any:
         raise RuntimeError("no memory")
 
 
 @pytest.mark.parametrize(
-    ("backend", "status", "detail"),
+    ("backend", "kind", "status", "detail"),
     [
-        (LowBackend(), "failed", "step 0: perturbed_loss is None, it should be 2.3"),
-        (Absent(), "error", "RuntimeError: no memory"),
+        (LowBackend(), "trajectory", "failed", "step 0: perturbed_loss is None, it should be 2.3"),
+        (Absent(), "trajectory", "error", "RuntimeError: no memory"),
+        (Apart(), "processes", "error", "RuntimeError: step: process 1 says Metrics(loss=2."),
+        (Ended(), "processes", "error", "RuntimeError: process 1, make: it ended: no more"),
     ],
 )
-def test_what_is_wrong_is_said(backend: Backend, status: str, detail: str) -> None:
-    (record,) = results(backend, "L5-trajectory")
+def test_what_is_wrong_is_said(backend: Backend, kind: str, status: str, detail: str) -> None:
+    (record,) = results(backend, f"L5-{kind}")
     assert record["status"] == status
     assert detail in record["detail"]

@@ -77,10 +77,10 @@ class Trained(Backend):
 
 class TrainingContract(Contract):
     def trained(
-        self, recipe: Recipe, state: State, steps: range, **launch: Any
+        self, recipe: Recipe, state: State, steps: range, trainer: Trainer | None = None
     ) -> Iterator[tuple[Any, State]]:
         """Yield what each step reports, and the state after it."""
-        trainer = self.driver.trainer(recipe, Launch(**launch))
+        trainer = trainer or self.driver.trainer(recipe, Launch())
         trainer.load(state)
         batches, table = batches_of(recipe), numbers(recipe)
         for step in steps:
@@ -88,21 +88,26 @@ class TrainingContract(Contract):
             yield metrics, trainer.state()
 
     @pytest.mark.long
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "processes"])
     def test_level_5(self, kind):
         records = run_recipes(Trained(self.driver), SHORT, select=f"L5-{kind}")
         (result,) = (record for record in records if record["type"] == "result")
         assert result["status"] == "passed", result["detail"]
 
-    def test_steps(self, case="bare", microbatch=None):
+    @pytest.mark.long
+    def test_processes(self):
+        """Without SAM and clipping; for all of a recipe the suite's main job asks."""
+        with self.driver.backend().processes(2) as trainer:
+            self.test_steps(trainer=trainer)
+
+    def test_steps(self, case="bare", microbatch=None, trainer=None):
         recipe = recipe_of(case)
         start = seeded_state(recipe)
+        made = (trainer or self.driver.trainer)(recipe, Launch(microbatch=microbatch))
         reference = ReferenceTrainer(recipe)
         reference.load(start)
         batches, table = batches_of(recipe), numbers(recipe)
-        for step, (metrics, state) in enumerate(
-            self.trained(recipe, start, range(STEPS), microbatch=microbatch)
-        ):
+        for step, (metrics, state) in enumerate(self.trained(recipe, start, range(STEPS), made)):
             expected = reference.step(batches[step], table.at(step))
             assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=1e-5)
             assert metrics.perturbed_loss is None or recipe.sam

@@ -61,7 +61,8 @@ class Folder:
         file, label = self._files[index]
         try:
             with self._pillow.open(file) as image:
-                pixels: Any = np.asarray(image.convert(self._mode))
+                own = image if image.mode == self._mode else image.convert(self._mode)
+                pixels: Any = np.asarray(own)
         except (OSError, SyntaxError, ValueError, self._pillow.DecompressionBombError) as error:
             raise FormatError(f"{file}: cannot be read as an image: {error}") from None
         return pixels, label

@@ -6,6 +6,7 @@ It tests the suite itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Literal
 
@@ -364,3 +365,11 @@ class ReferenceBackend(Backend):
     def trainer(self, recipe: Recipe, launch: Launch) -> Trainer:
         """Train in float64, with a state in float32."""
         return self.training(recipe, launch, dtype=np.float32)
+
+    def processes(self, count: int) -> AbstractContextManager[Callable[[Recipe, Launch], Trainer]]:
+        """Give trainers that take the batches of several processes."""
+
+        def make(recipe: Recipe, launch: Launch) -> Trainer:
+            return self.training(recipe, launch, dtype=np.float32, processes=count)
+
+        return nullcontext(make)

@@ -219,6 +219,26 @@ class _NoDropout(ReferenceTrainer):
     network = _DeafNetwork
 
 
+@_training("gradient of one process", "replicas that nothing averages", kinds="processes")
+class _OwnGradient(ReferenceTrainer):
+    def gradients(self, arrays: list[Array]) -> tuple[float, float | None, Arrays]:
+        loss, perturbed, _ = super().gradients(arrays)
+        own = [array[: len(array) // self.processes] for array in arrays]
+        return loss, perturbed, super().gradients(own)[2]
+
+
+@_training("AGC in every process", "clipped before the mean over processes", kinds="processes")
+class _ClippedProcesses(ReferenceTrainer):
+    def gradients(self, arrays: list[Array]) -> tuple[float, float | None, Arrays]:
+        loss, perturbed, _ = super().gradients(arrays)
+        wide = {name: weight.astype(np.float64) for name, weight in self.weights.items()}
+        parts = zip(*(np.split(array, self.processes) for array in arrays), strict=True)
+        derive = super().gradients
+        clipped = [self.clip(wide, derive(list(part))[2]) for part in parts]
+        mean = {name: np.mean([each[name] for each in clipped], axis=0) for name in clipped[0]}
+        return loss, perturbed, mean
+
+
 @_training("ascent of one host", "the first fifth of the batch", kinds="sam")
 class _FirstHost(ReferenceTrainer):
     def ascent(self, examples: int) -> Sequence[int]:

@@ -13,14 +13,14 @@ tables of numbers are the core's own, and have vectors (``L5-recipe-*``, ``L5-ba
 ``L5-resume``     RECIPE-7 from a written checkpoint, bit for bit as if never stopped
 ``L5-migrate``    RECIPE-7 from a checkpoint that the reference wrote half-way
 ``L5-accumulate`` RECIPE-5 the whole batch at once
+``L5-processes``  RECIPE-5 two processes: the whole run, an evaluation, an ascent on both
 ``L5-sam``        RECIPE-5 the ascent on a fraction spread over the whole batch, and after AGC the
                            norm of all gradients is limited
 ``L5-finetune``   RECIPE-8 a file's weights under a new head; what AGC leaves out is the new one
 ================= ======== ====================================================================
 
 Since every backend goes on from the same checkpoint, and is compared with the same run, a training
-may move from each to each other. Another launch of the same recipe, such as several processes, is
-one more question with the same expected steps.
+may move from each to each other. Another launch of the same recipe is compared with the same steps.
 
 The state before the first step has skip gains of about 0.5, a momentum and an average that differ
 from the weights: at the official start, errors in the branches stay invisible.
@@ -75,6 +75,7 @@ KINDS: Final[dict[str, str]] = {
     "resume": "RECIPE-7",
     "migrate": "RECIPE-7",
     "accumulate": "RECIPE-5",
+    "processes": "RECIPE-5",
     "sam": "RECIPE-5",
     "finetune": "RECIPE-8",
 }
@@ -83,6 +84,7 @@ KINDS: Final[dict[str, str]] = {
 LIMITS: Final[Mapping[str, float]] = {"parameters": 1e-6, "momentum": 1e-5, "ema": 1e-6}
 """Largest relative L2 error in float32 of each part of the state; rounding makes a fifth of it."""
 _LOSS: Final = 1e-5
+_PROCESSES: Final = 2
 _PERTURBS: Final = 2
 """A step that perturbs and whose rate is not 0; the one before it does not perturb."""
 _MAX_NORM: Final = 0.2
@@ -319,6 +321,21 @@ class _Study:
             self.trainers[key] = self.backend.trainer(key[0], Launch(microbatch=key[1]))
         return self.trainers[key]
 
+    @cached_property
+    def spread(self) -> Recipe:
+        """The recipe with one perturbation, of a fraction spread over the batch, and a limit of
+        the norm of all gradients.
+        """
+        sam = self.recipe.sam
+        assert sam is not None
+        limited = replace(self.recipe.optimizer, max_norm=_MAX_NORM)
+        return replace(self.recipe, sam=replace(sam, group="batch"), optimizer=limited)
+
+    def compare_spread(self, trainer: Trainer) -> Verdict:
+        """Compare a step of :attr:`spread` that perturbs."""
+        start = replace(seeded_state(self.spread), step=_PERTURBS)
+        return self.compare(trainer, self.spread, start, {_PERTURBS: self.batches[_PERTURBS]})
+
     def train(
         self, trainer: Trainer, recipe: Recipe, batches: Mapping[int, Batch]
     ) -> Iterator[tuple[Metrics, State]]:
@@ -468,7 +485,12 @@ def _mask(study: _Study) -> Verdict:
 
 
 def _evaluate(study: _Study) -> Verdict:
-    recipe, state, trainer = study.recipe, seeded_state(study.recipe), study.trainer()
+    return _evaluated(study.recipe, study.trainer())
+
+
+def _evaluated(recipe: Recipe, trainer: Trainer) -> Verdict:
+    """Compare what a trainer makes of all test images."""
+    state = seeded_state(recipe)
     reference = ReferenceTrainer(recipe)
     for each in (trainer, reference):
         each.load(state)
@@ -519,14 +541,20 @@ def _accumulate(study: _Study) -> Verdict:
     return verdict
 
 
+def _processes(study: _Study) -> Verdict:
+    with study.backend.processes(_PROCESSES) as trainer:
+        made = trainer(study.recipe, Launch(microbatch=study.plan.microbatches[0]))
+        start = seeded_state(study.recipe)
+        verdict = study.compare(made, study.recipe, start, study.batches, expected=study.expected)
+        verdict.add(_evaluated(study.recipe, made))
+        spread = study.compare_spread(trainer(study.spread, Launch()))
+        spread.problem = spread.problem and f"ascent on the whole batch: {spread.problem}"
+        verdict.add(spread)
+    return verdict
+
+
 def _sam(study: _Study) -> Verdict:
-    sam = study.recipe.sam
-    assert sam is not None
-    limited = replace(study.recipe.optimizer, max_norm=_MAX_NORM)
-    recipe = replace(study.recipe, sam=replace(sam, group="batch"), optimizer=limited)
-    trainer = study.trainer(recipe, recipe.train.batch)
-    start = replace(seeded_state(recipe), step=_PERTURBS)
-    return study.compare(trainer, recipe, start, {_PERTURBS: study.batches[_PERTURBS]})
+    return study.compare_spread(study.trainer(study.spread, study.spread.train.batch))
 
 
 def _finetune(study: _Study) -> Verdict:
@@ -578,6 +606,7 @@ _ASK: Final[Mapping[str, Callable[[_Study], Verdict]]] = {
     "resume": _resume,
     "migrate": _migrate,
     "accumulate": _accumulate,
+    "processes": _processes,
     "sam": _sam,
     "finetune": _finetune,
 }

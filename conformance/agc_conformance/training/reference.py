@@ -41,6 +41,8 @@ class ReferenceTrainer:
     dtype : dtype
         Of the state between the steps: float64 for the right numbers, float32 for a training that
         goes on from a file bit for bit. Every step is computed in float64.
+    processes : int
+        Whose batches these are; no number depends on it.
 
     Attributes
     ----------
@@ -51,11 +53,16 @@ class ReferenceTrainer:
     network: type[NFNet] = NFNet
 
     def __init__(
-        self, recipe: Recipe, launch: Launch | None = None, *, dtype: npt.DTypeLike = np.float64
+        self,
+        recipe: Recipe,
+        launch: Launch | None = None,
+        *,
+        dtype: npt.DTypeLike = np.float64,
+        processes: int = 1,
     ) -> None:
         self.facts: Mapping[str, Any] = {"framework": "reference", "numpy": np.__version__}
         self.hosts = Hosts()
-        self.recipe, self.dtype = recipe, np.dtype(dtype)
+        self.recipe, self.dtype, self.processes = recipe, np.dtype(dtype), processes
         self.microbatch = (launch and launch.microbatch) or recipe.train.batch
         model = recipe.model.options()
         self.variant, self.dropout = model.variant, model.dropout
@@ -143,7 +150,7 @@ class ReferenceTrainer:
             return loss, None, gradients
         examples = len(arrays[0])
         groups = 1 if sam.group == "batch" else examples // sam.group
-        if groups == 1:
+        if sam.group == "batch":
             first = self.ascent(examples)
             order = [*first, *(n for n in range(examples) if n not in first)]
             arrays = [array[order] for array in arrays]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from agc.training import Launch, Trainer
 from agc_conformance.backend import TrainingTask, TrainStep, Unsupported
 from agc_conformance.backends.jax.clipping import optax_sgd
 from agc_conformance.backends.jax.device import Device
+from agc_conformance.training.processes import Process, free_addresses, started
 from agc_conformance.training.within import Within
 from agc_jax.optimizer import adaptive_grad_clip
 from agc_jax.sam import sam_value_and_grad
@@ -43,6 +44,21 @@ class Training(Device):
         """Train as ``agc train`` does, with matrix products of float32 in full precision."""
         made = trainer(recipe, replace(launch, device=self.device))
         return Within(made, lambda: jax.default_matmul_precision("highest"))
+
+    def processes(self, count: int) -> AbstractContextManager[Callable[[Recipe, Launch], Trainer]]:
+        """Start processes that are told of each other, with a device each."""
+        if self.device != "cpu":
+            raise Unsupported("several processes are started on the CPU alone")
+        (address,) = free_addresses(1)
+        # What is asked is what they exchange: kernels that compile sooner will do.
+        environment = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
+        told = {"device": "cpu", "coordinator": address, "processes": count}
+        crew = [Process(environment, {**told, "process": number}) for number in range(count)]
+        return started("agc_jax.train:trainer", crew)
 
 
 class _Network(nnx.Module):  # type: ignore[misc]

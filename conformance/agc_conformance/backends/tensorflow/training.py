@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +15,10 @@ import tensorflow as tf
 
 from agc.recipe import Recipe
 from agc.training import Launch, Trainer
-from agc_conformance.backend import TrainingTask, TrainStep
+from agc_conformance.backend import TrainingTask, TrainStep, Unsupported
 from agc_conformance.backends.tensorflow.arrays import keras_sgd
 from agc_conformance.backends.tensorflow.device import Device
+from agc_conformance.training.processes import Process, free_addresses, started
 from agc_tensorflow.optimizer import AdaptiveGradClip
 from agc_tensorflow.sam import sam_value_and_gradients
 from agc_tensorflow.train import trainer
@@ -37,6 +40,17 @@ class Training(Device):
     def trainer(self, recipe: Recipe, launch: Launch) -> Trainer:
         """Train as ``agc train`` does."""
         return trainer(recipe, replace(launch, device=self._place[1:]))
+
+    def processes(self, count: int) -> AbstractContextManager[Callable[[Recipe, Launch], Trainer]]:
+        """Start workers, which ``TF_CONFIG`` tells of each other."""
+        if self.device != "cpu":
+            raise Unsupported("several processes are started on the CPU alone")
+        cluster = {"worker": free_addresses(count)}
+        tasks = ({"type": "worker", "index": index} for index in range(count))
+        configs = (json.dumps({"cluster": cluster, "task": task}) for task in tasks)
+        hidden = {"CUDA_VISIBLE_DEVICES": "-1"}
+        crew = [Process({**hidden, "TF_CONFIG": config}, {}) for config in configs]
+        return started("agc_tensorflow.train:trainer", crew)
 
 
 def _train(task: TrainingTask) -> Iterator[TrainStep]:

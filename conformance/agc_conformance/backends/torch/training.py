@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from agc.recipe import Recipe
 from agc.training import Launch, Trainer
-from agc_conformance.backend import TrainingTask, TrainStep
+from agc_conformance.backend import TrainingTask, TrainStep, Unsupported
 from agc_conformance.backends.torch.arrays import gradient_arrays, plain_sgd, to_array
 from agc_conformance.backends.torch.clipping import attach_sgd
 from agc_conformance.backends.torch.device import Device
+from agc_conformance.training.processes import Process, free_addresses, started
 from agc_conformance.training.within import Within
 from agc_torch.sam import SharpnessAware
 from agc_torch.train import trainer
@@ -77,6 +79,19 @@ class Training(Device):
     def trainer(self, recipe: Recipe, launch: Launch) -> Trainer:
         """Train as ``agc train`` does, with TF32 switched off."""
         return Within(trainer(recipe, replace(launch, device=self.device)), self.exact)
+
+    def processes(self, count: int) -> AbstractContextManager[Callable[[Recipe, Launch], Trainer]]:
+        """Start processes as ``torchrun`` does."""
+        if self.device != "cpu":
+            raise Unsupported("several processes are started on the CPU alone")
+        (address,) = free_addresses(1)
+        host, _, port = address.partition(":")
+        group = {"WORLD_SIZE": str(count), "MASTER_ADDR": host, "MASTER_PORT": port}
+        crew = [
+            Process({**group, "RANK": str(rank), "OMP_NUM_THREADS": "1"}, {"device": "cpu"})
+            for rank in range(count)
+        ]
+        return started("agc_torch.train:trainer", crew)
 
 
 class _Network(nn.Module):  # type: ignore[misc]

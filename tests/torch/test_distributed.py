@@ -341,6 +341,7 @@ def mixture(step: int) -> dict[str, nn.Parameter]:
     made = {}
     for name, it in MIXTURE.items():
         weight, gradient, sizes = (torch.randn(it.shape, generator=generator) for _ in range(3))
+        weight[0] = 0  # whose limit does not grow with what is counted twice
         made[name] = nn.Parameter(weight)
         made[name].grad = gradient * 0.1 * sizes.exp()
     return made

@@ -511,16 +511,19 @@ class _Chunk:
     def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
         """Return norms and limits of all units (AGC-1)."""
         thresholds = [_threshold(entry, step) for entry in self._entries]
-        least = min(value if isinstance(value, float) else 0.0 for value in thresholds)
+        # Of one threshold, unless a mesh has more, where no norm is taken again.
+        least = thresholds[0] if isinstance(thresholds[0], float) else 0.0
         lower = min(least, 1.0) * rule.eps
         norms_U = all_norms(self._views, self._sources, lower, self._groups)
         floor_U, norm_U = norms_U.view(2, norms_U.numel() // 2).unbind()
         floor_U = floor_U.clamp(min=rule.eps)
         if grad_scale is not None:
             norm_U = norm_U / grad_scale.to(norm_U.device, non_blocking=True)
-        parts = floor_U.split(self._sizes) if len(thresholds) > 1 else [floor_U]
-        limits = [part * value for part, value in zip(parts, thresholds, strict=True)]
-        limit_U = torch.cat(limits) if len(limits) > 1 else limits[0]
+        if len(thresholds) == 1:
+            limit_U = floor_U * thresholds[0]
+        else:
+            parts = zip(floor_U.split(self._sizes), thresholds, strict=True)
+            limit_U = torch.cat([part * threshold for part, threshold in parts])
         return UnitNumbers(self._counts, floor_U, limit_U, norm_U, rule.div_eps)
 
     def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:

@@ -228,7 +228,8 @@ def triton(session: nox.Session) -> None:
     install(session, "torch", "conformance", groups=("test", "pinned-torch", "triton"))
     cache = {"TRITON_CACHE_DIR": session.create_tmp()}
     interpreted = {**cache, "TRITON_INTERPRET": "1"}
-    session.run("pytest", "tests/triton/test_interpreted.py", *session.posargs, env=interpreted)
+    tests = ("tests/triton/test_interpreted.py", "tests/triton/test_processes.py")
+    session.run("pytest", *tests, *session.posargs, env=interpreted)
     session.run("pytest", "tests/triton/test_compiled.py", *session.posargs, env=cache)
 
 

@@ -6,6 +6,7 @@ Then
 
 * on the CPU reading a value is free, so only tensors that contain a clipped unit are written;
 * on a GPU with Triton a few launches do all of it, and write clipped units only;
+* processes that hold shards add up their squared norms in one buffer, and decide alike;
 * elsewhere every gradient is multiplied by its scales (1 keeps its bits), without a host sync.
 
 Letters at the end of a name: U units.
@@ -14,7 +15,7 @@ Letters at the end of a name: U units.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
@@ -29,12 +30,12 @@ from agc.config import Clipping
 from agc.errors import MissingGradientError, NonFiniteError
 from agc.plan import WHOLE, PlanEntry
 from agc_torch import fused
-from agc_torch.norms import all_norms, grouped, on_host
+from agc_torch.norms import all_norms, all_shares, grouped, on_host
 from agc_torch.schedules import Step, value_at
-from agc_torch.shards import is_dtensor
+from agc_torch.shards import is_dtensor, sum_over
 from agc_torch.stats import Stats, UnitNumbers
 from agc_torch.units import Model, resolve
-from agc_torch.views import Home, View, check_pair, views
+from agc_torch.views import Home, ShardView, View, check_pair, views
 
 __all__ = ["Memory", "adaptive_clip_grad_", "clip_", "limit_norm_", "whole"]
 
@@ -286,6 +287,7 @@ class Memory:
     def __init__(self) -> None:
         self._pairs: object = None
         self._parameters: list[Tensor] = []
+        self._sharded = False
         self._missing: list[tuple[PlanEntry, Tensor]] = []
         self._layout: list[list[Any]] | None = None
         self._work = _Work([])
@@ -301,13 +303,20 @@ class Memory:
         if self._pairs is not pairs:
             self._pairs, self._layout = pairs, None
             self._parameters = [parameter for _, parameter in pairs]
-        gradients = [parameter.grad for parameter in self._parameters]
-        layout = _layout(self._parameters, gradients)
+            self._sharded = any(map(is_dtensor, self._parameters))
+        parameters: list[Tensor] = self._parameters
+        gradients = [parameter.grad for parameter in parameters]
+        placed = _placed(parameters, gradients) if self._sharded else []
+        if self._sharded:
+            parameters, gradients = list(map(_here, parameters)), list(map(_here, gradients))
+        layout = _layout(parameters, gradients)
+        if layout is not None:
+            layout = None if placed is None else [*layout, placed]
         if layout is not None and layout == self._layout:
             if missing is not None:
                 for pair in self._missing:
                     missing(*pair)
-            if self._work.renew(self._parameters, gradients, layout[0]):
+            if self._work.renew(parameters, gradients, layout[0]):
                 return self._work
         self._layout = None  # in case of an error
         jobs = _jobs(pairs, missing)
@@ -318,6 +327,30 @@ class Memory:
         self._missing = [pair for pair, grad in zip(pairs, gradients, strict=True) if grad is None]
         self._layout = layout if _is_real(gradients) else None
         return self._work
+
+
+def _here(tensor: Any) -> Any:
+    """Return this process's shard of a ``DTensor``; anything else as it is."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def _placed(parameters: list[Any], gradients: list[Any]) -> list[Any] | None:
+    """Return how ``DTensor``s are placed; None if there is more to do than to clip what is there.
+
+    That is to add up partial sums, or to stand in for a gradient that other processes may have.
+    """
+    placed: list[Any] = []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None and parameter.requires_grad and is_dtensor(parameter):
+            return None
+        for tensor in (parameter, gradient):
+            if tensor is None or not is_dtensor(tensor):
+                placed.append(None)
+            elif any(placement.is_partial() for placement in tensor.placements):
+                return None
+            else:
+                placed.append((tensor.device_mesh, tensor.placements, tensor.shape))
+    return placed
 
 
 def _layout(parameters: list[Tensor], gradients: list[Tensor | None]) -> list[list[Any]] | None:
@@ -385,14 +418,15 @@ class _Work:
 def _chunks(jobs: list[_Job]) -> Iterable[_Chunk | _LaunchedChunk]:
     """Group jobs that are clipped together.
 
-    They have one home. Without Triton they have one threshold too, and on a CPU they are as many as
-    its cache holds.
+    They have one home. Of whole tensors, without Triton they have one threshold too, and on a CPU
+    they are as many as its cache holds.
     """
     launched: dict[torch.device, list[_Job]] = {}
     others = []
     for job in jobs:
-        if fused.available(job.gradient.home[0]) and _parts(job) is not None:
-            launched.setdefault(job.gradient.home[0], []).append(job)
+        device, mesh = job.gradient.home
+        if mesh is None and fused.available(device) and _parts(job) is not None:
+            launched.setdefault(device, []).append(job)
         else:
             others.append(job)
     for device, group in launched.items():
@@ -401,13 +435,17 @@ def _chunks(jobs: list[_Job]) -> Iterable[_Chunk | _LaunchedChunk]:
             others += group
         else:
             yield _LaunchedChunk(group, table)
-    yield from map(_Chunk, _by_threshold(others))
+    for group in _by_home(others):
+        shared = _shared(group)
+        yield _Chunk(group) if shared is None else _SharedChunk(group, *shared)
 
 
-def _by_threshold(jobs: list[_Job]) -> Iterable[list[_Job]]:
+def _by_home(jobs: list[_Job]) -> Iterable[list[_Job]]:
     groups: list[tuple[tuple[Home, Clipping], list[_Job]]] = []
     for job in jobs:
-        key = job.gradient.home, job.entry.clipping
+        # All jobs of a mesh share one collective.
+        clipping = job.entry.clipping if job.gradient.home[1] is None else None
+        key = job.gradient.home, clipping
         # A list: torch.compile of older releases takes no next() with a default.
         same = [group for known, group in groups if known == key]
         if same:
@@ -415,7 +453,16 @@ def _by_threshold(jobs: list[_Job]) -> Iterable[list[_Job]]:
         else:
             groups.append((key, [job]))
     for ((device, mesh), _), group in groups:
-        if mesh is not None or not on_host(device):
+        if mesh is not None:
+            entries, rules = _thresholds(group)
+            yield [
+                job
+                for rule in range(len(entries))
+                for job, mine in zip(group, rules, strict=True)
+                if mine == rule
+            ]
+            continue
+        if not on_host(device):
             yield group
             continue
         group.sort(key=lambda job: (job.gradient.tensor.numel(), job.gradient.count))
@@ -431,10 +478,15 @@ def _by_threshold(jobs: list[_Job]) -> Iterable[list[_Job]]:
 
 
 class _Chunk:
-    """Jobs of one home and one threshold, clipped by PyTorch's own operations."""
+    """Jobs of one home, clipped by PyTorch's own operations.
+
+    Those of one threshold follow each other.
+    """
 
     def __init__(self, jobs: list[_Job]) -> None:
         self._jobs, self._counts = jobs, _counts(jobs)
+        self._entries, self._sizes = _thresholds(jobs)[0], _sizes(jobs)
+        self._written: Sequence[int] = range(len(jobs))
         self._places = [job.place for job in jobs]
         self._views = [job.weight for job in jobs] + [job.gradient for job in jobs]
         self._split = [i for i, v in enumerate(self._views) if v.axes.view != v.axes.shape]
@@ -457,19 +509,25 @@ class _Chunk:
 
     def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
         """Return norms and limits of all units (AGC-1)."""
-        threshold = _threshold(self._jobs[0].entry, step)
-        least = threshold if isinstance(threshold, float) else 0.0
+        thresholds = [_threshold(entry, step) for entry in self._entries]
+        # Of one threshold, unless a mesh has more, where no norm is taken again.
+        least = thresholds[0] if isinstance(thresholds[0], float) else 0.0
         lower = min(least, 1.0) * rule.eps
         norms_U = all_norms(self._views, self._sources, lower, self._groups)
         floor_U, norm_U = norms_U.view(2, norms_U.numel() // 2).unbind()
         floor_U = floor_U.clamp(min=rule.eps)
         if grad_scale is not None:
             norm_U = norm_U / grad_scale.to(norm_U.device, non_blocking=True)
-        return UnitNumbers(self._counts, floor_U, floor_U * threshold, norm_U, rule.div_eps)
+        if len(thresholds) == 1:
+            limit_U = floor_U * thresholds[0]
+        else:
+            parts = zip(floor_U.split(self._sizes), thresholds, strict=True)
+            limit_U = torch.cat([part * threshold for part, threshold in parts])
+        return UnitNumbers(self._counts, floor_U, limit_U, norm_U, rule.div_eps)
 
     def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:
         """Multiply every gradient by its scales, in place, with one rounding (AGC-2 to AGC-4)."""
-        touched: Iterable[int] = range(len(self._jobs))
+        touched = self._written
         if self._host and _none_touched(numbers):
             return
         sizes = [count for _, count in numbers.counts]
@@ -477,7 +535,7 @@ class _Chunk:
             untouched_U = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
             if untouched_U.any():
                 split = untouched_U.split(sizes)
-                touched = [index for index, untouched in enumerate(split) if not untouched.all()]
+                touched = [index for index in touched if not split[index].all()]
         factor_U = narrow_U = numbers.factor
         if self._host and not (factor_U < _SMALLEST).any():
             # Float64 factors make a float64 copy of the gradient on a CPU. Only factors that
@@ -511,24 +569,35 @@ def _taken(items: list[Any], places: list[int]) -> list[Any]:
     return list(taken) if len(places) > 1 else [taken]
 
 
+class _Addresses:
+    """Where the weights of some jobs start, and then their gradients."""
+
+    def __init__(self, jobs: list[_Job]) -> None:
+        self._places = [job.place for job in jobs]
+        self.now = [job.weight.tensor.data_ptr() for job in jobs]
+        self.now += [job.gradient.tensor.data_ptr() for job in jobs]
+        self._aligned = fused.aligned(self.now)
+
+    def renew(self, gradients: list[Any], addresses: list[int]) -> bool:
+        """Take the tensors of another step; return whether the kernels' loads fit them."""
+        now = _taken(addresses, self._places)
+        now += map(Tensor.data_ptr, _taken(gradients, self._places))
+        if now == self.now:
+            return True
+        self.now = now
+        return fused.aligned(now) == self._aligned
+
+
 class _LaunchedChunk:
     """Jobs of one GPU, clipped by the kernels of a table."""
 
     def __init__(self, jobs: list[_Job], table: fused.Table) -> None:
         self._table, self._entries = table, _thresholds(jobs)[0]
-        self._counts, self._places = _counts(jobs), [job.place for job in jobs]
-        self._addresses = [job.weight.tensor.data_ptr() for job in jobs]
-        self._addresses += [job.gradient.tensor.data_ptr() for job in jobs]
-        self._aligned = fused.aligned(self._addresses)
+        self._counts, self._addresses = _counts(jobs), _Addresses(jobs)
 
     def renew(self, _: list[Tensor], gradients: list[Any], addresses: list[int]) -> bool:
         """Take the tensors of another step; return whether the kernels' loads fit them."""
-        now = _taken(addresses, self._places)
-        now += map(Tensor.data_ptr, _taken(gradients, self._places))
-        if now == self._addresses:
-            return True
-        self._addresses = now
-        return fused.aligned(now) == self._aligned
+        return self._addresses.renew(gradients, addresses)
 
     def release(self) -> None:
         """Let go of nothing: a table needs addresses alone."""
@@ -536,34 +605,113 @@ class _LaunchedChunk:
     def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
         """Return norms and limits of all units (AGC-1)."""
         self._decision = self._table.decide(
-            self._addresses,
+            self._table.upload(self._addresses.now),
             [_threshold(entry, step) for entry in self._entries],
             eps=rule.eps,
             div_eps=rule.div_eps,
             grad_scale=grad_scale,
         )
-        floor_U, limit_U, norm_U, _ = self._decision.numbers.unbind()
-        return UnitNumbers(self._counts, floor_U, limit_U, norm_U, rule.div_eps)
+        return _numbers(self._counts, self._decision, rule)
 
     def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:  # noqa: ARG002
         """Multiply clipped units by their scales, in place, with one rounding (AGC-2 to AGC-4)."""
         self._table.scale(self._decision, zero=zero)
 
 
+class _SharedChunk(_Chunk):
+    """Jobs of one mesh of processes, most of whose shards the kernels take (AGC-8).
+
+    The processes add up what is laid out as in :class:`_Chunk`: one of them may have to do without
+    kernels.
+    """
+
+    def __init__(self, jobs: list[_Job], launched: list[int], table: fused.SharedTable) -> None:
+        super().__init__(jobs)
+        self._table, self._addresses = table, _Addresses([jobs[index] for index in launched])
+        # Neither read nor written is what has no element here.
+        self._written = [
+            index
+            for index, job in enumerate(jobs)
+            if index not in launched
+            and any(
+                t.numel() for t in (job.weight.source, job.gradient.source, job.gradient.tensor)
+            )
+        ]
+        self._rest = [*self._written, *(len(jobs) + index for index in self._written)]
+        own = [self._views[index] for index in self._rest]
+        self._groups = grouped(own) if own and on_host(own[0].home[0]) else None
+
+    def renew(self, parameters: list[Tensor], gradients: list[Any], addresses: list[int]) -> bool:
+        """Take the shards of another step; return whether the kernels' loads fit them."""
+        super().renew(parameters, gradients, addresses)
+        return self._addresses.renew(gradients, addresses)
+
+    def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
+        """Return norms and limits of all units (AGC-1), after one collective an axis."""
+        mesh = self._views[0].home[1]
+        addresses = self._table.upload(self._addresses.now)
+        shares = self._table.shares(addresses)
+        if self._rest:
+            views, sources = (
+                [self._views[i] for i in self._rest],
+                [self._sources[i] for i in self._rest],
+            )
+            own = all_shares(views, sources, self._groups).split([view.count for view in views])
+            shares_V = shares.split([view.count for view in self._views])
+            for index, share in zip(self._rest, own, strict=True):
+                shares_V[index].copy_(share)
+        self._decision = self._table.decide(
+            addresses,
+            sum_over(mesh, shares, range(mesh.ndim)),
+            [_threshold(entry, step) for entry in self._entries],
+            eps=rule.eps,
+            div_eps=rule.div_eps,
+            grad_scale=grad_scale,
+        )
+        return _numbers(self._counts, self._decision, rule)
+
+    def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:
+        """Multiply clipped units by their scales, in place, with one rounding (AGC-2 to AGC-4)."""
+        self._table.scale(self._decision, zero=zero)
+        if self._written:
+            super().scale(numbers, zero=zero)
+
+
+def _shared(jobs: list[_Job]) -> tuple[list[int], fused.SharedTable] | None:
+    """Return the table of the shards of one mesh, and which jobs it takes; None for no such."""
+    device, mesh = jobs[0].gradient.home
+    if mesh is None or not fused.available(device):
+        return None
+    members: dict[int, fused.Member] = {}
+    first = 0
+    for index, job in enumerate(jobs):
+        weight, gradient, parts = job.weight, job.gradient, _parts(job)
+        if parts and isinstance(weight, ShardView) and isinstance(gradient, ShardView):
+            members[index] = fused.Member(*parts, weight.units, gradient.units, first)
+        first += gradient.count
+    if not members:
+        return None
+    table = fused.shared_table(tuple(members.values()), tuple(_sizes(jobs)), device)
+    return None if table is None else (list(members), table)
+
+
 def _parts(job: _Job) -> tuple[fused.Part, fused.Part] | None:
     """Return what a table needs to know of a job, if the kernels take it."""
-    if job.gradient.home[1] is not None or not job.gradient.steady:
+    pair = job.weight, job.gradient
+    if not job.gradient.steady or any(view.source is not view.tensor for view in pair):
         return None
-    weight, gradient = (
-        fused.part_of(view.tensor, view.axes, exact=view.exact)
-        for view in (job.weight, job.gradient)
-    )
+    weight, gradient = (fused.part_of(view.tensor, view.axes, exact=view.exact) for view in pair)
     return None if weight is None or gradient is None else (weight, gradient)
 
 
 def _table(jobs: list[_Job], device: torch.device) -> fused.Table | None:
     parts = tuple(pair for job in jobs if (pair := _parts(job)) is not None)
     return fused.table(parts, tuple(_thresholds(jobs)[1]), device)
+
+
+def _numbers(counts: list[tuple[str, int]], decision: fused.Decision, rule: AGC) -> UnitNumbers:
+    floor_U, limit_U, norm_U, _ = decision.numbers.unbind()
+    return UnitNumbers(counts, floor_U, limit_U, norm_U, rule.div_eps)
 
 
 def _thresholds(jobs: list[_Job]) -> tuple[list[PlanEntry], list[int]]:
@@ -576,6 +724,15 @@ def _thresholds(jobs: list[_Job]) -> tuple[list[PlanEntry], list[int]]:
         if not same:
             entries.append(job.entry)
     return entries, indices
+
+
+def _sizes(jobs: list[_Job]) -> list[int]:
+    """Return the units that have each threshold."""
+    entries, indices = _thresholds(jobs)
+    sizes = [0] * len(entries)
+    for job, index in zip(jobs, indices, strict=True):
+        sizes[index] += job.gradient.count
+    return sizes
 
 
 def _threshold(entry: PlanEntry, step: Step) -> float | Tensor:

@@ -24,12 +24,15 @@ from torch import Tensor
 
 from agc.nfnet import WS_EPS, WsEps
 from agc.units import UnitAxes
+from agc_torch.views import ShardUnits
 
 __all__ = [
     "Decision",
+    "Member",
     "Move",
     "MoveKind",
     "Part",
+    "SharedTable",
     "Table",
     "aligned",
     "available",
@@ -39,6 +42,7 @@ __all__ = [
     "order_of",
     "part_of",
     "perturb",
+    "shared_table",
     "standardise",
     "standardise_back",
     "standardises",
@@ -238,7 +242,233 @@ class Decision(NamedTuple):
     numbers: Tensor
 
 
-class Table:
+class _Walk:
+    """Which program goes through which tile of the weights and the gradients of some parameters.
+
+    Parameters
+    ----------
+    parts : sequence of (Part, Part)
+        Weight and gradient of each parameter.
+    device : torch.device
+        Where the tensors are.
+
+    Attributes
+    ----------
+    places : int64, shape (tensors, 3)
+        First sum, pieces and units of every tensor; weights stand before gradients.
+    sums : int
+        Units and pieces of all tensors.
+    firsts : Tensor of int64, shape (parameters,)
+        The first unit of each gradient.
+    launches : list of _Launch
+    """
+
+    def __init__(self, parts: Sequence[tuple[Part, Part]], device: torch.device) -> None:
+        self._device, self._pairs = device, len(parts)
+        if _float64_is_fast(device):
+            parts = [(w._replace(exact=True), g._replace(exact=True)) for w, g in parts]
+        tensors = [weight for weight, _ in parts] + [gradient for _, gradient in parts]
+        pieces = np.array([-(-part.length // part.tile.piece) for part in tensors])
+        units = np.array([part.units for part in tensors])
+        starts = np.cumsum(units * pieces) - units * pieces
+        self.places = np.stack([starts, pieces, units], -1)
+        self.sums = int(np.sum(units * pieces))
+        counts = units[self._pairs :]
+        self.firsts = _put(np.cumsum(counts) - counts, device, np.int64)
+        tiles: dict[Part, tuple[list[Array], list[Array]]] = {}
+        for index, (part, start) in enumerate(zip(tensors, starts.tolist(), strict=True)):
+            weights, gradients = tiles.setdefault(part.kind, ([], []))
+            (weights if index < self._pairs else gradients).append(_tiles(part, index, start))
+        self.launches = []
+        for kind, (weights, gradients) in tiles.items():
+            both = _put(np.concatenate(weights + gradients), device)
+            mine = both[sum(map(len, weights)) :]
+            self.launches.append(_Launch(both, mine, constants(kind), kind.exact))
+        self._sizes = _put([(p.units, p.length, *p.order[1:]) for p in tensors], device, np.int64)
+        self.uploaded: tuple[object, Tensor] = (None, _put([0] * len(tensors), device, np.int64))
+
+    def upload(self, addresses: list[int]) -> Tensor:
+        """Return the addresses of all tensors on the device; they are written if they changed."""
+        gpu = self._device.type == "cuda"
+        known = addresses, torch.cuda.current_stream(self._device) if gpu else None
+        if self.uploaded[0] != known:
+            sent = _sent(addresses, self._device)
+            if gpu and torch.cuda.is_current_stream_capturing():
+                return sent
+            self.uploaded = known, sent
+        return self.uploaded[1]
+
+    def squares(self, addresses: Tensor, *, warmup: bool = False) -> Tensor:
+        """Return the sums of squares of all units, or of each of their pieces."""
+        from agc_torch.triton_kernels import norms_kernel
+
+        sums = torch.empty(self.sums, dtype=torch.float64, device=self._device)
+        for launch in self.launches:
+            norms_kernel.run(
+                addresses,
+                self._sizes,
+                launch.tiles,
+                sums,
+                **launch.constants,
+                EXACT=launch.exact,
+                grid=(len(launch.tiles),),
+                warmup=warmup,
+            )
+        return sums
+
+    def scale(
+        self, addresses: Tensor, factors: Tensor, *, zero: bool, warmup: bool = False
+    ) -> None:
+        """Multiply all gradients by their units' factors."""
+        from agc_torch.triton_kernels import scale_kernel
+
+        for launch in self.launches:
+            if tiles := len(launch.gradients):
+                scale_kernel.run(
+                    addresses,
+                    self._sizes,
+                    launch.gradients,
+                    self.firsts,
+                    factors,
+                    self._pairs,
+                    **launch.constants,
+                    ZERO=zero,
+                    grid=(tiles,),
+                    warmup=warmup,
+                )
+
+
+class _Judge:
+    """Decides on units, from the sums of their squares (AGC-1, AGC-2).
+
+    Parameters
+    ----------
+    places : int64, shape (2 * parameters, 3)
+        First sum, pieces and units of every tensor; weights stand before gradients.
+    rules : sequence of int
+        Which threshold each parameter has.
+    device : torch.device
+    """
+
+    def __init__(self, places: Array, rules: Sequence[int], device: torch.device) -> None:
+        self._pairs = len(places) // 2
+        pieces, counts = places[:, 1].reshape(2, -1).max(0), places[self._pairs :, 2]
+        self.units = int(counts.sum())
+        self._places = _put(places, device, np.int64)
+        self._pair_U = _put(np.repeat(np.arange(self._pairs), counts), device)
+        self._firsts = _put(np.cumsum(counts) - counts, device, np.int64)
+        self._rules = _put(rules, device)
+        self.launches = _additions(np.repeat(pieces, counts), device)
+
+    def decide(
+        self,
+        sums: Tensor,
+        thresholds: Tensor,
+        grad_scale: Tensor,
+        eps: float,
+        div_eps: float,
+        *,
+        warmup: bool = False,
+    ) -> Tensor:
+        """Return floor, limit, gradient norm and factor of every unit."""
+        from agc_torch.triton_kernels import decide_kernel
+
+        numbers = sums.new_empty(4, self.units)
+        for chosen, units, pieces in self.launches:
+            decide_kernel.run(
+                sums,
+                self._places,
+                chosen,
+                len(chosen),
+                self._pair_U,
+                self._firsts,
+                self._rules,
+                thresholds,
+                grad_scale,
+                self._pairs,
+                self.units,
+                eps,
+                div_eps,
+                numbers,
+                SUMS=units,
+                PIECES=pieces,
+                grid=(-(-len(chosen) // units),),
+                warmup=warmup,
+            )
+        return numbers
+
+
+class _AnyTable:
+    """What a table of whole tensors and one of shards have in common."""
+
+    _walk: _Walk
+    _judge: _Judge
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def upload(self, addresses: list[int]) -> Tensor:
+        """Return the addresses of tensors on the device.
+
+        Parameters
+        ----------
+        addresses : list of int
+            Of all weights, then of all gradients, in the order of the table's parts and laid out
+            like them.
+        """
+        return self._walk.upload(addresses)
+
+    def scale(self, decision: Decision, *, zero: bool) -> None:
+        """Scale gradients in place (AGC-2 to AGC-4).
+
+        Parameters
+        ----------
+        decision : Decision
+            From ``decide``.
+        zero : bool
+            Whether the gradient of a unit that is not finite becomes 0; else it becomes NaN.
+        """
+        factors = self._factors(decision.numbers[3])
+        with _on(self._device):
+            self._walk.scale(decision.addresses, factors, zero=zero)
+
+    def compile(self) -> None:
+        """Compile all kernels and launch nothing, so that a failure leaves all gradients alone."""
+        one, addresses = _numbers((1.0,), self._device), self._walk.uploaded[1]
+        with _on(self._device):
+            sums = self._add(self._walk.squares(addresses, warmup=True), warmup=True)
+            numbers = self._judge.decide(sums, one, one, 0.0, 0.0, warmup=True)
+            for zero in (False, True):
+                self._walk.scale(addresses, numbers[3], zero=zero, warmup=True)
+
+    def _factors(self, factors: Tensor) -> Tensor:
+        """Return the factors of what the gradients here consist of, from those of all units."""
+        return factors
+
+    def _add(self, sums: Tensor, *, warmup: bool = False) -> Tensor:  # noqa: ARG002
+        """Return what is decided on, from the sums of squares of tiles."""
+        return sums
+
+    def _decided(
+        self,
+        addresses: Tensor,
+        sums: Tensor,
+        thresholds: Sequence[float | Tensor],
+        eps: float,
+        div_eps: float,
+        grad_scale: Tensor | None,
+    ) -> Decision:
+        one = _numbers((1.0,), self._device)
+        if any(isinstance(threshold, Tensor) for threshold in thresholds):
+            limits = torch.stack([torch.as_tensor(value).to(one.view(())) for value in thresholds])
+        else:
+            limits = _numbers(tuple(map(float, thresholds)), self._device)
+        scale = one if grad_scale is None else grad_scale.to(one)
+        with _on(self._device):
+            return Decision(addresses, self._judge.decide(sums, limits, scale, eps, div_eps))
+
+
+class Table(_AnyTable):
     """Which program does what, for the weights and the gradients of some parameters.
 
     Parameters
@@ -261,45 +491,16 @@ class Table:
     def __init__(
         self, parts: Sequence[tuple[Part, Part]], rules: Sequence[int], device: torch.device
     ) -> None:
-        self._device, self._pairs = device, len(parts)
-        if _float64_is_fast(device):
-            parts = [(w._replace(exact=True), g._replace(exact=True)) for w, g in parts]
-        tensors = [weight for weight, _ in parts] + [gradient for _, gradient in parts]
-        counts = [gradient.units for _, gradient in parts]
-        pieces = np.array([-(-part.length // part.tile.piece) for part in tensors])
-        units = np.array([part.units for part in tensors])
-        starts = np.cumsum(units * pieces) - units * pieces
-        self.units, self._sums = sum(counts), int(np.sum(units * pieces))
-
-        tiles: dict[Part, tuple[list[Array], list[Array]]] = {}
-        for index, (part, start) in enumerate(zip(tensors, starts.tolist(), strict=True)):
-            weights, gradients = tiles.setdefault(part.kind, ([], []))
-            (weights if index < self._pairs else gradients).append(_tiles(part, index, start))
-        self._launches = []
-        for kind, (weights, gradients) in tiles.items():
-            both = self._put(np.concatenate(weights + gradients))
-            mine = both[sum(map(len, weights)) :]
-            self._launches.append(_Launch(both, mine, constants(kind), kind.exact))
-        self._sizes = self._put([(p.units, p.length, *p.order[1:]) for p in tensors], np.int64)
-        self._places = self._put(np.stack([starts, pieces, units], -1), np.int64)
-        self._pair_U = self._put(np.repeat(np.arange(self._pairs), counts))
-        self._firsts = self._put(np.cumsum(counts) - counts, np.int64)
-        self._rules = self._put(rules)
-        long_U = np.repeat(pieces.reshape(2, -1).max(0) > _PIECES, counts)
-        # Units of each launch, how many a program decides on, and pieces added up at a time.
-        self._decisions = [
-            (self._put(np.flatnonzero(chosen)), *shape)
-            for chosen, shape in ((~long_U, (_SUMS, 1)), (long_U, (1, _MANY)))
-            if chosen.any()
-        ]
-        scaled = sum(len(launch.gradients) > 0 for launch in self._launches)
-        self.launches = len(self._launches) + len(self._decisions) + scaled
-
-        self._uploaded: tuple[object, Tensor] = (None, self._put([0] * len(tensors), np.int64))
+        super().__init__(device)
+        self._walk = _Walk(parts, device)
+        self._judge = _Judge(self._walk.places, rules, device)
+        self.units = self._judge.units
+        scaled = sum(len(launch.gradients) > 0 for launch in self._walk.launches)
+        self.launches = len(self._walk.launches) + len(self._judge.launches) + scaled
 
     def decide(
         self,
-        addresses: list[int],
+        addresses: Tensor,
         thresholds: Sequence[float | Tensor],
         *,
         eps: float,
@@ -310,9 +511,8 @@ class Table:
 
         Parameters
         ----------
-        addresses : list of int
-            Of all weights, then of all gradients, in the order of the table's parts and laid out
-            like them.
+        addresses : Tensor
+            From :meth:`upload`.
         thresholds : sequence of float or scalar Tensor
             Clipping thresholds, by the index in ``rules``.
         eps, div_eps : float
@@ -320,117 +520,149 @@ class Table:
         grad_scale : scalar Tensor, optional
             What the gradients are still multiplied by.
         """
-        uploaded = self._upload(addresses)
-        one = _numbers((1.0,), self._device)
-        if any(isinstance(threshold, Tensor) for threshold in thresholds):
-            limits = torch.stack([torch.as_tensor(value).to(one.view(())) for value in thresholds])
-        else:
-            limits = _numbers(tuple(map(float, thresholds)), self._device)
-        scale = one if grad_scale is None else grad_scale.to(one)
         with _on(self._device):
-            return self._decide(uploaded, limits, scale, eps, div_eps)
+            sums = self._walk.squares(addresses)
+        return self._decided(addresses, sums, thresholds, eps, div_eps, grad_scale)
 
-    def scale(self, decision: Decision, *, zero: bool) -> None:
-        """Scale gradients in place (AGC-2 to AGC-4).
+
+class Member(NamedTuple):
+    """A parameter of which this process holds a shard.
+
+    Attributes
+    ----------
+    weight, gradient : Part
+        The shards; their units are local ones.
+    weight_units, gradient_units : ShardUnits
+        Which unit each local unit belongs to.
+    first : int
+        The parameter's first unit among those of all parameters of the mesh.
+    """
+
+    weight: Part
+    gradient: Part
+    weight_units: ShardUnits
+    gradient_units: ShardUnits
+    first: int
+
+
+class SharedTable(_AnyTable):
+    """Which program does what, for shards of parameters that processes decide on together.
+
+    Parameters
+    ----------
+    members : sequence of Member
+        Not empty. There may be units of parameters that are no members.
+    counts : sequence of int
+        Units that have the first threshold, those after them that have the second, and so on.
+    device : torch.device
+        Where the shards are.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], counts: Sequence[int], device: torch.device
+    ) -> None:
+        super().__init__(device)
+        self._walk = walk = _Walk([(member.weight, member.gradient) for member in members], device)
+        units = sum(counts)
+        weights = [(member.weight_units, member.first) for member in members]
+        gradients = [(member.gradient_units, units + member.first) for member in members]
+        # Whose share each sum of squares goes to.
+        owner_S = np.full(walk.sums, -1)
+        local = []
+        for (shard, first), (start, pieces, count) in zip(
+            weights + gradients, walk.places.tolist(), strict=True
+        ):
+            local.append(first + shard.numbers().numpy())
+            if shard.held.first:
+                owner_S[start : start + pieces * count] = np.tile(local[-1], pieces)
+        owned = np.flatnonzero(owner_S >= 0)
+        owner_S = owner_S[owned]
+        counts_U = np.bincount(owner_S, minlength=2 * units)
+        self._order = _put(owned[np.argsort(owner_S, kind="stable")], device)
+        self._starts = _put(np.concatenate([[0], np.cumsum(counts_U)]), device)
+        self._additions = _additions(counts_U, device)
+        self._shares = 2 * units
+        self._of_local = _put(np.concatenate(local[len(members) :]) - units, device, np.int64)
+        starts = np.cumsum(counts) - counts
+        places = [(start, 1, count) for start, count in zip(starts, counts, strict=True)]
+        places += [(units + start, 1, count) for start, _, count in places]
+        self._judge = _Judge(np.array(places), range(len(counts)), device)
+
+    def shares(self, addresses: Tensor) -> Tensor:
+        """Return this process's shares of the squared norms of all units.
 
         Parameters
         ----------
-        decision : Decision
-            From :meth:`decide`.
-        zero : bool
-            Whether the gradient of a unit that is not finite becomes 0; else it becomes NaN.
+        addresses : Tensor
+            From :meth:`upload`.
+
+        Returns
+        -------
+        Tensor of float64, shape (2 * units,)
+            Of weights, then of gradients; 0 for what no member has here.
         """
         with _on(self._device):
-            self._scale(decision, zero=zero)
+            return self._add(self._walk.squares(addresses))
 
-    def _scale(self, decision: Decision, *, zero: bool, warmup: bool = False) -> None:
-        from agc_torch.triton_kernels import scale_kernel
-
-        factors = decision.numbers[3]
-        for launch in self._launches:
-            if tiles := len(launch.gradients):
-                scale_kernel.run(
-                    decision.addresses,
-                    self._sizes,
-                    launch.gradients,
-                    self._firsts,
-                    factors,
-                    self._pairs,
-                    **launch.constants,
-                    ZERO=zero,
-                    grid=(tiles,),
-                    warmup=warmup,
-                )
-
-    def compile(self) -> None:
-        """Compile all kernels and launch nothing, so that a failure leaves all gradients alone."""
-        one = _numbers((1.0,), self._device)
-        with _on(self._device):
-            decision = self._decide(self._uploaded[1], one, one, 0.0, 0.0, warmup=True)
-            for zero in (False, True):
-                self._scale(decision, zero=zero, warmup=True)
-
-    def _decide(
+    def decide(
         self,
         addresses: Tensor,
-        thresholds: Tensor,
-        grad_scale: Tensor,
-        eps: float,
-        div_eps: float,
+        squares: Tensor,
+        thresholds: Sequence[float | Tensor],
         *,
-        warmup: bool = False,
+        eps: float,
+        div_eps: float = 0.0,
+        grad_scale: Tensor | None = None,
     ) -> Decision:
-        from agc_torch.triton_kernels import decide_kernel, norms_kernel
+        """Compute what happens to every unit (AGC-1, AGC-2).
 
-        sums, numbers = thresholds.new_empty(self._sums), thresholds.new_empty(4, self.units)
-        for launch in self._launches:
-            norms_kernel.run(
-                addresses,
-                self._sizes,
-                launch.tiles,
+        Parameters
+        ----------
+        squares : Tensor of float64, shape (2 * units,)
+            What the shares of all processes add up to.
+        addresses, thresholds, eps, div_eps, grad_scale
+            As for :meth:`Table.decide`.
+        """
+        return self._decided(addresses, squares, thresholds, eps, div_eps, grad_scale)
+
+    def _factors(self, factors: Tensor) -> Tensor:
+        return factors.index_select(0, self._of_local)
+
+    def _add(self, sums: Tensor, *, warmup: bool = False) -> Tensor:
+        from agc_torch.triton_kernels import share_kernel
+
+        shares = sums.new_empty(self._shares)
+        for chosen, units, pieces in self._additions:
+            share_kernel.run(
                 sums,
-                **launch.constants,
-                EXACT=launch.exact,
-                grid=(len(launch.tiles),),
-                warmup=warmup,
-            )
-        for chosen, units, pieces in self._decisions:
-            decide_kernel.run(
-                sums,
-                self._places,
+                self._order,
+                self._starts,
                 chosen,
                 len(chosen),
-                self._pair_U,
-                self._firsts,
-                self._rules,
-                thresholds,
-                grad_scale,
-                self._pairs,
-                self.units,
-                eps,
-                div_eps,
-                numbers,
+                shares,
                 SUMS=units,
                 PIECES=pieces,
                 grid=(-(-len(chosen) // units),),
                 warmup=warmup,
             )
+        return shares
 
-        return Decision(addresses, numbers)
 
-    def _upload(self, addresses: list[int]) -> Tensor:
-        """Return the addresses of all tensors on the device; they are written if they changed."""
-        gpu = self._device.type == "cuda"
-        known = addresses, torch.cuda.current_stream(self._device) if gpu else None
-        if self._uploaded[0] != known:
-            sent = _sent(addresses, self._device)
-            if gpu and torch.cuda.is_current_stream_capturing():
-                return sent
-            self._uploaded = known, sent
-        return self._uploaded[1]
+def _additions(pieces: Array, device: torch.device) -> list[tuple[Tensor, int, int]]:
+    """Return units of each launch, how many a program takes, and pieces added up at a time.
 
-    def _put(self, values: Any, dtype: npt.DTypeLike = np.int32) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype)).to(self._device)
+    ``pieces`` says of each unit how many it has.
+    """
+    long = pieces > _PIECES
+    return [
+        (_put(np.flatnonzero(chosen), device), *shape)
+        for chosen, shape in ((~long, (_SUMS, 1)), (long, (1, _MANY)))
+        if chosen.any()
+    ]
+
+
+def _put(values: Any, device: torch.device, dtype: npt.DTypeLike = np.int32) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype)).to(device)
 
 
 @lru_cache(maxsize=64)
@@ -442,6 +674,15 @@ def table(
     Then a warning says why, once, and :func:`available` is False from now on.
     """
     made = Table(parts, rules, device)
+    return made if _compiles(made.compile) else None
+
+
+@lru_cache(maxsize=64)
+def shared_table(
+    members: tuple[Member, ...], counts: tuple[int, ...], device: torch.device
+) -> SharedTable | None:
+    """Return the table of some shards, whose kernels compile; None as for :func:`table`."""
+    made = SharedTable(members, counts, device)
     return made if _compiles(made.compile) else None
 
 

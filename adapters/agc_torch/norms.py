@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from agc.units import UnitAxes
-from agc_torch.shards import norm_over
+from agc_torch.shards import sum_over
 from agc_torch.views import View
 
-__all__ = ["Group", "all_norms", "grouped", "on_host", "wide"]
+__all__ = ["Group", "all_norms", "all_shares", "grouped", "on_host", "wide"]
 
 _BLOCK: Final = 64
 """Elements whose squares are added in float32."""
@@ -74,31 +74,46 @@ def all_norms(
         Unit after unit, view after view.
     """
     device, mesh = views[0].home
+    if mesh is not None:
+        return sum_over(mesh, all_shares(views, sources, groups), range(mesh.ndim)).sqrt()
     host = on_host(device)
-    norms_by_view = {} if host else _whole_norms(views, sources)
     if groups is None:
         groups = grouped(views) if host else []
+    if groups and len(groups[0].indices) == len(views):
+        # As it stands: the usual case, of large tensors and of many small ones.
+        norms = _row_norms(sources, groups[0])
+        return norms if groups[0].safe else _redo_out_of_range(norms, views, sources, lower)
+    flat = torch.cat(_norms_by_view(views, sources, groups)).to(wide(device))
+    return _redo_out_of_range(flat, views, sources, lower) if host and flat.numel() else flat
+
+
+def all_shares(
+    views: list[View], sources: list[Tensor], groups: list[Group] | None = None
+) -> Tensor:
+    """Return what is here of the squared norms of all units, of tensors on one mesh.
+
+    Parameters and shapes are as for :func:`all_norms`.
+    """
+    device = views[0].home[0]
+    if groups is None:
+        groups = grouped(views) if on_host(device) else []
+    norms = _norms_by_view(views, sources, groups)
+    # Wide before they are squared, which would leave float32.
+    shares = [view.gather(own.to(wide(device))) for view, own in zip(views, norms, strict=True)]
+    return torch.cat(shares)
+
+
+def _norms_by_view(views: list[View], sources: list[Tensor], groups: list[Group]) -> list[Tensor]:
+    """Norms of what is here of each view's units."""
+    norms_by_view = {} if on_host(views[0].home[0]) else _whole_norms(views, sources)
     for group in groups:
-        if len(group.indices) == len(views) and mesh is None:
-            # As it stands: the usual case, of large tensors and of many small ones.
-            norms = _row_norms(sources, group)
-            return norms if group.safe else _redo_out_of_range(norms, views, sources, lower)
         norms = _row_norms([sources[index] for index in group.indices], group)
         split = norms.split([rows.units for rows in group.rows])
         norms_by_view.update(zip(group.indices, split, strict=True))
-    flat = torch.cat(
-        [
-            view.gather(
-                norms_by_view[index]
-                if index in norms_by_view
-                else _unit_norms(view, sources[index])
-            )
-            for index, view in enumerate(views)
-        ]
-    ).to(wide(device))
-    if mesh is not None:
-        return norm_over(mesh, flat, range(mesh.ndim))
-    return _redo_out_of_range(flat, views, sources, lower) if host and flat.numel() else flat
+    return [
+        norms_by_view[index] if index in norms_by_view else _unit_norms(view, sources[index])
+        for index, view in enumerate(views)
+    ]
 
 
 class _Rows(NamedTuple):

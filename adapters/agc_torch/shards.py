@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Held",
     "gathered",
     "held_rows",
     "is_dtensor",
-    "is_first_replica",
     "local",
     "norm_over",
     "shard_axes",
+    "sum_over",
     "summed",
 ]
 
@@ -58,50 +59,75 @@ def shard_axes(tensor: Any) -> tuple[int, ...]:
     return tuple(i for i, placement in enumerate(tensor.placements) if _is_shard(placement))
 
 
-def is_first_replica(tensor: Any) -> bool:
-    """Tell whether this process is the one that counts, of those that hold the same shard."""
-    return all(
-        place == 0 or _is_shard(placement)
-        for place, placement in zip(
-            tensor.device_mesh.get_coordinate(), tensor.placements, strict=True
-        )
-    )
+class Held(NamedTuple):
+    """Which part of a ``DTensor`` a process holds: numbers alone, so that two can be compared.
+
+    Attributes
+    ----------
+    cuts : tuple of (axis, bands, shards, index)
+        Cuts of the tensor, one after the other: the axis is in so many bands, each of which is cut
+        into shards, and shard ``index`` of each is here.
+    first : bool
+        Whether this process is the one that counts, of those that hold the same shard.
+    """
+
+    cuts: tuple[tuple[int, int, int, int], ...]
+    first: bool
+
+    @classmethod
+    def of(cls, tensor: Any) -> Held:
+        """Return what this process holds of a ``DTensor``."""
+        mesh, cuts, first = tensor.device_mesh, [], True
+        for placement, shards, mine in zip(
+            tensor.placements, mesh.shape, mesh.get_coordinate(), strict=True
+        ):
+            if _is_shard(placement):
+                cuts.append((placement.dim, getattr(placement, "split_factor", 1), shards, mine))
+            else:
+                first = first and mine == 0
+        return cls(tuple(cuts), first)
+
+    def rows(self, axis: int, size: int, device: torch.device) -> Tensor | None:
+        """Return the indices along an axis of a given size that are here; None for all of them."""
+        rows = None
+        for cut, bands, shards, mine in self.cuts:
+            if cut == axis:
+                rows = torch.arange(size, device=device) if rows is None else rows
+                rows = torch.cat(
+                    [_shard(_shard(rows, bands, band), shards, mine) for band in range(bands)]
+                )
+        return rows
 
 
 def held_rows(tensor: Any, axis: int, device: torch.device) -> Tensor | None:
     """Return the indices along an axis that this process holds; None for all of them."""
-    rows = None
-    mesh = tensor.device_mesh
-    for placement, shards, mine in zip(
-        tensor.placements, mesh.shape, mesh.get_coordinate(), strict=True
-    ):
-        if _is_shard(placement) and placement.dim == axis:
-            rows = torch.arange(tensor.shape[axis], device=device) if rows is None else rows
-            factor = getattr(placement, "split_factor", 1)
-            bands = [_shard(rows, factor, band) for band in range(factor)]
-            rows = torch.cat([_shard(band, shards, mine) for band in bands])
-    return rows
+    return Held.of(tensor).rows(axis, tensor.shape[axis], device)
 
 
 def norm_over(mesh: Any, squares: Tensor, axes: Iterable[int]) -> Tensor:
-    """Return norms from squares that are added up along axes of a mesh; one collective an axis.
+    """Return norms from squares that are added up along axes of a mesh, as :func:`sum_over`."""
+    return sum_over(mesh, squares, axes).sqrt()
+
+
+def sum_over(mesh: Any, shares: Tensor, axes: Iterable[int]) -> Tensor:
+    """Return what all processes' shares add up to along axes of a mesh; one collective an axis.
 
     Parameters
     ----------
     mesh : DeviceMesh
         The processes.
-    squares : Tensor
-        This process's share of the squared norms; it may be overwritten.
+    shares : Tensor
+        This process's share; it may be overwritten.
     axes : iterable of int
         Axes of the mesh along which the shares differ.
     """
     import torch.distributed as dist  # here, because most programs are not distributed
 
-    total = squares.to(mesh.device_type)
+    total = shares.to(mesh.device_type)
     for axis in axes:
         if mesh.size(axis) > 1:
             dist.all_reduce(total, group=mesh.get_group(axis))
-    return total.to(squares.device).sqrt()
+    return total.to(shares.device)
 
 
 def _is_shard(placement: Any) -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "norms_kernel",
     "perturb_kernel",
     "scale_kernel",
+    "share_kernel",
     "standardise_back_kernel",
     "standardise_kernel",
 ]
@@ -183,6 +184,39 @@ def norms_kernel(
                 WAY, UNITS, ELEMENTS, tl.float64,
             )  # fmt: skip
     tl.store(sums + tl.load(tile + 3) + lane, total, mask=unit < units)
+
+
+@triton.jit
+def share_kernel(
+    sums, order, starts, chosen, count, shares, SUMS: tl.constexpr, PIECES: tl.constexpr
+):
+    """Add up the squares that a process has of each unit, which may be none (AGC-8).
+
+    Parameters
+    ----------
+    sums : float64
+        From :func:`norms_kernel`.
+    order : int32
+        The sums of the first unit, then those of the second, and so on.
+    starts : int32, shape (units + 1,)
+        Where each unit's sums start in ``order``, and where the last one's end.
+    chosen : int32, shape (count,)
+        Units that are added up.
+    shares : float64, shape (units,)
+        What is written.
+    """
+    lane = tl.program_id(0) * SUMS + tl.arange(0, SUMS)
+    mask = lane < count
+    unit = tl.load(chosen + lane, mask=mask, other=0)
+    first = tl.load(starts + unit, mask=mask, other=0)
+    end = tl.load(starts + unit + 1, mask=mask, other=0)
+    total = tl.zeros([SUMS, PIECES], tl.float64)
+    for at in range(0, tl.max(end - first, axis=0), PIECES):
+        place = first[:, None] + at + tl.arange(0, PIECES)[None, :]
+        inside = place < end[:, None]
+        own = tl.load(order + place, mask=inside, other=0)
+        total += tl.load(sums + own, mask=inside, other=0.0)
+    tl.store(shares + unit, tl.sum(total, axis=1), mask=mask)
 
 
 @triton.jit

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -18,9 +20,9 @@ from agc.checks import check_inexact, check_shapes, rows_are_not_units
 from agc.errors import DTypeError, ParameterError, UnitsError
 from agc.plan import PlanEntry
 from agc.units import UnitAxes
-from agc_torch.shards import held_rows, is_dtensor, is_first_replica, summed
+from agc_torch.shards import Held, is_dtensor, summed
 
-__all__ = ["Home", "ShardView", "View", "check_pair", "views"]
+__all__ = ["Home", "ShardUnits", "ShardView", "View", "check_pair", "views"]
 
 Home: TypeAlias = tuple[torch.device, Any]
 """Where the numbers of a view are: the device, and the mesh that they are spread over or None."""
@@ -140,46 +142,102 @@ class View:
 class ShardView(View):
     """The shard of a ``DTensor`` that this process holds, under any placements (AGC-8).
 
-    Squared norms of shards add up to those of the whole. Axes that a pattern splits are reduced
-    only after the shards are put at their indices: a group of units may go on in the next process.
+    Attributes
+    ----------
+    units : ShardUnits
+        Where the tensor's units are in the shard.
     """
 
     def __init__(self, tensor: Any, axes: UnitAxes) -> None:
-        inner = _inner_axes(axes)
-        late = [axis for axis, names in enumerate(inner) if not set(names) <= set(axes.reduce)]
-        early = tuple(axis for axis in range(len(inner)) if axis not in late)
+        self.units = ShardUnits(axes, Held.of(tensor))
         shard = tensor.to_local()
-        super().__init__(shard, _axes(shard.shape, early))
+        local = _axes(shard.shape, self.units.early)
+        super().__init__(shard, local)
         if (whole := summed(tensor)) is not tensor:
-            self.source = View(whole.to_local(), _axes(shard.shape, early)).tensor
+            self.source = View(whole.to_local(), local).tensor
         self.home = (shard.device, tensor.device_mesh)
-        self._rows = [held_rows(tensor, axis, shard.device) for axis in late]
-        self._local = [shard.shape[axis] for axis in late]
-        self._shape = [tensor.shape[axis] for axis in late]
-        view = [name for axis in late for name in inner[axis]]
-        self._view = [axes.view[name] for name in view]
-        self._unit_shape = [axes.unit_shape[name] for name in view]
         self.count = axes.count
-        self._counts = is_first_replica(tensor)
+
+    @cached_property
+    def _rows(self) -> list[Tensor | None]:
+        return self.units.rows(self.home[0])
 
     def gather(self, norms: Tensor) -> Tensor:
         """Return this process's share of every unit's squared norm."""
-        squares = norms.view(self._local).square()
-        if not self._counts:
-            squares = torch.zeros_like(squares)
-        for axis, rows in enumerate(self._rows):
-            if rows is not None:
-                shape = [*squares.shape[:axis], self._shape[axis], *squares.shape[axis + 1 :]]
-                squares = squares.new_zeros(shape).index_copy_(axis, rows, squares)
-        return squares.view(self._view).sum_to_size(self._unit_shape).flatten()
+        return self.units.gather(norms.square(), self._rows)
 
     def spread(self, values: Tensor) -> Tensor:
         """Return the values of the units that have something here."""
-        values = values.view(self._unit_shape).expand(self._view).reshape(self._shape)
-        for axis, rows in enumerate(self._rows):
-            if rows is not None:
-                values = values.index_select(axis, rows)
-        return values.reshape(self.axes.unit_shape)
+        return self.units.spread(values, self._rows).view(self.axes.unit_shape)
+
+
+@dataclass(frozen=True)
+class ShardUnits:
+    """Where the units of a tensor are in the shard of it that a process holds.
+
+    Squared norms of shards add up to those of the whole. Axes that a pattern splits are reduced
+    only after the shards are put at their indices: a group of units may go on in the next process.
+    So the local units, of which a shard has norms, may be several to a unit.
+
+    Attributes
+    ----------
+    axes : UnitAxes
+        Of the whole tensor.
+    held : Held
+        Which shard it is.
+    """
+
+    axes: UnitAxes
+    held: Held
+
+    @cached_property
+    def _late(self) -> list[tuple[int, list[int]]]:
+        """The stored axes that name local units, each with the axes of the view inside it."""
+        inner = enumerate(_inner_axes(self.axes))
+        return [(axis, names) for axis, names in inner if not set(names) <= set(self.axes.reduce)]
+
+    @property
+    def early(self) -> tuple[int, ...]:
+        """The stored axes that are reduced in the shard."""
+        late = [axis for axis, _ in self._late]
+        return tuple(axis for axis in range(len(self.axes.shape)) if axis not in late)
+
+    @cached_property
+    def _view(self) -> list[int]:
+        return [name for _, names in self._late for name in names]
+
+    def rows(self, device: torch.device) -> list[Tensor | None]:
+        """Return the indices that the shard has along each axis that names local units."""
+        return [self.held.rows(axis, self.axes.shape[axis], device) for axis, _ in self._late]
+
+    def gather(self, squares: Tensor, rows: list[Tensor | None]) -> Tensor:
+        """Return this process's shares of all units, flat, from those of its local units."""
+        sizes = [self.axes.shape[axis] for axis, _ in self._late]
+        local = [n if mine is None else len(mine) for n, mine in zip(sizes, rows, strict=True)]
+        squares = squares.view(local)
+        if not self.held.first:
+            squares = torch.zeros_like(squares)
+        for axis, mine in enumerate(rows):
+            if mine is not None:
+                shape = [*squares.shape[:axis], sizes[axis], *squares.shape[axis + 1 :]]
+                squares = squares.new_zeros(shape).index_copy_(axis, mine, squares)
+        squares = squares.view([self.axes.view[name] for name in self._view])
+        return squares.sum_to_size([self.axes.unit_shape[name] for name in self._view]).flatten()
+
+    def spread(self, values: Tensor, rows: list[Tensor | None]) -> Tensor:
+        """Return the values of the local units from those of all units."""
+        values = values.view([self.axes.unit_shape[name] for name in self._view])
+        values = values.expand([self.axes.view[name] for name in self._view])
+        values = values.reshape([self.axes.shape[axis] for axis, _ in self._late])
+        for axis, mine in enumerate(rows):
+            if mine is not None:
+                values = values.index_select(axis, mine)
+        return values
+
+    def numbers(self) -> Tensor:
+        """Return which unit each local unit belongs to, flat, on the CPU."""
+        cpu = torch.device("cpu")
+        return self.spread(torch.arange(self.axes.count, device=cpu), self.rows(cpu)).flatten()
 
 
 def _sparse_views(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[View, View]:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import traceback
 import warnings
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import agc_torch
 from agc import AGC, AGCError
@@ -297,6 +299,113 @@ def case_global_norm() -> Any:
     ]
 
 
+class Placed(NamedTuple):
+    """A parameter of a model that is sharded in many ways."""
+
+    shape: tuple[int, ...]
+    units: str
+    mesh: str = ""  # none: a plain tensor
+    placements: tuple[Any, ...] = ()  # axes that are sharded; None for a repetition
+    partial: bool = False
+
+
+MIXTURE = {
+    "plain": Placed((6, 8), "o i -> o"),
+    "rows": Placed((5, 40), "o i -> o", "one", (0,)),  # uneven
+    "columns": Placed((6, 40), "o i -> o", "one", (1,)),  # every unit is split
+    "convolution": Placed((4, 3, 3, 3), "o i h w -> o", "one", (0,)),
+    "experts": Placed((3, 4, 6), "l i o -> l o", "one", (2,)),  # units that lie apart
+    "groups": Placed((6, 3, 2, 2), "(g=3 i) o h w -> g o", "one", (0,)),  # the cut is in a group
+    "whole": Placed((7, 5), "... ->", "one", (0,)),
+    "short": Placed((1, 9), "o i -> o", "one", (0,)),  # one process has no row
+    "repeated": Placed((3, 70), "o i -> o", "one", (None,)),
+    "long": Placed((2, 40_000), "... ->", "one", (1,)),  # in two pieces
+    "hybrid": Placed((6, 8), "o i -> o", "hybrid", (None, 0)),
+    "two axes": Placed((6, 8), "o i -> o", "square", (0, 1)),
+    "repeated and cut": Placed((5, 8), "o i -> o", "square", (None, 0)),
+    "twice": Placed((5, 8), "o i -> o", "square", (0, 0)),
+    "partial": Placed((4, 6), "o i -> o", "one", (None,), partial=True),
+}
+
+
+def mixed_rule(names: Iterable[str]) -> AGC:
+    return AGC(
+        clipping={"columns": 0.3, "two axes": 0.2, "*": 0.1},
+        units={name: MIXTURE[name].units for name in names},
+    )
+
+
+def mixture(step: int) -> dict[str, nn.Parameter]:
+    """Return plain parameters with gradients of which some units are clipped."""
+    generator = torch.Generator().manual_seed(step)
+    made = {}
+    for name, it in MIXTURE.items():
+        weight, gradient, sizes = (torch.randn(it.shape, generator=generator) for _ in range(3))
+        weight[0] = 0  # whose limit does not grow with what is counted twice
+        made[name] = nn.Parameter(weight)
+        made[name].grad = gradient * 0.1 * sizes.exp()
+    return made
+
+
+class Collectives(TorchDispatchMode):  # type: ignore[misc]
+    """Counts collectives but those by which DTensors are placed anew."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def case_mixture() -> Any:
+    """Sharded in many ways, on several meshes, in two steps of which the second remembers."""
+    from torch.distributed.tensor import (
+        DTensor,
+        Partial,
+        Replicate,
+        Shard,
+        distribute_tensor,
+        init_device_mesh,
+    )
+
+    meshes = {
+        "one": init_device_mesh("cpu", (2,)),
+        "hybrid": init_device_mesh("cpu", (2, 1)),
+        "square": init_device_mesh("cpu", (1, 2)),
+    }
+
+    def spread(tensor: torch.Tensor, it: Placed, *, gradient: bool) -> torch.Tensor:
+        if not it.mesh:
+            return tensor.clone()
+        mesh = meshes[it.mesh]
+        if gradient and it.partial:
+            share = tensor * (0.25 if dist.get_rank() == 0 else 0.75)
+            return DTensor.from_local(share, mesh, [Partial()])
+        placements = [Replicate() if axis is None else Shard(axis) for axis in it.placements]
+        return distribute_tensor(tensor.detach(), mesh, placements)
+
+    parameters: dict[str, Any] = {}
+    found = []
+    for chosen in (MIXTURE, MIXTURE.keys() - {"partial"}):
+        parameters = {
+            name: nn.Parameter(spread(p.detach(), MIXTURE[name], gradient=False))
+            for name, p in mixture(0).items()
+            if name in chosen
+        }
+        rule = mixed_rule(parameters)
+        handle = attach(torch.optim.SGD(parameters.values(), 0.0), parameters, rule)
+        for step in range(2):
+            plain = mixture(step)
+            for name, p in parameters.items():
+                p.data.copy_(spread(plain[name].detach(), MIXTURE[name], gradient=False))
+                p.grad = spread(plain[name].grad, MIXTURE[name], gradient=True)
+            with Collectives() as collectives:
+                handle.optimizer.step()
+            got = {name: full(p.grad) for name, p in parameters.items()}
+            found.append((step, got, handle.stats().parameters(), collectives.count))
+    return found
+
+
 def case_zero_redundancy() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit.script
@@ -314,7 +423,7 @@ CASES = {
 }
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, cases: Mapping[str, Callable[[], Any]] = CASES) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -326,7 +435,7 @@ def worker(rank: int, folder: str) -> None:
         ),  # a collective that one process leaves out fails, and is read
     )
     results = {}
-    for name, case in CASES.items():
+    for name, case in cases.items():
         try:
             results[name] = case()
         except Exception:
@@ -337,7 +446,11 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
+    return results_of(worker, tmp_path_factory.mktemp("processes"))
+
+
+def results_of(worker: Callable[[int, str], None], folder: Path) -> list[dict[str, Any]]:
+    """Return what both processes found, by the case."""
     torch.multiprocessing.spawn(worker, (str(folder),), nprocs=PROCESSES)
     return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(PROCESSES)]
 
@@ -376,6 +489,29 @@ def test_training_in_parallel(results, case):
         for got, expected in zip(found["got"], found["expected"], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert all(map(torch.equal, results[0][case]["got"], results[1][case]["got"]))
+
+
+@pytest.mark.parametrize("rank", range(PROCESSES))
+def test_mixture_of_placements_and_meshes(results, rank):
+    found = results[rank]["mixture"]
+    assert isinstance(found, list), found
+    for step, got, stats, collectives in found:
+        plain = mixture(step)
+        expected = agc_torch.adaptive_clip_grad_(plain, mixed_rule(plain)).parameters()
+        assert (
+            0
+            < sum(it.clipped for it in expected.values())
+            < sum(it.units for it in expected.values())
+        )
+        for name, gradient in got.items():
+            limit = {"rtol": 4e-7, "atol": 0, "msg": f"{step} {name}"}
+            torch.testing.assert_close(gradient, plain[name].grad, **limit)
+            assert (stats[name].units, stats[name].clipped) == (
+                expected[name].units,
+                expected[name].clipped,
+            )
+            assert stats[name].max_ratio == pytest.approx(expected[name].max_ratio, rel=1e-6)
+        assert collectives == 3  # one a mesh
 
 
 def test_names_without_the_wrapper(results):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -30,20 +30,33 @@ BLOCKS, BLOCK = 320, 65536
 """Blocks that one launch of it takes, and their elements."""
 NO_KERNELS = ("empty", "new_empty", "empty_like", "detach", "promote_types", "scalar_tensor")
 Build: TypeAlias = Callable[[], tuple[nn.Module, AGC]]
-KERNELS = ("norms", "decide", "scale", "norm", "perturb", "standardise", "standardise_back")
+PROCESSES = 8
+KERNELS = (
+    "norms",
+    "share",
+    "decide",
+    "scale",
+    "norm",
+    "perturb",
+    "standardise",
+    "standardise_back",
+)
 
 
 class Launches(TorchDispatchMode):  # type: ignore[misc]
-    """Counts kernels of PyTorch's own, and the bytes that they move."""
+    """Counts kernels of PyTorch's own, the bytes that they move, and collectives."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = self.bytes = 0
+        self.count = self.bytes = self.collectives = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.namespace != "aten":
+            self.collectives += func.namespace == "c10d"
+            return result
         name = func.overloadpacket.__name__
         inputs = args[1:] if "copy_" in name else args
         read = [leaf for leaf in tree_leaves((inputs, kwargs)) if isinstance(leaf, Tensor)]
@@ -96,7 +109,12 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Kernel]]:
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(fused, "_triton_dtypes", lambda: {torch.float32: None})
     monkeypatch.setattr(fused, "available", lambda device: True)
-    checks = (fused.table, fused._moving_compiles, fused._standardising_compiles)
+    checks = (
+        fused.table,
+        fused.shared_table,
+        fused._moving_compiles,
+        fused._standardising_compiles,
+    )
     for cached in checks:
         cached.cache_clear()
     yield list(stand_ins.values())
@@ -142,6 +160,72 @@ def test_agc_takes_a_handful(model: Build, most: int, kernels: list[Kernel]) -> 
     assert sum(kernel.count for kernel in kernels) - before == most
     assert others.count <= 1  # addresses, if they changed
     assert others.bytes < size / 1000
+
+
+@pytest.fixture
+def many_processes() -> Iterator[None]:
+    """Be one of many processes, of which the others are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", FakeStore(), rank=1, world_size=PROCESSES)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def shard_(module: nn.Module, axis: int) -> None:
+    """Cut the parameters along an axis, as FSDP2 does; scalars and what is too short stay whole."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for layer in module.modules():
+        for name, p in layer._parameters.items():
+            if p is None:
+                continue
+            if p.dim() <= axis or p.shape[axis] < PROCESSES:
+                tensors = [torch.empty(p.shape) for _ in range(2)]
+            else:
+                local = list(p.shape)
+                size = -(-local[axis] // PROCESSES)
+                local[axis] = min(size, local[axis] - size)
+                known = {"shape": p.shape, "stride": p.stride(), "run_check": False}
+                tensors = [
+                    DTensor.from_local(torch.empty(local), mesh, [Shard(axis)], **known)
+                    for _ in range(2)
+                ]
+            layer._parameters[name] = nn.Parameter(tensors[0])
+            layer._parameters[name].grad = tensors[1]
+
+
+class Idle(torch.optim.Optimizer):  # type: ignore[misc]
+    """Does nothing."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:
+        """Do nothing."""
+
+
+@pytest.mark.parametrize(
+    ("model", "axis", "most"), [(f0, 0, 11), (f0, 1, 15), (gpt2, 0, 6), (gpt2, 1, 9)]
+)
+@pytest.mark.usefixtures("many_processes")
+def test_agc_of_shards_takes_a_handful(
+    model: Build, axis: int, most: int, kernels: list[Kernel]
+) -> None:
+    with torch.device("meta"):
+        module, rule = model()
+    shard_(module, axis)
+    optimizer = Idle(module.parameters())
+    agc_torch.attach(optimizer, module, rule)
+    for step in (lambda: agc_torch.adaptive_clip_grad_(module, rule), optimizer.step):
+        step()
+        before = sum(kernel.count for kernel in kernels)
+        with Launches() as others:
+            step()
+        assert sum(kernel.count for kernel in kernels) - before == most
+        assert others.count <= 2  # factors of local units, and the number of steps
+        assert others.collectives == 1
 
 
 def test_a_gradient_is_loaded_as_its_address_allows(kernels: list[Kernel]) -> None:

@@ -27,8 +27,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 TYPES = {
     **dict.fromkeys(("addresses", "sizes", "places", "firsts", "counts"), "*i64"),
-    **dict.fromkeys(("tiles", "chosen", "pairs", "rules"), "*i32"),
-    **dict.fromkeys(("sums", "factors", "thresholds", "grad_scale", "numbers"), "*fp64"),
+    **dict.fromkeys(("tiles", "chosen", "pairs", "rules", "order", "starts"), "*i32"),
+    **dict.fromkeys(("sums", "factors", "thresholds", "grad_scale", "numbers", "shares"), "*fp64"),
     **dict.fromkeys(("factor", "eta"), "*fp64"),
     **dict.fromkeys(("count", "gradients", "units", "tensors", "filters", "length"), "i32"),
     **dict.fromkeys(("eps", "div_eps"), "fp64"),
@@ -129,9 +129,10 @@ def test_tiles(name: str, dtype: torch.dtype, aligned: bool, capability: int) ->
 @pytest.mark.parametrize("shape", [(256, 1), (1, 1024)])
 def test_decisions(shape: tuple[int, int], capability: int) -> None:
     constants = dict(zip(("SUMS", "PIECES"), shape, strict=True))
-    _, uses = build(triton_kernels.decide_kernel, constants, capability)
-    assert uses["LOCAL"] == uses["STACK"] == 0
-    assert uses["REG"] <= 72
+    for kernel in (triton_kernels.decide_kernel, triton_kernels.share_kernel):
+        _, uses = build(kernel, constants, capability)
+        assert uses["LOCAL"] == uses["STACK"] == 0
+        assert uses["REG"] <= 72
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -857,8 +857,16 @@ def _refuse_accumulating(optimizers: Iterable[Any]) -> None:
 
 
 def _scales(optimizer: Any) -> bool:
-    """Tell whether a wrapper steps through a GradScaler of its own, as Accelerate's does."""
-    scalers: list[Any] = [getattr(inner, "scaler", None) for inner in _chain(optimizer)]
+    """Tell whether a wrapper steps through a GradScaler, as those of Accelerate and Lightning do."""
+    owners = list(_chain(optimizer))
+    # Lightning's optimizers, of a Trainer and of Fabric, leave scaling to their strategy.
+    strategies = [getattr(owner, "_strategy", None) for owner in owners]
+    owners += [
+        getattr(strategy, name, None)
+        for strategy in strategies
+        for name in ("precision_plugin", "precision")
+    ]
+    scalers: list[Any] = [getattr(owner, "scaler", None) for owner in owners]
     return any(hasattr(scaler, "unscale_") and scaler.is_enabled() for scaler in scalers)
 
 

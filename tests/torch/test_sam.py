@@ -855,6 +855,30 @@ class TestWrappedOptimizers:
         assert same(train.model, before)
         assert train.scaler.get_scale() == 512.0
 
+    @pytest.mark.parametrize("wrapped", [False, True], ids=["given", "wrapped"])
+    @pytest.mark.parametrize("parts", [1, 4])
+    def test_a_scaler_changes_neither_the_norm_nor_eps(self, parts, wrapped):
+        rule = SAM(rho=0.1, eps=0.5, microbatches=parts)
+        want, got = Trainer(rule), Trainer(rule)
+        want.step()
+        got.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        if wrapped:
+            got.optimizer = Wrapper(got.optimizer, scaler=scaler)
+        batch, given = (got.x, got.y), None if wrapped else scaler
+        got.sam.step(got.optimizer, got.closure, batch=batch, scaler=given)
+        close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+        for name in ("norm", "loss", "perturbed_loss"):
+            close(getattr(got.sam.stats(), name), getattr(want.sam.stats(), name))
+        for one, other in zip(got.model.parameters(), want.model.parameters(), strict=True):
+            close(one, other)
+
+    def test_a_scaler_that_is_off_cannot_skip(self):
+        train = Trainer()
+        train.scaler, train.poisoned = torch.amp.GradScaler("cpu", enabled=False), True
+        before = snapshot(train.model)
+        train.step()
+        assert same(train.model, before)
+
 
 RETURNS = {
     "none": (

@@ -7,6 +7,7 @@ import pytest
 
 import agc
 
+
 def commands(parser):
     """Yield a parser and those of its commands."""
     yield parser

@@ -20,7 +20,8 @@ from torch import Tensor
 
 import agc_torch
 from agc import AGC, SAM
-from agc_torch.integrations import lightning, transformers as hugging_face
+from agc_torch.integrations import lightning
+from agc_torch.integrations import transformers as hugging_face
 from tests.integrations.network import DATA, RULE, Network, X, Y, by_hand, check_same, sgd
 
 SHARPNESS = SAM(rho=0.1)

@@ -70,6 +70,11 @@ def find_snippets() -> list[Snippet]:
     return found
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long, so that at the end no process waits for another."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "snippet" in metafunc.fixturenames:
         folder = metafunc.definition.path.parent.name

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -440,12 +441,12 @@ class _Chunk:
         self._split = [i for i, v in enumerate(self._views) if v.axes.view != v.axes.shape]
         self._sources = [view.source for view in self._views]
         self._gradients = [job.gradient.tensor for job in jobs]
-        self._groups = grouped(self._views) if on_host(self._views[0].home[0]) else None
+        self._host = on_host(self._views[0].home[0])
+        self._groups = grouped(self._views) if self._host else None
 
     def renew(self, parameters: list[Tensor], gradients: list[Any], _: list[int]) -> bool:
         """Take the tensors of another step, which are plain."""
-        sources = [parameters[place] for place in self._places]
-        sources += [gradients[place] for place in self._places]
+        sources = _taken(parameters, self._places) + _taken(gradients, self._places)
         for index in self._split:
             sources[index] = sources[index].view(self._views[index].axes.view)
         self._sources, self._gradients = sources, sources[len(self._jobs) :]
@@ -461,7 +462,7 @@ class _Chunk:
         least = threshold if isinstance(threshold, float) else 0.0
         lower = min(least, 1.0) * rule.eps
         norms_U = all_norms(self._views, self._sources, lower, self._groups)
-        floor_U, norm_U = norms_U.view(2, norms_U.numel() // 2)
+        floor_U, norm_U = norms_U.view(2, norms_U.numel() // 2).unbind()
         floor_U = floor_U.clamp(min=rule.eps)
         if grad_scale is not None:
             norm_U = norm_U / grad_scale.to(norm_U.device, non_blocking=True)
@@ -470,17 +471,16 @@ class _Chunk:
     def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:
         """Multiply every gradient by its scales, in place, with one rounding (AGC-2 to AGC-4)."""
         touched: Iterable[int] = range(len(self._jobs))
-        host = on_host(numbers.norm.device)
-        if host:
-            untouched_U = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
-            if untouched_U.all():
-                return
+        if self._host and _none_touched(numbers):
+            return
         sizes = [count for _, count in numbers.counts]
-        if host and untouched_U.any():
-            split = untouched_U.split(sizes)
-            touched = [index for index, untouched in enumerate(split) if not untouched.all()]
+        if self._host:
+            untouched_U = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
+            if untouched_U.any():
+                split = untouched_U.split(sizes)
+                touched = [index for index, untouched in enumerate(split) if not untouched.all()]
         factor_U = narrow_U = numbers.factor
-        if host and not (factor_U < _SMALLEST).any():
+        if self._host and not (factor_U < _SMALLEST).any():
             # Float64 factors make a float64 copy of the gradient on a CPU. Only factors that
             # float32 cannot hold are worth that: of gradients 1e30 times too large.
             narrow_U = factor_U.float()
@@ -488,13 +488,28 @@ class _Chunk:
         for index in touched:
             gradient, view = self._gradients[index], self._jobs[index].gradient
             factors = wide if gradient.dtype == torch.float64 else narrow
-            for block, factor in _blocks(gradient, view.spread(factors[index]), host):
+            for block, factor in _blocks(gradient, view.spread(factors[index]), self._host):
                 block.mul_(factor)
         if zero:
             bad = numbers.bad.split(sizes)
             for index in touched:
                 view = self._jobs[index].gradient
                 self._gradients[index].masked_fill_(view.spread(bad[index]), 0)
+
+
+def _none_touched(numbers: UnitNumbers) -> bool:
+    """Tell whether all units are finite and none is clipped."""
+    if not numbers.norm.numel():
+        return True
+    # NaN, if there is one, is the least and the most; a limit is infinite if its weight is.
+    least, most = (numbers.limit - numbers.norm).aminmax()
+    return float(least) >= 0 and float(most) < math.inf
+
+
+def _taken(items: list[Any], places: list[int]) -> list[Any]:
+    """Return the items at some places, without Python code for each."""
+    taken = itemgetter(*places)(items)
+    return list(taken) if len(places) > 1 else [taken]
 
 
 class _LaunchedChunk:
@@ -509,8 +524,8 @@ class _LaunchedChunk:
 
     def renew(self, _: list[Tensor], gradients: list[Any], addresses: list[int]) -> bool:
         """Take the tensors of another step; return whether the kernels' loads fit them."""
-        now = [addresses[place] for place in self._places]
-        now += [gradients[place].data_ptr() for place in self._places]
+        now = _taken(addresses, self._places)
+        now += map(Tensor.data_ptr, _taken(gradients, self._places))
         if now == self._addresses:
             return True
         self._addresses = now

@@ -79,10 +79,11 @@ def all_norms(
     if groups is None:
         groups = grouped(views) if host else []
     for group in groups:
-        norms = _row_norms([sources[index] for index in group.indices], group)
         if len(group.indices) == len(views) and mesh is None:
-            # As it stands: the usual case of large tensors.
-            return _redo_out_of_range(norms, views, sources, lower)
+            # As it stands: the usual case, of large tensors and of many small ones.
+            norms = _row_norms(sources, group)
+            return norms if group.safe else _redo_out_of_range(norms, views, sources, lower)
+        norms = _row_norms([sources[index] for index in group.indices], group)
         split = norms.split([rows.units for rows in group.rows])
         norms_by_view.update(zip(group.indices, split, strict=True))
     flat = torch.cat(
@@ -135,6 +136,8 @@ class Group(NamedTuple):
         Whether all of them are small, and stand in memory row after row.
     alike : bool
         Whether they differ in the size of their first axis alone.
+    safe : bool
+        Whether float64 holds the square of any of their elements.
     """
 
     indices: list[int]
@@ -142,6 +145,7 @@ class Group(NamedTuple):
     small: bool
     in_order: bool
     alike: bool
+    safe: bool
 
 
 def grouped(views: list[View]) -> list[Group]:
@@ -164,6 +168,7 @@ def grouped(views: list[View]) -> list[Group]:
             small and all(_in_order(views[index].source, rows) for index, rows in group.items()),
             len({views[index].source.shape[1:] for index in group}) == 1
             and all(views[index].source.dim() for index in group),
+            small and all(views[index].source.dtype != torch.float64 for index in group),
         )
         for (small, _), group in groups.items()
     ]
@@ -212,8 +217,7 @@ def _row_norms(tensors: list[Tensor], group: Group) -> Tensor:
     """Norms of rows of one length, or of equally many blocks, in float64."""
     length = group.rows[0].shape[-1]
     if group.small:
-        rows = _copied(tensors, group).view(-1, length)
-        return vector_norm(rows, 2, -1, dtype=torch.float64)
+        return vector_norm(_copied(tensors, group).view(-1, length), 2, -1, dtype=torch.float64)
     counts = [rows.units for rows in group.rows]
     table = tensors[0].new_empty(sum(counts), _blocks(length))
     for tensor, rows, norms in zip(tensors, group.rows, table.split(counts), strict=True):
@@ -235,7 +239,7 @@ def _row_norms(tensors: list[Tensor], group: Group) -> Tensor:
 def _copied(tensors: list[Tensor], group: Group) -> Tensor:
     """Return the elements of small tensors, row after row."""
     if group.in_order and group.alike:  # which is one call without a view of each
-        return torch.cat(tensors).view(-1)
+        return torch.cat(tensors)
     if group.in_order:
         flat: Tensor = torch._utils._flatten_dense_tensors(tensors)
         return flat

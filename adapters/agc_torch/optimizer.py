@@ -253,7 +253,7 @@ class Handle:
         return clipped_closure
 
     def _clip(self) -> None:
-        parameters = list(_parameters(self.optimizer))
+        parameters = _parameters(self.optimizer)
         same = len(parameters) == len(self._parameters)
         if not same or not all(map(operator.is_, parameters, self._parameters)):
             self._match()

@@ -44,6 +44,7 @@ def statuses(backend: Backend, select: str, **options: Any) -> set[str]:
     return {str(r["status"]) for r in asked(backend, select, **options).values()}
 
 
+@pytest.mark.long
 def test_the_reference_passes() -> None:
     found = asked(ReferenceBackend(), FAST)
     assert {r["status"] for r in found.values()} == {"passed"}

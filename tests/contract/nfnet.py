@@ -141,6 +141,7 @@ class NFNetContract(Contract):
 
     # Golden values
 
+    @pytest.mark.long
     @pytest.mark.parametrize("variant", GOLDEN)
     def test_golden_values(self, variant):
         golden, model = GOLDEN[variant], self.driver.seeded(variant)

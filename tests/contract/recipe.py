@@ -15,6 +15,7 @@ from tests.helpers import norm
 
 
 class RecipeContract(Contract):
+    @pytest.mark.long
     def test_golden_steps(self, way):
         model, batch = self.driver.seeded(), core.seeded_batch(2, 32)
         start = self.driver.adapter.to_neutral(model)

@@ -28,6 +28,7 @@ class VectorsContract:
 
     unsupported: frozenset[str]
 
+    @pytest.mark.long
     @pytest.mark.parametrize("part", PARTS)
     def test_vectors_pass(self, part, run_suite):
         statuses = run_suite("--no-train", "--no-models", "--select", part)
@@ -44,6 +45,7 @@ class VectorsContract:
 class ModelsContract:
     """NFNets; the suite's main job asks for the rest of them."""
 
+    @pytest.mark.long
     def test_gradients_and_clipping(self, run_suite):
         statuses = run_suite("--select", "NFNET-[24]")
         assert set(statuses.values()) == {"passed"}

@@ -86,6 +86,7 @@ class TrainingContract(Contract):
             metrics = trainer.step(batches[step], table.at(step))
             yield metrics, trainer.state()
 
+    @pytest.mark.long
     @pytest.mark.parametrize("kind", KINDS)
     def test_level_5(self, kind):
         records = run_recipes(Trained(self.driver), SHORT, select=f"L5-{kind}")

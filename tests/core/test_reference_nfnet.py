@@ -26,6 +26,7 @@ from tests.helpers import norm
 SMALL = Variant("small", (1, 2), 0.0, 32, 32, (32, 64), 8, 10)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_values(name):
     golden = GOLDEN[name]

@@ -59,6 +59,7 @@ def same(recipe, folder, other):
         assert record == wanted
 
 
+@pytest.mark.long
 def test_two_processes(tmp_path, quick):
     """They go on from the middle of what one device did, and arrive where it arrived.
 

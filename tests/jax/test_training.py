@@ -37,6 +37,7 @@ class TestTraining(TrainingContract):
 
     driver = JaxDriver()
 
+    @pytest.mark.long
     @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sam"])
     def test_level_5(self, kind):
         """The ascent on a spread fraction is in :func:`test_sharpness`."""

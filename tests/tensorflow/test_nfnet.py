@@ -182,6 +182,7 @@ def test_compile_fit_evaluate_save_and_load(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.long
 def test_fit_compiled_by_xla():
     model = compiled(core.Variant("least", (1,), 0.0, 32, 32, (16,), 4, 10), jit_compile=True)
     images = images_of(10, 24, dtype="float32")

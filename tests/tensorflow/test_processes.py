@@ -87,6 +87,7 @@ def run_two_workers(folder: Path) -> None:
         assert out.splitlines()[-1] == "2"
 
 
+@pytest.mark.long
 def test_two_workers(tmp_path):
     """They stop together, and one worker with two devices goes on from their own form."""
     recipe = recipe_of()

@@ -72,6 +72,7 @@ def test_one_graph(name):
         assert stats.total().min_scale == pytest.approx(expected.total().min_scale)
 
 
+@pytest.mark.long
 def test_inductor():
     model, eager = network(), network()
     rule = RULES["plain"]

@@ -274,6 +274,7 @@ def timm(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_timms_own_model(timm, tmp_path):
     """F0 goes into timm's dm_nfnet_f0 and comes back, and gives the same logits there."""
     model = agc_torch.nfnet("F0", activation="gelu_erf", ws_eps="timm").eval()

@@ -129,6 +129,7 @@ def test_state_dict_round_trip(tmp_path):
 # What PyTorch itself warns of while it compiles.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("backend", "variant", "masks"),
     [("aot_eager", "tiny", None), ("inductor", SHALLOW, None), ("aot_eager", SHALLOW, MASKS)],

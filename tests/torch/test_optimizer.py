@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import pickle
+import sys
 import types
 import warnings
 import weakref
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import agc_torch
 from agc import AGC, Schedule
@@ -857,3 +859,47 @@ def test_gradients_are_let_go():
         optimizer.step()
         optimizer.zero_grad()
         assert all(gradient() is None for gradient in gradients)
+
+
+class Operations(TorchDispatchMode):
+    """Lists the operations of PyTorch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def cost(count: int) -> tuple[list[str], int]:
+    """Return the operations and the calls by Python of a step that clips none of some matrices."""
+    layers = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(count))
+    for p in layers.parameters():
+        p.grad = torch.full_like(p, 1e-8)
+    _, optimizer, handle = attached(layers, AGC(clipping=0.01))
+    optimizer.step()
+    with Operations() as operations:
+        handle._clip()
+    calls = 0
+
+    def count_call(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count_call)
+    try:
+        handle._clip()
+    finally:
+        sys.setprofile(None)
+    assert (handle.stats().units, int(handle.stats().clipped)) == (32 * count, 0)
+    return operations.names, calls
+
+
+def test_a_step_that_clips_nothing_costs_the_same_of_any_number_of_parameters():
+    """Unlike ``clip_grad_norm_``, which calls Python some five times for each."""
+    operations, calls = cost(50)
+    assert (operations, calls) == cost(200)
+    assert len(operations) <= 11
+    assert calls <= 90

@@ -64,6 +64,7 @@ def left(case: str, folder: Path) -> tuple[State, list[dict[str, object]]]:
     return state, records
 
 
+@pytest.mark.long
 def test_two_processes(tmp_path: Path) -> None:
     """They leave what one process leaves; each engine stops and goes on, on other numbers too."""
     for case in two.CASES:

@@ -26,7 +26,7 @@ from agc_conformance.backends.torch.arrays import (
     to_tensor,
 )
 from agc_conformance.backends.torch.device import Device
-from agc_conformance.backends.torch.processes import enter, leave
+from agc_conformance.backends.torch.processes import enter, leave, together
 from agc_torch.clip import adaptive_clip_grad_
 from agc_torch.optimizer import Handle, attach
 from agc_torch.units import plan
@@ -122,8 +122,7 @@ class Clipping(Device):
         if self.device == "cuda" and torch.cuda.device_count() < shards:
             raise Unsupported(f"{shards} shards need as many GPUs")
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (shards, folder, self.device, problem)
-            torch.multiprocessing.spawn(_clip_shard, arguments, nprocs=shards)
+            together(_clip_shard, shards, folder, self.device, problem)
             outcome = torch.load(Path(folder) / "outcome", weights_only=False)
         if isinstance(outcome, Exception):
             raise outcome

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["enter", "leave"]
+__all__ = ["enter", "leave", "together"]
+
+
+def together(work: Callable[..., None], count: int, *arguments: Any) -> None:
+    """Call ``work(rank, count, *arguments)`` in so many processes, and wait for them.
+
+    Where the system can, they are forked from a process that has imported this package once.
+    """
+    method = "spawn"
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        method = "forkserver"
+        multiprocessing.set_forkserver_preload([work.__module__])
+    torch.multiprocessing.start_processes(
+        work, (count, *arguments), nprocs=count, start_method=method
+    )
 
 
 def enter(rank: int, count: int, folder: str, device: str) -> None:

@@ -30,7 +30,7 @@ from agc_conformance.backends.torch.arrays import (
 )
 from agc_conformance.backends.torch.clipping import attach_sgd
 from agc_conformance.backends.torch.device import Device
-from agc_conformance.backends.torch.processes import enter, leave
+from agc_conformance.backends.torch.processes import enter, leave, together
 from agc_torch.sam import SharpnessAware
 
 __all__ = ["Sharpness"]
@@ -61,8 +61,7 @@ class Sharpness(Device):
         if self.device == "cuda" and torch.cuda.device_count() < replicas:
             raise Unsupported(f"{replicas} replicas need as many GPUs")
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (replicas, folder, self.device, problem)
-            torch.multiprocessing.spawn(_replica, arguments, nprocs=replicas)
+            together(_replica, replicas, folder, self.device, problem)
             outcomes: list[SharpnessOutcome] = [
                 torch.load(Path(folder) / f"outcome{rank}", weights_only=False)
                 for rank in range(replicas)

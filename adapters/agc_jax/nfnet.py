@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax import lax, nn
 
-from agc.errors import DTypeError, ShapeError
+from agc.errors import DTypeError, ParameterError, ShapeError
 from agc.nfnet import (
     ALPHA,
     GAMMAS,
@@ -32,6 +33,7 @@ from agc.nfnet import (
     Masks,
     Options,
     Variant,
+    WsDtype,
     WsEps,
     blocks,
     check_masks,
@@ -82,6 +84,7 @@ def nfnet(
     in_channels: int = 3,
     activation: str | None = None,
     ws_eps: WsEps = "deepmind",
+    ws_dtype: WsDtype = "float32",
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> NFNet:
@@ -109,6 +112,8 @@ def nfnet(
         ``"gelu_erf"``. The variant's own (``"gelu"``, NF-ResNets ``"relu"``) if None.
     ws_eps : {"deepmind", "timm"}
         Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
+    ws_dtype : {"float32", "bfloat16"}
+        What weights of convolutions in bfloat16 are standardised in; others in at least float32.
     dtype, param_dtype
         What is computed in, and how parameters are stored, as in any Flax layer. Without ``dtype``
         it is what images and parameters promote to.
@@ -146,6 +151,7 @@ def nfnet(
             in_channels=in_channels,
             activation=activation,
             ws_eps=ws_eps,
+            ws_dtype=ws_dtype,
         ),
         rngs=rngs,
         dtype=dtype,
@@ -156,10 +162,10 @@ def nfnet(
 class SameConv2d(nnx.Module):  # type: ignore[misc]
     """A convolution with a bias that pads as XLA's SAME: even axes under stride 2 at their end."""
 
-    def __init__(self, conv: Conv, param_dtype: Any = jnp.float32) -> None:
+    def __init__(self, conv: Conv, param_dtype: Any = jnp.float32, *, bias: bool = True) -> None:
         self.conv = conv
         self.weight = _undrawn(conv.shape, param_dtype)
-        self.bias = _undrawn((conv.outputs,), param_dtype)
+        self.bias = _undrawn((conv.outputs,), param_dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve images of shape (n, h, w, inputs)."""
@@ -176,7 +182,7 @@ class SameConv2d(nnx.Module):  # type: ignore[misc]
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=self.conv.groups,
         )
-        return out + self.bias[...].astype(x.dtype)
+        return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 
 
 _FILTER: Final = (0, 1, 2)  # the axes of a filter, of which a weight has one for each output
@@ -188,7 +194,8 @@ def _standardise(weight: jax.Array, gain: jax.Array, ws_eps: WsEps) -> jax.Array
     weight, gain, dtype = weight.astype(wide), gain.astype(wide), weight.dtype
     # Autodiff's gradient is good enough: XLA fuses what would be many passes over the weights.
     mean = weight.mean(_FILTER)
-    scale = gain * _scale(weight - mean, ws_eps)
+    squared_norm = jnp.square(weight - mean).sum(_FILTER)
+    scale = gain * _scale(squared_norm, weight[..., 0].size, ws_eps)
     # The same as of the centred weight, which XLA would keep.
     return (weight * scale - mean * scale).astype(dtype)
 
@@ -196,13 +203,28 @@ def _standardise(weight: jax.Array, gain: jax.Array, ws_eps: WsEps) -> jax.Array
 _standardised = jax.jit(_standardise, static_argnums=2)
 
 
-def _scale(centred: jax.Array, ws_eps: WsEps) -> jax.Array:
-    """Return what makes each filter's norm 1."""
-    squared_norm = jnp.square(centred).sum(_FILTER)
+def _standardise_in_bfloat16(weight: jax.Array, gain: jax.Array, ws_eps: WsEps) -> jax.Array:
+    weight, gain = _rounded(weight), _rounded(gain)
+    fan_in = weight[..., 0].size
+    mean, squared_norm = _rounded(weight.mean(_FILTER)), fan_in * _rounded(weight.var(_FILTER))
+    scale = _rounded(gain * _scale(squared_norm, fan_in, ws_eps))
+    return (weight * scale - _rounded(mean * scale)).astype(jnp.bfloat16)
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """Return a bfloat16, as its gradient will be, for computations in float32.
+
+    Two casts in its place XLA may leave out, as it is allowed excess precision.
+    """
+    return lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+
+
+def _scale(squared_norm: jax.Array, fan_in: int, ws_eps: WsEps) -> jax.Array:
+    """Return what makes the norm of a filter 1."""
     eps = WS_EPS[ws_eps]
     if ws_eps == "deepmind":
         return lax.rsqrt(jnp.maximum(squared_norm, eps))
-    return lax.rsqrt(squared_norm + centred[..., 0].size * eps)
+    return lax.rsqrt(squared_norm + fan_in * eps)
 
 
 class WSConv2d(SameConv2d):
@@ -214,6 +236,8 @@ class WSConv2d(SameConv2d):
         Sizes, stride and groups.
     ws_eps : {"deepmind", "timm"}
         See :data:`agc.nfnet.WS_EPS`.
+    ws_dtype : {"float32", "bfloat16"}
+        See :class:`agc.nfnet.Options`.
     param_dtype
         How parameters are stored.
 
@@ -224,18 +248,30 @@ class WSConv2d(SameConv2d):
         A gain is a vector, hence one unit of AGC (AGC-5).
     """
 
-    def __init__(self, conv: Conv, ws_eps: WsEps, param_dtype: Any = jnp.float32) -> None:
+    def __init__(
+        self,
+        conv: Conv,
+        ws_eps: WsEps,
+        ws_dtype: WsDtype = "float32",
+        param_dtype: Any = jnp.float32,
+    ) -> None:
         super().__init__(conv, param_dtype)
-        self.ws_eps = ws_eps
+        self.ws_eps: WsEps = ws_eps
+        self.ws_dtype: WsDtype = ws_dtype
         self.gain = _undrawn((conv.outputs,), param_dtype)
 
-    def standardised(self) -> jax.Array:
-        """Return the standardised weight: computed in at least float32, in the weight's dtype."""
+    def standardised(self, dtype: Any = None) -> jax.Array:
+        """Return the standardised weight: computed in at least float32, in the weight's dtype.
+
+        Both are bfloat16 if ``ws_dtype`` is and ``dtype``, what the convolution computes in, too.
+        """
+        if self.ws_dtype == "bfloat16" and dtype == jnp.bfloat16:
+            return _standardise_in_bfloat16(self.weight[...], self.gain[...], self.ws_eps)
         return _standardise(self.weight[...], self.gain[...], self.ws_eps)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve images of shape (n, h, w, inputs)."""
-        return self.convolve(x, self.standardised())
+        return self.convolve(x, self.standardised(x.dtype))
 
     def folded(self) -> SameConv2d:
         """Return the plain convolution that gives the same outputs."""
@@ -243,6 +279,31 @@ class WSConv2d(SameConv2d):
         plain.weight = nnx.Param(_standardised(self.weight[...], self.gain[...], self.ws_eps))
         plain.bias = self.bias
         return plain
+
+    def normalised(self) -> NormalisedConv2d:
+        """Return a convolution with the same weight and batch normalisation."""
+        twin = NormalisedConv2d(self.conv, self.weight.dtype)
+        twin.weight = self.weight
+        return twin
+
+
+class NormalisedConv2d(SameConv2d):
+    """A convolution, and batch normalisation instead of a standardised weight and a bias."""
+
+    def __init__(self, conv: Conv, param_dtype: Any = jnp.float32) -> None:
+        super().__init__(conv, param_dtype, bias=False)
+        # PyTorch's epsilon and momentum; Flax calls the share that is kept momentum.
+        self.norm = nnx.BatchNorm(
+            conv.outputs, momentum=0.9, epsilon=1e-5, param_dtype=param_dtype, rngs=nnx.Rngs(0)
+        )
+        # Flax has float32 at first, and after a step in float64 another dtype.
+        wide = jnp.promote_types(param_dtype, jnp.float32)
+        self.norm.mean = nnx.BatchStat(self.norm.mean[...].astype(wide))
+        self.norm.var = nnx.BatchStat(self.norm.var[...].astype(wide))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolve images of shape (n, h, w, inputs), and normalise over them, in their dtype."""
+        return self.norm(super().__call__(x)).astype(x.dtype)
 
 
 class Dense(nnx.Module):  # type: ignore[misc]
@@ -288,10 +349,10 @@ class Stem(nnx.Module):  # type: ignore[misc]
 
     def __init__(self, options: Options, param_dtype: Any) -> None:
         conv0, conv1, conv2, conv3 = stem(options.variant, options.in_channels)
-        self.conv0 = WSConv2d(conv0, options.ws_eps, param_dtype)
-        self.conv1 = WSConv2d(conv1, options.ws_eps, param_dtype)
-        self.conv2 = WSConv2d(conv2, options.ws_eps, param_dtype)
-        self.conv3 = WSConv2d(conv3, options.ws_eps, param_dtype)
+        self.conv0 = WSConv2d(conv0, options.ws_eps, options.ws_dtype, param_dtype)
+        self.conv1 = WSConv2d(conv1, options.ws_eps, options.ws_dtype, param_dtype)
+        self.conv2 = WSConv2d(conv2, options.ws_eps, options.ws_dtype, param_dtype)
+        self.conv3 = WSConv2d(conv3, options.ws_eps, options.ws_dtype, param_dtype)
         self.activation = Activation(options.activation)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -307,7 +368,7 @@ class ResNetStem(nnx.Module):  # type: ignore[misc]
 
     def __init__(self, options: Options, param_dtype: Any) -> None:
         (conv0,) = stem(options.variant, options.in_channels)
-        self.conv0 = WSConv2d(conv0, options.ws_eps, param_dtype)
+        self.conv0 = WSConv2d(conv0, options.ws_eps, options.ws_dtype, param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Take images of shape (n, h, w, c) to (n, h / 4, w / 4, widths[0] / 4)."""
@@ -322,7 +383,10 @@ class NFBlock(nnx.Module):  # type: ignore[misc]
         self.drop_rate = options.stochastic_depth * block.stochastic_depth
         self.deterministic = False  # True in evaluation mode
         self.rngs = rngs["dropout"].fork()
-        convs = {conv.name: WSConv2d(conv, options.ws_eps, param_dtype) for conv in block.convs}
+        convs = {
+            conv.name: WSConv2d(conv, options.ws_eps, options.ws_dtype, param_dtype)
+            for conv in block.convs
+        }
         self.conv0 = convs["conv0"]
         self.conv1 = convs["conv1"]
         self.conv1b = convs.get("conv1b")
@@ -426,7 +490,9 @@ class NFNet(nnx.Module):  # type: ignore[misc]
             stages[block.stage].append(NFBlock(block, options, param_dtype, rngs))
         self.stages = _List([_List(stage) for stage in stages])
         last = final_conv(options.variant)
-        self.final_conv = None if last is None else WSConv2d(last, options.ws_eps, param_dtype)
+        self.final_conv = (
+            None if last is None else WSConv2d(last, options.ws_eps, options.ws_dtype, param_dtype)
+        )
         self.activation = Activation(options.activation)
         self.dropout = nnx.Dropout(options.dropout, rngs=rngs)
         self.head = Dense(features(options.variant), options.num_classes, param_dtype)
@@ -538,6 +604,37 @@ class NFNet(nnx.Module):  # type: ignore[misc]
             "res_avg_var": jnp.stack(residuals),
         }
 
+    def batch_normalised(self) -> NFNet:
+        """Return the twin that normalises, for comparisons of speed and of training.
+
+        Returns
+        -------
+        NFNet
+            In the same mode, with the same weights, and batch normalisation (``norm``) after each
+            convolution instead of standardised weights, biases and expected variances; all else is
+            the same, activations with their constants and skip gains too. It has no canonical
+            names, hence no files.
+
+        Raises
+        ------
+        ParameterError
+            If the model is folded or batch-normalised.
+
+        Notes
+        -----
+        ``flax.nnx.BatchNorm`` with PyTorch's constants: epsilon 1e-5, and running statistics
+        (``nnx.BatchStat``, in at least float32) that take a tenth of each batch's; of its variance
+        the biased one, where PyTorch takes the unbiased one. The statistics of the batch are used
+        between ``train()`` and ``eval()``, whatever the argument ``deterministic`` is.
+        """
+        twin = self._with_convs(WSConv2d.normalised)
+        for _, module in nnx.iter_modules(twin):
+            if isinstance(module, NFBlock):
+                module.block = replace(module.block, variance=1.0)
+        if self.dropout.deterministic:
+            twin.eval()
+        return twin
+
     def fold(self) -> NFNet:
         """Return a copy for inference, in which weight standardisation is done once and for all.
 
@@ -547,15 +644,30 @@ class NFNet(nnx.Module):  # type: ignore[misc]
             In evaluation mode, with plain convolutions and without gains. Outputs are the same up
             to rounding. It is not for training: without standardisation, DeepMind's recipe does not
             apply.
+
+        Raises
+        ------
+        ParameterError
+            If the model is folded or batch-normalised.
         """
-        graph, state = nnx.split(self)
-        folded: NFNet = nnx.merge(graph, jax.device_put(state, may_alias=False))
+        folded = self._with_convs(WSConv2d.folded)
         folded.eval()
-        for _, parent in list(nnx.iter_modules(folded)):
+        return folded
+
+    def _with_convs(self, change: Callable[[WSConv2d], SameConv2d]) -> NFNet:
+        """Return a copy with other convolutions."""
+        if not any(isinstance(module, WSConv2d) for _, module in nnx.iter_modules(self)):
+            raise ParameterError(
+                "the model has no standardised weights: it is folded or batch-normalised; "
+                "use the model that it was made from"
+            )
+        graph, state = nnx.split(self)
+        changed: NFNet = nnx.merge(graph, jax.device_put(state, may_alias=False))
+        for _, parent in list(nnx.iter_modules(changed)):
             for name, child in list(vars(parent).items()):
                 if isinstance(child, WSConv2d):
-                    setattr(parent, name, child.folded())
-        return folded
+                    setattr(parent, name, change(child))
+        return changed
 
     def _finish(self, x: jax.Array) -> jax.Array:
         return self.activation(x if self.final_conv is None else self.final_conv(x))

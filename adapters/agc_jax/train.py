@@ -72,7 +72,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        check_offered(recipe, launch, "JAX", engines=("fsdp",), coordinator=True, sharded=True)
+        check_offered(launch, "JAX", engines=("fsdp",), coordinator=True)
         self.hosts = join(launch)
         self._recipe = recipe
         self._plain = replace(recipe, sam=None)  # of the steps that do not perturb
@@ -200,6 +200,10 @@ class Trainer:
             rows = done.agc.parameters(names)
             bad = [name for name, row in rows.items() if row.nonfinite]
             raise NonFiniteError(f"units of these parameters have a norm that is not finite: {bad}")
+        if agc and done.norm is not None and agc.nonfinite == "raise":
+            norm = float(done.norm)
+            if not np.isfinite(norm):
+                raise NonFiniteError(f"the norm of all gradients together is {norm}")
 
     # --- an evaluation ----------------------------------------------------------------------------
 
@@ -300,6 +304,8 @@ class _Done(NamedTuple):
     loss: jax.Array
     sam: SamStats | None
     agc: Stats | None
+    norm: jax.Array | None
+    """Of all gradients together, if it is limited."""
 
 
 @partial(jax.jit, static_argnames=("recipe", "microbatch", "devices"), donate_argnames="arrays")
@@ -313,7 +319,7 @@ def _step(
     microbatch: int,
     devices: Devices,
 ) -> tuple[_Arrays, _Done]:
-    """Make a step: gradient, AGC, decay, momentum, rate, average (AGC-7)."""
+    """Make a step: gradient, AGC, norm, decay, momentum, rate, average (AGC-7)."""
     batch = batch._replace(masks=_masks(recipe, batch.masks, len(batch.images), made))
     frozen = dict(arrays.parameters)
     trained = {name: frozen.pop(name) for name in arrays.momentum}
@@ -328,8 +334,11 @@ def _step(
         rule = _rule(recipe.agc, numbers["clipping"])
         clip = Clipper(rule, _model(recipe.model.options()).units)
         gradients, agc = clip(gradients, trained, made)
+    norm = None
+    if recipe.optimizer.max_norm is not None:
+        gradients, norm = _limited(recipe, recipe.optimizer.max_norm, gradients)
     updated = _updated(recipe, trained, arrays.momentum, gradients, numbers["rate"])
-    if (may := _may_step(recipe, sam, agc)) is not None:
+    if (may := _may_step(recipe, sam, agc, norm)) is not None:
         updated = jax.tree.map(partial(jnp.where, may), updated, (trained, arrays.momentum))
     trained, momentum = updated
     parameters = frozen | trained
@@ -338,7 +347,7 @@ def _step(
         ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, parameters)
     arrays = devices.kept(_Arrays(parameters, momentum, ema))
     everywhere = partial(lax.with_sharding_constraint, shardings=devices.sharding())
-    return arrays, jax.tree.map(everywhere, _Done(loss, sam, agc))
+    return arrays, jax.tree.map(everywhere, _Done(loss, sam, agc, norm))
 
 
 @jax.jit  # type: ignore[untyped-decorator]
@@ -391,7 +400,7 @@ def _gradient(
     recipe: Recipe, microbatch: int, frozen: Named, trained: Named, batch: _Examples
 ) -> tuple[jax.Array, Named]:
     """Return the mean loss of examples and its gradient, one micro-batch after another."""
-    model = _model(recipe.model.options(), recipe.precision.compute)
+    model = _model(recipe.options(), recipe.precision.compute)
     examples = len(batch.images)
 
     def share(trained: Named, part: _Examples) -> jax.Array:
@@ -492,6 +501,20 @@ def _first(value: jax.Array, _: Any) -> jax.Array:
     return value
 
 
+def _limited(recipe: Recipe, max_norm: float, gradients: Named) -> tuple[Named, jax.Array]:
+    """Return gradients whose norm all together is at most ``max_norm``, and what it was.
+
+    If it is not finite, the policy of AGC decides for all of them.
+    """
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(gradient)) for gradient in gradients.values()))
+    finite = jnp.isfinite(norm)
+    factor = jnp.where(finite, jnp.minimum(max_norm / norm, 1), jnp.nan)
+    limited = {name: gradient * factor for name, gradient in gradients.items()}
+    if recipe.agc and recipe.agc.nonfinite == "zero":
+        limited = {name: jnp.where(finite, gradient, 0) for name, gradient in limited.items()}
+    return limited, norm
+
+
 def _updated(
     recipe: Recipe, parameters: Named, momentum: Named, gradients: Named, rate: jax.Array
 ) -> tuple[Named, Named]:
@@ -505,13 +528,17 @@ def _updated(
     return optax.apply_updates(parameters, updates), tree_get(state, "trace", momentum)
 
 
-def _may_step(recipe: Recipe, sam: SamStats | None, agc: Stats | None) -> jax.Array | None:
+def _may_step(
+    recipe: Recipe, sam: SamStats | None, agc: Stats | None, norm: jax.Array | None
+) -> jax.Array | None:
     """Tell whether weights and momentum may change; None if nothing speaks against it."""
     reasons = []
     if recipe.sam and sam and recipe.sam.rule.nonfinite != "skip_perturb":
         reasons.append(jnp.isfinite(sam.norm))
     if recipe.agc and agc and recipe.agc.nonfinite == "raise":
         reasons.append(agc.nonfinite == 0)
+        if norm is not None:
+            reasons.append(jnp.isfinite(norm))
     return jnp.stack(reasons).all() if reasons else None
 
 

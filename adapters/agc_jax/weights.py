@@ -27,7 +27,7 @@ def to_neutral(model: nnx.Module) -> dict[str, Array]:
     Parameters
     ----------
     model : NFNet
-        Not folded.
+        Not folded or batch-normalised.
 
     Returns
     -------
@@ -39,7 +39,8 @@ def to_neutral(model: nnx.Module) -> dict[str, Array]:
     Raises
     ------
     ParameterError
-        If this is not an NFNet, is folded, or has no storage (``nnx.eval_shape``).
+        If this is not an NFNet, is folded or batch-normalised, or has no storage
+        (``nnx.eval_shape``).
 
     Examples
     --------
@@ -87,7 +88,8 @@ def _pairs(model: nnx.Module) -> list[tuple[ParameterSpec, jax.Array]]:
     for spec in specs:
         if spec.name not in named:
             raise ParameterError(
-                f"the model has no parameter {spec.name!r}: it is folded; use the model it was folded from"
+                f"the model has no parameter {spec.name!r}: it is folded or batch-normalised; "
+                "use the model that it was made from"
             )
         if not isinstance(named[spec.name], jax.Array):
             raise ParameterError(

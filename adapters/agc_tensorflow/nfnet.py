@@ -20,7 +20,7 @@ from typing import Any, Final
 import keras
 import tensorflow as tf
 
-from agc.errors import DTypeError, ShapeError
+from agc.errors import DTypeError, ParameterError, ShapeError
 from agc.nfnet import (
     ALPHA,
     GAMMAS,
@@ -33,6 +33,7 @@ from agc.nfnet import (
     Options,
     ParameterSpec,
     Variant,
+    WsDtype,
     WsEps,
     blocks,
     check_masks,
@@ -80,6 +81,7 @@ def nfnet(
     in_channels: int = 3,
     activation: str | None = None,
     ws_eps: WsEps = "deepmind",
+    ws_dtype: WsDtype = "float32",
     dtype: Any = None,
     name: str | None = None,
 ) -> NFNet:
@@ -104,6 +106,8 @@ def nfnet(
         ``"gelu_erf"``. The variant's own (``"gelu"``, NF-ResNets ``"relu"``) if None.
     ws_eps : {"deepmind", "timm"}
         Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
+    ws_dtype : {"float32", "bfloat16"}
+        What weights of convolutions in bfloat16 are standardised in; others in at least float32.
     dtype : str or keras.DTypePolicy, optional
         As in any Keras layer: ``"float64"``, ``"mixed_bfloat16"`` and so on; Keras' global policy
         if None.
@@ -135,6 +139,7 @@ def nfnet(
             in_channels=in_channels,
             activation=activation,
             ws_eps=ws_eps,
+            ws_dtype=ws_dtype,
         ),
         dtype=dtype,
         name=name,
@@ -160,14 +165,15 @@ class _Layer(keras.layers.Layer):  # type: ignore[misc]
 class SameConv2D(_Layer):
     """A convolution with a bias that pads as XLA's SAME: even axes under stride 2 at their end."""
 
-    def __init__(self, conv: Conv, **layer: Any) -> None:
+    def __init__(self, conv: Conv, *, biased: bool = True, **layer: Any) -> None:
         super().__init__(name=conv.name.rpartition(".")[2], **layer)
         self.conv = conv
+        self.biased = biased
 
     def build(self, _input_shape: Any) -> None:
         """Create the variables."""
         self.weight = self.add("weight", self.conv.shape, "conv")
-        self.bias = self.add("bias", (self.conv.outputs,), "bias")
+        self.bias = self.add("bias", (self.conv.outputs,), "bias") if self.biased else None
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Convolve images of shape (n, h, w, inputs)."""
@@ -181,7 +187,7 @@ class SameConv2D(_Layer):
         else:
             pairs = zip(tf.split(x, groups, 3), tf.split(weight, groups, 3), strict=True)
             x = tf.concat([tf.nn.conv2d(group, w, stride, "SAME") for group, w in pairs], 3)
-        return x + tf.cast(self.bias, x.dtype)
+        return x if self.bias is None else x + tf.cast(self.bias, x.dtype)
 
 
 _FILTER: Final = (0, 1, 2)  # the axes of a filter, of which a weight has one for each output
@@ -190,12 +196,28 @@ _FILTER: Final = (0, 1, 2)  # the axes of a filter, of which a weight has one fo
 def _standardise(weight: tf.Tensor, gain: tf.Tensor, ws_eps: WsEps) -> tf.Tensor:
     centred = weight - tf.reduce_mean(weight, _FILTER)
     squared_norm = tf.reduce_sum(tf.square(centred), _FILTER)
+    return centred * (gain * _scale(squared_norm, math.prod(weight.shape[:3]), ws_eps))
+
+
+def _standardise_in_bfloat16(weight: tf.Tensor, gain: tf.Tensor, ws_eps: WsEps) -> tf.Tensor:
+    weight, gain = _rounded(weight), _rounded(gain)
+    fan_in = math.prod(weight.shape[:3])
+    mean, variance = tf.nn.moments(weight, _FILTER)
+    scale = _rounded(gain * _scale(fan_in * _rounded(variance), fan_in, ws_eps))
+    return tf.cast(weight * scale - _rounded(_rounded(mean) * scale), tf.bfloat16)
+
+
+def _rounded(x: Any) -> tf.Tensor:
+    """Return a bfloat16, as its gradient will be, for computations in float32."""
+    return tf.cast(tf.cast(x, tf.bfloat16), tf.float32)
+
+
+def _scale(squared_norm: tf.Tensor, fan_in: int, ws_eps: WsEps) -> tf.Tensor:
+    """Return what makes the norm of a filter 1."""
     eps = WS_EPS[ws_eps]
     if ws_eps == "deepmind":
-        squared_norm = tf.maximum(squared_norm, eps)
-    else:
-        squared_norm += math.prod(weight.shape[:3]) * eps
-    return centred * (gain * tf.math.rsqrt(squared_norm))
+        return tf.math.rsqrt(tf.maximum(squared_norm, eps))
+    return tf.math.rsqrt(squared_norm + fan_in * eps)
 
 
 class WSConv2D(SameConv2D):
@@ -207,6 +229,8 @@ class WSConv2D(SameConv2D):
         Sizes, stride and groups.
     ws_eps : {"deepmind", "timm"}
         See :data:`agc.nfnet.WS_EPS`.
+    ws_dtype : {"float32", "bfloat16"}
+        See :class:`agc.nfnet.Options`.
     **layer
         ``dtype``.
 
@@ -217,25 +241,53 @@ class WSConv2D(SameConv2D):
         A gain is a vector, hence one unit of AGC (AGC-5).
     """
 
-    def __init__(self, conv: Conv, ws_eps: WsEps, **layer: Any) -> None:
+    def __init__(
+        self, conv: Conv, ws_eps: WsEps, ws_dtype: WsDtype = "float32", **layer: Any
+    ) -> None:
         super().__init__(conv, **layer)
         self.ws_eps: WsEps = ws_eps
+        self.ws_dtype: WsDtype = ws_dtype
 
     def build(self, _input_shape: Any) -> None:
         """Create the variables."""
         super().build(_input_shape)
         self.gain = self.add("gain", (self.conv.outputs,), "gain")
 
-    def standardised(self) -> tf.Tensor:
-        """Return the standardised weight: computed in at least float32, in the weight's dtype."""
-        dtype = tf.as_dtype(self.variable_dtype)
-        at_least = tf.float32 if dtype in (tf.bfloat16, tf.float16) else dtype
+    def standardised(self, dtype: Any = None) -> tf.Tensor:
+        """Return the standardised weight: computed in at least float32, in the weight's dtype.
+
+        Both are bfloat16 if ``ws_dtype`` is and ``dtype``, what the convolution computes in, too.
+        """
+        if self.ws_dtype == "bfloat16" and dtype == tf.bfloat16:
+            return _standardise_in_bfloat16(self.weight, self.gain, self.ws_eps)
+        stored = tf.as_dtype(self.variable_dtype)
+        at_least = tf.float32 if stored in (tf.bfloat16, tf.float16) else stored
         weight, gain = tf.cast(self.weight, at_least), tf.cast(self.gain, at_least)
-        return tf.cast(_standardise(weight, gain, self.ws_eps), dtype)
+        return tf.cast(_standardise(weight, gain, self.ws_eps), stored)
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Convolve images of shape (n, h, w, inputs)."""
-        return self.convolve(x, self.standardised())
+        return self.convolve(x, self.standardised(x.dtype))
+
+
+class NormalisedConv2D(SameConv2D):
+    """A convolution, and batch normalisation instead of a standardised weight and a bias."""
+
+    def __init__(self, conv: Conv, **layer: Any) -> None:
+        super().__init__(conv, biased=False, **layer)
+        # PyTorch's epsilon and momentum; Keras calls the share that is kept momentum.
+        self.norm = keras.layers.BatchNormalization(
+            momentum=0.9, epsilon=1e-5, name="norm", **layer
+        )
+
+    def build(self, _input_shape: Any) -> None:
+        """Create the variables."""
+        super().build(_input_shape)
+        self.norm.build((None, None, None, self.conv.outputs))
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Convolve images of shape (n, h, w, inputs), and normalise over them."""
+        return self.norm(super().call(x))
 
 
 class Dense(_Layer):
@@ -431,6 +483,9 @@ class NFNet(keras.Model):  # type: ignore[misc]
         What to build.
     folded : bool
         Whether convolutions are plain ones; see :meth:`fold`.
+    normalised : bool
+        Whether convolutions are plain ones, each with batch normalisation behind it; see
+        :meth:`batch_normalised`.
     **layer
         ``dtype``, ``name`` and ``trainable``, as in any Keras model.
 
@@ -438,28 +493,40 @@ class NFNet(keras.Model):  # type: ignore[misc]
     ----------
     options : Options
         What it was built from.
-    folded : bool
-        Whether convolutions are plain ones.
+    folded, normalised : bool
+        Whether convolutions are plain ones, and whether batch normalisation is behind them.
     agc_head : str
         The classifier, for ``@head`` in a rule (AGC-6).
     """
 
     def __init__(
-        self, options: Options, *, folded: bool = False, trainable: bool = True, **layer: Any
+        self,
+        options: Options,
+        *,
+        folded: bool = False,
+        normalised: bool = False,
+        trainable: bool = True,
+        **layer: Any,
     ) -> None:
         super().__init__(**layer)
         inner = {"dtype": self.dtype_policy}
 
         def convolution(conv: Conv) -> SameConv2D:
-            return SameConv2D(conv, **inner) if folded else WSConv2D(conv, options.ws_eps, **inner)
+            if normalised:
+                return NormalisedConv2D(conv, **inner)
+            if folded:
+                return SameConv2D(conv, **inner)
+            return WSConv2D(conv, options.ws_eps, options.ws_dtype, **inner)
 
         self.options = options
         self.folded = folded
+        self.normalised = normalised
         self.agc_head = HEAD
         resnet = options.variant.family == "NF-ResNet"
         self.stem = (ResNetStem if resnet else Stem)(options, convolution, **inner)
         stages: list[list[NFBlock]] = [[] for _ in options.variant.depths]
         for block in blocks(options.variant):
+            block = dataclasses.replace(block, variance=1.0) if normalised else block
             stages[block.stage].append(NFBlock(block, options, convolution, **inner))
         self.stages = [Stage(f"stages.{s}", stage, **inner) for s, stage in enumerate(stages)]
         last = final_conv(options.variant)
@@ -566,6 +633,38 @@ class NFNet(keras.Model):  # type: ignore[misc]
             "res_avg_var": tf.stack(residuals),
         }
 
+    def batch_normalised(self) -> NFNet:
+        """Return the twin that normalises, for comparisons of speed and of training.
+
+        Returns
+        -------
+        NFNet
+            With the same weights, and batch normalisation (``norm``) after each convolution instead
+            of standardised weights, biases and expected variances; all else is the same,
+            activations with their constants and skip gains too. It can be saved as any model, but
+            has no canonical names.
+
+        Raises
+        ------
+        ParameterError
+            If the model is folded or batch-normalised.
+
+        Notes
+        -----
+        ``keras.layers.BatchNormalization`` with PyTorch's constants: epsilon 1e-5, and moving
+        statistics that take a tenth of each batch's; of its variance the biased one, where PyTorch
+        takes the unbiased one.
+        """
+        check_standardised(self)
+        twin = NFNet(
+            self.options, normalised=True, trainable=self.trainable, dtype=self.dtype_policy
+        )
+        own = named_variables(self)
+        for name, variable in named_variables(twin).items():
+            if name in own:
+                variable.assign(own[name])
+        return twin
+
     def fold(self) -> NFNet:
         """Return a copy for inference, in which weight standardisation is done once and for all.
 
@@ -574,7 +673,13 @@ class NFNet(keras.Model):  # type: ignore[misc]
         NFNet
             With plain convolutions and without gains; its parameters are frozen. Outputs are the
             same up to rounding. It can be saved and exported as any model.
+
+        Raises
+        ------
+        ParameterError
+            If the model is folded or batch-normalised.
         """
+        check_standardised(self)
         folded = NFNet(self.options, folded=True, trainable=False, dtype=self.dtype_policy)
         convs = [layer for layer in self._flatten_layers() if isinstance(layer, WSConv2D)]
         standardised = {id(conv.weight): conv.standardised() for conv in convs}
@@ -593,6 +698,7 @@ class NFNet(keras.Model):  # type: ignore[misc]
             "trainable": self.trainable,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "folded": self.folded,
+            "normalised": self.normalised,
             "options": options,
         }
 
@@ -631,6 +737,15 @@ class NFNet(keras.Model):  # type: ignore[misc]
                 "convert them, subtract the mean and divide by the standard deviation"
             )
         return x
+
+
+def check_standardised(model: NFNet) -> None:
+    """Raise ParameterError if a model has no standardised weights."""
+    if model.folded or model.normalised:
+        what = "folded" if model.folded else "batch-normalised"
+        raise ParameterError(
+            f"the model has no standardised weights: it is {what}; use the model that it was made from"
+        )
 
 
 def _build(*layers: _Layer | None) -> None:

@@ -24,6 +24,7 @@ import tensorflow as tf
 
 from agc import AGC
 from agc import nfnet as core
+from agc.config import Nonfinite
 from agc.data import Batch, EvaluationBatch, normalisation_table, soft_labels
 from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError
 from agc.recipe import Numbers, Recipe
@@ -66,7 +67,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        check_offered(recipe, launch, "TensorFlow", engines=ENGINES, sharded=True)
+        check_offered(launch, "TensorFlow", engines=ENGINES)
         self._recipe = recipe
         self._strategy, engine = _strategy(launch)
         self._replicas = int(self._strategy.num_replicas_in_sync)
@@ -101,7 +102,7 @@ class Trainer:
         }
 
     def _build(self, recipe: Recipe, launch: Launch) -> None:
-        options = recipe.model.options()
+        options = recipe.options()
         low = recipe.precision.compute == "bfloat16"
         self._model = NFNet(options, dtype="mixed_bfloat16" if low else "float32")
         self._evaluated = NFNet(options, dtype="float32") if low else self._model
@@ -116,7 +117,9 @@ class Trainer:
             0.0,
             momentum=recipe.optimizer.momentum,
             weight_decay=recipe.optimizer.weight_decay,
+            global_clipnorm=recipe.optimizer.max_norm,
         )
+        inner.nonfinite = recipe.agc.nonfinite if recipe.agc else "propagate"
         self._optimizer = AdaptiveGradClip(inner, self._rule(), model=self._model)
         self._optimizer.build(self._trained)
         buffers = iter(inner.buffers)
@@ -413,6 +416,23 @@ def trainer(recipe: Recipe, launch: Launch) -> Trainer:
 
 class _ReducedSGD(CoupledSGD):
     """Takes gradients that are summed over replicas."""
+
+    nonfinite: Nonfinite = "propagate"
+    """What becomes of all gradients if the norm that is limited is not finite."""
+
+    def _clip_gradients(self, gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Limit the norm of all gradients together, which AGC has clipped."""
+        if self.global_clipnorm is None:
+            return list(gradients)
+        norm = tf.linalg.global_norm(gradients)
+        finite = tf.math.is_finite(norm)
+        if self.nonfinite == "raise":
+            what = f"{NonFiniteError.__name__}: the norm of all gradients together is not finite"
+            with tf.control_dependencies([tf.debugging.Assert(finite, [what, norm])]):
+                norm = tf.identity(norm)
+        poison = 0.0 if self.nonfinite == "zero" else math.nan
+        factor = tf.where(finite, tf.minimum(self.global_clipnorm / norm, 1.0), poison)
+        return [tf.where(finite, gradient * factor, poison) for gradient in gradients]
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Iterable[Any]) -> list[Any]:
         return list(grads_and_vars)

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from agc.errors import ParameterError
 from agc.nfnet import ParameterSpec, check_arrays, parameters
-from agc_tensorflow.nfnet import NFNet
+from agc_tensorflow.nfnet import NFNet, check_standardised
 from agc_tensorflow.sam import SharpnessAwareModel
 from agc_tensorflow.units import Model, Variable, named_variables
 
@@ -26,7 +26,8 @@ def to_neutral(model: Model) -> dict[str, Array]:
     Parameters
     ----------
     model : NFNet
-        Not folded; may be wrapped (:class:`agc_tensorflow.SharpnessAwareModel`).
+        Not folded or batch-normalised; may be wrapped
+        (:class:`agc_tensorflow.SharpnessAwareModel`).
 
     Returns
     -------
@@ -38,7 +39,7 @@ def to_neutral(model: Model) -> dict[str, Array]:
     Raises
     ------
     ParameterError
-        If this is not an NFNet, or is folded.
+        If this is not an NFNet, or is folded or batch-normalised.
 
     Examples
     --------
@@ -76,10 +77,7 @@ def pairs_of(model: Model) -> list[tuple[ParameterSpec, Variable]]:
     bare = model.model if isinstance(model, SharpnessAwareModel) else model
     if not isinstance(bare, NFNet):
         raise ParameterError(f"this needs a model made by nfnet(...), got {type(bare).__name__}")
-    if bare.folded:
-        raise ParameterError(
-            "the model is folded and has no gains; use the model it was folded from"
-        )
+    check_standardised(bare)
     named = named_variables(bare)
     options = bare.options
     specs = parameters(options.variant, options.num_classes, options.in_channels)

@@ -45,8 +45,6 @@ _CHUNK: Final = 1 << 22
 """Elements clipped at a time, which are read again while they are in the cache."""
 _COPY_BLOCK: Final = 1 << 16
 """Elements that a CPU copies at a time."""
-_SMOOTH: Final = 1e-6
-"""What clip_grad_norm_ adds to a norm."""
 _SMALLEST: Final = 2.0**-100
 """Factors down to here are accurate in float32."""
 
@@ -185,7 +183,7 @@ def limit_norm_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Scale all gradients together down to ``max_norm``, as ``clip_grad_norm_`` does (AGC-7).
+    """Scale all gradients together down to ``max_norm`` (AGC-7; Brock et al. 2021, equation 1).
 
     Parameters
     ----------
@@ -226,8 +224,9 @@ def limit_norm_(
                 f"the norm of all gradients together, which max_norm limits, is {norm.item()}; not finite are "
                 f"the gradients of {names}"
             )
-        # clip_grad_norm_ would multiply finite gradients by 0 if another is infinite.
-        factor = torch.where(bad, torch.nan, (max_norm / (norm + _SMOOTH)).clamp(max=1.0))
+        # clip_grad_norm_ would multiply finite gradients by 0 if another is infinite, and it adds
+        # 1e-6 to the norm, which is much beside a small one.
+        factor = torch.where(bad, torch.nan, (max_norm / norm).clamp(max=1.0))
         if on_host(device) and factor == 1:
             return
         for gradient in gradients:

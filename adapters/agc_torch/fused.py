@@ -1,5 +1,7 @@
 """AGC and SAM's perturbation of all parameters in a handful of launches, whatever their number.
 
+Weight standardisation is here too, a launch for each weight and one for its gradients.
+
 What depends on shapes, strides and dtypes alone stands in a :class:`Table`, which is made once; a
 step writes nothing but the addresses of tensors, if they changed. :mod:`agc_torch.triton_kernels`
 has the kernels.
@@ -7,6 +9,7 @@ has the kernels.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from agc.nfnet import WS_EPS, WsEps
 from agc.units import UnitAxes
 
 __all__ = [
@@ -30,9 +34,14 @@ __all__ = [
     "aligned",
     "available",
     "gradient_norm",
+    "has_memory",
     "memory_order",
+    "order_of",
     "part_of",
     "perturb",
+    "standardise",
+    "standardise_back",
+    "standardises",
     "table",
 ]
 
@@ -442,7 +451,7 @@ def _compiles(compile_kernels: Callable[[], None]) -> bool:
         compile_kernels()
     except Exception as error:  # whatever the compiler, the driver or the disk has to say
         warnings.warn(
-            f"AGC's and SAM's Triton kernels do not compile here, so a step takes many launches "
+            f"the Triton kernels of AGC, SAM and NFNets do not compile here, so a step takes many launches "
             f"({type(error).__name__}: {error}); {_SWITCH}=0 turns them off",
             RuntimeWarning,
             stacklevel=3,
@@ -695,6 +704,130 @@ def _pieces(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
     piece = np.concatenate([np.arange(n) for n in pieces])
     tiles = np.stack([tensor, piece], -1).astype(np.int32)
     return torch.from_numpy(tiles).to(device), torch.tensor(counts, device=device)
+
+
+_MOST: Final = 8192
+"""Elements of the longest filter that a program holds."""
+_HELD: Final = 1024
+"""Elements that a program holds if filters are shorter than that."""
+
+
+class Filters(NamedTuple):
+    """How a weight is standardised: what does not depend on its numbers."""
+
+    dtype: torch.dtype
+    length: int
+    ws_eps: WsEps
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The kernels' constants, and how many warps run a program."""
+        elements = 1 << (self.length - 1).bit_length()
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return {
+            "WIDE": _triton_dtypes()[wide],
+            "FLOOR": self.ws_eps == "deepmind",
+            "UNITS": max(1, _HELD // elements),
+            "ELEMENTS": elements,
+            "num_warps": min(16, max(4, elements // 512)),
+        }
+
+
+def standardises(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> bool:
+    """Tell whether the kernels take a weight, and compile for it.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (outputs, inputs, kernel, kernel)
+    gain : Tensor, shape (outputs,)
+    ws_eps : {"deepmind", "timm"}
+    """
+    length = math.prod(weight.shape[1:])
+    return (
+        available(weight.device)
+        and all(map(has_memory, (weight, gain)))
+        and weight.dtype == gain.dtype
+        and weight.dtype in _triton_dtypes()
+        and 0 < length <= _MOST
+        and weight.numel() < 1 << 31
+        and gain.is_contiguous()
+        and weight.is_contiguous(memory_format=order_of(weight))
+        and _standardising_compiles(Filters(weight.dtype, length, ws_eps), weight.device)
+    )
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Tell whether a tensor has memory: not a subclass's, and not that of a transformation."""
+    if type(tensor) not in _PLAIN:
+        return False
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # of torch.func, or one that stands for a batch of gradients
+        return False
+    return True
+
+
+def order_of(weight: Tensor) -> torch.memory_format:
+    """Return ``channels_last`` for a weight in that memory order, else ``contiguous_format``."""
+    last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def standardise(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
+    """Standardise a weight that :func:`standardises` takes; the result is laid out like it."""
+    from agc_torch.triton_kernels import standardise_kernel
+
+    out = torch.empty_like(weight)
+    _launch_filters(standardise_kernel, ws_eps, weight, gain, out)
+    return out
+
+
+def standardise_back(
+    weight: Tensor, gain: Tensor, gradient: Tensor, ws_eps: WsEps
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of a weight and its gain, from that of what is standardised."""
+    from agc_torch.triton_kernels import standardise_back_kernel
+
+    gradient = gradient.contiguous(memory_format=order_of(weight))
+    backs = torch.empty_like(weight), torch.empty_like(gain)
+    _launch_filters(standardise_back_kernel, ws_eps, weight, gain, gradient, *backs)
+    return backs
+
+
+def _launch_filters(
+    kernel: Any, ws_eps: WsEps, weight: Tensor, *others: Tensor, warmup: bool = False
+) -> None:
+    filters, length = len(weight), weight[0].numel()
+    constants = Filters(weight.dtype, length, ws_eps).constants
+    grid = (-(-filters // constants["UNITS"]),)
+    with _on(weight.device):
+        kernel.run(
+            weight,
+            *others,
+            filters,
+            length,
+            WS_EPS[ws_eps],
+            **constants,
+            grid=grid,
+            warmup=warmup,
+        )
+
+
+@lru_cache(maxsize=256)
+def _standardising_compiles(kind: Filters, device: torch.device) -> bool:
+    """Tell whether the kernels of weight standardisation compile for a kind of weights."""
+    from agc_torch.triton_kernels import standardise_back_kernel, standardise_kernel
+
+    def compile_kernels() -> None:
+        weight = torch.empty(16, kind.length, dtype=kind.dtype, device=device)
+        gain = weight.new_empty(16)
+        for kernel, others in (
+            (standardise_kernel, (gain, weight)),
+            (standardise_back_kernel, (gain, weight, weight, gain)),
+        ):
+            _launch_filters(kernel, kind.ws_eps, weight, *others, warmup=True)
+
+    return _compiles(compile_kernels)
 
 
 def available(device: torch.device) -> bool:

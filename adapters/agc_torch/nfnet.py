@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from agc.errors import DTypeError, ShapeError
+from agc.errors import DTypeError, ParameterError, ShapeError
 from agc.nfnet import (
     ALPHA,
     GAMMAS,
@@ -28,6 +28,7 @@ from agc.nfnet import (
     Masks,
     Options,
     Variant,
+    WsDtype,
     WsEps,
     blocks,
     check_masks,
@@ -38,6 +39,8 @@ from agc.nfnet import (
     same_padding,
     stem,
 )
+from agc_torch import fused
+from agc_torch.fused import order_of
 
 __all__ = ["NFNet", "nfnet"]
 
@@ -71,6 +74,7 @@ def nfnet(
     in_channels: int = 3,
     activation: str | None = None,
     ws_eps: WsEps = "deepmind",
+    ws_dtype: WsDtype = "float32",
     device: torch.device | str | int | None = None,
     dtype: torch.dtype | None = None,
 ) -> NFNet:
@@ -95,6 +99,8 @@ def nfnet(
         ``"gelu_erf"``. The variant's own (``"gelu"``, NF-ResNets ``"relu"``) if None.
     ws_eps : {"deepmind", "timm"}
         Whether epsilon of weight standardisation is a floor or a term (:data:`agc.nfnet.WS_EPS`).
+    ws_dtype : {"float32", "bfloat16"}
+        What weights of convolutions in bfloat16 are standardised in; others in at least float32.
     device, dtype
         Where and how parameters are stored, as in any PyTorch layer; ``device="meta"`` stores none.
 
@@ -123,6 +129,7 @@ def nfnet(
             in_channels=in_channels,
             activation=activation,
             ws_eps=ws_eps,
+            ws_dtype=ws_dtype,
         ),
         device=device,
         dtype=dtype,
@@ -163,12 +170,59 @@ _FILTER: Final = (1, 2, 3)
 def _standardise(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
     centred = weight - weight.mean(_FILTER, keepdim=True)
     squared_norm = centred.square().sum(_FILTER, keepdim=True)
+    scale = _scale(squared_norm, centred[0].numel(), ws_eps)
+    return centred * (gain.view(-1, 1, 1, 1) * scale)
+
+
+def _standardise_in_bfloat16(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
+    weight, gain = _rounded(weight), _rounded(gain)
+    variance, mean = torch.var_mean(weight, _FILTER, correction=0, keepdim=True)
+    squared_norm = weight[0].numel() * _rounded(variance)
+    scale = _rounded(gain.view(-1, 1, 1, 1) * _scale(squared_norm, weight[0].numel(), ws_eps))
+    return (weight * scale - _rounded(_rounded(mean) * scale)).bfloat16()
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """Return a bfloat16, as its gradient will be, for computations in float32."""
+    return x.bfloat16().float()
+
+
+def _scale(squared_norm: Tensor, fan_in: int, ws_eps: WsEps) -> Tensor:
+    """Return what makes the norm of a filter 1."""
     eps = WS_EPS[ws_eps]
     if ws_eps == "deepmind":
-        scale = squared_norm.clamp(min=eps).rsqrt()
-    else:
-        scale = (squared_norm + centred[0].numel() * eps).rsqrt()
-    return centred * (gain.view(-1, 1, 1, 1) * scale)
+        return squared_norm.clamp(min=eps).rsqrt()
+    return (squared_norm + fan_in * eps).rsqrt()
+
+
+class _Fused(torch.autograd.Function):  # type: ignore[misc]
+    """The formula and its gradient by kernels of our own: one pass over the weights each way."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
+        ctx.ws_eps = ws_eps
+        ctx.save_for_backward(weight, gain)
+        return fused.standardise(weight, gain, ws_eps)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight, gain = ctx.saved_tensors
+        if torch.is_grad_enabled() or not fused.has_memory(gradient):
+            return *_derive(weight, gain, ctx.ws_eps, gradient), None
+        return *fused.standardise_back(weight, gain, gradient, ctx.ws_eps), None
+
+
+def _derive(
+    weight: Tensor, gain: Tensor, ws_eps: WsEps, gradient: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return gradients of the formula, which have gradients themselves if these are recorded."""
+    record = torch.is_grad_enabled()
+    with torch.enable_grad():
+        result = _standardise(weight, gain, ws_eps)
+    with_respect_to = [x for x in (weight, gain) if x.requires_grad]
+    gradients = iter(torch.autograd.grad(result, with_respect_to, gradient, create_graph=record))
+    ours, gains = (next(gradients) if x.requires_grad else None for x in (weight, gain))
+    return ours, gains
 
 
 class _Standardise(torch.autograd.Function):  # type: ignore[misc]
@@ -213,13 +267,7 @@ class _Standardise(torch.autograd.Function):  # type: ignore[misc]
     ) -> tuple[Tensor | None, Tensor | None, None]:
         weight, gain, mean, r = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-            with_respect_to = [x for x in (weight, gain) if x.requires_grad]
-            result = _standardise(weight, gain, ctx.ws_eps)
-            gradients = iter(
-                torch.autograd.grad(result, with_respect_to, gradient, create_graph=True)
-            )
-            ours, gains = (next(gradients) if x.requires_grad else None for x in (weight, gain))
-            return ours, gains, None
+            return *_derive(weight, gain, ctx.ws_eps, gradient), None
         rows, g = _rows(weight), _rows(gradient, weight)
         factor, low = _Standardise.factor(r, rows.shape[1], ctx.ws_eps)
         scale = factor * gain[:, None]
@@ -243,21 +291,25 @@ _LEAST: Final = 1e-30
 
 def _rows(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """Return filters as rows, in the order of a weight's memory."""
-    if _channels_last(tensor if like is None else like):
+    if order_of(tensor if like is None else like) == torch.channels_last:
         tensor = tensor.permute(0, 2, 3, 1)
     return tensor.flatten(1)
 
 
 def _filters(rows: Tensor, weight: Tensor) -> Tensor:
     """Return rows as filters with a weight's shape and memory order."""
-    if _channels_last(weight):
+    if order_of(weight) == torch.channels_last:
         outputs, inputs, *kernel = weight.shape
         return rows.view(outputs, *kernel, inputs).permute(0, 3, 1, 2)
     return rows.view_as(weight)
 
 
-def _channels_last(weight: Tensor) -> bool:
-    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+def _computed_in(x: Tensor) -> torch.dtype:
+    """Return what a convolution of images computes in."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 class WSConv2d(SameConv2d):
@@ -269,6 +321,8 @@ class WSConv2d(SameConv2d):
         Sizes, stride and groups.
     ws_eps : {"deepmind", "timm"}
         See :data:`agc.nfnet.WS_EPS`.
+    ws_dtype : {"float32", "bfloat16"}
+        See :class:`agc.nfnet.Options`.
     **factory
         ``device`` and ``dtype``.
 
@@ -279,14 +333,24 @@ class WSConv2d(SameConv2d):
         A gain is a vector, hence one unit of AGC (AGC-5).
     """
 
-    def __init__(self, conv: Conv, ws_eps: WsEps, **factory: Any) -> None:
+    def __init__(
+        self, conv: Conv, ws_eps: WsEps, ws_dtype: WsDtype = "float32", **factory: Any
+    ) -> None:
         super().__init__(conv, **factory)
-        self.ws_eps = ws_eps
+        self.ws_eps, self.ws_dtype = ws_eps, ws_dtype
         self.gain = nn.Parameter(torch.empty(conv.outputs, **factory))
 
-    def standardised(self) -> Tensor:
-        """Return the standardised weight: computed in at least float32, in the weight's dtype."""
+    def standardised(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the standardised weight: computed in at least float32, in the weight's dtype.
+
+        Both are bfloat16 if ``ws_dtype`` is and ``dtype``, what the convolution computes in, too.
+        """
         weight, gain = self.weight, self.gain
+        if self.ws_dtype == "bfloat16" and dtype == torch.bfloat16:
+            return _standardise_in_bfloat16(weight, gain, self.ws_eps)
+        if fused.standardises(weight, gain, self.ws_eps):
+            run = _Fused.apply if torch.is_grad_enabled() else fused.standardise
+            return run(weight, gain, self.ws_eps)
         if weight.dtype in (torch.bfloat16, torch.float16):
             weight, gain = weight.float(), gain.float()
         if torch.compiler.is_compiling():  # a compiler fuses the formula and its gradient by itself
@@ -298,7 +362,7 @@ class WSConv2d(SameConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve images of shape (n, inputs, h, w)."""
-        return self.convolve(x, self.standardised())
+        return self.convolve(x, self.standardised(_computed_in(x)))
 
     def folded(self) -> SameConv2d:
         """Return the plain convolution that gives the same outputs."""
@@ -311,6 +375,7 @@ class WSConv2d(SameConv2d):
         """Return a convolution with the same weight and batch normalisation."""
         twin = NormalisedConv2d(self.conv, device=self.weight.device, dtype=self.weight.dtype)
         twin.weight = nn.Parameter(self.weight.detach().clone())
+        twin.train(self.training)
         return twin
 
 
@@ -372,10 +437,10 @@ class Stem(nn.Module):  # type: ignore[misc]
     def __init__(self, options: Options, **factory: Any) -> None:
         super().__init__()
         conv0, conv1, conv2, conv3 = stem(options.variant, options.in_channels)
-        self.conv0 = WSConv2d(conv0, options.ws_eps, **factory)
-        self.conv1 = WSConv2d(conv1, options.ws_eps, **factory)
-        self.conv2 = WSConv2d(conv2, options.ws_eps, **factory)
-        self.conv3 = WSConv2d(conv3, options.ws_eps, **factory)
+        self.conv0 = WSConv2d(conv0, options.ws_eps, options.ws_dtype, **factory)
+        self.conv1 = WSConv2d(conv1, options.ws_eps, options.ws_dtype, **factory)
+        self.conv2 = WSConv2d(conv2, options.ws_eps, options.ws_dtype, **factory)
+        self.conv3 = WSConv2d(conv3, options.ws_eps, options.ws_dtype, **factory)
         self.activation = Activation(options.activation)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -392,7 +457,7 @@ class ResNetStem(nn.Module):  # type: ignore[misc]
     def __init__(self, options: Options, **factory: Any) -> None:
         super().__init__()
         (conv0,) = stem(options.variant, options.in_channels)
-        self.conv0 = WSConv2d(conv0, options.ws_eps, **factory)
+        self.conv0 = WSConv2d(conv0, options.ws_eps, options.ws_dtype, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Take images of shape (n, c, h, w) to (n, widths[0] / 4, h / 4, w / 4)."""
@@ -409,7 +474,10 @@ class NFBlock(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.block = block
         self.drop_rate = options.stochastic_depth * block.stochastic_depth
-        convs = {conv.name: WSConv2d(conv, options.ws_eps, **factory) for conv in block.convs}
+        convs = {
+            conv.name: WSConv2d(conv, options.ws_eps, options.ws_dtype, **factory)
+            for conv in block.convs
+        }
         self.conv0 = convs["conv0"]
         self.conv1 = convs["conv1"]
         self.conv1b = convs.get("conv1b")
@@ -504,7 +572,9 @@ class NFNet(nn.Module):  # type: ignore[misc]
             stages[block.stage].append(NFBlock(block, options, **factory))
         self.stages = Chain(*(Chain(*stage) for stage in stages))
         last = final_conv(options.variant)
-        self.final_conv = None if last is None else WSConv2d(last, options.ws_eps, **factory)
+        self.final_conv = (
+            None if last is None else WSConv2d(last, options.ws_eps, options.ws_dtype, **factory)
+        )
         self.activation = Activation(options.activation)
         self.head = Dense(features(options.variant), options.num_classes, **factory)
         self.reset_parameters()
@@ -615,9 +685,20 @@ class NFNet(nn.Module):  # type: ignore[misc]
         Returns
         -------
         NFNet
-            With the same weights, and batch normalisation after each convolution instead of
-            standardised weights and expected variances; all else is the same, activations with
-            their constants and skip gains too. It has no canonical names, hence no files.
+            In the same mode, with the same weights, and batch normalisation (``norm``) after each
+            convolution instead of standardised weights, biases and expected variances; all else is
+            the same, activations with their constants and skip gains too. It has no canonical
+            names, hence no files.
+
+        Raises
+        ------
+        ParameterError
+            If the model is folded or batch-normalised.
+
+        Notes
+        -----
+        ``torch.nn.BatchNorm2d`` as it is by default: epsilon 1e-5, and running statistics that take
+        a tenth of each batch's; of its variance the unbiased one.
         """
         twin = self._with_convs(WSConv2d.normalised)
         for module in twin.modules():
@@ -633,6 +714,11 @@ class NFNet(nn.Module):  # type: ignore[misc]
         NFNet
             In evaluation mode, with plain convolutions and without gains; its parameters are
             frozen. Outputs are the same up to rounding.
+
+        Raises
+        ------
+        ParameterError
+            If the model is folded or batch-normalised.
         """
         folded = self._with_convs(WSConv2d.folded)
         folded.eval().requires_grad_(False)
@@ -640,6 +726,11 @@ class NFNet(nn.Module):  # type: ignore[misc]
 
     def _with_convs(self, change: Callable[[WSConv2d], SameConv2d]) -> NFNet:
         """Return a copy with other convolutions."""
+        if not any(isinstance(module, WSConv2d) for module in self.modules()):
+            raise ParameterError(
+                "the model has no standardised weights: it is folded or batch-normalised; "
+                "use the model that it was made from"
+            )
         changed: NFNet = copy.deepcopy(self)
         for parent in list(changed.modules()):
             for name, child in parent.named_children():

@@ -45,9 +45,9 @@ def attach(
     rule : AGC
         The configuration.
     max_norm : float, optional
-        After AGC, scale all gradients of the optimizer together down to this norm, as
-        ``clip_grad_norm_`` does. That one called before the step would come before AGC, which AGC-7
-        forbids. If their norm is not finite, the rule's ``nonfinite`` decides for all of them.
+        After AGC, scale all gradients of the optimizer together down to this norm (Brock et al.
+        2021, equation 1). ``clip_grad_norm_`` called before the step would come before AGC, which
+        AGC-7 forbids. If their norm is not finite, the rule's ``nonfinite`` decides for all.
 
     Returns
     -------

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import starmap
 from typing import Any, Final, NoReturn, TypeAlias
 
@@ -558,7 +559,7 @@ class SharpnessAware:
                 shards, move = _shards(parameter), self._move(parameter, gradient)
                 if move.fits:
                     launched.setdefault((shards, move.weight.device), []).append(move)
-                elif self._is_plain(parameter, gradient):
+                elif _is_plain(move):
                     if on_host(move.gradient.device):
                         view = View(move.gradient, WHOLE.bind(tuple(move.gradient.shape)))
                         on_cpu.setdefault(shards, []).append(view)
@@ -568,22 +569,22 @@ class SharpnessAware:
                     held[shards].append(_norm_of(self._scaled_blocks(move)))
             for shards, gradients in plain.items():
                 # In float64 without a copy, many tensors a launch.
-                held[shards] += torch._foreach_norm(gradients, 2, torch.float64)
+                held[shards].append(torch.stack(torch._foreach_norm(gradients, 2, torch.float64)))
             for shards, views in on_cpu.items():
-                norms_V = all_norms(views, [view.source for view in views], 0.0)
-                held[shards] += norms_V.unbind()
+                held[shards].append(all_norms(views, [view.source for view in views], 0.0))
             for (shards, _), moves in launched.items():
                 held[shards].append(fused.gradient_norm(moves, self.rule.eta))
             norms = held.pop(None, [])
             norms += [_norm_over(*shards, shares) for shards, shares in held.items() if shards]
-        if len(norms) < 2:
-            return norms[0] if norms else None
-        home = norms[0].device
+        if not norms:
+            return None
+        flat = torch.cat([norm.to(norms[0].device).view(-1) for norm in norms])
+        if flat.numel() == 1:
+            return flat.view(())
         # Divided by the largest, so that squaring the norms of tensors cannot overflow.
-        stacked = torch.stack([norm.to(home) for norm in norms])
-        limits = torch.finfo(stacked.dtype)
-        safe = stacked.max().clamp(limits.tiny, limits.max)
-        return torch.linalg.vector_norm(stacked / safe) * safe
+        limits = torch.finfo(flat.dtype)
+        safe = flat.max().clamp(limits.tiny, limits.max)
+        return torch.linalg.vector_norm(flat / safe) * safe
 
     def _perturb(self, ascent: _Ascent, scale: Tensor | None = None) -> None:
         """Copy the weights aside and move them to ``w + e``, unless the norm is 0 or not finite.
@@ -597,6 +598,7 @@ class SharpnessAware:
         usable = (norm > 0) & (norm < torch.inf)
         factor = torch.where(usable, factor, 0.0)
         known = on_host(norm.device)
+        scale_on = cache(factor.to)  # by device and dtype
         # Detached tensors throughout, so autograd does not record this.
         launched: dict[torch.device, list[fused.Move]] = {}
         others: list[fused.Move] = []
@@ -611,13 +613,13 @@ class SharpnessAware:
         for weight, direction, adaptive in others if not known or usable else ():
             if not known:
                 direction.masked_fill_(~usable.to(direction.device), 0)
-            scale = factor.to(weight.device)
-            if not adaptive and weight.dtype in (torch.float32, torch.float64):
-                weight.addcmul_(direction.to(weight.dtype), scale.to(weight.dtype))
-                continue
             wide = _wide(weight.dtype)
+            scale = scale_on(weight.device, wide)
+            if not adaptive and weight.dtype in (torch.float32, torch.float64):
+                weight.addcmul_(direction.to(wide), scale)
+                continue
             for w, g in _blocks(weight, direction):
-                e = g.to(wide) * scale.to(wide)
+                e = g.to(wide) * scale
                 if adaptive:
                     e = e * (w.abs().to(e.real.dtype) + self.rule.eta) ** 2
                 w.copy_(w.to(wide) + e)
@@ -653,16 +655,6 @@ class SharpnessAware:
 
     def _is_scaled(self, parameter: Tensor) -> bool:
         return self.rule.adaptive and parameter.ndim >= 2
-
-    def _is_plain(self, parameter: Tensor, gradient: Tensor) -> bool:
-        """Tell whether the norm of a gradient is taken as it is."""
-        if (
-            self._is_scaled(parameter)
-            or gradient.is_complex()
-            or type(local(gradient)) is not Tensor
-        ):
-            return False
-        return bool(gradient.device.type != "mps" and gradient.numel())
 
     def _may_step(self, ascent: _Ascent, reach: _Reach, *, poison: bool = False) -> bool:
         """Apply the policy for a norm that is not finite (SAM-5).
@@ -908,6 +900,14 @@ def _needs_closure(optimizer: Any) -> bool:
     return False
 
 
+def _is_plain(move: fused.Move) -> bool:
+    """Tell whether the norm of a gradient is taken as it is."""
+    gradient = move.gradient
+    if move.adaptive or gradient.is_complex() or type(gradient) is not Tensor:
+        return False
+    return bool(gradient.device.type != "mps" and gradient.numel())
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """Dtype to compute the perturbation in: at least float32."""
     return torch.promote_types(dtype, torch.float32)
@@ -945,7 +945,8 @@ def _norm_over(mesh: Any, axes: Sequence[int], norms: Sequence[Tensor]) -> Tenso
     """Norm of DTensors from those of this process's shards; replicas hold the same numbers."""
     squares = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
     if norms:
-        squares = torch.linalg.vector_norm(torch.stack(list(norms))).square()
+        flat = torch.cat([norm.view(-1) for norm in norms])
+        squares = torch.linalg.vector_norm(flat).square()
     return norm_over(mesh, squares.to(mesh.device_type), axes)
 
 

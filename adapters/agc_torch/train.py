@@ -65,7 +65,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
-        check_offered(recipe, launch, "PyTorch", engines=ENGINES, sharded=True)
+        check_offered(launch, "PyTorch", engines=ENGINES)
         self._recipe = recipe
         self.hosts, self._device = join(launch.device)
         self._engine = _engine(recipe, launch)
@@ -79,7 +79,7 @@ class Trainer:
         if self._engine:
             facts |= {"processes": self.hosts.count, "engine": self._engine}
         self.facts: Mapping[str, Any] = facts
-        self._model = NFNet(recipe.model.options(), device=self._device)
+        self._model = NFNet(recipe.options(), device=self._device)
         if self._engine != "fsdp2":  # which takes contiguous parameters alone
             self._model.to(memory_format=torch.channels_last)
         trained = trained_names(recipe)
@@ -95,6 +95,7 @@ class Trainer:
             momentum=recipe.optimizer.momentum,
             weight_decay=recipe.optimizer.weight_decay,
             rule=self._rule(),
+            max_norm=recipe.optimizer.max_norm,
         )
         self._handle = attached(self._optimizer)
         self._apart = bool(self._engine and recipe.sam and recipe.sam.group != "batch")
@@ -102,7 +103,9 @@ class Trainer:
             # Once for all groups of a step: after their gradients are added up, before AGC clips.
             self._handle.remove()
             self._optimizer.register_step_pre_hook(lambda *_: _average_gradients(self._model))
-            self._handle = attach(self._optimizer, self._model, self._rule())
+            self._handle = attach(
+                self._optimizer, self._model, self._rule(), max_norm=recipe.optimizer.max_norm
+            )
         self._sam = self._sharpness(recipe.sam) if recipe.sam else None
         table = normalisation_table(recipe.input.mean, recipe.input.std)
         self._table = torch.from_numpy(table).to(self._device)

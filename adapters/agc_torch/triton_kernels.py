@@ -1,4 +1,6 @@
-"""Kernels of AGC and SAM for GPUs, in Triton: each launch covers tiles of many tensors.
+"""Kernels of AGC, SAM and weight standardisation for GPUs, in Triton.
+
+A launch of AGC or SAM covers tiles of many tensors, one of weight standardisation a weight.
 
 A dense tensor in memory order is ``[G, I, O, K]``, of which ``(G, O)`` name a unit and ``(I, K)``
 are reduced. Three ways to walk through it are enough:
@@ -20,7 +22,15 @@ Importing this module imports Triton, which comes with PyTorch for CUDA and ROCm
 import triton
 import triton.language as tl
 
-__all__ = ["decide_kernel", "norm_kernel", "norms_kernel", "perturb_kernel", "scale_kernel"]
+__all__ = [
+    "decide_kernel",
+    "norm_kernel",
+    "norms_kernel",
+    "perturb_kernel",
+    "scale_kernel",
+    "standardise_back_kernel",
+    "standardise_kernel",
+]
 
 # The sum of squares between which float32 holds it, and every square that matters, well.
 _LEAST = tl.constexpr(1e-24)
@@ -428,3 +438,107 @@ def norm_kernel(
             value = value * (size + tl.load(eta))
         total += value * value
     tl.store(sums + program, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _centred(
+    weight,
+    filters,
+    length,
+    eps: tl.float64,
+    WIDE: tl.constexpr,
+    FLOOR: tl.constexpr,
+    UNITS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    """Return a tile's filters, its offsets and masks, and each filter less its mean.
+
+    Also what makes the norm of each filter 1, and whether that depends on the filter.
+    """
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    element = tl.arange(0, ELEMENTS)
+    offsets = unit.to(tl.int64)[:, None] * length + element[None, :]
+    mask = (unit < filters)[:, None] & (element < length)[None, :]
+    value = tl.load(weight + offsets, mask=mask, other=0.0).to(WIDE)
+    # Numbers of a filter are computed in float64, in which Triton's division and root are exact.
+    mean = tl.sum(value, axis=1).to(tl.float64) / length
+    centred = tl.where(mask, value - mean.to(WIDE)[:, None], 0.0)
+    squared_norm = tl.sum(centred * centred, axis=1).to(tl.float64)
+    if FLOOR:
+        depends = squared_norm > eps
+        floored = tl.where(squared_norm < eps, eps, squared_norm)  # keeps NaN
+    else:
+        depends = squared_norm == squared_norm
+        floored = (squared_norm / length + eps) * length
+    return unit, offsets, mask, centred, 1.0 / tl.sqrt(floored), depends
+
+
+@triton.jit
+def standardise_kernel(
+    weight,
+    gain,
+    out,
+    filters,
+    length,
+    eps: tl.float64,
+    WIDE: tl.constexpr,
+    FLOOR: tl.constexpr,
+    UNITS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    """Standardise a weight, which is read and written once.
+
+    Parameters
+    ----------
+    weight, out : shape (filters, length)
+    gain : shape (filters,)
+    filters, length : int
+        A filter has at most ``ELEMENTS`` elements.
+    WIDE : dtype
+        What elements are computed and added up in.
+    FLOOR : bool
+        Whether ``eps`` is the least squared norm of a filter; if not, it is added to its variance.
+    """
+    unit, offsets, mask, centred, scale, _ = _centred(
+        weight, filters, length, eps, WIDE, FLOOR, UNITS, ELEMENTS
+    )
+    factor = tl.load(gain + unit, mask=unit < filters, other=0.0).to(tl.float64) * scale
+    tl.store(out + offsets, centred * factor.to(WIDE)[:, None], mask=mask)
+
+
+@triton.jit
+def standardise_back_kernel(
+    weight,
+    gain,
+    gradient,
+    of_weight,
+    of_gain,
+    filters,
+    length,
+    eps: tl.float64,
+    WIDE: tl.constexpr,
+    FLOOR: tl.constexpr,
+    UNITS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    """Write the gradients of weight and gain; the weight and the gradient are read once.
+
+    Parameters
+    ----------
+    weight, gradient, of_weight : shape (filters, length)
+        The gradient is that of the standardised weight.
+    gain, of_gain : shape (filters,)
+    filters, length, eps, WIDE, FLOOR
+        As for :func:`standardise_kernel`.
+    """
+    unit, offsets, mask, centred, scale, depends = _centred(
+        weight, filters, length, eps, WIDE, FLOOR, UNITS, ELEMENTS
+    )
+    given = tl.load(gradient + offsets, mask=mask, other=0.0).to(WIDE)
+    mean = tl.sum(given, axis=1).to(tl.float64) / length
+    along = tl.sum(given * centred, axis=1).to(tl.float64)
+    norms = tl.where(depends, along * scale * scale, 0.0).to(WIDE)
+    factor = tl.load(gain + unit, mask=unit < filters, other=0.0).to(tl.float64) * scale
+    back = (given - mean.to(WIDE)[:, None]) - norms[:, None] * centred
+    tl.store(of_weight + offsets, back * factor.to(WIDE)[:, None], mask=mask)
+    tl.store(of_gain + unit, (along * scale).to(WIDE), mask=unit < filters)

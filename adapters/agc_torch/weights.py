@@ -28,8 +28,8 @@ def to_neutral(model: nn.Module) -> dict[str, Array]:
     Parameters
     ----------
     model : NFNet
-        Not folded; may be wrapped (``DistributedDataParallel``, ``torch.compile``), or sharded
-        (``fully_shard``): all processes then call this.
+        Not folded or batch-normalised; may be wrapped (``DistributedDataParallel``,
+        ``torch.compile``), or sharded (``fully_shard``): all processes then call this.
 
     Returns
     -------
@@ -41,7 +41,8 @@ def to_neutral(model: nn.Module) -> dict[str, Array]:
     Raises
     ------
     ParameterError
-        If this is not an NFNet, is folded, or has no storage (``device="meta"``).
+        If this is not an NFNet, is folded or batch-normalised, or has no storage
+        (``device="meta"``).
 
     Examples
     --------
@@ -85,7 +86,8 @@ def pairs_of(model: nn.Module) -> list[tuple[ParameterSpec, Tensor]]:
     for spec in specs:
         if spec.name not in named:
             raise ParameterError(
-                f"the model has no parameter {spec.name!r}: it is folded; use the model it was folded from"
+                f"the model has no parameter {spec.name!r}: it is folded or batch-normalised; "
+                "use the model that it was made from"
             )
         if named[spec.name].is_meta:
             raise ParameterError(

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from agc.checks import check_count
 from agc.cli.frameworks import Framework
 from agc.cli.pictures import paper, write_picture
 from agc.data import PARTS, Source, open_source
-from agc.errors import NonFiniteError
+from agc.errors import FormatError, NonFiniteError
 from agc.files import write_text
 from agc.recipe import Recipe, load_recipe
 from agc.training import Launch, SharedTrainers, Training, read_log
@@ -39,21 +39,30 @@ class Axis:
     ----------
     title : str
     changes : mapping of str to sequence of str
-        Label to changes of the recipe, as :func:`agc.recipe.load_recipe` takes them.
+        Label to changes of the recipe, as :func:`agc.recipe.load_recipe` takes them. Of a row it
+        may also be a mapping: label of each column to the row's changes there.
     """
 
     title: str
-    changes: Mapping[str, Sequence[str]]
+    changes: Mapping[str, Sequence[str] | Mapping[str, Sequence[str]]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training that an experiment asks for."""
+    """One training that an experiment asks for.
+
+    Attributes
+    ----------
+    row, column, seed, recipe
+    start : Cell, optional
+        The training whose last weights this one begins from.
+    """
 
     row: str
     column: str
     seed: int
     recipe: Recipe
+    start: Cell | None = None
 
     def folder(self, folder: Path, framework: str) -> Path:
         """Return where the training is kept."""
@@ -74,10 +83,15 @@ class Experiment:
         What is varied; the changes of a row come after those of a column.
     seeds : int
         How many trainings there are for each cell; the seed decides initial values and batches.
+    start : sequence of str, optional
+        What a training changes that is in no cell, one for each seed: those with
+        ``model.init = "file"`` begin from its last weights.
     curves : str, optional
         The column whose losses are drawn, the last one if None.
     question : str
         What it is about, in a line.
+    costs : bool
+        Whether the time of a step is a result, in units of the first row's.
     """
 
     recipe: str
@@ -85,14 +99,16 @@ class Experiment:
     rows: Axis
     columns: Axis
     seeds: int = 3
+    start: Sequence[str] | None = None
     curves: str | None = None
     question: str = ""
+    costs: bool = False
 
     def __post_init__(self) -> None:
         check_count("seeds", self.seeds)
 
     def cells(self) -> list[Cell]:
-        """Return all trainings, those of the first seed first.
+        """Return the trainings of the grid, those of the first seed first.
 
         Raises
         ------
@@ -100,12 +116,25 @@ class Experiment:
             If a change is not allowed.
         """
         return [
-            Cell(row, column, seed, load_recipe(self.recipe, [*self.changes, *changes]))
-            for seed in range(self.seeds)
+            Cell(row, column, seed, recipe, start if recipe.model.init == "file" else None)
+            for seed, start in enumerate(self.starts())
             for row, of_row in self.rows.changes.items()
             for column, of_column in self.columns.changes.items()
-            for changes in [[*of_column, *of_row, f"seed={seed}"]]
+            for own in [of_row[column] if isinstance(of_row, Mapping) else of_row]
+            for recipe in [self._recipe([*of_column, *own], seed)]
         ]
+
+    def starts(self) -> list[Cell | None]:
+        """Return what trainings of each seed begin from; raise ConfigError as :meth:`cells`."""
+        if self.start is None:
+            return [None] * self.seeds
+        return [
+            Cell("start", "start", seed, self._recipe(self.start, seed))
+            for seed in range(self.seeds)
+        ]
+
+    def _recipe(self, changes: Sequence[str], seed: int) -> Recipe:
+        return load_recipe(self.recipe, [*self.changes, *changes, f"seed={seed}"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +202,11 @@ def run(
     -------
     bool
         Whether all are finished now.
+
+    Raises
+    ------
+    FormatError
+        If a training has nothing to begin from, since that diverged or was removed.
     """
     launch = launch or Launch()
     trainers = SharedTrainers(framework.trainer, launch)
@@ -183,7 +217,8 @@ def run(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    cells = experiment.cells()
+    starts = [start for start in experiment.starts() if start]
+    cells = [*starts, *experiment.cells()]
     sources: dict[Any, tuple[Source, Source]] = {}
     folder.mkdir(exist_ok=True)
     with Progress(*columns, console=console, transient=True) as bar:
@@ -192,7 +227,7 @@ def run(
         for number, cell in enumerate(cells):
             where, batch = cell.folder(folder, name), cell.recipe.train.batch
             labels = (experiment.rows.title, cell.row), (experiment.columns.title, cell.column)
-            words = [f"{title} {label}" for title, label in labels]
+            words = ["start"] if cell in starts else [f"{title} {label}" for title, label in labels]
             bar.update(task, description=", ".join([*words, f"seed {cell.seed}"]))
 
             def advance(record: Mapping[str, Any], batch: int = batch) -> None:
@@ -209,19 +244,33 @@ def run(
                     trainers(cell.recipe),
                     *sources[key],
                     where,
-                    launch=launch,
+                    launch=replace(launch, init=_init(cell, folder, name) or launch.init),
                     resume=True,
                     report=advance,
                 )
+                needed = cell in starts
                 try:
                     if not training.run(stop):
                         return False
                 except NonFiniteError:
-                    pass  # is a result, and the log has it
-                for checkpoint in where.glob("step-*"):
+                    needed = False  # is a result, and the log has it
+                for checkpoint in where.glob("step-*") if not needed else ():
                     shutil.rmtree(checkpoint)
             bar.update(task, completed=sum(images[: number + 1]))
     return True
+
+
+def _init(cell: Cell, folder: Path, name: str) -> Path | None:
+    """Return the folder with the weights that a training begins from, if it does."""
+    if cell.start is None:
+        return None
+    start = cell.start.folder(folder, name)
+    if not any(start.glob("step-*")):
+        raise FormatError(
+            f"{start}: has no weights for other trainings to begin from: it diverged, or they were "
+            "removed; remove the folder to have it made again"
+        )
+    return start
 
 
 def _over(folder: Path) -> bool:
@@ -284,6 +333,8 @@ def table(experiment: Experiment, found: Sequence[Result]) -> Table:
     single = len(experiment.columns.changes) == 1
     if single:
         shown.add_column("images/s", justify="right")
+    if experiment.costs:
+        shown.add_column("time of a step", justify="right")
     rows = [[label] for label in experiment.rows.changes]
     for row, _, cell in _grid(experiment, found):
         diverged = sum(result.diverged for result in cell)
@@ -292,9 +343,18 @@ def table(experiment: Experiment, found: Sequence[Result]) -> Table:
         rows[row].append(f"{mean}{lost}")
         if single and cell:
             rows[row].append(f"{np.median([result.images_per_second for result in cell]):.0f}")
+        if experiment.costs and cell:
+            rows[row].append(f"{_cost(experiment, found, cell):.2f}")
     for cells in rows:
         shown.add_row(*cells)
     return shown
+
+
+def _cost(experiment: Experiment, found: Sequence[Result], cell: Sequence[Result]) -> float:
+    """Return the time of an image in units of the first row's: the median over the seeds."""
+    first = next(iter(experiment.rows.changes))
+    speeds = {(r.column, r.seed): r.images_per_second for r in found if r.row == first}
+    return float(np.median([speeds[r.column, r.seed] / r.images_per_second for r in cell]))
 
 
 def draw(experiment: Experiment, found: Sequence[Result], path: Path) -> None:
@@ -313,11 +373,13 @@ def draw(experiment: Experiment, found: Sequence[Result], path: Path) -> None:
             text = "diverged" if diverged == len(cell) else f"{100 * mean:.0f} %"
             if diverged < len(cell) > 1:
                 text += f"\n± {50 * (max(accuracies) - min(accuracies)):.0f}"
+            if experiment.costs:
+                text += f"\ntime {_cost(experiment, found, cell):.2f}"
             colour = "white" if mean < 0.5 else "black"
             left.text(column, row, text, ha="center", va="center", color=colour)
         left.imshow(means, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         left.set_xticks(range(size[1]), list(columns.changes))
-        left.set_yticks(range(size[0]), list(rows.changes))
+        left.set_yticks(range(size[0]), [label.replace(" (", "\n(") for label in rows.changes])
         left.set_xlabel(columns.title)
         left.set_ylabel(rows.title)
         left.set_title("test accuracy")

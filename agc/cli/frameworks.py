@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy.typing as npt
 
@@ -18,11 +18,28 @@ from agc.packages import missing
 from agc.recipe import Recipe
 from agc.training import Launch, Trainer
 
-__all__ = ["Framework", "framework_names", "load_framework"]
+__all__ = ["Contest", "Framework", "framework_names", "load_framework"]
 
 Array = npt.NDArray[Any]
 
 _GROUP: Final = "agc.frameworks"
+
+
+class Contest(NamedTuple):
+    """Steps whose times are compared.
+
+    Attributes
+    ----------
+    facts : mapping of str to JSON data
+        Framework, versions and device.
+    steps : mapping of str to callable
+        Each makes a step on the same batch, forward, backward and optimizer, and returns the loss
+        when all is computed: ``"clipped"`` of an NFNet with AGC, ``"plain"`` of one without, and
+        ``"twin"`` of its batch-normalised twin without AGC. All have the same initial weights.
+    """
+
+    facts: Mapping[str, Any]
+    steps: Mapping[str, Callable[[], float]]
 
 
 class Framework(Protocol):
@@ -52,6 +69,18 @@ class Framework(Protocol):
         ------
         ConfigError
             If the recipe asks for what the framework cannot do, or there is no such device.
+        """
+        ...
+
+    def contest(self, options: Options, images: Array, labels: Array) -> Contest:
+        """Return steps of an NFNet and its twin; absent where there is no twin as yet.
+
+        Parameters
+        ----------
+        options : Options
+            Which NFNet.
+        images : float32 array, shape (n, h, w, c)
+        labels : integer array, shape (n,)
         """
         ...
 

@@ -19,7 +19,10 @@ from rich.console import Console
 from agc.checks import check_count
 from agc.cli.experiments import Axis, Experiment, Result, draw, results, run, table, write
 from agc.cli.frameworks import framework_names, load_framework
+from agc.cli.halves import CLASSES, half, write_halves
+from agc.cli.step_time import NAME, QUESTION, step_time
 from agc.cli.train import STOPPED
+from agc.errors import ConfigError
 from agc.files import named_files
 from agc.packages import need
 from agc.training import stop_signals
@@ -39,9 +42,9 @@ _PLAIN: Final = [
 _FRAMEWORKS: Final = Axis("framework", {})  # a row for each that has run
 
 
-def _batch(size: int) -> list[str]:
-    """Return the changes for a batch: the same number of images, a warm-up of 10 %."""
-    steps = _IMAGES // size
+def _batch(size: int, steps: int | None = None) -> list[str]:
+    """Return the changes for a batch: a warm-up of 10 %, and all images if no steps are given."""
+    steps = steps or _IMAGES // size
     return [
         f"train.batch={size}",
         f"train.steps={steps}",
@@ -54,6 +57,36 @@ def _thresholds(*values: float) -> dict[str, list[str]]:
     return {f"{value:g}": [f"agc.clipping={value}"] for value in values}
 
 
+_SETTINGS: Final = ("loose", "medium", "tight")
+"""Columns of rows that have thresholds of their own: each is a fourth of the one before."""
+
+
+_RATIOS: Final = (0.04, 0.01, 0.0025)
+
+
+def _settings(
+    name: str, change: str, values: Sequence[float], *others: str
+) -> dict[str, dict[str, list[str]]]:
+    """Return a row that says its thresholds; ``change`` has ``{}`` where they belong."""
+    own = {
+        column: [*others, change.format(value)]
+        for column, value in zip(_SETTINGS, values, strict=True)
+    }
+    return {f"{name} ({', '.join(map(str, values))})": own}
+
+
+# LARS scales the gradient of each tensor to a trust times the norm of its weights, up or down. AGC
+# by tensor does so if it excludes none and its threshold is below all ratios but 0. That is 1e-9
+# times the trust here, hence the rate is 1e9 times that of other rows, and the decay 1e-9 times.
+_LARS: Final = [
+    "agc.granularity=tensor",
+    "agc.exclude=[]",
+    "agc.div_eps=0",
+    "optimizer.rate.base=0.4e9",
+    "optimizer.weight_decay=2e-14",
+]
+
+
 EXPERIMENTS: Final = {
     "batch-threshold": Experiment(
         question="Which clipping thresholds work at which batch, if the rate grows with it?",
@@ -61,15 +94,25 @@ EXPERIMENTS: Final = {
         changes=_PLAIN,
         rows=Axis("clipping", {"none": ["agc="], **_thresholds(0.16, 0.04, 0.01)}),
         columns=Axis("batch", {str(size): _batch(size) for size in (64, 256, 1024)}),
+        curves="256",
     ),
     "clippers": Experiment(
-        question="At a large batch, how far does the threshold matter to clipping by unit and tensor?",
+        question="At a large batch, how far does the threshold matter to AGC, a global norm, LARS?",
         recipe="fashion-mini",
         changes=[*_PLAIN, *_batch(1024)],
         rows=Axis(
-            "clipping", {"none": ["agc="], "by unit": [], "by tensor": ["agc.granularity=tensor"]}
+            "clipping",
+            {
+                "none": ["agc="],
+                **_settings("AGC by unit", "agc.clipping={}", _RATIOS),
+                **_settings("AGC by tensor", "agc.clipping={}", _RATIOS, "agc.granularity=tensor"),
+                # The middle one is the best of 1, 0.3, 0.1 and 0.03 at the first seed.
+                **_settings("global norm", "optimizer.max_norm={}", (0.4, 0.1, 0.025), "agc="),
+                **_settings("LARS, trust", "agc.clipping={}e-9", _RATIOS, *_LARS),
+            },
         ),
-        columns=Axis("threshold", _thresholds(0.04, 0.01, 0.0025)),
+        columns=Axis("threshold", dict.fromkeys(_SETTINGS, ())),
+        curves="medium",
     ),
     "head": Experiment(
         question="Should the classifier be clipped? With ten classes no difference is expected.",
@@ -91,6 +134,23 @@ EXPERIMENTS: Final = {
             },
         ),
         columns=Axis("batch", {"256": []}),
+        costs=True,
+    ),
+    "transfer": Experiment(
+        question="What does training on five classes save with 200 images of each of five others?",
+        recipe="fashion-mini",
+        changes=[*_PLAIN, f"model.num_classes={CLASSES}"],
+        start=[*_batch(64), *half(0, 6000)],
+        rows=Axis(
+            "model",
+            {
+                "from scratch": [],
+                "fine-tuned": ["model.init=file", "model.head=new"],
+                "new head only": ["model.init=file", "model.head=new", 'train.only=["head.*"]'],
+            },
+        ),
+        columns=Axis("steps", {str(n): [*_batch(64, n), *half(5, 200)] for n in (20, 80, 320)}),
+        curves="80",
     ),
     "portability": Experiment(
         question="Is one recipe the same training in three frameworks? Run it in each.",
@@ -106,7 +166,8 @@ EXPERIMENTS: Final = {
 
 def register(subparsers: Any) -> None:
     """Add the command ``reproduce`` to ``agc`` (entry-point group ``agc.commands``)."""
-    names = "\n".join(f"  {name:16} {plan.question}" for name, plan in EXPERIMENTS.items())
+    questions = {name: plan.question for name, plan in EXPERIMENTS.items()} | {NAME: QUESTION}
+    names = "\n".join(f"  {name:16} {question}" for name, question in questions.items())
     command = subparsers.add_parser(
         "reproduce",
         help="repeat an experiment of the papers in small",
@@ -114,7 +175,7 @@ def register(subparsers: Any) -> None:
         "same command goes on",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("name", metavar="NAME", choices=EXPERIMENTS, help="see below")
+    command.add_argument("name", metavar="NAME", choices=questions, help="see below")
     command.add_argument(
         "--framework", choices=framework_names(), default="torch", help="what trains (torch)"
     )
@@ -134,31 +195,46 @@ def register(subparsers: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     name = arguments.framework
-    plan = EXPERIMENTS[arguments.name]
+    plan = EXPERIMENTS.get(arguments.name)
     if arguments.seeds is not None:
+        if plan is None:
+            raise ConfigError(f"--seeds: {arguments.name} makes no trainings; leave it out")
         plan = replace(plan, seeds=check_count("seeds", arguments.seeds))
     framework = load_framework(name, f"agc reproduce in {name}", f"{name},demo")
     for package in ("matplotlib.figure", "safetensors.numpy"):
         need(package, "agc reproduce", "demo")
     folder = arguments.out / arguments.name
     console = Console()
-    with named_files(), stop_signals() as stop:
+    with named_files():
         folder.mkdir(parents=True, exist_ok=True)
-        mine = _for(plan, [name])
-        if not run(mine, name, framework, folder, console, data=arguments.data, stop=stop):
+        with stop_signals() as stop:
+            if plan is None:
+                made = step_time(name, framework, folder, console, stop)
+            else:
+                data = arguments.data
+                if arguments.name == "transfer":
+                    data = write_halves(data, folder / "data")
+                mine = _for(plan, [name])
+                made = run(mine, name, framework, folder, console, data=data, stop=stop)
+        if not made:
             print(f"stopped; the same command goes on: {folder}", file=sys.stderr)
             return STOPPED
+        if plan is not None:
+            _show(plan, name, folder, console)
+    console.print(f"written: {folder}/results.json and figure.svg", highlight=False)
+    return 0
+
+
+def _show(plan: Experiment, name: str, folder: Path, console: Console) -> None:
+    """Print what the trainings came to, and write and draw it."""
     names = [name] if plan.rows is not _FRAMEWORKS else framework_names()
     found = [result for each in names for result in results(_for(plan, [each]), each, folder)]
     plan = _for(plan, list(dict.fromkeys(result.framework for result in found)))
     console.print(plan.question, table(plan, found), highlight=False)
     if len({result.framework for result in found}) > 1:
         console.print(f"largest relative difference of a loss: {_difference(found):.1e}")
-    with named_files():
-        write(plan, found, folder / "results.json")
-        draw(plan, found, folder / "figure.svg")
-    console.print(f"written: {folder}/results.json and figure.svg", highlight=False)
-    return 0
+    write(plan, found, folder / "results.json")
+    draw(plan, found, folder / "figure.svg")
 
 
 def _for(plan: Experiment, names: Sequence[str]) -> Experiment:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, get_args
 
-from agc.checks import check_count, check_number
+from agc.checks import check_choice, check_count, check_number
 from agc.errors import ConfigError
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Family",
     "Options",
     "Variant",
+    "WsDtype",
     "WsEps",
     "options",
     "variant",
@@ -27,6 +28,7 @@ __all__ = [
 
 Family = Literal["NFNet", "NF-ResNet"]
 WsEps = Literal["deepmind", "timm"]
+WsDtype = Literal["float32", "bfloat16"]
 
 ALPHA: Final = 0.2
 """How much of a residual branch is added, before its skip gain."""
@@ -246,6 +248,9 @@ class Options:
         A name in :data:`GAMMAS`.
     ws_eps : {"deepmind", "timm"}
         See :data:`WS_EPS`.
+    ws_dtype : {"float32", "bfloat16"}
+        ``bfloat16``: a convolution that computes in bfloat16 standardises its weight in it too, as
+        :meth:`agc.reference.nfnet.NFNet.standardise` says. Otherwise in at least float32.
 
     Raises
     ------
@@ -260,6 +265,7 @@ class Options:
     in_channels: int
     activation: str
     ws_eps: WsEps
+    ws_dtype: WsDtype = "float32"
 
     def __post_init__(self) -> None:
         for field in ("num_classes", "in_channels"):
@@ -277,6 +283,7 @@ class Options:
             )
         if self.ws_eps not in list(WS_EPS):
             raise ConfigError(f"ws_eps must be 'deepmind' or 'timm', got {self.ws_eps!r}")
+        check_choice("ws_dtype", self.ws_dtype, get_args(WsDtype))
 
 
 def options(
@@ -288,6 +295,7 @@ def options(
     in_channels: int = 3,
     activation: str | None = None,
     ws_eps: WsEps = "deepmind",
+    ws_dtype: WsDtype = "float32",
 ) -> Options:
     """Return checked options; None means the variant's own.
 
@@ -305,4 +313,5 @@ def options(
         in_channels=in_channels,
         activation=chosen.activation if activation is None else activation,
         ws_eps=ws_eps,
+        ws_dtype=ws_dtype,
     )

@@ -13,7 +13,7 @@ from typing import Any, Final
 from agc.checks import check_count
 from agc.config import AGC, SAM, FrozenMap
 from agc.errors import AGCError, ConfigError
-from agc.nfnet import VARIANTS
+from agc.nfnet import VARIANTS, Options
 from agc.recipe.keys import check_keys, check_tables, dotted, fields_of, tables_of
 from agc.recipe.tables import (
     Augment,
@@ -123,6 +123,10 @@ class Recipe:
     def peak(self) -> float:
         """Peak of the learning rate."""
         return self.optimizer.rate.at(self.train.batch)
+
+    def options(self) -> Options:
+        """Return what the model that is trained is made from, precision included."""
+        return replace(self.model.options(), ws_dtype=self.precision.standardise)
 
     def canonical(self) -> str:
         """Return the recipe as JSON: every default filled in, keys sorted, no notes."""

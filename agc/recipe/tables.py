@@ -429,13 +429,18 @@ class Optimizer:
         In [0, 1).
     weight_decay : float
         Coupled, added after clipping; of matrices and kernels only.
+    max_norm : float, optional
+        Largest norm of all gradients together, after AGC and before weight decay; no limit if None.
     """
 
     rate: Rate
     momentum: float = MOMENTUM
     weight_decay: float = WEIGHT_DECAY
+    max_norm: float | None = None
 
     def __post_init__(self) -> None:
+        if self.max_norm is not None:
+            object.__setattr__(self, "max_norm", check_positive("max_norm", self.max_norm))
         for name in ("momentum", "weight_decay"):
             object.__setattr__(self, name, check_not_negative(name, getattr(self, name)))
         check_recipe(self.momentum, self.weight_decay)
@@ -544,7 +549,7 @@ class Precision:
     compute : {"float32", "bfloat16"}
         Of the forward and backward pass.
     standardise : {"float32", "bfloat16"}
-        Of weight standardisation.
+        Of weight standardisation in these passes; DeepMind's recipe has ``bfloat16``.
     """
 
     compute: DType = "float32"

@@ -31,6 +31,7 @@ from agc.nfnet import (
     Conv,
     Masks,
     Variant,
+    WsDtype,
     blocks,
     check_arrays,
     check_masks,
@@ -89,6 +90,9 @@ class NFNet:
         channels are taken from them.
     dropout : float, optional
         Rate before the classifier, which rescales what a mask keeps; the variant's if None.
+    ws_dtype : {"float32", "bfloat16"}
+        ``bfloat16`` rounds in :meth:`standardise` what is a bfloat16 there; ``float32`` rounds
+        nothing, as all else here.
 
     Attributes
     ----------
@@ -118,8 +122,10 @@ class NFNet:
         arrays: Mapping[str, npt.NDArray[Any]],
         *,
         dropout: float | None = None,
+        ws_dtype: WsDtype = "float32",
     ) -> None:
         self.variant = find_variant(variant)
+        self.ws_dtype = ws_dtype
         if self.variant.activation not in ("gelu", "relu"):
             raise ConfigError(
                 "the reference has the activations gelu and relu, "
@@ -306,8 +312,16 @@ class NFNet:
     def standardise(
         self, weight: Array, gain: Array
     ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-        """Give each filter the mean 0 and, times its gain, the norm 1; its norm has a floor."""
+        """Give each filter the mean 0 and, times its gain, the norm 1; its norm has a floor.
+
+        In bfloat16 that is DeepMind's ``weight * scale - mean * scale``, where weight, gain, mean,
+        variance, scale, the second product and the result are rounded to bfloat16, and so are
+        their gradients in a framework. Sums, and all else in between, are at least float32. What
+        is returned as the gradient is that of the rounded weight and gain, itself not rounded.
+        """
         axes = (0, 1, 2)
+        if self.ws_dtype == "bfloat16":
+            weight, gain = _to_bfloat16(weight), _to_bfloat16(gain)
         centred = weight - weight.mean(axes)
         squared_norm = np.sum(centred**2, axes)  # the number of weights times their biased variance
         scale = 1 / np.sqrt(np.maximum(squared_norm, WS_EPS["deepmind"]))
@@ -318,6 +332,12 @@ class NFNet:
             d_centred = gain * scale * (d - depends * scale**2 * along * centred)
             return d_centred - d_centred.mean(axes), scale * along
 
+        if self.ws_dtype == "bfloat16":
+            fan_in = math.prod(weight.shape[:3])
+            floored = np.maximum(fan_in * _to_bfloat16(squared_norm / fan_in), WS_EPS["deepmind"])
+            factor = _to_bfloat16(gain / np.sqrt(floored))
+            shift = _to_bfloat16(_to_bfloat16(weight.mean(axes)) * factor)
+            return _to_bfloat16(weight * factor - shift), backward
         return centred * scale * gain, backward
 
     def gate(self, block: Block, x: Array) -> tuple[Array, Back]:
@@ -448,6 +468,12 @@ def _chain(backs: list[Back]) -> Back:
         return d
 
     return backward
+
+
+def _to_bfloat16(x: Array) -> Array:
+    """Round to the 8 significant bits of bfloat16, whose range is float32's."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.round(mantissa * 256) / 256, exponent)
 
 
 def _identity(d: Array) -> Array:

@@ -128,19 +128,16 @@ class Hosts:
 
 
 def check_offered(
-    recipe: Recipe,
     launch: Launch,
     framework: str,
     *,
     engines: Collection[str] = (),
     coordinator: bool = False,
-    sharded: bool = False,
 ) -> None:
-    """Raise ConfigError if a recipe or a launch asks for what a framework does not do.
+    """Raise ConfigError if a launch asks for what a framework does not do.
 
     Parameters
     ----------
-    recipe : Recipe
     launch : Launch
     framework : str
         Its name in the message.
@@ -148,8 +145,6 @@ def check_offered(
         Its names of what spreads a training over devices.
     coordinator : bool
         Whether the launch may tell it of other processes.
-    sharded : bool
-        Whether it is a :class:`ShardedTrainer`.
     """
     if launch.processes is not None and not coordinator:
         raise ConfigError(
@@ -162,13 +157,6 @@ def check_offered(
         )
         raise ConfigError(
             f'engine="{launch.engine}": {framework} has no such engine; {choice} leave it out'
-        )
-    if launch.sharded and not sharded:
-        raise ConfigError(f"sharded=True: {framework} writes no sharded checkpoints; leave it out")
-    if recipe.precision.standardise != "float32":
-        raise ConfigError(
-            f'precision.standardise="{recipe.precision.standardise}": {framework}\'s NFNets standardise '
-            "their weights in float32; set precision.standardise=float32"
         )
 
 

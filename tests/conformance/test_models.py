@@ -49,7 +49,7 @@ def test_the_reference_passes() -> None:
     found = asked(ReferenceBackend(), FAST)
     assert {r["status"] for r in found.values()} == {"passed"}
     assert all(r["level"] == "L4" for r in found.values())
-    assert len(found) == study.count_results("tiny", FAST) == 25
+    assert len(found) == study.count_results("tiny", FAST) == 26
     assert "254 units are clipped" in found["model-tiny-decisions:float64"]["detail"]
     assert "4855 units in 233 parameters" in found["model-tiny-plan:float32"]["detail"]
 

@@ -86,6 +86,10 @@ class Driver(ABC):
     channels_first : bool
         The framework's own layout: images ``n c h w`` and weights ``o i h w``, or ``n h w c`` and
         ``h w i o``.
+    norm_names : tuple of str
+        Names of batch normalisation's gain, bias, running mean and running variance.
+    unbiased : bool
+        Whether a running variance is the mean of unbiased ones.
     modes : tuple of str
         Ways to compute gradients of the same model.
     dtypes : tuple of str
@@ -105,6 +109,8 @@ class Driver(ABC):
     """
 
     adapter: ModuleType
+    norm_names: tuple[str, str, str, str]
+    unbiased = False
     backend: type[Backend]
     clip_ways: tuple[str, ...] = ("by hand",)
     accurate_ways: tuple[str, ...] = ("by hand",)
@@ -155,12 +161,32 @@ class Driver(ABC):
         """Return the layers, and the layers in these, in order."""
 
     @abstractmethod
-    def conv(self, conv: core.Conv, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
+    def conv(
+        self, conv: core.Conv, ws_eps: str, dtype: str, values: Mapping[str, Array], **options: Any
+    ) -> Any:
         """Return a convolution with standardised weights whose weight, gain and bias are these."""
 
     @abstractmethod
     def standardised(self, conv: Any) -> Array:
         """Return its standardised weight."""
+
+    def canonical(self, name: str) -> str:
+        """Return a name of a batch-normalised twin as ``stem.conv0.gain``, ``.mean`` and so on."""
+        owner, norm, own = name.rpartition(".norm.")
+        ours = dict(zip(self.norm_names, ("gain", "bias", "mean", "variance"), strict=True))
+        return f"{owner}.{ours[own]}" if norm else name
+
+    @abstractmethod
+    def norms(self, twin: Any) -> dict[str, Array]:
+        """Return gains, biases and running statistics of a twin by their canonical names."""
+
+    @abstractmethod
+    def set_norms(self, twin: Any, values: Mapping[str, Array]) -> None:
+        """Set what :meth:`norms` returns."""
+
+    @abstractmethod
+    def standardised_in_bfloat16(self, conv: Any, gradient: Array) -> tuple[Array, Array, Array]:
+        """Return its weight for a convolution in bfloat16, and the gradients of weight and gain."""
 
     @abstractmethod
     def activation(self, name: str, x: Array) -> Array:
@@ -224,7 +250,7 @@ class Driver(ABC):
         mode: str | None = None,
         masks: core.Masks | None = None,
     ) -> Outputs:
-        """Return all that a model computes, in training mode if there are masks."""
+        """Return all that a model computes; with masks in training mode, and without features."""
 
     def shapes(self, model: Any, images: Array, labels: Array) -> Outputs:
         """Return what has the shapes and dtypes of :meth:`outputs`."""

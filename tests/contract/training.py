@@ -12,9 +12,10 @@ import pytest
 
 from agc import Schedule
 from agc.data import Batches, Evaluation, open_source
-from agc.errors import ConfigError, ParameterError
+from agc.errors import ConfigError, NonFiniteError, ParameterError
+from agc.nfnet import decays
 from agc.recipe import Recipe, load_recipe, numbers
-from agc.recipe.tables import Rate
+from agc.recipe.tables import Precision, Rate
 from agc.training import Launch, State, Trainer, Training
 from agc_conformance.backend import Backend
 from agc_conformance.training.recipes import KINDS, SHORT, run_recipes, seeded_state
@@ -111,6 +112,29 @@ class TrainingContract(Contract):
             ):
                 self.equal(found, right)
 
+    @pytest.mark.parametrize("policy", ["propagate", "zero", "raise"])
+    def test_a_limited_norm_that_is_not_finite(self, policy):
+        """The policy of AGC decides for all gradients, also those that AGC leaves alone."""
+        recipe = recipe_of("plain")
+        assert recipe.agc
+        rule = replace(recipe.agc, exclude=("*",), nonfinite=policy)
+        limited = replace(recipe.optimizer, max_norm=0.2)
+        recipe = replace(recipe, agc=rule, optimizer=limited)
+        start, batch = seeded_state(recipe), batches_of(recipe)[0]
+        poisoned = batch._replace(images=np.full_like(batch.images, np.nan))
+        trainer = self.driver.trainer(recipe, Launch())
+        trainer.load(start)
+        if policy == "raise":
+            with pytest.raises(NonFiniteError, match="norm of all gradients together"):
+                trainer.step(poisoned, numbers(recipe).at(0))
+        else:
+            trainer.step(poisoned, numbers(recipe).at(0))
+        factor = {"propagate": np.nan, "zero": recipe.optimizer.momentum, "raise": 1.0}[policy]
+        for name, buffer in trainer.state().momentum.items():
+            if not decays(buffer.ndim):
+                wanted = factor * start.momentum[name]
+                np.testing.assert_allclose(buffer, wanted, rtol=1e-6, err_msg=name)
+
     def test_part_of_the_model(self):
         self.test_steps("part")
 
@@ -150,17 +174,23 @@ class TrainingContract(Contract):
         assert self.training(recipe, folder).run()
 
     def test_bfloat16(self):
-        """Only the passes are in it, and the loss is close."""
+        """Only the passes are in it, with or without standardisation, and the loss is close."""
         recipe = recipe_of("plain")
-        low = replace(recipe, precision=replace(recipe.precision, compute="bfloat16"))
+        low, lower = (
+            replace(recipe, precision=Precision(compute="bfloat16", standardise=dtype))
+            for dtype in ("float32", "bfloat16")
+        )
         start = seeded_state(recipe)
-        pairs = zip(*(self.trained(r, start, range(2)) for r in (recipe, low)), strict=True)
-        for (exact, state), (rough, rough_state) in pairs:
-            assert float(rough.loss) == pytest.approx(float(exact.loss), abs=3e-2)
-            assert float(rough.loss) != float(exact.loss)
-            for (_, arrays), (_, others) in zip(state.parts(), rough_state.parts(), strict=True):
-                assert {array.dtype.name for array in others.values()} == {"float32"}
-                assert relative(others["head.weight"], arrays["head.weight"]) < 0.2
+        steps = zip(*(self.trained(r, start, range(2)) for r in (recipe, low, lower)), strict=True)
+        for (exact, state), *roughs in steps:
+            assert len({float(done.loss) for done, _ in [(exact, state), *roughs]}) == 3
+            for rough, rough_state in roughs:
+                assert float(rough.loss) == pytest.approx(float(exact.loss), abs=3e-2)
+                for (_, arrays), (_, others) in zip(
+                    state.parts(), rough_state.parts(), strict=True
+                ):
+                    assert {array.dtype.name for array in others.values()} == {"float32"}
+                    assert relative(others["head.weight"], arrays["head.weight"]) < 0.2
 
     @pytest.mark.parametrize(
         ("value", "classes", "hits"),

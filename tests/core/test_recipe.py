@@ -222,6 +222,14 @@ def test_a_default_that_is_written_changes_nothing_and_a_note_neither():
     assert load_recipe("fashion-mini", ["train.batch=64"]).id != plain.id
 
 
+def test_what_is_absent_is_no_part_of_the_id():
+    plain, limited = (load_recipe("fashion-mini", [f"optimizer.max_norm={n}"]) for n in ("", 1))
+    assert plain.optimizer.max_norm is None
+    assert plain.id == IDS["fashion-mini"] + plain.id[16:] != limited.id
+    assert "max_norm" not in plain.canonical()
+    assert Recipe.from_dict(limited.to_dict()).optimizer.max_norm == 1.0
+
+
 def test_the_order_of_patterns_is_part_of_the_id():
     first, second = '"stem.*" = 0.02', '"*" = 0.01'
     ids = {
@@ -318,6 +326,8 @@ def test_ascent():
         ("optimizer.rate.peak=1", r"optimizer\.rate\.peak must be given, or else base and per"),
         ("optimizer.momentum=1", r"optimizer\.momentum must be a number in \[0, 1\)"),
         ("optimizer.weight_decay=nan", r"optimizer\.weight_decay must be a finite number >= 0"),
+        ("optimizer.max_norm=0", r"optimizer\.max_norm must be a finite number > 0, got 0"),
+        ("optimizer.max_norm=inf", r"optimizer\.max_norm must be a finite number > 0, got inf"),
         ("schedule.warmup_steps=1", r"schedule\.warmup_epochs and warmup_steps cannot both"),
         ("agc.clipping=0", r"agc\.clipping must be a finite number > 0"),
         ("agc.profile=mine", "agc: unknown profile 'mine'"),

@@ -463,8 +463,6 @@ def test_launches():
     message = "microbatch=3 does not divide train.batch=4"
     with pytest.raises(ConfigError, match=re.escape(message)):
         Launch(microbatch=3).check(RECIPE)
-    with pytest.raises(ConfigError, match="X writes no sharded checkpoints; leave it out"):
-        check_offered(RECIPE, Launch(sharded=True), "X")
     with pytest.raises(ConfigError, match=r'model\.init="random": give a file'):
         Launch(init=Path("x")).check(RECIPE)
     with pytest.raises(ConfigError, match=r'model\.init="file": give a file of weights \(--init'):
@@ -475,7 +473,7 @@ def test_launches():
     with pytest.raises(ConfigError, match="process must be less than processes=2, got 2"):
         Launch(coordinator="a:1", processes=2, process=2)
     with pytest.raises(ConfigError, match="Keras learns of other processes from what launches it"):
-        check_offered(RECIPE, Launch(processes=1), "Keras")
+        check_offered(Launch(processes=1), "Keras")
 
 
 # --- the command ----------------------------------------------------------------------------------

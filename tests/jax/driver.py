@@ -116,6 +116,7 @@ class JaxOptimizer(Optimizer):
 
 class JaxDriver(Driver):
     adapter = agc_jax
+    norm_names = ("scale", "bias", "mean", "var")
     sam_modes = ("traced",)
     backend = JaxBackend
 
@@ -152,14 +153,39 @@ class JaxDriver(Driver):
     def layers(self, model: Any) -> list[Any]:
         return [layer for _, layer in nnx.iter_modules(model)]
 
-    def conv(self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
-        made = WSConv2d(conv, ws_eps, jnp.dtype(dtype))
+    def conv(
+        self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array], **options: Any
+    ) -> Any:
+        made = WSConv2d(conv, ws_eps, **options, param_dtype=jnp.dtype(dtype))
         for name, value in values.items():
             setattr(made, name, nnx.Param(jax.device_put(value)))
         return made
 
     def standardised(self, conv: Any) -> Array:
         return np.asarray(standardised(conv))
+
+    def _norms(self, twin: Any) -> dict[str, Any]:
+        state = nnx.to_flat_state(nnx.state(twin, (nnx.Param, nnx.BatchStat)))
+        named = {".".join(map(str, path)): leaf for path, leaf in state}
+        return {self.canonical(n): leaf for n, leaf in named.items() if ".norm." in n}
+
+    def norms(self, twin: Any) -> dict[str, Array]:
+        return {name: np.asarray(leaf[...]) for name, leaf in self._norms(twin).items()}
+
+    def set_norms(self, twin: Any, values: Mapping[str, Array]) -> None:
+        for name, leaf in self._norms(twin).items():
+            leaf[...] = jax.device_put(values[name])
+
+    def standardised_in_bfloat16(self, conv: Any, gradient: Array) -> tuple[Array, Array, Array]:
+        graph, state = nnx.split(conv)
+
+        @jax.jit
+        def both(state: Any, gradient: jax.Array) -> tuple[jax.Array, Any]:
+            value, back = jax.vjp(lambda s: nnx.merge(graph, s).standardised(jnp.bfloat16), state)
+            return value, nnx.to_pure_dict(back(gradient)[0])
+
+        value, back = both(state, jnp.asarray(gradient, jnp.bfloat16))
+        return np.asarray(value), np.asarray(back["weight"]), np.asarray(back["gain"])
 
     def activation(self, name: str, x: Array) -> Array:
         return np.asarray(jax.jit(Activation(name))(x))

@@ -15,7 +15,7 @@ from agc import AGC
 from agc import nfnet as core
 from agc_jax.nfnet import halved
 from tests.contract.golden import EXACT
-from tests.contract.nfnet import SHALLOW, SIZE, NFNetContract, images_of
+from tests.contract.nfnet import NARROW, SHALLOW, SIZE, NFNetContract, images_of
 from tests.helpers import close, relative
 from tests.jax.driver import JaxDriver, blank, run, values_of
 
@@ -84,6 +84,42 @@ def test_folding_leaves_the_model_alone():
     for value in values_of(model).values():
         value.delete()
     assert all(np.isfinite(value).all() for value in values_of(folded).values())
+
+
+def test_a_twin_stays_in_its_mode():
+    model = driver.blank(NARROW)
+    assert model.batch_normalised().stem.conv0.norm.use_running_average
+    model.train()
+    assert not model.batch_normalised().stem.conv0.norm.use_running_average
+
+
+@pytest.mark.parametrize(
+    ("options", "computed", "statistics"),
+    [
+        ({}, jnp.float32, jnp.float32),
+        ({"dtype": jnp.bfloat16}, jnp.bfloat16, jnp.float32),
+        ({"param_dtype": jnp.bfloat16, "dtype": jnp.bfloat16}, jnp.bfloat16, jnp.float32),
+        ({"param_dtype": jnp.float64}, jnp.float64, jnp.float64),
+    ],
+)
+def test_dtypes_of_a_twin(options, computed, statistics):
+    """A step leaves the statistics' dtypes as they are, as a loop in a program wants it."""
+
+    def make() -> Any:
+        return agc_jax.nfnet(NARROW, rngs=nnx.Rngs(0), **options).batch_normalised()
+
+    def step(twin: Any, images: jax.Array) -> Any:
+        return twin(images), nnx.state(twin, nnx.BatchStat)
+
+    twin = nnx.eval_shape(make)
+    before = nnx.state(twin, nnx.BatchStat)
+    images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    logits, after = nnx.eval_shape(step, twin, images)
+    assert logits.dtype == computed
+    for state in (before, after):
+        leaves = jax.tree.leaves(state)
+        assert len(leaves) == 2 * sum(s.kind == "conv" for s in core.parameters(NARROW))
+        assert {leaf.dtype for leaf in leaves} == {jnp.dtype(statistics)}
 
 
 def test_states():

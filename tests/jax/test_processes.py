@@ -27,6 +27,7 @@ CHANGES = [
     'sam.group="batch"',
     "sam.fraction=0.3",  # five examples, on four devices
     "sam.every=1",
+    "optimizer.max_norm=0.05",  # limits every step
     "checkpoint.every_steps=1",
     "checkpoint.keep=4",
     "evaluate.every_steps=5",

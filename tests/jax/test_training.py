@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from agc.errors import ConfigError
 from agc.nfnet import Masks
-from agc.recipe import load_recipe, numbers
+from agc.recipe import numbers
 from agc.reference import sharpness_aware_gradients
 from agc.training import Launch
 from agc_conformance.training.recipes import KINDS, seeded_state
@@ -53,12 +53,6 @@ class TestTraining(TrainingContract):
     def recipe_to_resume(self, compute):
         """Without SAM, which counts nothing here: the numbers of a step say whether it perturbs."""
         return replace(super().recipe_to_resume(compute), sam=None)
-
-
-def test_recipes_that_are_not_offered():
-    low = ["precision.compute=bfloat16", "precision.standardise=bfloat16"]
-    with pytest.raises(ConfigError, match=r"set precision\.standardise=float32"):
-        trainer(load_recipe("conformance", low), Launch())
 
 
 def test_processes_that_cannot_be_joined(monkeypatch):

@@ -110,6 +110,7 @@ class GraphBackend(TensorFlowBackend):
 
 class TensorFlowDriver(Driver):
     adapter = agc_tensorflow
+    norm_names = ("gamma", "beta", "moving_mean", "moving_variance")
     modes = ("eager", "graph", "xla")
     dtypes = ("float64", "float32", "mixed_bfloat16", "bfloat16")
     ways = ("eager", "graph")
@@ -146,8 +147,10 @@ class TensorFlowDriver(Driver):
     def layers(self, model: Any) -> list[Any]:
         return [*model._flatten_layers()]
 
-    def conv(self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
-        made = WSConv2D(conv, ws_eps, dtype=dtype)
+    def conv(
+        self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array], **options: Any
+    ) -> Any:
+        made = WSConv2D(conv, ws_eps, **options, dtype=dtype)
         made.build(None)
         for name, value in values.items():
             getattr(made, name).assign(tf.constant(value))
@@ -155,6 +158,24 @@ class TensorFlowDriver(Driver):
 
     def standardised(self, conv: Any) -> Array:
         return conv.standardised().numpy()
+
+    def _norms(self, twin: Any) -> dict[str, Any]:
+        named = {n: v for n, v in self.parameters(twin).items() if ".norm." in n}
+        return {self.canonical(name): variable for name, variable in named.items()}
+
+    def norms(self, twin: Any) -> dict[str, Array]:
+        return numpy_of(self._norms(twin))
+
+    def set_norms(self, twin: Any, values: Mapping[str, Array]) -> None:
+        for name, variable in self._norms(twin).items():
+            variable.assign(values[name])
+
+    def standardised_in_bfloat16(self, conv: Any, gradient: Array) -> tuple[Array, Array, Array]:
+        variables = [conv.weight.value, conv.gain.value]
+        with tf.GradientTape() as tape:
+            value = conv.standardised(tf.bfloat16)
+        back = tape.gradient(value, variables, tf.cast(gradient, tf.bfloat16))
+        return value.numpy(), back[0].numpy(), back[1].numpy()
 
     def activation(self, name: str, x: Array) -> Array:
         return Activation(name)(tf.constant(x)).numpy()
@@ -228,7 +249,9 @@ class TensorFlowDriver(Driver):
         x = tf.constant(images)
         logits, loss, gradients = WRAPPERS[mode or "eager"](derive)(x, masks)
         by_name = numpy_of(dict(zip(named, gradients, strict=True)))
-        maps = (numpy_of(model.features(x)), numpy_of(model.signals(x)))
+        maps: tuple[Any, Any] = ({}, {})
+        if masks is None:
+            maps = (numpy_of(model.features(x)), numpy_of(model.signals(x)))
         return Outputs(float(loss), logits.numpy(), by_name, *maps)
 
     def check_gradients(self, conv: Any, images: Array) -> None:

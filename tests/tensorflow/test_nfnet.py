@@ -18,7 +18,7 @@ from agc import nfnet as core
 from agc.nfnet import seeded_batch
 from agc_conformance.nfnets.golden import LIMITS
 from agc_tensorflow.units import named_variables
-from tests.contract.nfnet import SHALLOW, NFNetContract, exact, images_of, normal
+from tests.contract.nfnet import NARROW, SHALLOW, NFNetContract, exact, images_of, normal
 from tests.helpers import relative
 from tests.tensorflow.driver import WRAPPERS, TensorFlowDriver
 
@@ -151,6 +151,23 @@ def test_a_folded_model_is_for_inference_and_saved(dtype, tmp_path):
     assert loaded.folded
     assert not loaded.trainable_variables
     np.testing.assert_array_equal(loaded(images), before)
+
+
+def test_a_twin_is_trained_and_saved(tmp_path):
+    """In half precision; its statistics move in training alone."""
+    twin = driver.blank(NARROW, dtype="mixed_bfloat16").batch_normalised()
+    images = images_of(2, 16, dtype="float32")
+    moving = [v for v in twin.non_trainable_variables if "moving" in v.name]
+    assert len(moving) == 2 * sum(spec.kind == "conv" for spec in core.parameters(NARROW))
+    start = [value.numpy() for value in moving]
+    assert twin(images).dtype == tf.bfloat16
+    assert all(np.array_equal(*pair) for pair in zip(start, moving, strict=True))
+    twin(images, training=True)
+    assert not any(np.array_equal(*pair) for pair in zip(start, moving, strict=True))
+    twin.save(tmp_path / "twin.keras")
+    loaded = keras.models.load_model(tmp_path / "twin.keras")
+    assert (loaded.normalised, loaded.folded) == (True, False)
+    np.testing.assert_array_equal(loaded(images), twin(images))
 
 
 def compiled(variant: Any, *, jit_compile: bool) -> Any:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from agc.errors import ConfigError, NonFiniteError
-from agc.recipe import Recipe, load_recipe, numbers
+from agc.errors import NonFiniteError
+from agc.recipe import Recipe, numbers
 from agc.training import Launch
 from agc_conformance.training.recipes import seeded_state
 from agc_tensorflow.train import trainer
@@ -70,9 +70,3 @@ class TestTraining(TrainingContract):
 
 
 _FUNCTION = type(tf.function(trainer))
-
-
-def test_standardisation_in_bfloat16_is_not_offered():
-    changes = ["precision.compute=bfloat16", "precision.standardise=bfloat16"]
-    with pytest.raises(ConfigError, match=r"set precision\.standardise=float32"):
-        trainer(load_recipe("conformance", changes), Launch())

@@ -30,7 +30,8 @@ def recipe_of(*changes: str) -> Recipe:
     """
     spread = ['sam.group="batch"', "sam.fraction=0.3", "train.masks=[]"]
     often = ["sam.every=1", "data.test.images=9", "evaluate.every_steps=2"]
-    return load_recipe("conformance", [*SMALL, *spread, *often, *changes])
+    limited = ["optimizer.max_norm=0.05"]  # in every step
+    return load_recipe("conformance", [*SMALL, *spread, *often, *limited, *changes])
 
 
 def training(recipe: Recipe, folder: Path, **options: Any) -> Training:

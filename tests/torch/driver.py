@@ -120,6 +120,8 @@ class LossOfWeights(nn.ParameterDict):
 
 class TorchDriver(Driver):
     adapter = agc_torch
+    norm_names = ("weight", "bias", "running_mean", "running_var")
+    unbiased = True
     channels_first = True
     modes = ("contiguous", "channels_last")
     ways = ("foreach", "fused", "one by one")
@@ -152,14 +154,33 @@ class TorchDriver(Driver):
     def layers(self, model: nn.Module) -> list[Any]:
         return [*model.modules()]
 
-    def conv(self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array]) -> Any:
-        made = WSConv2d(conv, ws_eps, dtype=getattr(torch, dtype))
+    def conv(
+        self, conv: Any, ws_eps: str, dtype: str, values: Mapping[str, Array], **options: Any
+    ) -> Any:
+        made = WSConv2d(conv, ws_eps, **options, dtype=getattr(torch, dtype))
         weight = tensor(values["weight"].transpose(3, 0, 1, 2))  # o h w i
         made.load_state_dict({name: tensor(a) for name, a in values.items()} | {"weight": weight})
         return made
 
     def standardised(self, conv: Any) -> Array:
         return numpy(conv.standardised()).transpose(1, 2, 3, 0)
+
+    def _norms(self, twin: Any) -> dict[str, Tensor]:
+        tensors = {n: t for n, t in twin.state_dict().items() if ".norm." in n and t.ndim}
+        return {self.canonical(name): value for name, value in tensors.items()}
+
+    def norms(self, twin: Any) -> dict[str, Array]:
+        return {name: numpy(value).copy() for name, value in self._norms(twin).items()}
+
+    def set_norms(self, twin: Any, values: Mapping[str, Array]) -> None:
+        for name, value in self._norms(twin).items():
+            value.copy_(tensor(values[name]))
+
+    def standardised_in_bfloat16(self, conv: Any, gradient: Array) -> tuple[Array, Array, Array]:
+        found = conv.standardised(torch.bfloat16)
+        found.backward(tensor(gradient.transpose(3, 0, 1, 2)).bfloat16())
+        weight, back = (numpy(t).transpose(1, 2, 3, 0) for t in (found, conv.weight.grad))
+        return weight, back, numpy(conv.gain.grad)
 
     def activation(self, name: str, x: Array) -> Array:
         return numpy(Activation(name)(tensor(x)))
@@ -239,10 +260,12 @@ class TorchDriver(Driver):
         logits = model(x, masks=masks)
         loss = mean_loss(logits, labels)
         loss.backward()
-        with torch.no_grad():
-            features, signals = numpy_of(model.features(x)), numpy_of(model.signals(x))
         gradients = numpy_of({name: p.grad for name, p in model.named_parameters()})
-        return Outputs(loss.item(), numpy(logits), gradients, features, signals)
+        maps: tuple[Any, Any] = ({}, {})
+        if masks is None:
+            with torch.no_grad():
+                maps = (numpy_of(model.features(x)), numpy_of(model.signals(x)))
+        return Outputs(loss.item(), numpy(logits), gradients, *maps)
 
     def check_gradients(self, conv: Any, images: Array) -> None:
         def run(weight: Tensor, gain: Tensor, bias: Tensor) -> Tensor:

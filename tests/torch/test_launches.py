@@ -1,4 +1,7 @@
-"""How many kernels AGC and SAM launch on a GPU, counted without one: tensors without memory."""
+"""How many kernels AGC, SAM and weight standardisation launch on a GPU, counted without one.
+
+Tensors have no memory.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ import agc_torch
 from agc import AGC, SAM
 from agc_conformance.backends.peers import timm
 from agc_torch import fused
-from agc_torch.nfnet import nfnet
+from agc_torch.nfnet import WSConv2d, nfnet
 from benchmarks.shapes import gpt2_small
 
 FOREACH = {1: 110, 2: 64, 3: 48}
@@ -27,7 +30,7 @@ BLOCKS, BLOCK = 320, 65536
 """Blocks that one launch of it takes, and their elements."""
 NO_KERNELS = ("empty", "new_empty", "empty_like", "detach", "promote_types", "scalar_tensor")
 Build: TypeAlias = Callable[[], tuple[nn.Module, AGC]]
-KERNELS = ("norms", "decide", "scale", "norm", "perturb")
+KERNELS = ("norms", "decide", "scale", "norm", "perturb", "standardise", "standardise_back")
 
 
 class Launches(TorchDispatchMode):  # type: ignore[misc]
@@ -93,10 +96,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Kernel]]:
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(fused, "_triton_dtypes", lambda: {torch.float32: None})
     monkeypatch.setattr(fused, "available", lambda device: True)
-    for cached in (fused.table, fused._moving_compiles):
+    checks = (fused.table, fused._moving_compiles, fused._standardising_compiles)
+    for cached in checks:
         cached.cache_clear()
     yield list(stand_ins.values())
-    for cached in (fused.table, fused._moving_compiles):
+    for cached in checks:
         cached.cache_clear()
 
 
@@ -168,6 +172,22 @@ def test_sam_takes_a_few(model: Build, adaptive: bool, kernels: list[Kernel]) ->
         pass
     assert others.count + sum(kernel.count for kernel in kernels) - before <= 30
     assert others.bytes < 2.1 * size  # the restoration; the kernels move five times the size
+
+
+def test_standardisation_takes_two(kernels: list[Kernel]) -> None:
+    """One launch a weight forward and one backward, and no other."""
+    with torch.device("meta"):
+        weights = [m for m in nfnet("F0", 1000).modules() if isinstance(m, WSConv2d)]
+    assert len(weights) == 57
+    with Launches() as others:
+        made = [weight.standardised() for weight in weights]
+        gradients = [torch.empty_like(one) for one in made]
+        torch.autograd.backward(made, gradients)
+    forward, backward = (
+        kernels[KERNELS.index(name)] for name in ("standardise", "standardise_back")
+    )
+    assert (forward.count, backward.count) == (57, 57)
+    assert others.count == 0
 
 
 @pytest.mark.parametrize("model", [f0, gpt2])

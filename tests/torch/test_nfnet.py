@@ -11,7 +11,7 @@ from agc import AGC
 from agc import nfnet as core
 from agc.nfnet import Masks, seeded_batch
 from tests.contract.golden import SINGLE
-from tests.contract.nfnet import MASKS, SHALLOW, NFNetContract
+from tests.contract.nfnet import MASKS, NARROW, SHALLOW, NFNetContract
 from tests.helpers import close, relative
 from tests.torch.driver import TorchDriver, tensor
 
@@ -90,31 +90,13 @@ def test_a_folded_model_is_for_inference():
     assert not any(p.requires_grad for p in folded.parameters())
 
 
-@pytest.mark.parametrize("variant", [SHALLOW, "NF-ResNet-tiny"])
-def test_the_batch_normalised_twin(variant):
-    """What follows a convolution has mean 0 and variance 1 in training; nothing is shared."""
-    model = driver.seeded(variant)
-    images = tensor(seeded_batch(2, 45, 36)[0])
-    before = model(images)
-    twin = model.batch_normalised().train()
-    moments = []
-
-    def note(module: torch.nn.Module, _: object, out: Tensor) -> None:
-        moments.append([*torch.var_mean(out, (0, 2, 3), correction=0)])
-
-    convs = [m for m in twin.modules() if type(m).__name__ == "NormalisedConv2d"]
-    for conv in convs:
-        conv.register_forward_hook(note)
-    twin(images).square().sum().backward()
-    kinds = [spec.kind for spec in core.parameters(variant)]
-    assert len(moments) == len(convs) == kinds.count("conv")
-    assert not [m for m in twin.modules() if type(m).__name__ == "WSConv2d"]
-    for variance, mean in moments:
-        torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-12)
-        torch.testing.assert_close(variance, torch.ones_like(variance), rtol=0, atol=2e-2)
-    assert {block.block.beta for block in twin.modules() if hasattr(block, "drop_rate")} == {1.0}
-    assert all(p.grad is not None for p in twin.parameters())
-    assert torch.equal(model(images), before)
+def test_a_twin_stays_in_its_mode_and_takes_autocast():
+    model = driver.blank(NARROW)
+    for training in (True, False):
+        twin = model.train(training).batch_normalised()
+        assert {m.training for m in twin.modules()} == {training}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert twin(torch.zeros(1, 3, 8, 8)).dtype == torch.bfloat16
 
 
 def test_state_dict_round_trip(tmp_path):

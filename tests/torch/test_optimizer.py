@@ -402,6 +402,17 @@ def test_global_norm_comes_after_agc(max_norm, fused, scaled):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
 
 
+def test_a_small_global_norm_is_the_limit():
+    """``clip_grad_norm_`` adds 1e-6 to the norm, and would come out 0.03 % too small here."""
+    model = nn.Linear(4, 3, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    agc_torch.attach(optimizer, model, AGC(clipping=None), max_norm=1e-6)
+    model.weight.grad = torch.full((3, 4), 1e-3)
+    optimizer.step()
+    assert float(model.weight.detach().norm()) == pytest.approx(1e-6, rel=1e-6)
+
+
 @pytest.mark.parametrize("policy", ["propagate", "zero", "raise"])
 def test_global_norm_that_is_not_finite(policy):
     """A gradient that AGC leaves alone is infinite; no other one becomes 0 by that."""

@@ -28,12 +28,6 @@ class TestTraining(TrainingContract):
     driver = TorchDriver()
 
 
-def test_recipes_that_are_not_offered():
-    low = ["precision.compute=bfloat16", "precision.standardise=bfloat16"]
-    with pytest.raises(ConfigError, match=r"set precision\.standardise=float32"):
-        trainer(load_recipe("conformance", low), Launch())
-
-
 def test_engines_of_several_processes():
     with pytest.raises(ConfigError, match="start them with torchrun"):
         trainer(load_recipe("conformance"), Launch(engine="fsdp2"))

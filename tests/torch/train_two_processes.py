@@ -18,7 +18,13 @@ from agc_conformance.backends.torch.processes import leave
 from agc_torch.train import Trainer
 from tests.contract.training import SMALL
 
-SHORT = [*SMALL, "train.batch=8", "train.steps=2", "data.test.images=9"]
+SHORT = [
+    *SMALL,
+    "train.batch=8",
+    "train.steps=2",
+    "data.test.images=9",
+    "optimizer.max_norm=0.05",  # limits every step
+]
 CASES = {
     "group": [*SHORT, "sam.group=2", "sam.fraction=0.5"],
     # Three ascent examples: two in the first half of the batch, one in the second.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ TYPES = {
     **dict.fromkeys(("tiles", "chosen", "pairs", "rules"), "*i32"),
     **dict.fromkeys(("sums", "factors", "thresholds", "grad_scale", "numbers"), "*fp64"),
     **dict.fromkeys(("factor", "eta"), "*fp64"),
-    **dict.fromkeys(("count", "gradients", "units", "tensors"), "i32"),
+    **dict.fromkeys(("count", "gradients", "units", "tensors", "filters", "length"), "i32"),
     **dict.fromkeys(("eps", "div_eps"), "fp64"),
 }
 """Types of the kernels' arguments; the others are constants."""
@@ -43,21 +44,36 @@ ORDERS = {
 REGISTERS = {"short rows": 184, "rows": 72, "long rows": 64, "columns": 128, "gather": 216}
 """Most that a thread may use. Short rows that are not aligned and gathered ones are rare."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NAMES = dict(zip(DTYPES, ("fp32", "bf16", "fp16", "fp64"), strict=True))
+WEIGHTS = ("weight", "gain", "out", "gradient", "of_weight", "of_gain")
+FILTERS = {9: False, 27: False, 144: True, 1152: True, 1536: True, 4608: True}
+"""Lengths of filters, and whether they allow wide loads."""
 
 
-def build(kernel: Any, constants: dict[str, Any], capability: int) -> tuple[str, dict[str, int]]:
-    """Return the PTX of a kernel, and what it uses."""
+def build(
+    kernel: Any,
+    constants: dict[str, Any],
+    capability: int,
+    types: Mapping[str, str] = TYPES,
+    multiples: Sequence[str] = (),
+    warps: int = 4,
+) -> tuple[str, dict[str, int]]:
+    """Return the PTX of a kernel, and what it uses; ``multiples`` are sizes divisible by 16."""
     names = kernel.arg_names
-    signature = {name: TYPES.get(name, "constexpr") for name in names}
+    signature = {name: types.get(name, "constexpr") for name in names}
     places = {name: (place,) for place, name in enumerate(names)}
     source = ASTSource(
         kernel,
         signature,
         {places[name]: value for name, value in constants.items()},
-        {places[n]: [["tt.divisibility", 16]] for n in names if signature[n].startswith("*")},
+        {
+            places[name]: [["tt.divisibility", 16]]
+            for name in names
+            if signature[name].startswith("*") or name in multiples
+        },
     )
     built = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4}
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
     )
     return built.asm["ptx"], used(built.asm["cubin"])
 
@@ -141,6 +157,24 @@ def test_norm_of_gradients(dtype: torch.dtype, adaptive: bool, capability: int) 
     assert uses["LOCAL"] == uses["STACK"] == 0
     assert uses["REG"] <= 64
     assert "ld.global.v" in ptx
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("length", "wide"), FILTERS.items())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_standardisation(dtype: torch.dtype, length: int, wide: bool, capability: int) -> None:
+    constants = fused.Filters(dtype, length, "deepmind").constants
+    warps = constants.pop("num_warps")
+    types = {**TYPES, **dict.fromkeys(WEIGHTS, f"*{NAMES[dtype]}")}
+    for kernel in (triton_kernels.standardise_kernel, triton_kernels.standardise_back_kernel):
+        ptx, uses = build(kernel, constants, capability, types, ["length"] if wide else [], warps)
+        assert uses["LOCAL"] == uses["STACK"] == 0
+        assert uses["REG"] <= (144 if not wide else 128 if dtype == torch.float64 else 72)
+        if wide:
+            vector = "v2.b64" if dtype == torch.float64 else "v4.b32"
+            assert {f"ld.global.{vector}", f"st.global.{vector}"} <= set(
+                re.findall(r"(?:ld|st)\.global[.\w]+", ptx)
+            )
 
 
 def launches(model: Any, rule: AGC) -> int:

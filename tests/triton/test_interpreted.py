@@ -12,17 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agc import AGC, Units
+from agc.nfnet import Conv, WsEps, seeded_parameters
 from agc.reference import adaptive_clip
+from agc.reference.nfnet import NFNet
 from agc_conformance.backend import Backend
 from agc_conformance.backends.torch.backend import TorchBackend
 from agc_conformance.runner import run_case
 from agc_conformance.vectors import load_vectors
 from agc_conformance.verdict import ulp, ulp_error
 from agc_torch import adaptive_clip_grad_, fused, plan, triton_kernels
+from agc_torch.nfnet import WSConv2d
 from tests.contract.clip import ClipContract, VectorsContract
 from tests.helpers import draw
 from tests.torch.driver import TorchDriver
@@ -42,11 +45,17 @@ def on_kernels(patch: pytest.MonkeyPatch, way: str) -> None:
     patch.setattr(fused, "available", lambda device: True)
     patch.setattr(fused, "_float64_is_fast", lambda device: way == "float64 sums")
     fused.table.cache_clear()
+    fused._standardising_compiles.cache_clear()
 
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     on_kernels(monkeypatch, request.param)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_kernels(monkeypatch, WAYS[0])
 
 
 class KernelDriver(TorchDriver):
@@ -274,6 +283,175 @@ def test_sam_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     fused._moving_compiles.cache_clear()
     assert record["status"] == "passed", record.get("detail")
     assert len(warned) == 1
+
+
+FILTERS = {
+    "stem": (16, 3, 3, 3),
+    "stem, 16 inputs": (32, 16, 3, 3),
+    "grouped": (5, 128, 3, 3),
+    "depth 1": (9, 1, 3, 3),
+    "one weight": (3, 1, 1, 1),
+    "1x1": (5, 128, 1, 1),
+    "1x1, wide": (3, 1536, 1, 1),
+    "7x7": (6, 3, 7, 7),
+    "longest of NF-ResNets": (2, 512, 3, 3),
+    "ragged": (37, 5, 3, 3),
+}
+
+
+class Standardised(WSConv2d):
+    """Gives its weight."""
+
+    def __init__(self, weight: Tensor, gain: Tensor, ws_eps: WsEps = "deepmind") -> None:
+        outputs, inputs, kernel, _ = weight.shape
+        super().__init__(Conv("conv", inputs, outputs, kernel), ws_eps, device="meta")
+        self.weight, self.gain = nn.Parameter(weight), nn.Parameter(gain)
+
+    def forward(self) -> Tensor:
+        return self.standardised()
+
+
+def filters(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a weight of which a filter is below the floor, a gain, and a gradient."""
+    weight, gradient = (torch.tensor(a) + 0.3 for a in draw(shape))
+    weight[1] *= 1e-4
+    return weight, torch.tensor(draw(shape[:1])[0]) + 0.3, gradient / 100
+
+
+@dataclass
+class Wanted:
+    """Numbers of the float64 reference, and the sum of the magnitudes of what each adds up."""
+
+    value: Tensor
+    size: Tensor
+
+    def check(self, found: Tensor, limit: float) -> None:
+        dtype = str(found.dtype).removeprefix("torch.")
+        error = np.abs(found.detach().double().numpy() - self.value.numpy())
+        assert (error / ulp(self.size.expand_as(self.value).numpy(), dtype)).max() <= limit
+
+
+def reference(
+    weight: Tensor, gain: Tensor, gradient: Tensor, ws_eps: WsEps
+) -> tuple[Wanted, Wanted, Wanted]:
+    """Return the standardised weight, and the gradients of weight and gain."""
+    weight, gain, gradient = (t.detach().double() for t in (weight, gain, gradient))
+    axes, (count, *rest) = (1, 2, 3), weight.shape
+    length = math.prod(rest)
+    mean = weight.mean(axes, keepdim=True)
+    centred = weight - mean
+    squared = centred.square().sum(axes, keepdim=True)
+    if ws_eps == "deepmind":
+        neutral = (t.permute(2, 3, 1, 0).numpy() for t in (weight, gradient))
+        made = NFNet("micro", seeded_parameters("micro"))
+        value, backward = made.standardise(next(neutral), gain.numpy())
+        backs = backward(next(neutral))
+        out, of_weight = (torch.from_numpy(a).permute(3, 2, 0, 1) for a in (value, backs[0]))
+        of_gain = torch.from_numpy(backs[1])
+        scale, depends = squared.clamp(min=1e-4).rsqrt(), squared > 1e-4
+    else:
+        weight.requires_grad_(), gain.requires_grad_()
+        scale, depends = (squared + length * 1e-5).rsqrt(), squared >= 0
+        mine = weight - weight.mean(axes, keepdim=True)
+        norm = (mine.square().sum(axes, keepdim=True) + length * 1e-5).sqrt()
+        out = gain.view(-1, 1, 1, 1) * mine / norm
+        of_weight, of_gain = torch.autograd.grad(out, (weight, gain), gradient)
+    factor = gain.detach().abs().view(count, 1, 1, 1) * scale
+    weight, out = weight.detach(), out.detach()
+    along = (gradient * centred).abs().sum(axes, keepdim=True)
+    sizes = weight.abs() + weight.abs().mean(axes, keepdim=True)
+    norms = depends * scale**2 * along * sizes
+    back = gradient.abs() + gradient.abs().mean(axes, keepdim=True) + norms
+    by_gain = (gradient.abs() * sizes).sum(axes) * scale.flatten()
+    return (
+        Wanted(out, factor * sizes),
+        Wanted(of_weight, factor * back),
+        Wanted(of_gain, by_gain),
+    )
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("ws_eps", ["deepmind", "timm"])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("shape", FILTERS.values(), ids=FILTERS)
+def test_standardisation(shape: tuple[int, ...], dtype: torch.dtype, ws_eps: WsEps) -> None:
+    weight, gain, gradient = (t.to(dtype) for t in filters(shape))
+    expected = reference(weight, gain, gradient, ws_eps)
+    for arrange in (torch.clone, channels_last, unaligned):
+        conv = Standardised(arrange(weight), gain.clone(), ws_eps)
+        out = conv.standardised()
+        assert type(out.grad_fn).__name__ == "_FusedBackward"
+        assert out.stride() == conv.weight.stride()
+        out.backward(gradient)
+        with torch.no_grad():
+            assert torch.equal(conv.standardised(), out)
+        found = (out, conv.weight.grad, conv.gain.grad)
+        for name, ours, wanted in zip(("out", "weight", "gain"), found, expected, strict=True):
+            assert ours.dtype == dtype, name
+            wanted.check(ours, LIMITS[dtype])
+
+
+@pytest.mark.usefixtures("kernels")
+def test_standardisation_of_what_is_not_finite() -> None:
+    """It stays in its filter."""
+    weight, gain, _ = filters((5, 8, 3, 3))
+    weight[2, 3] = math.nan
+    out = fused.standardise(weight, gain, "deepmind")
+    assert out[2].isnan().all()
+    assert out[[0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_derivatives_that_the_kernels_do_not_have() -> None:
+    """Second ones, and those of many gradients at once, are derived from the formula."""
+    weight, gain, gradient = filters((5, 8, 3, 3))
+    conv = Standardised(weight, gain)
+    inputs = conv.weight, conv.gain
+
+    def run(weight: Tensor, gain: Tensor) -> Tensor:
+        return torch.func.functional_call(conv, {"weight": weight, "gain": gain}, ())
+
+    assert torch.autograd.gradgradcheck(run, inputs, eps=1e-8, atol=1e-3)
+    out = run(*inputs)
+    assert type(out.grad_fn).__name__ == "_FusedBackward"
+    both = torch.stack([gradient, 2 * gradient])
+    many = torch.autograd.grad(out, inputs, both, is_grads_batched=True, retain_graph=True)
+    once = torch.autograd.grad(out, inputs, gradient)
+    for ours, wanted in zip(many, once, strict=True):
+        torch.testing.assert_close(ours, torch.stack([wanted, 2 * wanted]))
+    found = torch.func.vmap(run, (0, None))(torch.stack([weight, 2 * weight]), gain)
+    torch.testing.assert_close(found[0], out)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_weights_that_the_kernels_do_not_take() -> None:
+    weight, gain, _ = filters((5, 8, 3, 3))
+    assert fused.standardises(weight, gain, "deepmind")
+    long = torch.ones(1, 1000, 3, 3)
+    for other in (weight[:, ::2], weight.permute(1, 0, 3, 2), weight[:, :0], weight.float(), long):
+        assert not fused.standardises(other, gain, "deepmind")
+    with FakeTensorMode():
+        assert not fused.standardises(torch.ones(5, 8, 3, 3), torch.ones(5), "deepmind")
+
+
+def test_standardisation_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so once, and takes PyTorch's kernels."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler here")
+
+    on_kernels(monkeypatch, WAYS[0])
+    monkeypatch.setenv("AGC_TORCH_TRITON", "1")
+    monkeypatch.setattr(
+        fused, "available", lambda device: os.environ.get("AGC_TORCH_TRITON") != "0"
+    )
+    monkeypatch.setattr(triton_kernels.standardise_kernel, "run", fails)
+    conv = Standardised(*(t.float() for t in filters((5, 8, 3, 3))[:2]))
+    with pytest.warns(RuntimeWarning, match="no compiler here") as warned:
+        found = [conv.standardised() for _ in range(2)]
+    fused._standardising_compiles.cache_clear()
+    assert len(warned) == 1
+    assert type(found[1].grad_fn).__name__ == "_StandardiseBackward"
 
 
 SAM_VECTORS = {

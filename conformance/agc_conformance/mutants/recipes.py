@@ -225,6 +225,28 @@ class _FirstHost(ReferenceTrainer):
         return range(len(super().ascent(examples)))
 
 
+@_training("global norm forgotten", "max_norm is read, and not used", kinds="sam")
+class _Unlimited(ReferenceTrainer):
+    def limit(self, gradients: Arrays) -> Arrays:
+        return gradients
+
+
+@_training("global norm before AGC", "clip_grad_norm_ before the step", "AGC-7", "sam")
+class _LimitedFirst(ReferenceTrainer):
+    def clip(self, weights: Arrays, gradients: Arrays) -> Arrays:
+        return super().clip(weights, super().limit(gradients))
+
+    def limit(self, gradients: Arrays) -> Arrays:
+        return gradients
+
+
+@_training("norm of each parameter", "Keras' clipnorm for its global_clipnorm", kinds="sam")
+class _LimitedApart(ReferenceTrainer):
+    def limit(self, gradients: Arrays) -> Arrays:
+        parts = [super(_LimitedApart, self).limit({n: g}) for n, g in gradients.items()]
+        return {name: gradient for part in parts for name, gradient in part.items()}
+
+
 @_training("groups ignored", "one perturbation for the whole batch")
 class _OneGroup(ReferenceTrainer):
     def gradients(self, arrays: list[Array]) -> tuple[float, float | None, Arrays]:

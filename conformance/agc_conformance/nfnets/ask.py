@@ -9,6 +9,7 @@ result is called ``model-<study>-<kind>``:
 ``odd``        NFNET-1  logits of images of 45 by 51 pixels
 ``odd-back``   NFNET-2  gradients of every tensor for them
 ``single``     NFNET-1  logits of one image of 50 by 38 pixels
+``batch``      NFNET-1  logits of 64 images of 16 pixels, of which four blocks leave one
 ``depth``      NFNET-1  training mode: each image keeps its residual branch as it is, or loses it
 ``loss``       NFNET-2
 ``gradients``  NFNET-2  of every tensor
@@ -79,6 +80,7 @@ KINDS: Final[dict[str, str]] = {
     "odd": "NFNET-1",
     "odd-back": "NFNET-2",
     "single": "NFNET-1",
+    "batch": "NFNET-1",
     "depth": "NFNET-1",
     "loss": "NFNET-2",
     "gradients": "NFNET-2",
@@ -354,11 +356,11 @@ def _forward(backend: Backend, study: Study, dtype: str) -> Verdicts:
     return verdicts
 
 
-def _size(height: int, width: int, images: int) -> Callable[[Backend, Study, str], Verdicts]:
-    kind = "single" if images == 1 else "odd"
-
+def _size(
+    kind: str, height: int, width: int, images: int, variant: str | None = None
+) -> Callable[[Backend, Study, str], Verdicts]:
     def ask(backend: Backend, study: Study, dtype: str) -> Verdicts:
-        size = (study.variant, height, width, images)
+        size = (variant or study.variant, height, width, images)
         got = backend.model_forward(_fresh(_problem(*size, dtype=dtype)))
         pair = {"logits": (got.logits, _expected_forward(*size).logits)}
         return {kind: _compare(pair, LIMITS[dtype].logits, _largest)}
@@ -406,9 +408,11 @@ def _odd_back(backend: Backend, study: Study, dtype: str) -> Verdicts:
 
 
 _SIZES: Final = {
-    "odd": _size(*_ODD, 2),
+    "odd": _size("odd", *_ODD, 2),
     "odd-back": _odd_back,
-    "single": _size(50, 38, 1),
+    "single": _size("single", 50, 38, 1),
+    # Enough numbers for a compiler to compute averages otherwise than those of few images.
+    "batch": _size("batch", 16, 16, 64, "mini"),
     "depth": _depth,
 }
 

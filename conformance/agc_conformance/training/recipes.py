@@ -13,7 +13,8 @@ tables of numbers are the core's own, and have vectors (``L5-recipe-*``, ``L5-ba
 ``L5-resume``     RECIPE-7 from a written checkpoint, bit for bit as if never stopped
 ``L5-migrate``    RECIPE-7 from a checkpoint that the reference wrote half-way
 ``L5-accumulate`` RECIPE-5 the whole batch at once
-``L5-sam``        RECIPE-5 the ascent on a fraction spread over the whole batch
+``L5-sam``        RECIPE-5 the ascent on a fraction spread over the whole batch, and after AGC the
+                           norm of all gradients is limited
 ``L5-finetune``   RECIPE-8 a file's weights under a new head; what AGC leaves out is the new one
 ================= ======== ====================================================================
 
@@ -84,6 +85,8 @@ LIMITS: Final[Mapping[str, float]] = {"parameters": 1e-6, "momentum": 1e-5, "ema
 _LOSS: Final = 1e-5
 _PERTURBS: Final = 2
 """A step that perturbs and whose rate is not 0; the one before it does not perturb."""
+_MAX_NORM: Final = 0.2
+"""Less than half of the norm of all gradients in that step."""
 _NEAR: Final = 1e-5
 """How near to its limit, relative to it, a unit may be clipped or not."""
 
@@ -519,7 +522,8 @@ def _accumulate(study: _Study) -> Verdict:
 def _sam(study: _Study) -> Verdict:
     sam = study.recipe.sam
     assert sam is not None
-    recipe = replace(study.recipe, sam=replace(sam, group="batch"))
+    limited = replace(study.recipe.optimizer, max_norm=_MAX_NORM)
+    recipe = replace(study.recipe, sam=replace(sam, group="batch"), optimizer=limited)
     trainer = study.trainer(recipe, recipe.train.batch)
     start = replace(seeded_state(recipe), step=_PERTURBS)
     return study.compare(trainer, recipe, start, {_PERTURBS: study.batches[_PERTURBS]})

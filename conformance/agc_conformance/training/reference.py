@@ -94,11 +94,11 @@ class ReferenceTrainer:
     # --- a step -----------------------------------------------------------------------------------
 
     def step(self, batch: Batch, numbers: Numbers) -> Metrics:
-        """Make one step: ascent of SAM, gradient, AGC, decay, momentum, rate, average (AGC-7)."""
+        """Make one step: ascent of SAM, gradient, AGC, norm, decay, momentum, average (AGC-7)."""
         with threadpool_limits(1, "blas"):  # more threads slow down small products
             loss, perturbed, gradients = self.gradients(self.arrays(batch))
         wide = {name: weight.astype(np.float64) for name, weight in self.weights.items()}
-        gradients = self.clip(wide, gradients)
+        gradients = self.limit(self.clip(wide, gradients))
         for spec in self.trained:
             name = spec.name
             wide[name], buffer = self.updated(
@@ -200,6 +200,14 @@ class ReferenceTrainer:
         own, given = ({s.name: of[s.name] for s in self.trained} for of in (weights, gradients))
         self.clipping = adaptive_clip(own, given, self.plan, self.recipe.agc, step=self.made)
         return self.clipping.gradients  # type: ignore[return-value]
+
+    def limit(self, gradients: Arrays) -> Arrays:
+        """Return gradients whose norm all together is at most the recipe's ``max_norm``."""
+        most = self.recipe.optimizer.max_norm
+        norm = float(np.sqrt(sum(np.sum(np.square(g)) for g in gradients.values())))
+        if most is None or norm <= most:
+            return gradients
+        return {name: gradient * (most / norm) for name, gradient in gradients.items()}
 
     def updated(
         self, spec: ParameterSpec, weight: Array, gradient: Array, buffer: Array, rate: float

@@ -348,9 +348,9 @@ def figure(results: Results) -> str:
     """Return an SVG: for every case, the peers' time relative to ours."""
     import io
 
-    import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+
+    from agc.cli.pictures import paper
 
     bars = [
         (f"{_label(case)}: {peer}", results.ratio(case, peer))
@@ -359,18 +359,16 @@ def figure(results: Results) -> str:
         for peer in results.contestants([case])
         if not peer.startswith("ours") and peer not in BOUNDS
     ]
-    with mpl.rc_context({"svg.hashsalt": "agc", "svg.fonttype": "none", "font.size": 8}):
-        drawing = Figure(figsize=(7, 0.5 + 0.2 * len(bars)), layout="constrained")
+    with paper(7, 0.5 + 0.2 * len(bars)) as drawing:
         axes = drawing.subplots()
         labels, ratios = zip(*bars, strict=True)
         axes.barh(range(len(bars)), ratios, color="#4477aa")
-        axes.axvline(1, color="black", lw=1)
+        axes.axvline(1, color="0.5", lw=1)
         axes.set_yticks(range(len(bars)), labels)
         axes.invert_yaxis()
         axes.set_xlabel("time, relative to agc")
         for row, ratio in enumerate(ratios):
             axes.text(ratio, row, f" {ratio:.1f}", va="center")
-        axes.spines[["top", "right"]].set_visible(False)
         buffer = io.StringIO()
         FigureCanvasSVG(drawing).print_svg(buffer, metadata={"Date": None})
     return buffer.getvalue()

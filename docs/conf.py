@@ -22,6 +22,9 @@ myst_enable_extensions = ["html_image"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "agc-sam"
+html_static_path = ["site"]
+html_css_files = ["style.css"]
+html_search_scorer = str(Path(__file__).parent / "site" / "search.js")
 exclude_patterns = ["_build"]
 # The adapters' docstrings are read without importing them, since frameworks are large.
 autoapi_dirs = ["../adapters"]

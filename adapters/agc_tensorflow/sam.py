@@ -707,7 +707,8 @@ def two_passes(
         reduced = iter(tf.distribute.get_replica_context().all_reduce("sum", present))
         ascent = [None if g is None else next(reduced) for g in ascent]
     rho = value_at("rho", rule.rho, step, _norm_dtype(passes.variables, perturbs))
-    values, norm = perturbed_values(passes.variables, ascent, perturbs, rule, rho, step)
+    scale = passes.scale(tf.ones((), _norm_dtype(passes.variables, perturbs)))
+    values, norm = perturbed_values(passes.variables, ascent, perturbs, rule, rho, step, scale)
     perturbed = passes.perturbed(batch, values)
     gradients = perturbed.gradients
     if callable(rule.rho) and not isinstance(rule.rho, Schedule):
@@ -722,9 +723,18 @@ def two_passes(
 
 
 def perturbed_values(
-    variables: list[Any], ascent: list[Any], perturbs: list[bool], rule: SAM, rho: Any, step: Any
+    variables: list[Any],
+    ascent: list[Any],
+    perturbs: list[bool],
+    rule: SAM,
+    rho: Any,
+    step: Any,
+    scale: Any = 1.0,
 ) -> tuple[list[Any], Any]:
-    """Return ``w + e`` and the norm of the ascent gradient (SAM-1, SAM-2, SAM-10)."""
+    """Return ``w + e`` and the norm of the ascent gradient (SAM-1, SAM-2, SAM-10).
+
+    ``scale`` is what that gradient is multiplied by, so that ``eps`` is as well.
+    """
     values = [tf.convert_to_tensor(v) for v in variables]
     directions: dict[int, Any] = {}
     for i, (value, gradient) in enumerate(zip(values, ascent, strict=True)):
@@ -744,7 +754,7 @@ def perturbed_values(
     usable = (norm > 0) & tf.math.is_finite(norm)
     if rule.every != 1:
         usable &= tf.equal(tf.cast(step, tf.int64) % rule.every, 0)
-    factor = rho / (norm + rule.eps)
+    factor = rho / (norm + rule.eps * scale)
     out = []
     for i, value in enumerate(values):
         if i not in directions:

@@ -74,7 +74,9 @@ class SamStats:
     Attributes
     ----------
     norm : Tensor
-        Norm of the ascent gradient (the largest, if there were several micro-batches).
+        Norm of the ascent gradient (the largest, if there were several micro-batches), unscaled if
+        a GradScaler is known: one that :meth:`SharpnessAware.step` was given, or that a wrapper of
+        the optimizer steps through.
     loss, perturbed_loss : Tensor
         Mean loss at ``w`` (of the examples of the ascent pass) and at ``w + e``.
     """
@@ -246,10 +248,10 @@ class SharpnessAware:
         with self._under_way(optimizer, closure, batch) as (optimizers, reach):
             if any(map(_needs_closure, optimizers)):
                 return self._step_with_closure(optimizers, closure, batch, scaler, reach)
-            loss, ascent = self._gradients(closure, batch, reach)
+            known = scaler if scaler is not None and scaler.is_enabled() else _scaler(optimizers)
+            loss, ascent = self._gradients(closure, batch, reach, known)
             _refuse_accumulating(optimizers)
-            poison = scaler is not None or any(map(_scales, optimizers))
-            if ascent is None or self._may_step(ascent, reach, poison=poison):
+            if ascent is None or self._may_step(ascent, reach, poison=known is not None):
                 for acting in optimizers:
                     if scaler is None:
                         acting.step()
@@ -290,7 +292,7 @@ class SharpnessAware:
         do not.
         """
         with self._under_way(optimizer, closure, batch) as (optimizers, reach):
-            loss, ascent = self._gradients(closure, batch, reach)
+            loss, ascent = self._gradients(closure, batch, reach, _scaler(optimizers))
             _refuse_accumulating(optimizers)
             if ascent is not None:
                 self._may_step(ascent, reach, poison=True)
@@ -444,7 +446,11 @@ class SharpnessAware:
         return _Reach([p for p in selected if p.requires_grad], list(everything.values()))
 
     def _gradients(
-        self, closure: Closure, batch: Sequence[Tensor] | None, reach: _Reach
+        self,
+        closure: Closure,
+        batch: Sequence[Tensor] | None,
+        reach: _Reach,
+        scaler: Any = None,
     ) -> tuple[Tensor, _Ascent | None]:
         """Leave the descent gradient on the parameters; return the clean loss and the ascent."""
         forget_weights(self.model)  # an optimizer may have moved them since
@@ -453,11 +459,13 @@ class SharpnessAware:
             return call(closure, batch), None
         microbatches = _split(batch, self.rule.microbatches)
         sizes = [1 if micro is None else len(micro[0]) for micro in microbatches]
-        passes = [self._two_passes(closure, microbatches[0], reach)]
+        one = torch.ones((), device=self._parameters[0].device)
+        scale = None if scaler is None else scaler.scale(one)  # without a host sync
+        passes = [self._two_passes(closure, microbatches[0], reach, scale)]
         if len(microbatches) > 1:
             sums = reach.weighted(sizes[0] / sum(sizes))
             for micro, size in zip(microbatches[1:], sizes[1:], strict=True):
-                passes.append(self._two_passes(closure, micro, reach))
+                passes.append(self._two_passes(closure, micro, reach, scale))
                 for index, gradient in reach.weighted(size / sum(sizes)).items():
                     sums[index] = sums[index] + gradient if index in sums else gradient
             for index, parameter in enumerate(reach.everything):
@@ -475,7 +483,11 @@ class SharpnessAware:
         return self._stats.loss, _Ascent([], norm, missing)
 
     def _two_passes(
-        self, closure: Closure, batch: Sequence[Tensor] | None, reach: _Reach
+        self,
+        closure: Closure,
+        batch: Sequence[Tensor] | None,
+        reach: _Reach,
+        scale: Tensor | None,
     ) -> tuple[SamStats, _Ascent]:
         first = batch
         if batch is not None and self.rule.fraction < 1:
@@ -496,7 +508,7 @@ class SharpnessAware:
             put_back()
         ascent = self._ascent(reach)
         try:
-            self._perturb(ascent)
+            self._perturb(ascent, scale)
             set_random_state(random)
             reach.clear()
             perturbed_loss = call(closure, batch)
@@ -504,7 +516,8 @@ class SharpnessAware:
             self._restore()
             for put_back in keep:
                 put_back()
-        return SamStats(ascent.norm, loss, perturbed_loss), ascent
+        norm = ascent.norm if scale is None else ascent.norm / scale.to(ascent.norm.device)
+        return SamStats(norm, loss, perturbed_loss), ascent
 
     def _ascent_size(self, examples: int) -> int:
         """Return how many examples the ascent pass sees (SAM-7)."""
@@ -573,10 +586,14 @@ class SharpnessAware:
         safe = flat.max().clamp(limits.tiny, limits.max)
         return torch.linalg.vector_norm(flat / safe) * safe
 
-    def _perturb(self, ascent: _Ascent) -> None:
-        """Copy the weights aside and move them to ``w + e``, unless the norm is 0 or not finite."""
+    def _perturb(self, ascent: _Ascent, scale: Tensor | None = None) -> None:
+        """Copy the weights aside and move them to ``w + e``, unless the norm is 0 or not finite.
+
+        ``scale`` is what the loss is multiplied by, so that ``eps`` is as well.
+        """
         norm = ascent.norm
-        factor = value_at("rho", self.rule.rho, self._count) / (norm + self.rule.eps)
+        eps = self.rule.eps if scale is None else self.rule.eps * scale.to(norm.device)
+        factor = value_at("rho", self.rule.rho, self._count) / (norm + eps)
         factor = factor.clamp(max=torch.finfo(torch.float32).max)  # the norm may be subnormal
         usable = (norm > 0) & (norm < torch.inf)
         factor = torch.where(usable, factor, 0.0)
@@ -696,7 +713,7 @@ class SharpnessAware:
     ) -> Tensor:
         """Drive an optimizer such as LBFGS, which evaluates the closure itself."""
         names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
-        if scaler is not None or any(map(_scales, optimizers)):
+        if scaler is not None or _scaler(optimizers) is not None:
             raise ConfigError(f"{names} evaluates the closure itself, which no GradScaler supports")
         if len(optimizers) > 1:
             raise ConfigError(
@@ -848,10 +865,19 @@ def _refuse_accumulating(optimizers: Iterable[Any]) -> None:
             )
 
 
-def _scales(optimizer: Any) -> bool:
-    """Tell whether a wrapper steps through a GradScaler of its own, as Accelerate's does."""
-    scalers: list[Any] = [getattr(inner, "scaler", None) for inner in _chain(optimizer)]
-    return any(hasattr(scaler, "unscale_") and scaler.is_enabled() for scaler in scalers)
+def _scaler(optimizers: Iterable[Any]) -> Any:
+    """Return the GradScaler that wrappers step through, as those of Accelerate and Lightning do."""
+    owners = [inner for optimizer in optimizers for inner in _chain(optimizer)]
+    # Lightning's optimizers, of a Trainer and of Fabric, leave scaling to their strategy.
+    strategies = [getattr(owner, "_strategy", None) for owner in owners]
+    owners += [
+        getattr(strategy, name, None)
+        for strategy in strategies
+        for name in ("precision_plugin", "precision")
+    ]
+    scalers: list[Any] = [getattr(owner, "scaler", None) for owner in owners]
+    working = (one for one in scalers if hasattr(one, "unscale_") and one.is_enabled())
+    return next(working, None)
 
 
 def _split(batch: Sequence[Tensor] | None, count: int) -> list[Sequence[Tensor] | None]:

@@ -1,4 +1,4 @@
-"""``agc demo``: why one clips adaptively, seen in five minutes on a laptop.
+"""Why one clips adaptively, seen in five minutes on a laptop.
 
 A small NFNet learns scikit-learn's handwritten digits, once for each learning rate and each
 clipping threshold, from several seeds. Without clipping a large learning rate diverges; the tighter
@@ -99,17 +99,38 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo", help="see in five minutes why one clips adaptively", description=__doc__
     )
-    parser.add_argument("--framework", choices=framework_names(), default="torch")
-    parser.add_argument("--clippings", type=_clipping, nargs="+", default=(None, 0.08, 0.01))
-    parser.add_argument("--rates", type=float, nargs="+", default=(0.05, 0.2, 0.8))
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument(
+        "--framework", choices=framework_names(), default="torch", help="what trains (torch)"
+    )
+    parser.add_argument(
+        "--clippings",
+        type=_clipping,
+        nargs="+",
+        default=(None, 0.08, 0.01),
+        metavar="X",
+        help="thresholds of AGC; none is training without it (none 0.08 0.01)",
+    )
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=(0.05, 0.2, 0.8),
+        metavar="X",
+        help="peak learning rates (0.05 0.2 0.8)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=2, metavar="N", help="trainings of each pair (2)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=100, metavar="N", help="length of a training (100)"
+    )
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images in a batch (64)")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("demo.svg"),
-        help="picture (.svg, .png or .pdf); the numbers go beside it",
+        metavar="FILE",
+        help="picture (.svg, .png or .pdf); the numbers go beside it (demo.svg)",
     )
     parser.set_defaults(run=_run)
 

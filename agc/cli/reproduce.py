@@ -175,8 +175,10 @@ def register(subparsers: Any) -> None:
         "same command goes on",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("name", metavar="NAME", choices=questions)
-    command.add_argument("--framework", choices=framework_names(), default="torch")
+    command.add_argument("name", metavar="NAME", choices=questions, help="see below")
+    command.add_argument(
+        "--framework", choices=framework_names(), default="torch", help="what trains (torch)"
+    )
     command.add_argument(
         "--data", type=Path, default=_FASHION, metavar="DIR", help=f"Fashion-MNIST ({_FASHION})"
     )

@@ -41,7 +41,9 @@ def register(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("recipe", metavar="RECIPE", help="name, or path of a .toml file")
-    command.add_argument("--framework", required=True, choices=framework_names())
+    command.add_argument(
+        "--framework", required=True, choices=framework_names(), help="what trains"
+    )
     command.add_argument("--data", type=Path, metavar="DIR", help="folder of the images")
     command.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of log and checkpoints"

@@ -65,8 +65,20 @@ def register(subparsers: Any) -> None:
 
     publish = commands.add_parser("publish", help="keep a report and put its matrix into a README")
     publish.add_argument("report", type=Path, help="report.json of a complete run")
-    publish.add_argument("--results", type=Path, default=Path("conformance/results"), metavar="DIR")
-    publish.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE")
+    publish.add_argument(
+        "--results",
+        type=Path,
+        default=Path("conformance/results"),
+        metavar="DIR",
+        help="where the numbers are kept (conformance/results)",
+    )
+    publish.add_argument(
+        "--readme",
+        type=Path,
+        default=Path("README.md"),
+        metavar="FILE",
+        help="where the matrix goes (README.md)",
+    )
     publish.set_defaults(run=_publish)
 
     teeth = commands.add_parser("teeth", help="run wrong implementations; each must fail")

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
-from agc.files import replacing
+from agc.cli.pictures import paper, write_picture
 
 SAM, COMMON, AGC = "#d5e8d4", "#eeeeee", "#dae8fc"
 STEPS = [
@@ -24,27 +23,25 @@ STEPS = [
 
 def draw() -> None:
     """Draw two rows of five boxes, joined by arrows."""
-    plt.rcParams.update({"svg.hashsalt": "agc", "svg.fonttype": "none"})
-    figure, axes = plt.subplots(figsize=(10, 3.6))
-    for index, (title, text, colour) in enumerate(STEPS):
-        row, column = divmod(index, 5)
-        x, y = 2 * column, 1.4 - 1.6 * row
-        axes.add_patch(
-            FancyBboxPatch((x, y), 1.6, 1.1, boxstyle="round,pad=0.06", facecolor=colour, lw=0.8)
-        )
-        axes.text(x + 0.8, y + 0.9, title, ha="center", va="center", weight="bold", size=11)
-        axes.text(x + 0.8, y + 0.38, text, ha="center", va="center", size=8)
-        if column < 4:
-            axes.annotate(
-                "", (x + 1.92, y + 0.55), (x + 1.68, y + 0.55), arrowprops={"arrowstyle": "->"}
-            )
-    axes.plot([8.8, 8.8, 0.8], [1.32, 1.17, 1.17], color="black", lw=1)
-    axes.annotate("", (0.8, 0.98), (0.8, 1.18), arrowprops={"arrowstyle": "->"})
-    axes.set(xlim=(-0.2, 9.9), ylim=(-0.4, 2.7))
-    axes.axis("off")
-    figure.tight_layout(pad=0.2)
-    with replacing(Path(__file__).with_suffix(".svg")) as file:
-        figure.savefig(file, format="svg", metadata={"Date": None})
+    with paper(10, 3.6) as figure:
+        axes = figure.subplots()
+        grey = axes.spines["left"].get_edgecolor()
+        arrow = {"arrowstyle": "->", "color": grey}
+        written = {"ha": "center", "va": "center", "color": "black"}  # on the boxes
+        for index, (title, text, colour) in enumerate(STEPS):
+            row, column = divmod(index, 5)
+            x, y = 2 * column, 1.4 - 1.6 * row
+            box = {"boxstyle": "round,pad=0.06", "facecolor": colour, "edgecolor": grey, "lw": 0.8}
+            axes.add_patch(FancyBboxPatch((x, y), 1.6, 1.1, **box))
+            axes.text(x + 0.8, y + 0.9, title, weight="bold", size=11, **written)
+            axes.text(x + 0.8, y + 0.38, text, size=8, **written)
+            if column < 4:
+                axes.annotate("", (x + 1.92, y + 0.55), (x + 1.68, y + 0.55), arrowprops=arrow)
+        axes.plot([8.8, 8.8, 0.8], [1.32, 1.17, 1.17], color=grey, lw=1)
+        axes.annotate("", (0.8, 0.98), (0.8, 1.18), arrowprops=arrow)
+        axes.set(xlim=(-0.2, 9.9), ylim=(-0.4, 2.7))
+        axes.axis("off")
+        write_picture(figure, Path(__file__).with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import argparse
 import re
 import subprocess
 import sys
@@ -5,6 +6,16 @@ import sys
 import pytest
 
 import agc
+
+
+def commands(parser):
+    """Yield a parser and those of its commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from commands(command)
+
 
 FRAMEWORKS = ["torch", "jax", "tensorflow", "keras", "optax", "flax"]
 
@@ -59,6 +70,26 @@ def test_command_line_needs_a_command(capsys):
         "reproduce",
         "train",
     ]
+
+
+def test_every_option_has_help_that_a_terminal_shows(monkeypatch):
+    from agc.cli import main
+
+    class Seen(Exception):
+        pass
+
+    def seen(parser, _):
+        raise Seen(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", seen)
+    with pytest.raises(Seen) as caught:
+        main([])
+    found = list(commands(caught.value.args[0]))
+    assert len(found) > 15
+    for command in found:
+        actions = [a for a in command._actions if not isinstance(a, argparse._SubParsersAction)]
+        texts = [command.description or "", *(a.help or "missing: ``" for a in actions)]
+        assert not [text for text in texts if "``" in text], command.prog
 
 
 def test_command_without_its_packages_says_what_to_install(capsys, monkeypatch):

@@ -29,8 +29,8 @@ class Network(nn.Module):
         return {"loss": nn.functional.mse_loss(self.head(self.stem(x).tanh()), labels)}
 
 
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+def sgd(model: nn.Module, *, fused: bool = False) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
 
 
 def by_hand(

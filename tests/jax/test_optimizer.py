@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training.dynamic_scale import DynamicScale
 from flax.training.train_state import TrainState
 
 import agc_jax
@@ -329,6 +330,26 @@ def test_apply_if_finite_sees_the_poison(params: Any, gradients: Any) -> None:
     updates, state = update(tx, gradients, params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
     assert state.total_notfinite == 1
+
+
+@pytest.mark.parametrize("way", ["dynamic", "chain"])
+def test_loss_scaling(params: Any, gradients: Any, way: str) -> None:
+    """Gradients are unscaled by Flax' DynamicScale, or by what stands before AGC in the chain."""
+
+    def loss(params: Any) -> Any:
+        return optax.tree.vdot(params, gradients)  # whose gradients these are
+
+    transformation = agc_jax.adaptive_grad_clip(RULE)
+    if way == "dynamic":
+        _, finite, _, given = DynamicScale(scale=1024.0).value_and_grad(loss)(params)
+        assert finite
+    else:
+        given = jax.grad(lambda params: 1024.0 * loss(params))(params)
+        transformation = optax.chain(optax.scale(1 / 1024.0), transformation)
+    clipped, state = update(transformation, given, params)
+    assert close(clipped, expected(gradients, params))
+    wanted = update(agc_jax.adaptive_grad_clip(RULE), gradients, params)[1]
+    assert agc_jax.stats(state).total() == agc_jax.stats(wanted).total()
 
 
 def test_a_whole_training_loop_in_scan(params: Any, gradients: Any) -> None:

@@ -230,6 +230,15 @@ class TestNonFinite:
             self.train(SAM(nonfinite="raise"))
 
 
+def test_a_loss_scale_changes_no_eps():
+    def scaled():
+        return keras.optimizers.LossScaleOptimizer(SGD(1.0), initial_scale=1024.0)
+
+    rule = SAM(rho=0.5, eps=0.5)
+    found, expected = (train_net(rule, **given)[0] for given in ({"optimizer": scaled}, {}))
+    check_arrays(found.get_weights(), expected.get_weights())
+
+
 def test_patterns_are_compared_with_the_names_that_agc_uses():
     inner = keras.Sequential([keras.Input((4,)), L.Dense(2, name="head")])
     assert inner.trainable_variables[0].path != "head/kernel"  # Keras numbers its models

@@ -773,7 +773,7 @@ class Wrapper:
     """
 
     def __init__(self, optimizer, sync=True, scaler=None, tells=True):
-        self.optimizer, self.scaler = optimizer, scaler
+        self.optimizer, self.scaler, self._scaler = optimizer, scaler, scaler
         self.gradient_state = SimpleNamespace(sync_gradients=sync)
         if tells:
             self.param_groups = optimizer.param_groups
@@ -785,11 +785,11 @@ class Wrapper:
     def step(self, closure=None):
         if not self.gradient_state.sync_gradients:
             return
-        if self.scaler is None:
+        if self._scaler is None:
             self.optimizer.step(closure) if closure else self.optimizer.step()
         else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
 
 
 class TestWrappedOptimizers:
@@ -840,14 +840,44 @@ class TestWrappedOptimizers:
         train.step(), twin.step()
         assert same(train.model, twin.model.parameters())
 
-    def test_a_scaler_of_its_own_sees_a_poisoned_ascent(self):
+    @pytest.mark.parametrize("place", ["accelerate", "precision_plugin", "precision"])
+    def test_a_scaler_of_its_own_sees_a_poisoned_ascent(self, place):
+        """Lightning's optimizers have it in their strategy's precision."""
         train = Trainer()
         train.scaler, train.poisoned = torch.amp.GradScaler("cpu", init_scale=1024.0), True
-        train.optimizer = Wrapper(train.optimizer, scaler=train.scaler)
+        wrapper = train.optimizer = Wrapper(train.optimizer, scaler=train.scaler)
+        if place != "accelerate":
+            precision = SimpleNamespace(scaler=train.scaler)
+            wrapper._strategy = SimpleNamespace(**{place: precision})
+            del wrapper.scaler
         before = snapshot(train.model)
         train.sam.step(train.optimizer, train.closure)
         assert same(train.model, before)
         assert train.scaler.get_scale() == 512.0
+
+    @pytest.mark.parametrize("wrapped", [False, True], ids=["given", "wrapped"])
+    @pytest.mark.parametrize("parts", [1, 4])
+    def test_a_scaler_changes_neither_the_norm_nor_eps(self, parts, wrapped):
+        rule = SAM(rho=0.1, eps=0.5, microbatches=parts)
+        want, got = Trainer(rule), Trainer(rule)
+        want.step()
+        got.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        if wrapped:
+            got.optimizer = Wrapper(got.optimizer, scaler=scaler)
+        batch, given = (got.x, got.y), None if wrapped else scaler
+        got.sam.step(got.optimizer, got.closure, batch=batch, scaler=given)
+        close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+        for name in ("norm", "loss", "perturbed_loss"):
+            close(getattr(got.sam.stats(), name), getattr(want.sam.stats(), name))
+        for one, other in zip(got.model.parameters(), want.model.parameters(), strict=True):
+            close(one, other)
+
+    def test_a_scaler_that_is_off_cannot_skip(self):
+        train = Trainer()
+        train.scaler, train.poisoned = torch.amp.GradScaler("cpu", enabled=False), True
+        before = snapshot(train.model)
+        train.step()
+        assert same(train.model, before)
 
 
 RETURNS = {

@@ -27,7 +27,7 @@ def open_digits(split: str, num_classes: int) -> Arrays:
     """
     if split not in _SPLITS:
         raise FormatError(f"the digits have the splits {', '.join(_SPLITS)}, not {split!r}")
-    data = need("sklearn.datasets", "the source of digits", "conformance").load_digits()
+    data = need("sklearn.datasets", "the source of digits", "demo").load_digits()
     part = _SPLITS[split]
     images = (data.images[part].astype(np.int64) * 255 // 16).astype(np.uint8)
     labels = np.asarray(data.target[part])

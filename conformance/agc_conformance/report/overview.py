@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from agc.cli.pictures import paper
 from agc.errors import FormatError
 from agc.files import check_target, write_text
 from agc_conformance.clauses import CLAUSES
@@ -85,12 +86,9 @@ def overview(report: Mapping[str, Any]) -> str:
 
 def errors_figure(report: Mapping[str, Any]) -> str:
     """Draw how the clipped float32 elements of the backends are distributed over errors, as SVG."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     labels = ["0", *(f"≤ {edge:g}" for edge in ULP_BINS[1:]), f"> {ULP_BINS[-1]:g}"]
-    with mpl.rc_context({"font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(6.4, 2.4), layout="constrained")
+    red = "#d9534f"  # on a light page and on a dark one
+    with paper(6.4, 2.4) as figure:
         axes = figure.subplots()
         runs = [run for run in _runs(report, "backend") if run["header"]["backend"] in _NAMES]
         for place, run in enumerate(runs):
@@ -98,13 +96,12 @@ def errors_figure(report: Mapping[str, Any]) -> str:
             left = [index + 0.27 * (place - (len(runs) - 1) / 2) for index in range(len(counts))]
             shares = [100 * count / sum(counts) for count in counts]
             axes.bar(left, shares, 0.25, label=_NAMES[run["header"]["backend"]])
-        axes.axvline(ULP_BINS.index(4) + 0.5, color="#b3161b", lw=1.5)
-        axes.text(ULP_BINS.index(4) + 0.6, 0.6 * axes.get_ylim()[1], "not allowed", color="#b3161b")
+        axes.axvline(ULP_BINS.index(4) + 0.5, color=red, lw=1.5)
+        axes.text(ULP_BINS.index(4) + 0.6, 0.6 * axes.get_ylim()[1], "not allowed", color=red)
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlabel("distance from the float64 reference in units in the last place")
         axes.set_ylabel("% of elements")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend()
         return svg(figure, "Clipped float32 elements by error in ULP, of three frameworks")
 
 

@@ -323,9 +323,7 @@ class _Study:
 
     @cached_property
     def spread(self) -> Recipe:
-        """The recipe with one perturbation, of a fraction spread over the batch, and a limit of
-        the norm of all gradients.
-        """
+        """The recipe with an ascent on a fraction spread over the batch, and ``max_norm``."""
         sam = self.recipe.sam
         assert sam is not None
         limited = replace(self.recipe.optimizer, max_norm=_MAX_NORM)

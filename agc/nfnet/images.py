@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from agc.errors import DTypeError, ShapeError
+from agc.errors import ConfigError, DTypeError, ShapeError
 
 __all__ = ["MEAN", "MORE", "STD", "evaluation_image", "normalise", "resize_bicubic"]
 
@@ -97,10 +97,21 @@ def normalise(
     Returns
     -------
     float32 array of the same shape
+
+    Raises
+    ------
+    ConfigError
+        If there is not a mean and a deviation for each channel.
     """
+    channels = images.shape[-1]
+    if not len(mean) == len(std) == channels:
+        raise ConfigError(
+            f"mean and std must have a number for each of the {channels} channels of images of "
+            f"shape {images.shape}, got {len(mean)} and {len(std)}"
+        )
     # Whole rows at a time: NumPy is slow along an axis of three.
     rows = images.reshape(*images.shape[:-2], -1) if images.ndim > 1 else images
-    times = rows.shape[-1] // images.shape[-1]
+    times = rows.shape[-1] // channels
     means, stds = (np.tile(255 * np.array(each), times) for each in (mean, std))
     standard = (rows - means) / stds
     return np.asarray(standard, np.float32).reshape(images.shape)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_images
 
-from agc.errors import DTypeError, ShapeError
+from agc.errors import ConfigError, DTypeError, ShapeError
 from agc.nfnet import images
-from agc.nfnet.images import evaluation_image, resize_bicubic
+from agc.nfnet.images import evaluation_image, normalise, resize_bicubic
 
 CHINA, FLOWER = load_sample_images().images
 
@@ -121,3 +121,9 @@ def test_other_values():
         evaluation_image(CHINA / 255, 32)
     with pytest.raises(ShapeError, match="pixels must be >= 1, got 0"):
         evaluation_image(CHINA, 0)
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.5,)), ((0.5,) * 3, (0.5,))])
+def test_a_number_for_each_channel(mean, std):
+    with pytest.raises(ConfigError, match=r"each of the 3 channels of images of shape \(2, 4, 3\)"):
+        normalise(np.zeros((2, 4, 3), np.uint8), mean, std)

@@ -70,9 +70,22 @@ def find_snippets() -> list[Snippet]:
     return found
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes long, so that at the end no process waits for another."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+@pytest.hookimpl(trylast=True)  # after some are left out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let every process begin with what takes long, so that at the end none waits for another.
+
+    Each of them is first given as many tests, in their order.
+    """
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    long = [item for item in items if item.get_closest_marker("long")]
+    short = [item for item in items if not item.get_closest_marker("long")]
+    share = len(items) // processes
+    items.clear()
+    for number in range(processes):
+        items += long[number::processes]
+        missing = (number + 1) * share - len(items) if number < processes - 1 else len(short)
+        items += short[: max(missing, 0)]
+        del short[: max(missing, 0)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

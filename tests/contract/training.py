@@ -186,7 +186,11 @@ class TrainingContract(Contract):
             for dtype in ("float32", "bfloat16")
         )
         start = seeded_state(recipe)
-        steps = zip(*(self.trained(r, start, range(2)) for r in (recipe, low, lower)), strict=True)
+        steps = zip(
+            self.trained(recipe, start, range(2), ReferenceTrainer(recipe)),
+            *(self.trained(changed, start, range(2)) for changed in (low, lower)),
+            strict=True,
+        )
         for (exact, state), *roughs in steps:
             assert len({float(done.loss) for done, _ in [(exact, state), *roughs]}) == 3
             for rough, rough_state in roughs:

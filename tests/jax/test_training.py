@@ -38,7 +38,7 @@ class TestTraining(TrainingContract):
     driver = JaxDriver()
 
     @pytest.mark.long
-    @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sam"])
+    @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("processes", "sam")])
     def test_level_5(self, kind):
         """The ascent on a spread fraction is in :func:`test_sharpness`."""
         super().test_level_5(kind)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args
+from difflib import get_close_matches
+from typing import Any, Final, Literal, Self, TypeVar, get_args
 
 from agc.checks import (
     check_choice,
@@ -45,6 +46,16 @@ Rho = float | Callable[[Any], Any]
 Scope = Literal["local", "global"]
 SkipPolicy = Literal["skip_step", "skip_perturb", "raise"]
 
+_ELSEWHERE: Final = {
+    "agc_clip_val": "clipping",
+    "clip": "clipping",
+    "clip_factor": "clipping",
+    "clipping_threshold": "clipping",
+    "agc_eps": "eps",
+    "pmin": "eps",
+}
+"""What other implementations call a field; see docs/migration.md."""
+
 
 class FrozenMap(Mapping[str, V]):
     """Read-only, ordered, hashable mapping: how a configuration holds a dictionary."""
@@ -76,8 +87,16 @@ class FrozenMap(Mapping[str, V]):
         return repr(self._items)
 
 
+class _Checked:
+    """A class whose constructor says which field an unknown one was meant to be."""
+
+    def __new__(cls, *_: Any, **values: Any) -> Self:
+        _check_fields(cls, values)
+        return super().__new__(cls)
+
+
 @dataclass(frozen=True, kw_only=True)
-class AGC:
+class AGC(_Checked):
     r"""Adaptive gradient clipping: every hyper-parameter, validated.
 
     Parameters
@@ -250,7 +269,7 @@ class AGC:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAM:
+class SAM(_Checked):
     r"""Sharpness-aware minimization: every hyper-parameter, validated.
 
     Parameters
@@ -414,11 +433,20 @@ def _known_fields(cls: type[AGC] | type[SAM], data: Mapping[str, Any]) -> dict[s
     name = cls.__name__
     if not isinstance(data, Mapping):
         raise ConfigError(f"a configuration of {name} is a mapping, got {type(data).__name__}")
+    _check_fields(cls, data)
+    return dict(data)
+
+
+def _check_fields(cls: Any, data: Mapping[Any, Any]) -> None:
+    """Raise ConfigError unless all keys are fields of a class."""
     known = [item.name for item in fields(cls)]
     unknown = sorted(set(data) - set(known), key=repr)
     if unknown:
-        raise ConfigError(f"unknown {name} field {unknown[0]!r}; the fields are {', '.join(known)}")
-    return dict(data)
+        name = str(unknown[0])
+        near = [_ELSEWHERE.get(name, ""), *get_close_matches(name, known, 1)]
+        meant = next((field for field in near if field in known), None)
+        hint = f"did you mean {meant}?" if meant else f"the fields are {', '.join(known)}"
+        raise ConfigError(f"unknown {cls.__name__} field {unknown[0]!r}; {hint}")
 
 
 def _clipping(name: str, value: Any) -> Clipping:

@@ -205,7 +205,7 @@ def read_image(path: str | Path, pixels: int) -> npt.NDArray[np.float32]:
     """Read a photograph and prepare it (:func:`agc.nfnet.images.evaluation_image`).
 
     As in DeepMind's code, a camera's note on which side is up (EXIF) is not followed. Grey of 16
-    bits is scaled to 8.
+    bits is scaled to 8, and of a moving picture the first frame is taken.
 
     Raises
     ------

@@ -188,3 +188,22 @@ def test_every_error_has_one_base():
     for name in agc.errors.__all__:
         base = UserWarning if name.endswith("Warning") else AGCError
         assert issubclass(getattr(agc.errors, name), base)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "hint"),
+    [
+        (AGC, "clip", "did you mean clipping?"),
+        (AGC, "clip_factor", "did you mean clipping?"),
+        (AGC, "agc_eps", "did you mean eps?"),
+        (AGC, "non_finite", "did you mean nonfinite?"),
+        (AGC, "zzz", "the fields are clipping, eps"),
+        (SAM, "adaptativ", "did you mean adaptive?"),
+        (SAM, "clip", "the fields are rho"),
+    ],
+)
+def test_fields_by_another_name(cls, name, hint):
+    for make in (lambda: cls(**{name: 0.1}), lambda: cls.from_dict({name: 0.1})):
+        with pytest.raises(ConfigError, match=f"unknown {cls.__name__} field '{name}'") as caught:
+            make()
+        assert hint in str(caught.value)

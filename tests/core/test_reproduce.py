@@ -112,6 +112,22 @@ def test_the_run_in_the_documentation_is_of_this_experiment():
     assert diverged == {"none"}
 
 
+def test_the_documentation_says_how_near_the_frameworks_are():
+    """The largest relative difference of a loss, and which steps were made where."""
+    text = " ".join((DOCS / "training.md").read_text(encoding="utf-8").split())
+    data = json.loads((DOCS / "figures" / "relay.json").read_text(encoding="utf-8"))
+    whole, relay = (np.array(data["losses"][name]) for name in ("whole", "relay"))
+    most = np.max(np.abs(relay - whole) / whole)
+    assert f"by more than {most:.1e} of it".replace("e-0", "e-") in text
+    torch, jax, keras = np.diff([start["step"] for start in data["starts"]] + [len(relay)])
+    assert f"{torch} of them in PyTorch, {jax} in JAX on two processes and {keras} in Keras" in text
+    text = " ".join((DOCS / "reproduce.md").read_text(encoding="utf-8").split())
+    data = json.loads((DOCS / "figures" / "portability.json").read_text(encoding="utf-8"))
+    losses = np.array([run["losses"] for run in data["results"]])
+    most = np.max(np.ptp(losses, 0) / losses.min(0))
+    assert f"by more than {most:.1e} of it".replace("e-0", "e-") in text
+
+
 def test_a_run_that_was_stopped_goes_on(made, tmp_path, monkeypatch, capsys):
     command = ["reproduce", "head", "--out", str(tmp_path)]
     evaluate = Fake.evaluate

@@ -34,9 +34,7 @@ def test_committed_report_is_complete(report):
     backends = [run for run in report["runs"] if run["header"]["role"] == "backend"]
     assert {run["header"]["backend"] for run in backends} >= {"torch", "jax", "tensorflow"}
     for run in backends:
-        # The newest clauses may be younger than the report.
-        assert list(run["clauses"]) == list(CLAUSES)[: len(run["clauses"])]
-        assert len(run["clauses"]) >= 30
+        assert list(run["clauses"]) == list(CLAUSES)
         assert {cell["verdict"] for cell in run["clauses"].values()} <= {"passed", "unsupported"}
     assert report["ok"]
     assert not report["failures"]

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 from markupsafe import escape
 
+from agc.cli.pictures import paper
 from agc_conformance.records import ULP_BINS, ModelRecord
 from agc_conformance.training.network import PARAMETERS
 from agc_conformance.training.recipes import LIMITS as LIMITS_OF_STATE
@@ -167,33 +168,27 @@ def recipe_curves(runs: Mapping[str, Mapping[str, Sequence[float | None]]]) -> s
         Above the losses, on that of the reference; below the errors, on a logarithmic axis. The red
         line is the limit.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
 
     def finite(values: Iterable[float | None]) -> list[float]:
         return [np.nan if value is None else value for value in values]
 
-    style = {"font.size": 8, "font.family": "sans-serif", "svg.fonttype": "none"}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(7.6, 4.2), layout="constrained")
+    with paper(7.6, 4.2) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
         longest = max((run["reference_loss"] for run in runs.values()), key=len)
-        above.plot(finite(longest), "0.8", lw=6, label="float64 reference")
+        above.plot(finite(longest), "0.6", lw=6, alpha=0.5, label="float64 reference")
         dashes: list[Any] = ["-", (0, (4, 2)), (0, (1, 2))]
         for number, (title, run) in enumerate(runs.items()):
             line = {"color": f"C{number}", "ls": dashes[number % len(dashes)], "label": title}
             above.plot(finite(run["loss"]), lw=1.5, **line)
             known = [_FLOOR if error == 0 else error for error in finite(run["error"])]
             below.plot(known, f"C{number}.-", ms=3, lw=0.7)
-        below.axhline(limit := LIMITS_OF_STATE["parameters"], color="#b3161b", lw=1)
+        below.axhline(limit := LIMITS_OF_STATE["parameters"], color="#d9534f", lw=1)
         below.set_yscale("log")
         below.set_ylim(1e-9, 10 * limit)
         above.set_ylabel("loss")
         below.set_ylabel("relative error of the parameters")
         below.set_xlabel("step")
         above.legend(frameon=False, ncols=len(runs) + 1, fontsize=7)
-        for plot in (above, below):
-            plot.spines[["top", "right"]].set_visible(False)
         return svg(figure, "One recipe in several frameworks: loss and error by step")
 
 

@@ -69,11 +69,10 @@ def test_peak_memory(benchmark: Any) -> None:
     model = nn.Module()
     model.weight = weight
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    gradient = torch.randn(size)
-    weight.grad = torch.zeros(size)
+    gradient, received = torch.randn(size), torch.empty(size)
 
     def closure() -> torch.Tensor:
-        weight.grad.copy_(gradient)
+        weight.grad = received.copy_(gradient)
         return torch.zeros(())
 
     sam = SharpnessAware(model, SAM())

@@ -18,8 +18,11 @@ from benchmarks.without_torchvision import import_timm
 from tests.integrations.network import RULE, Network, X, Y, by_hand, check_same, sgd
 
 
-def accelerated(folder: Path, steps: int, resume: bool, parts: int) -> Network:
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=parts)
+def accelerated(folder: Path, steps: int, resume: bool, parts: int, precision: str) -> Network:
+    accelerate.state.AcceleratorState._reset_state()  # which has the precision of the last one
+    accelerator = accelerate.Accelerator(
+        cpu=True, gradient_accumulation_steps=parts, mixed_precision=precision
+    )
     network = Network()
     model, optimizer = accelerator.prepare(network, sgd(network))
     handle = agc_torch.attach(optimizer, model, RULE)
@@ -37,10 +40,13 @@ def accelerated(folder: Path, steps: int, resume: bool, parts: int) -> Network:
     return network
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_accelerate(parts, tmp_path):
-    accelerated(tmp_path, 4, resume=False, parts=parts)
-    check_same(accelerated(tmp_path, 2, resume=True, parts=parts), by_hand())
+@pytest.mark.parametrize(("parts", "precision"), [(1, "no"), (2, "no"), (1, "bf16")])
+def test_accelerate(parts, precision, tmp_path):
+    accelerated(tmp_path, 4, resume=False, parts=parts, precision=precision)
+    network = accelerated(tmp_path, 2, resume=True, parts=parts, precision=precision)
+    bf16 = precision == "bf16"
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if bf16 else {}
+    check_same(network, by_hand(bf16=bf16), **tolerance)
 
 
 def test_schedule_free():

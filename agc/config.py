@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, Final, Literal, Self, TypeVar, get_args
+from typing import Any, ClassVar, Final, Literal, Self, TypeVar, get_args
 
 from agc.checks import (
     check_choice,
@@ -90,8 +90,12 @@ class FrozenMap(Mapping[str, V]):
 class _Checked:
     """A class whose constructor says which field an unknown one was meant to be."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     def __new__(cls, *_: Any, **values: Any) -> Self:
-        _check_fields(cls, values)
+        # Not fields(cls): torch.compile, which may trace this, does not know it.
+        if not all(name in cls.__dataclass_fields__ for name in values):
+            _check_fields(cls, values)
         return super().__new__(cls)
 
 

@@ -87,13 +87,14 @@ def test_inductor():
     close(model, eager)
 
 
-def test_a_plan_is_made_before():
+@pytest.mark.parametrize("options", [{}, {"clipping": 0.1, "units": {"*": "o ... -> o"}}])
+def test_a_plan_is_made_before(options):
     model = network()
     backward(model)
 
     @torch.compile(backend="eager", fullgraph=True)
     def clip() -> agc_torch.Stats:
-        return agc_torch.adaptive_clip_grad_(model, AGC())
+        return agc_torch.adaptive_clip_grad_(model, AGC(**options))
 
     with pytest.raises((ParameterError, RuntimeError), match="a plan cannot be made inside"):
         clip()

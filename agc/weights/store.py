@@ -129,7 +129,7 @@ def open_weights(
     ConfigError
         If a value is not allowed.
     OSError
-        If there is no such file.
+        If there is no such file, or it is a pipe or device.
     """
     path, notes = Path(path), []
     if weights not in (None, "raw", "ema"):
@@ -342,6 +342,8 @@ def _hint(source: Source, found: Chosen, chosen: Options) -> str:
     """Say what the tensors look like, if not like what they should be."""
     if re.search(r"-\d+-of-\d+\.", source.path.name):
         return ". The file is one of several; give their index, *.index.json"
+    if re.search(r"_\d{5}\.weights\.h5$", source.path.name):
+        return ". The file is one of Keras' several; load them in Keras and save one file"
     if found.label and not found.tensors.keys().isdisjoint(source.contents.get("", ())):
         return f". To read only what is under {found.label}, name it by --key"
     try:

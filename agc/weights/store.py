@@ -151,7 +151,7 @@ def open_weights(
         if problem := _misfit(chosen, form):
             raise FormatError(f"{path}: {problem}")
         tensors = _check(source, found, form, chosen)
-        if not complete:
+        if not complete and None in (activation, ws_eps):
             notes.append(_assumed(path, chosen))
         yield Weights(path, form.name, chosen, complete, tensors, tuple(notes), source.files)
 
@@ -192,8 +192,8 @@ def load(
         path, variant=variant, activation=activation, ws_eps=ws_eps, key=key, weights=weights
     )
     with opened as found:
-        said = found.complete or found.form == "haiku" or None not in (activation, ws_eps)
-        for note in found.notes[: -1 if said and not found.complete else None]:
+        assumed = not found.complete and None in (activation, ws_eps)
+        for note in found.notes[: -1 if assumed and found.form == "haiku" else None]:
             warnings.warn(note, WeightsWarning, stacklevel=2)
         return found.options, found.arrays()
 

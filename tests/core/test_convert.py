@@ -255,6 +255,9 @@ def test_what_a_file_does_not_say(tmp_path, neutral):
     given = {"activation": "gelu_erf", "ws_eps": "timm"}
     with open_weights(tmp_path / "bare", **given) as found:
         assert (found.options.activation, found.options.ws_eps) == ("gelu_erf", "timm")
+        assert not found.notes  # nothing was assumed
+    with open_weights(tmp_path / "bare", ws_eps="timm") as found:
+        assert "activation=gelu, ws_eps=timm" in found.notes[0]
     assert found.nbytes == 4 * 334_086
     with pytest.warns(WeightsWarning, match="bare does not say how it was trained; taken for"):
         load(tmp_path / "bare")
@@ -919,10 +922,12 @@ def test_command(tmp_path, neutral, capsys):
     assert err == ""
     write_safetensors(tmp_path / "bare", load_file(neutral))
     command = ["convert", str(tmp_path / "bare"), str(tmp_path / "b"), "--to", "torch"]
-    assert main([*command, "--activation", "gelu_erf", "--ws-eps", "timm"]) == 0
+    assert main([*command, "--activation", "gelu_erf"]) == 0
     assert (
         "does not say how it was trained; taken for activation=gelu_erf" in capsys.readouterr().err
     )
+    assert main([*command, "--activation", "gelu_erf", "--ws-eps", "timm"]) == 0
+    assert capsys.readouterr().err == ""
     assert load(tmp_path / "b")[0].activation == "gelu_erf"
     assert main([*command, "--activation", "mish"]) == 2
     assert "agc: unknown activation 'mish'" in capsys.readouterr().err

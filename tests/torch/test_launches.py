@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import agc_torch
 from agc import AGC, SAM
+from agc.nfnet import WsDtype
 from agc_conformance.backends.peers import timm
 from agc_torch import fused
 from agc_torch.nfnet import WSConv2d, nfnet
@@ -40,6 +41,8 @@ KERNELS = (
     "perturb",
     "standardise",
     "standardise_back",
+    "standardise_low",
+    "standardise_low_back",
 )
 
 
@@ -258,18 +261,20 @@ def test_sam_takes_a_few(model: Build, adaptive: bool, kernels: list[Kernel]) ->
     assert others.bytes < 2.1 * size  # the restoration; the kernels move five times the size
 
 
-def test_standardisation_takes_two(kernels: list[Kernel]) -> None:
+@pytest.mark.parametrize(
+    ("ws_dtype", "name"), [("float32", "standardise"), ("bfloat16", "standardise_low")]
+)
+def test_standardisation_takes_two(ws_dtype: WsDtype, name: str, kernels: list[Kernel]) -> None:
     """One launch a weight forward and one backward, and no other."""
     with torch.device("meta"):
-        weights = [m for m in nfnet("F0", 1000).modules() if isinstance(m, WSConv2d)]
+        model = nfnet("F0", 1000, ws_dtype=ws_dtype)
+        weights = [m for m in model.modules() if isinstance(m, WSConv2d)]
     assert len(weights) == 57
     with Launches() as others:
-        made = [weight.standardised() for weight in weights]
+        made = [weight.standardised(torch.bfloat16) for weight in weights]
         gradients = [torch.empty_like(one) for one in made]
         torch.autograd.backward(made, gradients)
-    forward, backward = (
-        kernels[KERNELS.index(name)] for name in ("standardise", "standardise_back")
-    )
+    forward, backward = (kernels[KERNELS.index(f"{name}{which}")] for which in ("", "_back"))
     assert (forward.count, backward.count) == (57, 57)
     assert others.count == 0
 

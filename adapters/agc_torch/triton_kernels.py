@@ -367,6 +367,29 @@ def scale_kernel(
 
 
 @triton.jit
+def _moved(
+    addresses,
+    counts,
+    tiles,
+    tensors,
+    DTYPE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    LANES: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Return a tile's tensor, its first element, the tensor's elements, its weight and gradient."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 2
+    tensor = tl.load(tile).to(tl.int64)
+    count = tl.load(counts + tensor)
+    weight = tl.load(addresses + tensor).to(tl.pointer_type(DTYPE))
+    gradient = tl.load(addresses + tensors + tensor).to(tl.pointer_type(GRADIENT))
+    if LANES > 1:
+        weight, gradient = tl.multiple_of(weight, 16), tl.multiple_of(gradient, 16)
+        count = tl.multiple_of(count, LANES)
+    return tensor, tl.load(tile + 1).to(tl.int64) * PIECE, count, weight, gradient
+
+
+@triton.jit
 def perturb_kernel(
     addresses,
     counts,
@@ -400,20 +423,15 @@ def perturb_kernel(
     ADAPTIVE : bool
         Whether gradients are multiplied by ``(|w| + eta)**2`` too.
     """
-    tile = tiles + tl.program_id(0).to(tl.int64) * 2
-    tensor = tl.load(tile).to(tl.int64)
-    count = tl.load(counts + tensor)
-    weight = tl.load(addresses + tensor).to(tl.pointer_type(DTYPE))
-    gradient = tl.load(addresses + tensors + tensor).to(tl.pointer_type(GRADIENT))
+    tensor, first, count, weight, gradient = _moved(
+        addresses, counts, tiles, tensors, DTYPE, GRADIENT, LANES, PIECE
+    )
     copy = tl.load(addresses + 2 * tensors + tensor).to(tl.pointer_type(DTYPE))
     if LANES > 1:
-        weight, copy = tl.multiple_of(weight, 16), tl.multiple_of(copy, 16)
-        gradient = tl.multiple_of(gradient, 16)
-        count = tl.multiple_of(count, LANES)
+        copy = tl.multiple_of(copy, 16)
     WIDE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     by = tl.load(factor).to(WIDE)
     moves = (by + tl.zeros([ELEMENTS], WIDE)) != 0.0  # the interpreter mixes no scalar with a block
-    first = tl.load(tile + 1).to(tl.int64) * PIECE
     for at in range(0, PIECE, ELEMENTS):
         element = first + at + tl.arange(0, ELEMENTS)
         mask = element < count
@@ -455,15 +473,9 @@ def norm_kernel(
     ADAPTIVE : bool
         Whether gradients are multiplied by ``|w| + eta``.
     """
-    program = tl.program_id(0).to(tl.int64)
-    tensor = tl.load(tiles + program * 2).to(tl.int64)
-    count = tl.load(counts + tensor)
-    weight = tl.load(addresses + tensor).to(tl.pointer_type(DTYPE))
-    gradient = tl.load(addresses + tensors + tensor).to(tl.pointer_type(GRADIENT))
-    if LANES > 1:
-        weight, gradient = tl.multiple_of(weight, 16), tl.multiple_of(gradient, 16)
-        count = tl.multiple_of(count, LANES)
-    first = tl.load(tiles + program * 2 + 1).to(tl.int64) * PIECE
+    _, first, count, weight, gradient = _moved(
+        addresses, counts, tiles, tensors, DTYPE, GRADIENT, LANES, PIECE
+    )
     total = tl.zeros([ELEMENTS], tl.float64)
     for at in range(0, PIECE, ELEMENTS):
         element = first + at + tl.arange(0, ELEMENTS)
@@ -473,7 +485,7 @@ def norm_kernel(
             size = tl.abs(tl.load(weight + element, mask=mask, other=0.0).to(tl.float64))
             value = value * (size + tl.load(eta))
         total += value * value
-    tl.store(sums + program, tl.sum(total, axis=0))
+    tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import agc_torch
 from agc import AGC, SAM
+from agc.config import Nonfinite
 from agc.nfnet import WsDtype
 from agc_conformance.backends.peers import timm
 from agc_torch import fused
@@ -52,6 +53,7 @@ class Launches(TorchDispatchMode):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.count = self.bytes = self.collectives = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -67,6 +69,7 @@ class Launches(TorchDispatchMode):  # type: ignore[misc]
         if name.endswith("_"):  # in place
             written = list(args[0]) if isinstance(args[0], (list, tuple)) else [args[0]]
         if not func.is_view and name not in NO_KERNELS:
+            self.names.append(name)
             self.count += self._foreach(name, args) if name.startswith("_foreach") else 1
             self.bytes += sum(tensor.numel() * tensor.itemsize for tensor in read + written)
         return result
@@ -163,6 +166,28 @@ def test_agc_takes_a_handful(model: Build, most: int, kernels: list[Kernel]) -> 
     assert sum(kernel.count for kernel in kernels) - before == most
     assert others.count <= 1  # addresses, if they changed
     assert others.bytes < size / 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("policy", "operations", "passes"), [("propagate", 15, 3.1), ("zero", 18, 5.1)]
+)
+@pytest.mark.parametrize("model", [f0, gpt2])
+def test_the_norm_of_all_gradients_takes_a_few(
+    model: Build, policy: Nonfinite, operations: int, passes: float, dtype: torch.dtype
+) -> None:
+    """Whatever the number of parameters: one operation on all of them is some launches."""
+    module, _, _ = with_gradients(model)
+    for parameter in module.to(dtype).parameters():
+        parameter.grad = torch.empty_like(parameter)
+    size = sum(p.numel() * p.itemsize for p in module.parameters())
+    optimizer = Idle(module.parameters())
+    agc_torch.attach(optimizer, module, AGC(clipping=None, nonfinite=policy), max_norm=1.0)
+    with Launches() as launches:
+        optimizer.step()
+    assert len(launches.names) <= operations
+    assert launches.count <= 50
+    assert launches.bytes < passes * size
 
 
 @pytest.fixture

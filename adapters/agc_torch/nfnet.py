@@ -495,11 +495,13 @@ class NFBlock(nn.Module):  # type: ignore[misc]
         ``keep`` is :attr:`agc.nfnet.Masks.stochastic_depth`, which is drawn if None.
         """
         residual, shortcut = self.branches(x)
+        factor = self.skip_gain * ALPHA
+        # A mask of images times the gain, so that the residual branch is multiplied once.
         if keep is not None:
-            residual = residual * keep[:, self.block.index, None, None, None].to(residual.dtype)
+            factor = factor * keep[:, self.block.index, None, None, None]
         elif self.training and self.drop_rate > 0:
-            residual = residual * self.kept(residual)
-        return self.join(residual, shortcut)
+            factor = factor * self.kept(len(residual), residual.device)
+        return self.join(residual, shortcut, factor)
 
     def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the residual branch after its gates, and the shortcut."""
@@ -517,15 +519,14 @@ class NFBlock(nn.Module):  # type: ignore[misc]
         out = self.conv2(self.activation(out))
         return out if self.se is None else self.se(out) * out, shortcut
 
-    def kept(self, residual: Tensor) -> Tensor:
-        """Draw stochastic depth: 1 for images that keep the residual branch, 0 for the others."""
-        shape = (len(residual), 1, 1, 1)
-        uniform = torch.rand(shape, dtype=torch.float32, device=residual.device)
-        return torch.floor(1 - self.drop_rate + uniform).to(residual.dtype)
+    def kept(self, images: int, device: torch.device) -> Tensor:
+        """Draw stochastic depth: which images keep the residual branch."""
+        uniform = torch.rand((images, 1, 1, 1), dtype=torch.float32, device=device)
+        return 1 - self.drop_rate + uniform >= 1
 
-    def join(self, residual: Tensor, shortcut: Tensor) -> Tensor:
-        """Add the residual branch to the shortcut."""
-        return torch.addcmul(shortcut, residual, (self.skip_gain * ALPHA).to(residual.dtype))
+    def join(self, residual: Tensor, shortcut: Tensor, factor: Tensor) -> Tensor:
+        """Add the residual branch to the shortcut, times a factor for all images or for each."""
+        return torch.addcmul(shortcut, residual, factor.to(residual.dtype))
 
 
 class Chain(nn.Sequential):  # type: ignore[misc]
@@ -673,7 +674,9 @@ class NFNet(nn.Module):  # type: ignore[misc]
                 for block in stage:
                     residual, shortcut = block.branches(x)
                     residuals.append(_moments(residual)[1])
-                    outputs.append(_moments(x := block.join(residual, shortcut)))
+                    outputs.append(
+                        _moments(x := block.join(residual, shortcut, block.skip_gain * ALPHA))
+                    )
         means, variances = zip(*outputs, strict=True)
         return {
             "avg_sq_mean": torch.stack(means),

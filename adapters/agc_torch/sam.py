@@ -459,8 +459,9 @@ class SharpnessAware:
             return call(closure, batch), None
         microbatches = _split(batch, self.rule.microbatches)
         sizes = [1 if micro is None else len(micro[0]) for micro in microbatches]
-        one = torch.ones((), device=self._parameters[0].device)
-        scale = None if scaler is None else scaler.scale(one)  # without a host sync
+        scale = None
+        if scaler is not None:  # without a host sync
+            scale = scaler.scale(torch.ones((), device=self._parameters[0].device))
         passes = [self._two_passes(closure, microbatches[0], reach, scale)]
         if len(microbatches) > 1:
             sums = reach.weighted(sizes[0] / sum(sizes))
@@ -470,16 +471,13 @@ class SharpnessAware:
                     sums[index] = sums[index] + gradient if index in sums else gradient
             for index, parameter in enumerate(reach.everything):
                 parameter.grad = sums.get(index)
-        seen = [self._ascent_size(size) for size in sizes]
-        loss = sum(n / sum(seen) * stats.loss for n, (stats, _) in zip(seen, passes, strict=True))
-        perturbed = sum(
-            n / sum(sizes) * stats.perturbed_loss
-            for n, (stats, _) in zip(sizes, passes, strict=True)
-        )
+        parts, ascents = zip(*passes, strict=True)
+        loss = _mean([one.loss for one in parts], [self._ascent_size(size) for size in sizes])
+        perturbed = _mean([one.perturbed_loss for one in parts], sizes)
         # max() passes NaN on, so one number says whether every norm is finite.
-        norm = torch.stack([stats.norm for stats, _ in passes]).max()
-        self._stats = SamStats(norm, torch.as_tensor(loss), torch.as_tensor(perturbed))
-        missing = any(ascent.missing for _, ascent in passes)
+        norm = parts[0].norm if len(parts) == 1 else torch.stack([one.norm for one in parts]).max()
+        self._stats = SamStats(norm, loss, perturbed)
+        missing = any(ascent.missing for ascent in ascents)
         return self._stats.loss, _Ascent([], norm, missing)
 
     def _two_passes(
@@ -578,9 +576,9 @@ class SharpnessAware:
             norms += [_norm_over(*shards, shares) for shards, shares in held.items() if shards]
         if not norms:
             return None
+        if len(norms) == norms[0].numel() == 1:
+            return norms[0].view(())
         flat = torch.cat([norm.to(norms[0].device).view(-1) for norm in norms])
-        if flat.numel() == 1:
-            return flat.view(())
         # Divided by the largest, so that squaring the norms of tensors cannot overflow.
         limits = torch.finfo(flat.dtype)
         safe = flat.max().clamp(limits.tiny, limits.max)
@@ -886,6 +884,15 @@ def _split(batch: Sequence[Tensor] | None, count: int) -> list[Sequence[Tensor] 
         return [batch]
     columns = [torch.tensor_split(tensor, count) for tensor in batch]
     return [list(micro) for micro in zip(*columns, strict=True)]
+
+
+def _mean(values: list[Tensor], weights: list[int]) -> Tensor:
+    """Return the mean of scalars, of each as many times as its weight says."""
+    if len(values) == 1:
+        return values[0]
+    total = sum(weights)
+    mean = sum(n / total * value for n, value in zip(weights, values, strict=True))
+    return torch.as_tensor(mean)
 
 
 def _needs_closure(optimizer: Any) -> bool:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, TypeAlias
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,14 @@ from torch.utils._pytree import tree_leaves
 import agc_torch
 from agc import AGC, SAM
 from agc.config import Nonfinite
-from agc.nfnet import WsDtype
+from agc.data import Batch
+from agc.nfnet import WsDtype, parameters
+from agc.recipe import load_recipe, numbers
+from agc.training import Launch
 from agc_conformance.backends.peers import timm
 from agc_torch import fused
 from agc_torch.nfnet import WSConv2d, nfnet
+from agc_torch.train import Trainer
 from benchmarks.shapes import gpt2_small
 
 FOREACH = {1: 110, 2: 64, 3: 48}
@@ -284,6 +290,56 @@ def test_sam_takes_a_few(model: Build, adaptive: bool, kernels: list[Kernel]) ->
         pass
     assert others.count + sum(kernel.count for kernel in kernels) - before <= 30
     assert others.bytes < 2.1 * size  # the restoration; the kernels move five times the size
+
+
+def test_a_step_of_a_recipe_adds_few(
+    kernels: list[Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step of ``agc train`` launches but for the model: AGC, SAM, SGD, average, numbers."""
+    changes = ["train.batch=2", "train.epochs=1", "data.train.images=8", "schedule.warmup_epochs=0"]
+    changes += ["precision.standardise=float32", "precision.compute=float32"]
+    changes += ["sam.rho=0.05", "sam.group=2", "sam.nonfinite=skip_perturb"]
+    recipe = load_recipe("nfnet-f0", changes)
+    options = recipe.options()
+    specs = parameters(options.variant, options.num_classes, options.in_channels)
+
+    def pairs_of(model: nn.Module) -> list[tuple[Any, Tensor]]:
+        named = dict(model.named_parameters())
+        return [(spec, named[spec.name]) for spec in specs]
+
+    # Which want numbers, or a device with autocast.
+    monkeypatch.setattr("agc_torch.train.pairs_of", pairs_of)
+    monkeypatch.setattr(Trainer, "_precision", lambda self: nullcontext())
+    trainer = Trainer(recipe, Launch(device="meta"))
+    for group in trainer._optimizer.param_groups:
+        group["foreach"] = True  # as on a GPU
+    trainer._begin(0)
+    passes, kernels_inside = Launches(), 0
+    run = trainer._loss
+
+    def loss(*tensors: Tensor) -> Tensor:
+        nonlocal kernels_inside
+        before = sum(kernel.count for kernel in kernels)
+        with passes:
+            result = run(*tensors)
+        kernels_inside += sum(kernel.count for kernel in kernels) - before
+        return result
+
+    monkeypatch.setattr(trainer, "_loss", loss)
+    images, labels = np.zeros((2, 64, 64, 3), np.float32), np.zeros(2, np.int32)
+    keep = np.ones((2, sum(options.variant.depths)), bool)
+    batch = Batch(images, labels, labels, np.ones(2, np.float32), np.arange(2), keep, None)
+    table = numbers(recipe)
+    trainer.step(batch, table.at(0))  # makes what is the same in every step
+    passes.count = passes.bytes = kernels_inside = 0
+    before = sum(kernel.count for kernel in kernels)
+    with Launches() as everything:
+        trainer.step(batch, table.at(1))
+    assert sum(kernel.count for kernel in kernels) - before - kernels_inside == 11
+    size = sum(p.numel() * p.itemsize for p in trainer._model.parameters())
+    assert passes.count <= 2 * 755
+    assert everything.count - passes.count <= 82
+    assert everything.bytes - passes.bytes < 19.1 * size  # 14 of SGD, 3 of the average, 2 of SAM
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from agc.units import UnitAxes
 from agc_torch.views import ShardUnits
 
 __all__ = [
+    "DO_NOT_COMPILE",
     "Decision",
     "Member",
     "Move",
@@ -52,6 +53,8 @@ __all__ = [
 Array = npt.NDArray[Any]
 Way: TypeAlias = Literal["rows", "columns", "gather"]
 
+DO_NOT_COMPILE: Final = "the Triton kernels of AGC, SAM and NFNets do not compile here"
+"""How the warning begins."""
 _SWITCH: Final = "AGC_TORCH_TRITON"
 """Environment variable that turns the kernels off, if it is 0."""
 _PLAIN: Final = (Tensor, torch.nn.Parameter)
@@ -692,7 +695,7 @@ def _compiles(compile_kernels: Callable[[], None]) -> bool:
         compile_kernels()
     except Exception as error:  # whatever the compiler, the driver or the disk has to say
         warnings.warn(
-            f"the Triton kernels of AGC, SAM and NFNets do not compile here, so a step takes many launches "
+            f"{DO_NOT_COMPILE}, so a step takes many launches "
             f"({type(error).__name__}: {error}); {_SWITCH}=0 turns them off",
             RuntimeWarning,
             stacklevel=3,

@@ -208,12 +208,12 @@ class _Fused(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         weight, gain = ctx.saved_tensors
         if torch.is_grad_enabled() or not fused.has_memory(gradient):
-            return *_derive(weight, gain, *ctx.how, gradient), None, None
+            return *_derive(weight, gain, gradient, *ctx.how), None, None
         return *fused.standardise_back(weight, gain, gradient, *ctx.how), None, None
 
 
 def _derive(
-    weight: Tensor, gain: Tensor, ws_eps: WsEps, ws_dtype: WsDtype, gradient: Tensor
+    weight: Tensor, gain: Tensor, gradient: Tensor, ws_eps: WsEps, ws_dtype: WsDtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return gradients of the formula, which have gradients themselves if these are recorded."""
     record = torch.is_grad_enabled()
@@ -268,7 +268,7 @@ class _Standardise(torch.autograd.Function):  # type: ignore[misc]
     ) -> tuple[Tensor | None, Tensor | None, None]:
         weight, gain, mean, r = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-            return *_derive(weight, gain, ctx.ws_eps, "float32", gradient), None
+            return *_derive(weight, gain, gradient, ctx.ws_eps, "float32"), None
         rows, g = _rows(weight), _rows(gradient, weight)
         factor, low = _Standardise.factor(r, rows.shape[1], ctx.ws_eps)
         scale = factor * gain[:, None]

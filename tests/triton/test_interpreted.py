@@ -463,6 +463,20 @@ def test_derivatives_that_the_kernels_do_not_have() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
+def test_many_gradients_at_once_in_bfloat16() -> None:
+    weight, gain, gradient = (t.float() for t in filters((5, 8, 3, 3)))
+    conv = Standardised(weight, gain, "deepmind", "bfloat16")
+    out, inputs = conv(), (conv.weight, conv.gain)
+    gradient = gradient.bfloat16()
+    many = torch.autograd.grad(
+        out, inputs, gradient[None], is_grads_batched=True, retain_graph=True
+    )
+    once = torch.autograd.grad(out, inputs, gradient)
+    for ours, wanted in zip(many, once, strict=True):
+        torch.testing.assert_close(ours[0], wanted, rtol=0.02, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernels")
 def test_weights_that_the_kernels_do_not_take() -> None:
     weight, gain, _ = filters((5, 8, 3, 3))
     how: tuple[WsEps, WsDtype] = ("deepmind", "float32")

@@ -14,7 +14,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -792,14 +793,15 @@ class MoveKind(NamedTuple):
         }
 
 
-class Move(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Move:
     """A weight that SAM perturbs, its gradient, and whether ASAM scales it."""
 
     weight: Tensor
     gradient: Tensor
     adaptive: bool
 
-    @property
+    @cached_property
     def fits(self) -> bool:
         """Whether the kernels take it."""
         weight, gradient = self.weight, self.gradient
@@ -814,12 +816,12 @@ class Move(NamedTuple):
             and _moving_compiles(self.kind, weight.device)
         )
 
-    @property
+    @cached_property
     def kind(self) -> MoveKind:
         """What a launch that takes it is compiled for."""
         weight, gradient = self.weight, self.gradient
         lanes = _WIDE_LOAD // min(weight.itemsize, gradient.itemsize)
-        aligned = all(t.data_ptr() % _WIDE_LOAD == 0 for t in (weight, gradient))
+        aligned = (weight.data_ptr() | gradient.data_ptr()) % _WIDE_LOAD == 0
         wide = aligned and weight.numel() % lanes == 0
         return MoveKind(weight.dtype, gradient.dtype, lanes if wide else 1, self.adaptive)
 

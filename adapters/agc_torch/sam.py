@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from itertools import starmap
 from typing import Any, Final, NoReturn, TypeAlias
 
 import torch
@@ -64,7 +63,8 @@ from agc_torch.views import View
 __all__ = ["SamStats", "SharpnessAware"]
 
 Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
-Direction: TypeAlias = list[tuple[Tensor, Tensor]]
+Direction: TypeAlias = list[tuple[Tensor, fused.Move]]
+"""Parameters, each with what this process holds of it and of its gradient."""
 Shards: TypeAlias = tuple[Any, tuple[int, ...]]
 
 
@@ -528,7 +528,8 @@ class SharpnessAware:
 
     def _ascent(self, reach: _Reach) -> _Ascent:
         """Take the gradients that are there for the direction uphill."""
-        direction = [(p, _placed(p.grad, p)) for p in reach.candidates if p.grad is not None]
+        given = [p for p in reach.candidates if p.grad is not None]
+        direction = [(p, self._move(p, _placed(p.grad, p))) for p in given]
         norm = self._norm(direction, reach.candidates)
         # No host sync unless there is no gradient here; other processes may have one.
         missing = not direction and (norm is None or norm.item() == 0)
@@ -558,8 +559,8 @@ class SharpnessAware:
         on_cpu: dict[Shards | None, list[View]] = {}
         launched: dict[tuple[Shards | None, torch.device], list[fused.Move]] = {}
         with torch.no_grad():
-            for parameter, gradient in direction:
-                shards, move = _shards(parameter), self._move(parameter, gradient)
+            for parameter, move in direction:
+                shards = _shards(parameter)
                 if move.fits:
                     launched.setdefault((shards, move.weight.device), []).append(move)
                 elif _is_plain(move):
@@ -605,7 +606,7 @@ class SharpnessAware:
         # Detached tensors throughout, so autograd does not record this.
         launched: dict[torch.device, list[fused.Move]] = {}
         others: list[fused.Move] = []
-        for move in starmap(self._move, ascent.direction):
+        for _, move in ascent.direction:
             (launched.setdefault(move.weight.device, []) if move.fits else others).append(move)
         self._backup = [(move.weight, move.weight.clone()) for move in others]
         self._refusal = unwrap(self.model).register_state_dict_pre_hook(_RefuseToSave())
@@ -613,17 +614,18 @@ class SharpnessAware:
             copies = fused.perturb(group, factor.to(device), self.rule.eta)
             self._backup += zip((move.weight for move in group), copies, strict=True)
         # 0 * inf is NaN: a gradient that is not finite must not reach the weights for one pass.
-        for weight, direction, adaptive in others if not known or usable else ():
+        for move in others if not known or usable else ():
+            weight, direction = move.weight, move.gradient
             if not known:
                 direction.masked_fill_(~usable.to(direction.device), 0)
             wide = _wide(weight.dtype)
             scale = scale_on(weight.device, wide)
-            if not adaptive and weight.dtype in (torch.float32, torch.float64):
+            if not move.adaptive and weight.dtype in (torch.float32, torch.float64):
                 weight.addcmul_(direction.to(wide), scale)
                 continue
             for w, g in _blocks(weight, direction):
                 e = g.to(wide) * scale
-                if adaptive:
+                if move.adaptive:
                     e = e * (w.abs().to(e.real.dtype) + self.rule.eta) ** 2
                 w.copy_(w.to(wide) + e)
         ascent.direction.clear()  # the second pass needs the memory
@@ -805,7 +807,7 @@ class _Reach:
 
 @dataclass(frozen=True)
 class _Ascent:
-    """The direction uphill: parameters with gradients, sharded alike, and the norm of all.
+    """The direction uphill: parameters and gradients, sharded alike, and the norm of all.
 
     ``missing`` says that this replica has no gradient at all; the norm is NaN then.
     """

@@ -18,7 +18,16 @@ from typing import IO
 
 from agc.errors import FormatError
 
-__all__ = ["check_target", "named_files", "put", "replacing", "target_of", "write_text", "written"]
+__all__ = [
+    "check_target",
+    "named_files",
+    "part_of",
+    "put",
+    "replacing",
+    "target_of",
+    "write_text",
+    "written",
+]
 
 
 @contextmanager
@@ -33,6 +42,12 @@ def named_files() -> Iterator[None]:
 def target_of(path: Path) -> Path:
     """Return the file that writing to a path replaces: itself, or what a symbolic link names."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def part_of(path: Path) -> Path:
+    """Return the temporary file that a long run writes to until the one at a path is complete."""
+    target = target_of(path)
+    return target.parent / f"{target.name}.part"  # with_name would not take "", "." and "/"
 
 
 def written(path: Path) -> str:

@@ -78,8 +78,8 @@ def nearest(
 def diagnose(results: Iterable[ResultRecord]) -> list[str]:
     """Return a sentence for AGC and one for SAM, each only if its failures resemble few mutants'.
 
-    A backend is compared with every mutant and, if it resembles none, with every two of them. Checks
-    that ask for an error are compared only if no others fail.
+    A backend is compared with every mutant and, if it resembles none, with every two of them.
+    Checks that ask for an error are compared only if no others fail.
 
     Parameters
     ----------

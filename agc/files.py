@@ -22,6 +22,7 @@ __all__ = [
     "check_source",
     "check_target",
     "named_files",
+    "part_of",
     "put",
     "replacing",
     "target_of",
@@ -45,6 +46,12 @@ def named_files() -> Iterator[None]:
 def target_of(path: Path) -> Path:
     """Return the file that writing to a path replaces: itself, or what a symbolic link names."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def part_of(path: Path) -> Path:
+    """Return the temporary file that a long run writes to until the one at a path is complete."""
+    target = target_of(path)
+    return target.parent / f"{target.name}.part"  # with_name would not take "", "." and "/"
 
 
 def written(path: Path) -> str:

@@ -23,7 +23,10 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, 1 if something failed, 2 for misuse."""
+    """Run the command line and return the exit status.
+
+    0, 1 if something failed, 2 for misuse, 130 after Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="agc", description="Adaptive gradient clipping, proven equal."
     )
@@ -47,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (AGCError, OSError) as error:
         print(f"agc: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("agc: interrupted", file=sys.stderr)
+        return 130  # as a shell says it: 128 and the number of SIGINT
     return status
 
 

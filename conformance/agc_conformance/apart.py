@@ -12,19 +12,22 @@ import traceback
 import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from agc.errors import AGCError
-from agc.files import target_of, written
+from agc.files import part_of, written
 
 __all__ = ["run_apart"]
+
+_SECONDS_TO_END: Final = 10.0
 
 
 def run_apart(spec: str, out: Path, *, timeout: float | None = None, **options: Any) -> int:
     """Run :func:`agc_conformance.suite.run` in a process of its own.
 
-    If that process ends before its run does, or a check takes too long, what it wrote is completed
-    by a ``died`` record that names the check, and the stack of the process is printed.
+    If that process ends before its run does, a check takes too long, or the user interrupts it,
+    what it wrote is completed by a ``died`` record that names the check, and the stack of the
+    process is printed. Once the run is over the process has 10 seconds to end.
 
     Parameters
     ----------
@@ -43,9 +46,10 @@ def run_apart(spec: str, out: Path, *, timeout: float | None = None, **options: 
     ------
     AGCError, OSError
         What the run raises.
+    KeyboardInterrupt
+        If the user interrupts the run; the file is complete.
     """
-    target = target_of(out)
-    part = target.with_name(target.name + ".part")
+    part = part_of(out)
     if part.is_file():
         part.unlink()  # of another run, which was interrupted
     # A fork costs nothing, and no framework is loaded yet; it is safe on Linux only.
@@ -69,7 +73,13 @@ def run_apart(spec: str, out: Path, *, timeout: float | None = None, **options: 
                     check = value
                 else:
                     answer = what, value
+                    break
+        except KeyboardInterrupt:
+            process.terminate()
+            answer = "interrupted", "interrupted by the user"
         finally:
+            process.join(_SECONDS_TO_END)
+            process.kill()  # a thread of the backend's may never end
             process.join()
             signal.signal(signal.SIGTERM, before)
         stack = trace.read_text(encoding="utf-8", errors="replace") if trace.exists() else ""
@@ -79,8 +89,11 @@ def run_apart(spec: str, out: Path, *, timeout: float | None = None, **options: 
         raise value
     if what == "returned":
         return int(value)
-    sys.stderr.write(stack.partition("\nExtension modules")[0])
+    if what == "died":
+        sys.stderr.write(stack.partition("\nExtension modules")[0])
     _complete(spec, out, options, check, value)
+    if what == "interrupted":
+        raise KeyboardInterrupt
     return 1
 
 

@@ -100,9 +100,12 @@ def register(subparsers: Any) -> None:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0 < seconds < 1e6:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"a number above 0 and below 1e6 is needed, not {text!r}")
     return seconds
 
 

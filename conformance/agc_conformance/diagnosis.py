@@ -11,7 +11,7 @@ from typing import Final
 
 from agc_conformance.flags import FLAGS
 from agc_conformance.records import ResultRecord
-from agc_conformance.vectors import digest
+from agc_conformance.vectors import digest, load_vectors
 
 __all__ = ["KILLERS", "diagnose", "killers", "nearest", "table"]
 
@@ -19,7 +19,7 @@ KILLERS: Final = Path(__file__).parent / "mutants" / "killers.json"
 """The table, written by ``agc conformance teeth --write``."""
 
 _ALIKE: Final = 0.8
-"""Least share of the checks failed by the backend or the mutant that both fail."""
+"""Least share of the checks failed by the backend or the mutant that both fail; passed likewise."""
 _CLASSES: Final = 3
 """Most bug classes that a diagnosis names: where more fit as well, nothing is known."""
 _METHODS: Final = {"clipping": "AGC", "sharpness": "SAM"}
@@ -60,14 +60,16 @@ def nearest(
     -------
     list of tuple of str
         Those that differ from the backend in at most twice as many checks as the most similar one,
-        or in 5 % of those that fail. Empty if even that shares less than 80 % of all failures.
+        or in 5 % of those that fail. Empty if even that one is not close: both must fail 80 % of
+        what either fails, and pass 80 % of what either passes. Whoever fails nearly everything
+        resembles everybody who does.
     """
     if not failing or not fails:
         return []
     differing = {names: len((keys & asked) ^ failing) for names, keys in fails.items()}
     order = sorted(differing, key=lambda names: differing[names])
     best = fails[order[0]] & asked
-    if len(best & failing) < _ALIKE * len(best | failing):
+    if not (_close(best, failing) and _close(asked - best, asked - failing)):
         return []
     close = max(2 * differing[order[0]], 0.05 * len(failing))
     return [names for names in order if differing[names] <= close]
@@ -77,6 +79,7 @@ def diagnose(results: Iterable[ResultRecord]) -> list[str]:
     """Return a sentence for AGC and one for SAM, each only if its failures resemble few mutants'.
 
     A backend is compared with every mutant and, if it resembles none, with every two of them.
+    Checks that ask for an error are compared only if no others fail.
 
     Parameters
     ----------
@@ -90,21 +93,23 @@ def diagnose(results: Iterable[ResultRecord]) -> list[str]:
     from agc_conformance.mutants import MUTANTS, checks
 
     flags = {mutant.name: mutant.flag for mutant in MUTANTS}
+    refusals = {vector.id for vector in load_vectors() if "error" in vector.data["expect"]}
     sentences = []
     for wing, method in _METHODS.items():
-        asked = frozenset(
+        answered = frozenset(
             k for k in checks(wing) if statuses.get(k, "unsupported") != "unsupported"
         )
+        # Most implementations check no input, whatever else is wrong with them.
+        asked = frozenset(k for k in answered if k.rpartition(":")[0] not in refusals)
+        if not asked & bad:
+            asked = answered
         failing = asked & bad
         if not failing:
             continue
-        # A mutant of whose vectors less than a quarter were asked could resemble anything.
         alone: dict[Names, frozenset[str]] = {
             (mutant.name,): keys
             for mutant in MUTANTS
-            if mutant.wing == wing
-            and (keys := killers().get(mutant.name, frozenset()))
-            and 4 * len(_ids(keys & asked)) >= len(_ids(keys))
+            if mutant.wing == wing and (keys := killers().get(mutant.name, frozenset()))
         }
         fails, near = alone, nearest(failing, asked, alone)
         if not near:
@@ -126,8 +131,9 @@ def diagnose(results: Iterable[ResultRecord]) -> list[str]:
     return sentences
 
 
-def _ids(keys: Iterable[str]) -> set[str]:
-    return {key.rpartition(":")[0] for key in keys}
+def _close(a: frozenset[str], b: frozenset[str]) -> bool:
+    """Tell whether two sets share enough of their union, and anything at all."""
+    return len(a & b) >= max(1, _ALIKE * len(a | b))
 
 
 def _described(names: Iterable[str], flags: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ LAYOUTS: Final[tuple[str, ...]] = ("torch", "flax", "keras")
 
 def backend_names() -> list[str]:
     """Return the names of the registered backends, the reference first."""
-    return ["reference", *sorted(point.name for point in entry_points(group="agc.backends"))]
+    return ["reference", *sorted({point.name for point in entry_points(group="agc.backends")})]
 
 
 def load_backend(spec: str, device: str) -> Backend:
@@ -76,6 +76,9 @@ def _find(spec: str) -> Any:
             f"--backend {spec}: not registered; there are {', '.join(backend_names())}, "
             "or name your own as package.module:object or path/to/file.py:object"
         )
+    if len({point.value for point in points}) > 1:
+        values = " and ".join(f"{p.value} (of {p.dist.name if p.dist else '?'})" for p in points)
+        raise ConfigError(f"--backend {spec}: several are registered: {values}; give one of these")
     with _loading(spec, "imported"):
         return points[0].load()
 
@@ -91,7 +94,7 @@ def _loading(spec: str, when: str) -> Iterator[None]:
         raise Unavailable(f"cannot import: {error}") from error
     except (Exception, SystemExit) as error:
         called = isinstance(error, TypeError) and when.startswith("called")
-        hint = "; it must accept device=, or be an instance" if called else ""
+        hint = "; give a class of backends, which accepts device=, or an instance" if called else ""
         raise ConfigError(f"--backend {spec}: {when}, it raises {describe(error)}{hint}") from error
 
 
@@ -130,8 +133,16 @@ def _check(spec: str, backend: Any) -> None:
             "derive it from agc_conformance.backend.Backend"
         )
     with _loading(spec, "asked for its versions and device"):
-        backend.versions()
-        backend.device_name()
+        versions, device = backend.versions(), backend.device_name()
+    named = {"name": backend.name, "device_name()": device}
+    for what, value in named.items():
+        if not isinstance(value, str):
+            raise ConfigError(f"--backend {spec}: {what} must be a str, got {value!r}")
+    if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
+        raise ConfigError(
+            f"--backend {spec}: versions() must be a dict of package to version, both str, "
+            f"got {versions!r}"
+        )
     if backend.layout not in LAYOUTS:
         raise ConfigError(
             f"--backend {spec}: layout must be one of {', '.join(LAYOUTS)}, got {backend.layout!r}"
@@ -140,6 +151,12 @@ def _check(spec: str, backend: Any) -> None:
     if unknown or isinstance(backend.dtypes, str):
         raise ConfigError(
             f"--backend {spec}: dtypes must be a set of {', '.join(LIMITS)}, got {backend.dtypes!r}"
+        )
+    lost = [path for path in backend.paths if not hasattr(backend, f"scenario_{path}")]
+    if lost:
+        raise ConfigError(
+            f"--backend {spec}: paths must be a tuple of scenarios, got {backend.paths!r}; "
+            f"there is no method scenario_{lost[0]}"
         )
 
 

@@ -52,7 +52,7 @@ from jsonschema.exceptions import best_match
 
 import agc
 from agc.errors import FormatError
-from agc.files import check_target, put, target_of
+from agc.files import check_target, part_of, put
 
 __all__ = [
     "FORMAT",
@@ -350,8 +350,7 @@ class Writer:
 
     def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
         self.path = Path(path)
-        target = target_of(self.path)
-        self.part = target.with_name(target.name + ".part")
+        self.part = part_of(self.path)
         self.counts: Counter[str] = Counter()
         self._start = datetime.now(UTC)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -399,8 +398,7 @@ def complete(path: Path, header: Header, died: DiedRecord) -> None:
     died : DiedRecord
         The last record.
     """
-    target = target_of(path)
-    part = target.with_name(target.name + ".part")
+    part = part_of(path)
     text = part.read_text(encoding="utf-8") if part.is_file() else ""
     lines = text[: text.rfind("\n") + 1].splitlines()  # the last may be cut
     records = [_parse(f"{part}, line {number}", line) for number, line in enumerate(lines, 1)]

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -41,6 +42,8 @@ from agc_conformance.xfail import apply, default_file, read_xfail, unused
 __all__ = ["check_selection", "progress_bar", "run"]
 
 Watch = Callable[[str], None]
+_SHOWN: Final = 20
+"""How many failures are printed; the file and the report have all."""
 
 
 def check_selection(select: str | None) -> None:
@@ -121,8 +124,11 @@ def run(
         If ``select`` matches nothing, or there is no such backend.
     """
     console = console or Console(stderr=True)
+    say = partial(console.print, highlight=False, soft_wrap=True)
     watch = watch or (lambda _: None)
     check_selection(select)
+    place = out.absolute()  # a backend may change the working directory
+    expected = read_xfail(xfail) if xfail else []
     common: dict[str, Any] = {
         "vectors": digest(),
         "full": full,
@@ -141,14 +147,14 @@ def run(
             "reason": str(reason),
         }
         with Writer(
-            out, make_header("run", backend=spec, role=role or "backend", **common)
+            place, make_header("run", backend=spec, role=role or "backend", **common)
         ) as file:
             file.write(absent)
-        console.print(f"[yellow]{spec} on {device}: unavailable[/]: {reason}", highlight=False)
+        say(f"[yellow]{escape(spec)} on {device}: unavailable[/]: {escape(str(reason))}")
         return 0 if allow_unavailable else 1
     role = role or role_of(backend)
-    path = xfail or default_file(backend.name)
-    expected = read_xfail(path) if path else []
+    if xfail is None and (path := default_file(backend.name)):
+        expected = read_xfail(path)
     # Level 0 tests this library's core, so only the reference backend is asked.
     without = frozenset(CORE_KINDS) if role == "backend" else OF_THIS_LIBRARY
     if isinstance(backend, ReferenceBackend) and role == "backend":
@@ -163,11 +169,11 @@ def run(
         versions=backend.versions(),
         **common,
     )
+    label = f"{escape(backend.name)} on {device}"
     counts: Counter[str] = Counter()
     passed_by_level: dict[str, bool] = {}  # known failures count as passed
     results: list[ResultRecord] = []
-    with Writer(out, header) as file, progress_bar(console) as bar:
-        label = f"{backend.name} on {device}"
+    with Writer(place, header) as file, progress_bar(console) as bar:
         task = bar.add_task(label, total=len(chosen))
 
         def keep(record: Record) -> None:
@@ -197,29 +203,28 @@ def run(
             for record in _recipes(backend, select, bar, watch):
                 keep(record)
     problems = [result for result in results if result["status"] in bad_statuses]
-    for bad in problems[:20]:
-        console.print(
-            f"[red]{bad['status']}[/] {bad['id']}:{bad['dtype']} {escape(bad['detail'])}",
-            highlight=False,
-        )
+    for bad in problems[:_SHOWN]:
+        say(f"[red]{bad['status']}[/] {bad['id']}:{bad['dtype']} {escape(bad['detail'])}")
+    if len(problems) > _SHOWN:
+        say(f"and {len(problems) - _SHOWN} more, which the report lists")
     stale = unused(expected) if select is None else []
     for line in stale:
-        console.print(f"[red]stale[/] {line}", highlight=False)
+        say(f"[red]stale[/] {escape(line)}")
     shown = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     if not counts:
         shown = (
             f"nothing was run: --select {escape(str(select))} matches only what this run leaves out"
         )
     for sentence in diagnose(results):
-        console.print(f"[yellow]{escape(sentence)}[/]", highlight=False, soft_wrap=True)
-    console.print(f"{backend.name} on {device}: {shown} -> {written(out)}", highlight=False)
+        say(f"[yellow]{escape(sentence)}[/]")
+    say(f"{label}: {shown} -> {escape(written(out))}")
     if role == "subject":
         return int(bool(stale) or not counts)
     # Passing level 0 alone does not count, unless no other level was selected.
     levels = set(passed_by_level) - {"L0"} or {"L0"}
     nothing_passed = not any(passed_by_level.get(level) for level in levels)
     if counts and nothing_passed:
-        console.print("[red]nothing passed[/] beyond the plans of level 0", highlight=False)
+        say("[red]nothing passed[/] beyond the plans of level 0")
     return int(nothing_passed or bool(problems) or bool(stale))
 
 

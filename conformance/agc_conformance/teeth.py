@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from agc.files import write_text, written
 from agc_conformance.diagnosis import KILLERS, killers, table
@@ -66,27 +68,21 @@ def teeth(out: Path | None = None, *, write: bool = False, console: Console | No
             if any(mutant.flag in flags.get(key.rpartition(":")[0], ()) for key in killed_by):
                 killed_flags.add(mutant.flag)
             bar.advance(task)
+    say = partial(console.print, highlight=False, soft_wrap=True)
     for name in survivors:
-        console.print(f"[red]survived[/] {name}", highlight=False)
+        say(f"[red]survived[/] {name}")
     toothless = sorted(set(FLAGS) - killed_flags)
     for flag in toothless:
-        console.print(
-            f"[red]toothless[/] no vector with the flag {flag} kills a mutant of that flag",
-            highlight=False,
-        )
+        say(f"[red]toothless[/] no vector with the flag {flag} kills a mutant of that flag")
     if write:
         write_text(KILLERS, table(killed))
         killers.cache_clear()
     stale = any(killers().get(name) != frozenset(keys) for name, keys in killed.items())
     if stale:
-        console.print(
-            f"[red]stale[/] {KILLERS.name} says otherwise; run: agc conformance teeth --write",
-            highlight=False,
-        )
-    console.print(
+        say(f"[red]stale[/] {KILLERS.name} says otherwise; run: agc conformance teeth --write")
+    say(
         f"{len(MUTANTS) - len(survivors)} of {len(MUTANTS)} mutants killed, "
         f"{len(killed_flags)} of {len(FLAGS)} flags proven"
-        + (f" -> {written(out)}" if out else ""),
-        highlight=False,
+        + (f" -> {escape(written(out))}" if out else "")
     )
     return int(bool(survivors or toothless or stale))

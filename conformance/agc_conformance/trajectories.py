@@ -69,6 +69,8 @@ def compare_trajectory(
     question: Trajectory[Any, Any], got: Sequence[Mapping[str, Array]]
 ) -> Verdict:
     """Compare every parameter at every step."""
+    if not isinstance(got, Sequence):
+        return Verdict(f"a {type(got).__name__} came back, not a list of weights")
     if len(got) != len(question.batches):
         return Verdict(f"{len(got)} steps came back, not {len(question.batches)}")
     verdict = Verdict()

@@ -48,17 +48,17 @@ def read_xfail(path: Path) -> list[Expected]:
         If the file cannot be read or a line has no reason.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors may write a mark
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{path}: cannot be read as text: {error}") from None
     expected = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        pattern, _, reason = line.strip().partition(" ")
-        if not reason.strip():
+        pattern, *reason = line.split(maxsplit=1)
+        if not reason:
             raise FormatError(f"{path}, line {number}: {pattern!r} gives no reason")
-        expected.append(Expected(pattern, reason.strip(), f"{path}, line {number}"))
+        expected.append(Expected(pattern, reason[0].strip(), f"{path}, line {number}"))
     return expected
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+import pytest
+
+from agc.cli import main
 from agc_conformance.diagnosis import diagnose, killers
 from agc_conformance.flags import FLAGS
 from agc_conformance.mutants import MUTANTS, checks
@@ -47,6 +51,23 @@ def test_the_diagnosis_is_what_a_run_says() -> None:
     ]
     (said,) = re.findall(r"^```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert [" ".join(said.split())] == diagnose(results)
+
+
+def test_the_steps_of_a_ci_are_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are run on the example, which fails, and with few checks."""
+    (steps,) = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line) for line in re.findall(r"^- run: (.*)", steps, re.MULTILINE)]
+    assert commands.pop(0) == ["pip", "install", ".", "agc-sam[conformance]"]
+    assert [command[:3] for command in commands] == [
+        ["agc", "conformance", "run"],
+        ["agc", "conformance", "report"],
+    ]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "my_module.py").write_text(EXAMPLE)
+    commands[0] += ["--select", "L1-error-*", "--no-train", "--no-models"]
+    assert [main(command[1:]) for command in commands] == [1, 1]
+    assert (tmp_path / "agc-report" / "junit.xml").is_file()
 
 
 def test_links_lead_somewhere() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import pytest
 import agc
 from agc.cli import main
 from agc.errors import ConfigError, FormatError, ShapeError
-from agc_conformance import mutants, suite, xfail
+from agc_conformance import apart, load, mutants, suite, xfail
 from agc_conformance import teeth as teeth_module
 from agc_conformance.backend import Outcome, Problem, Unavailable, Unsupported
 from agc_conformance.backends.reference import ReferenceBackend
@@ -187,6 +190,27 @@ def test_wrong_outcomes_fail(change: Any, message: str) -> None:
     assert message in record["detail"]
 
 
+def test_an_answer_of_another_type_fails() -> None:
+    class Other(ReferenceBackend):
+        def clip(self, problem: Problem) -> Any:
+            return dict(super().clip(problem).gradients)
+
+        def sharpen(self, problem: Any) -> Any:
+            return None
+
+        def trajectory(self, *arguments: Any) -> Any:
+            return iter(())
+
+    said = {
+        "L1-tie": "a dict came back, not an Outcome",
+        "L1-sam-restore": "a NoneType came back, not a SharpnessOutcome",
+        "L2-sgd": "a tuple_iterator came back, not a list of weights",
+    }
+    for name, detail in said.items():
+        record = run_case(Other(), VECTORS[name], "float32")
+        assert (record["status"], record["detail"]) == ("failed", detail)
+
+
 def test_a_backend_that_clips_in_place_cannot_hide() -> None:
     """What comes back is compared with what went in, not with an array that was overwritten."""
 
@@ -284,6 +308,21 @@ class Fp32(Backend):
 class Unversioned(Backend):
     def versions(self): raise LookupError("none")
 
+class Number(Backend):
+    name = 7
+
+class OfDevice(Backend):
+    def device_name(self): return None
+
+class Version(Backend):
+    def versions(self): return "1.0"
+
+class Versions(Backend):
+    def versions(self): return {"numpy": 2}
+
+class Paths(Backend):
+    paths = ("compiled", "fast")
+
 instance = Backend()
 number = 3
 """
@@ -327,7 +366,7 @@ CALLED = "called with device='cpu', it raises"
         ("x.py", "name the backend in the file too: x.py:object"),
         (
             "x.py:NoDevice",
-            f"{CALLED} TypeError: .*'device'.*; it must accept device=, or be an ins",
+            f"{CALLED} TypeError: .*'device'.*; give a class of backends, which accepts",
         ),
         ("x.py:Fp32", r"dtypes must be a set of float16, .*, got \{'fp32'\}"),
         ("x.py:Raises", f"{CALLED} RuntimeError: no "),
@@ -336,6 +375,11 @@ CALLED = "called with device='cpu', it raises"
         ("x.py:Caffe", "layout must be one of torch, flax, keras, got 'caffe'"),
         ("x.py:Unversioned", "asked for its versions and device, it raises LookupError: none"),
         ("x.py:number", f"{CALLED} TypeError"),
+        ("x.py:Number", "name must be a str, got 7"),
+        ("x.py:OfDevice", r"device_name\(\) must be a str, got None"),
+        ("x.py:Version", r"versions\(\) must be a dict of package to version, .*got '1.0'"),
+        ("x.py:Versions", r"versions\(\) must be a dict of .*got \{'numpy': 2\}"),
+        ("x.py:Paths", "paths must be a tuple of scenarios, .*no method scenario_fast"),
     ],
 )
 def test_backends_that_do_not_exist_or_are_broken(
@@ -421,6 +465,116 @@ def test_a_backend_that_does_nothing_fails(
     assert {r["status"] for r in read_results(out).results} == {"unsupported"}
     role = ("--role", "subject")
     assert run(out, *role, backend="empty.py:Empty") == 0, "subjects are only looked at"
+
+
+MOVES = """
+import os
+from agc_conformance.backend import Backend
+
+class Moves(Backend):
+    name = "[red]moves"
+    def clip(self, problem):
+        os.chdir("/")
+        raise ValueError("no " * 40)
+"""
+
+
+def test_a_run_whatever_the_backend_does_with_the_folder(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And its summary: a failure is one line, and those that are not shown are counted."""
+    Path("moves.py").write_text(MOVES)
+    run = ("run", "--backend", "moves.py:Moves", "--out", "r.jsonl", "--select", "L1-layer-*")
+    assert agc_command(*run) == 1
+    found = read_results(folder / "r.jsonl")
+    errors = sum(r["status"] == "error" for r in found.results)
+    assert errors > 20
+    lines = capfd.readouterr().err.splitlines()
+    assert sum(line.startswith("error L1-layer-") for line in lines) == 20
+    assert all(line.endswith("(moves.py:9)") for line in lines if line.startswith("error "))
+    assert f"and {errors - 20} more, which the report lists" in lines
+    assert any(line.startswith("[red]moves on cpu: ") for line in lines)
+    assert agc_command("report", folder / "r.jsonl") == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert f"and {errors - 30} more; --out DIR writes all" in lines
+    assert any(line.startswith("error [red]moves on cpu L1-layer-") for line in lines)
+
+
+class Point(EntryPoint):
+    """An entry point of no installed package."""
+
+    dist = None
+
+
+def test_two_packages_that_register_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [Point("mine", f"{name}:Backend", "agc.backends") for name in ("a", "b")]
+    monkeypatch.setattr(load, "entry_points", lambda group: points)
+    with pytest.raises(ConfigError, match=r"several are registered: a:Backend .* and b:Backend"):
+        load_backend("mine", "cpu")
+    assert load.backend_names() == ["reference", "mine"]
+
+
+@pytest.mark.parametrize("text", ["abc", "nan", "-1", "0", "inf"])
+def test_a_timeout_is_a_number_of_seconds(
+    text: str, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        agc_command("run", "--backend", "reference", "--out", out, f"--timeout={text}")
+    assert f"a number above 0 and below 1e6 is needed, not '{text}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/"])
+def test_a_folder_is_no_result_file(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert agc_command("run", "--backend", "reference", "--out", name) == 2
+    assert "name a file in it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("everyone", [True, False], ids=["terminal", "kill"])
+def test_an_interrupted_run_leaves_a_file_that_says_so(everyone: bool, out: Path) -> None:
+    """Ctrl-C in a terminal reaches both processes, and ``kill -INT`` one."""
+    out.with_name("dying.py").write_text(DYING + "print('here', flush=True)\n")
+    backend = f"{out.with_name('dying.py')}:Hang"
+    command = ("conformance", "run", "--backend", backend, "--out", out, "--select", "L1-tie*")
+    with subprocess.Popen(
+        [sys.executable, "-m", "agc", *map(str, command)],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+        part = out.with_name("r.jsonl.part")
+        while not part.exists() or part.read_text().count("\n") < 3:
+            time.sleep(0.05)
+        (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.endswith("agc: interrupted\n")
+    (died,) = read_results(out).died
+    assert died == {
+        "type": "died",
+        "check": "L1-tie:float16",
+        "reason": "interrupted by the user",
+    }
+
+
+def test_a_thread_that_never_ends_does_not_keep_a_run(
+    folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("threads.py").write_text(
+        "import threading, time\n"
+        "from agc_conformance.backends.reference import ReferenceBackend\n"
+        "class Threads(ReferenceBackend):\n"
+        "    def clip(self, problem):\n"
+        "        threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "        return super().clip(problem)\n"
+    )
+    monkeypatch.setattr(apart, "_SECONDS_TO_END", 0.5)
+    run = ("run", "--backend", "threads.py:Threads", "--out", out, "--select", "L1-tie")
+    assert agc_command(*run) == 0
+    assert read_results(out).died == []
 
 
 DYING = """
@@ -540,7 +694,7 @@ def test_where_nothing_can_be_written(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(suite, "run_case", run_case)
     monkeypatch.setattr(teeth_module, "run_mutant", run_case)
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != Path("locked"))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")
     for name in ("folder", "locked"):
         (tmp_path / name).mkdir()
     (tmp_path / "file").touch()
@@ -603,6 +757,14 @@ def test_expected_failures(
     assert found.footer["counts"]["xfail"] == 5
     assert [r["id"] for r in found.results if r["status"] == "xpass"] == unexpected
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["L1-a\tslow\n", "  L1-a   slow", "\ufeffL1-a slow\r\n"])
+def test_how_an_expectation_may_be_written(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.txt"
+    file.write_text(text, encoding="utf-8")
+    (line,) = xfail.read_xfail(file)
+    assert (line.pattern, line.reason) == ("L1-a", "slow")
 
 
 def test_an_expectation_without_a_reason(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ Array = npt.NDArray[Any]
 
 def compare_clip(question: ClipQuestion, outcome: Outcome) -> Verdict:
     """Compare an outcome with the expectations of its question."""
+    if not isinstance(outcome, Outcome):
+        return Verdict(f"a {type(outcome).__name__} came back, not an Outcome")
     unknown = sorted(set(outcome.gradients) - set(question.gradients))
     if unknown:
         return Verdict(f"gradients came back for {unknown}, which are no parameters")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from agc.files import check_target, write_text
 from agc_conformance.records import read_results
@@ -59,5 +60,6 @@ def report(
         for name, text in contents.items():
             write_text(out / name, text)
         terminal(summary, console)
-        console.print(f"written: {out}/index.html and {len(contents) - 1} more", highlight=False)
+        written = f"written: {escape(str(out))}/index.html and {len(contents) - 1} more"
+        console.print(written, highlight=False, soft_wrap=True)
     return 0 if summary.ok else 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from functools import partial
+from typing import Any, Final
 from xml.etree import ElementTree as ET
 
 from rich.console import Console
@@ -31,6 +32,8 @@ _STYLE = {
     "unsupported": "dim",
     "none": "dim",
 }
+_SHOWN: Final = 30
+"""How many failures are printed."""
 # Characters that XML 1.0 cannot hold.
 _CONTROL = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd]")
 
@@ -58,6 +61,7 @@ def _worst(cell: Cell) -> str:
 
 def terminal(summary: Summary, console: Console) -> None:
     """Print the matrix."""
+    say = partial(console.print, highlight=False, soft_wrap=True)
     for title, columns in (("Backends", summary.backends), ("Subjects", summary.subjects)):
         if not columns:
             continue
@@ -85,39 +89,33 @@ def terminal(summary: Summary, console: Console) -> None:
         table.add_row("all", *totals)
         console.print(table)
         if folded:
-            console.print(f"[dim]not offered or not asked: {', '.join(folded)}[/]", highlight=False)
-    for column, result in summary.failures[:30]:
-        console.print(
-            f"[red]{result['status']}[/] {column.title} {result['id']}:{result['dtype']} "
-            f"{escape(result['detail'])}",
-            highlight=False,
+            say(f"[dim]not offered or not asked: {', '.join(folded)}[/]")
+    for column, result in summary.failures[:_SHOWN]:
+        say(
+            f"[red]{result['status']}[/] {escape(column.title)} {result['id']}:{result['dtype']} "
+            f"{escape(result['detail'])}"
         )
+    if len(summary.failures) > _SHOWN:
+        say(f"and {len(summary.failures) - _SHOWN} more; --out DIR writes all")
     for record in summary.unavailable:
-        console.print(
-            f"[yellow]unavailable[/] {record['backend']} on {record['device']}: "
-            f"{escape(record['reason'])}",
-            highlight=False,
+        say(
+            f"[yellow]unavailable[/] {escape(record['backend'])} on {record['device']}: "
+            f"{escape(record['reason'])}"
         )
     for name in summary.survivors:
-        console.print(f"[red]survived[/] {name}", highlight=False)
+        say(f"[red]survived[/] {name}")
     for program in summary.programs:
         if program["status"] != "compiled":
-            console.print(
-                f"[yellow]{program['status']}[/] {program['id']}: {escape(program['detail'])}",
-                highlight=False,
-            )
+            say(f"[yellow]{program['status']}[/] {program['id']}: {escape(program['detail'])}")
     if summary.programs:
         compiled = sum(program["status"] == "compiled" for program in summary.programs)
-        console.print(
-            f"{compiled} of {len(summary.programs)} programs compiled ahead of time (not run)",
-            highlight=False,
-        )
+        say(f"{compiled} of {len(summary.programs)} programs compiled ahead of time (not run)")
     for sentence in summary.diagnoses:
-        console.print(f"[yellow]{escape(sentence)}[/]", highlight=False, soft_wrap=True)
+        say(f"[yellow]{escape(sentence)}[/]")
     for notice in summary.notices:
-        console.print(f"[yellow]{escape(notice)}[/]", highlight=False)
+        say(f"[yellow]{escape(notice)}[/]")
     style = {"ok": "green", "partly": "yellow", "no": "bold red"}[summary.mood]
-    console.print(f"[{style}]{summary.headline}[/]", highlight=False)
+    say(f"[{style}]{summary.headline}[/]")
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

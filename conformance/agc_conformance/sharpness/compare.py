@@ -44,6 +44,8 @@ NUMBER_LIMITS: Final = {dtype: 2 * limit for dtype, limit in SHARPNESS_LIMITS.it
 
 def compare_sharpness(question: SharpenQuestion, outcome: SharpnessOutcome) -> Verdict:
     """Compare an outcome with the expectations of its question."""
+    if not isinstance(outcome, SharpnessOutcome):
+        return Verdict(f"a {type(outcome).__name__} came back, not a SharpnessOutcome")
     verdict = Verdict()
     for name, weight in question.problem.parameters.items():
         verdict.add(_compare_weight(name, outcome.weights.get(name), weight))

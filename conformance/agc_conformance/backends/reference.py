@@ -363,13 +363,14 @@ class ReferenceBackend(Backend):
         return self.models.training(problem, recipe)
 
     def trainer(self, recipe: Recipe, launch: Launch) -> Trainer:
-        """Train in float64, with a state in float32."""
-        return self.training(recipe, launch, dtype=np.float32)
+        """Train in float64, with a state in the recipe's dtype."""
+        return self.training(recipe, launch, dtype=recipe.precision.state)
 
     def processes(self, count: int) -> AbstractContextManager[Callable[[Recipe, Launch], Trainer]]:
         """Give trainers that take the batches of several processes."""
 
         def make(recipe: Recipe, launch: Launch) -> Trainer:
-            return self.training(recipe, launch, dtype=np.float32, processes=count)
+            dtype = recipe.precision.state
+            return self.training(recipe, launch, dtype=dtype, processes=count)
 
         return nullcontext(make)

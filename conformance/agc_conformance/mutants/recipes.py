@@ -282,11 +282,10 @@ class _OneGroup(ReferenceTrainer):
 @_training("new head clipped", "what is excluded is the old head's name", "RECIPE-8", "finetune")
 class _OldHead(ReferenceTrainer):
     def make_plan(self) -> Plan | None:
-        rule = self.recipe.agc
-        if rule is None or self.recipe.model.head == "keep":
+        if self.recipe.agc is None or self.recipe.model.head == "keep":
             return super().make_plan()
         known = [Parameter(s.name, s.shape, s.units, "out-last") for s in self.trained]
-        return make_plan(known, replace(rule, exclude=()), head=HEAD)
+        return make_plan(known, replace(self.rule(), exclude=()), head=HEAD)
 
 
 @_training("one batch again", "the step of a checkpoint is the last one made", "RECIPE-7", "resume")

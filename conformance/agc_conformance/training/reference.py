@@ -84,21 +84,22 @@ class ReferenceTrainer:
 
     def load(self, state: State) -> None:
         """Take over a state."""
-        self.weights, self.momentum = self._copy(state.parameters), self._copy(state.momentum)
-        self.average = None if state.ema is None else self._copy(state.ema)
+        self.weights, self.momentum = self.stored(state.parameters), self.stored(state.momentum)
+        self.average = None if state.ema is None else self.stored(state.ema)
         self.made = state.step
 
     def state(self) -> State:
         """Return a copy of the state; its arrays have the dtype of this training."""
         return State(
             step=self.made,
-            parameters=self._copy(self.weights),
-            momentum=self._copy(self.momentum),
-            ema=None if self.average is None else self._copy(self.average),
+            parameters=self.stored(self.weights),
+            momentum=self.stored(self.momentum),
+            ema=None if self.average is None else self.stored(self.average),
             facts=self.facts,
         )
 
-    def _copy(self, arrays: Arrays) -> dict[str, Array]:
+    def stored(self, arrays: Arrays) -> dict[str, Array]:
+        """Return copies in the dtype of the state."""
         return {name: np.array(arrays[name], self.dtype) for name in self.names}
 
     # --- a step -----------------------------------------------------------------------------------
@@ -116,9 +117,9 @@ class ReferenceTrainer:
                 spec, wide[name], gradients[name], self.momentum[name], float(numbers.rate)
             )
             self.momentum[name] = buffer.astype(self.dtype)
-        self.weights = self._copy(wide)
+        self.weights = self.stored(wide)
         if self.average is not None and numbers.ema_decay is not None:
-            self.average = self._copy(self.followed(self.average, float(numbers.ema_decay)))
+            self.average = self.stored(self.followed(self.average, float(numbers.ema_decay)))
         self.made += 1
         if self.clipping is None:
             return Metrics(loss=loss, perturbed_loss=perturbed)

@@ -179,4 +179,3 @@ def test_what_only_one_question_finds(name: str, killed_by: str, detail: str) ->
     bad = {f"{r['id']}:{r['dtype']}": r["detail"] for r in found if r["status"] == "failed"}
     assert list(bad) == [killed_by]
     assert bad[killed_by].startswith(detail)
-

@@ -369,7 +369,6 @@ class ReferenceBackend(Backend):
 
     def processes(self, count: int) -> AbstractContextManager[Callable[[Recipe, Launch], Trainer]]:
         """Give trainers that take the batches of several processes."""
-
         return nullcontext(partial(_stored, self.training, processes=count))
 
     def elsewhere(self) -> Callable[[Recipe, Launch], Trainer]:

@@ -234,9 +234,7 @@ def training(
 ) -> Training:
     """Return the training that goes on in a folder."""
     train, test = (open_source(recipe, part) for part in PARTS)
-    return Training(
-        recipe, trainer, train, test, folder, launch=launch, resume=True, report=report
-    )
+    return Training(recipe, trainer, train, test, folder, launch=launch, resume=True, report=report)
 
 
 def train_and_kill(make: Make, recipe: Recipe, launch: Launch, folder: Path, steps: int) -> None:
@@ -261,9 +259,7 @@ def train_and_kill(make: Make, recipe: Recipe, launch: Launch, folder: Path, ste
     """
     log = folder.with_suffix(".log")
     arguments = (make, recipe, launch, folder, steps, log)
-    child = multiprocessing.get_context("spawn").Process(
-        target=_train, args=arguments, daemon=True
-    )
+    child = multiprocessing.get_context("spawn").Process(target=_train, args=arguments, daemon=True)
     child.start()
     try:
         child.join()
@@ -284,9 +280,7 @@ def _log_of(folder: Path) -> list[dict[str, Any]]:
     return read_log(file) if file.exists() else []
 
 
-def _train(
-    make: Make, recipe: Recipe, launch: Launch, folder: Path, steps: int, log: Path
-) -> None:
+def _train(make: Make, recipe: Recipe, launch: Launch, folder: Path, steps: int, log: Path) -> None:
     """Be the process that is killed, in the middle of its loop."""
     _print_into(log)
 

@@ -27,7 +27,7 @@ from typing import Any, Final, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from agc.checks import check_batch_given, check_microbatches, check_rule
+from agc.checks import check_batch, check_batch_given, check_microbatches, check_rule
 from agc.config import SAM
 from agc.errors import (
     ConfigError,
@@ -36,6 +36,7 @@ from agc.errors import (
     NonFiniteError,
     OrderError,
     ParameterError,
+    SelectorError,
 )
 from agc.plan import WHOLE
 from agc.selectors import perturbed_names
@@ -57,7 +58,7 @@ from agc_torch.passes import (
 )
 from agc_torch.schedules import value_at
 from agc_torch.shards import is_dtensor, local, norm_over, shard_axes
-from agc_torch.units import named_parameters, unwrap
+from agc_torch.units import named_parameters, unwrap, with_ties
 from agc_torch.views import View
 
 __all__ = ["SamStats", "SharpnessAware"]
@@ -420,7 +421,11 @@ class SharpnessAware:
         ):
             return
         named = named_parameters(self.model)
-        self._selected = [named[name] for name in perturbed_names(named, self.rule)]
+        try:
+            selected = perturbed_names(named, self.rule)
+        except SelectorError as error:
+            raise with_ties(error, self.model) from None
+        self._selected = [named[name] for name in selected]
         self._parameters = parameters
 
     def _reach(self, optimizers: tuple[Any, ...]) -> _Reach:
@@ -746,6 +751,7 @@ class SharpnessAware:
         )
         if batch is None:
             return
+        check_batch(batch)
         try:
             inspect.signature(closure).bind(*batch)
         except TypeError:

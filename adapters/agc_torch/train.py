@@ -301,8 +301,7 @@ class Trainer:
             [local(parameter) for parameter in model.parameters()]
             for model in (self._average, self._model)
         )
-        torch._foreach_mul_(averages, float(decay))
-        torch._foreach_add_(averages, weights, alpha=1 - float(decay))
+        torch._foreach_lerp_(averages, weights, 1 - float(decay))
 
     # --- an evaluation ----------------------------------------------------------------------------
 

@@ -99,6 +99,8 @@ class Devices:
     mesh: Mesh
     sharded: bool
     """Whether each has a part of every parameter, and not all of it."""
+    dtype: str
+    """Of the parameters."""
 
     @property
     def count(self) -> int:
@@ -126,7 +128,7 @@ class Devices:
             name: jax.make_array_from_callback(
                 np.shape(array),
                 self.sharding(np.shape(array)),
-                lambda index, array=array: np.array(array[index], np.float32),
+                lambda index, array=array: np.array(array[index], self.dtype),
             )
             for name, array in arrays.items()
         }
@@ -134,7 +136,7 @@ class Devices:
     def shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.ShapeDtypeStruct]:
         """Return arrays as :meth:`placed` would place them, without numbers."""
         return {
-            name: jax.ShapeDtypeStruct(shape, np.float32, sharding=self.sharding(shape))
+            name: jax.ShapeDtypeStruct(shape, self.dtype, sharding=self.sharding(shape))
             for name, shape in shapes.items()
         }
 

@@ -8,7 +8,7 @@ device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -69,6 +69,8 @@ class Trainer:
 
     Of the devices of a process as many are used as divide its part of the batch, or the groups of
     SAM in it.
+
+    JAX has float64 only where it is enabled: for a recipe in float64, within the methods.
     """
 
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
@@ -81,6 +83,7 @@ class Trainer:
         self._devices = Devices(
             mesh(launch.device, part if group == "batch" else part // group),
             sharded=launch.engine == "fsdp",
+            dtype=recipe.precision.state,
         )
         self._own = self._devices.count // self.hosts.count
         self._microbatch = max(1, (launch.microbatch or part) // self._own)
@@ -95,8 +98,14 @@ class Trainer:
         }
         self._trained = trained_names(recipe)
         self._arrays: _Arrays | None = None
-        self._idle: dict[str, npt.NDArray[np.float32]] = {}  # momentum of what is not trained
+        self._idle: dict[str, npt.NDArray[Any]] = {}  # momentum of what is not trained
         self._made = 0
+
+    def _enabled(self) -> AbstractContextManager[None]:
+        """Let JAX compute in the dtype of the recipe, in this thread."""
+        wide = self._devices.dtype == "float64"
+        enabled: AbstractContextManager[None] = jax.enable_x64(True) if wide else nullcontext()
+        return enabled
 
     # --- the state --------------------------------------------------------------------------------
 
@@ -107,13 +116,14 @@ class Trainer:
             if arrays is not None:
                 core.check_arrays(self._specs(), arrays)
         placed, momentum = self._devices.placed, state.momentum
-        self._arrays = _Arrays(
-            placed(state.parameters),
-            placed({name: momentum[name] for name in self._trained}),
-            None if ema is None else placed(ema),
-        )
+        with self._enabled():
+            self._arrays = _Arrays(
+                placed(state.parameters),
+                placed({name: momentum[name] for name in self._trained}),
+                None if ema is None else placed(ema),
+            )
         idle = set(momentum).difference(self._trained)
-        self._idle = {name: np.array(momentum[name]) for name in idle}
+        self._idle = {name: np.array(momentum[name], self._devices.dtype) for name in idle}
         self._made = state.step
 
     def state(self) -> State:
@@ -122,18 +132,25 @@ class Trainer:
         parts: dict[str, Any] = {}
         for part, arrays in self._arrays._asdict().items():
             if arrays is not None:
-                known = self._devices.whole(arrays) | (self._idle if part == "momentum" else {})
+                with self._enabled():
+                    known = self._devices.whole(arrays)
+                known |= self._idle if part == "momentum" else {}
                 parts[part] = {spec.name: known[spec.name] for spec in self._specs()}
         return State(step=self._made, facts=self.facts, **parts)
 
     def save_sharded(self, folder: Path) -> None:
         """Write the state by Orbax, each process its part."""
         assert self._arrays is not None
-        if not _all_finite(self._arrays):
+        with self._enabled():
+            finite = _all_finite(self._arrays)
+        if not finite:
             raise NonFiniteError(f"the state is not finite before step {self._made}")
         parts = {part: of for part, of in self._arrays._asdict().items() if of is not None}
         parts["momentum"] = {**parts["momentum"], **self._idle}
-        with _checkpointer(OSError, f"{folder}: cannot be written") as checkpointer:
+        with (
+            self._enabled(),
+            _checkpointer(OSError, f"{folder}: cannot be written") as checkpointer,
+        ):
             checkpointer.save(folder.absolute(), parts)
 
     def load_sharded(self, folder: Path, step: int) -> None:
@@ -141,14 +158,17 @@ class Trainer:
         shapes = {spec.name: spec.shape for spec in self._specs()}
         wanted: dict[str, Any] = self._devices.shapes(shapes)
         idle = {
-            name: np.zeros(shape, np.float32)
+            name: np.zeros(shape, self._devices.dtype)
             for name, shape in shapes.items()
             if name not in self._trained
         }
         parts: dict[str, Any] = {"parameters": wanted, "momentum": wanted | idle}
         if self._recipe.ema:
             parts["ema"] = wanted
-        with _checkpointer(FormatError, f"{folder}: cannot be read") as checkpointer:
+        with (
+            self._enabled(),
+            _checkpointer(FormatError, f"{folder}: cannot be read") as checkpointer,
+        ):
             parts = checkpointer.restore(folder.absolute(), parts)
         self._idle = {name: parts["momentum"].pop(name) for name in idle}
         self._arrays = _Arrays(parts["parameters"], parts["momentum"], parts.get("ema"))
@@ -163,19 +183,21 @@ class Trainer:
     def step(self, batch: Batch, numbers: Numbers) -> Metrics:
         """Make one step."""
         recipe = self._recipe
-        assert recipe.model.num_classes is not None
-        targets = soft_labels(batch, recipe.model.num_classes, recipe.train.smoothing)
+        classes, dtype = recipe.model.num_classes, self._devices.dtype
+        assert classes is not None
+        targets = soft_labels(batch, classes, recipe.train.smoothing, dtype)
         if recipe.sam and not float(numbers.rho or 0):
             recipe = self._plain
-        self._arrays, done = _step(
-            self._arrays,
-            self._devices.examples(_Examples(batch.images, targets, batch.masks)),
-            vars(numbers),
-            np.uint32(self._made),
-            recipe=recipe,
-            microbatch=self._microbatch,
-            devices=self._devices,
-        )
+        with self._enabled():
+            self._arrays, done = _step(
+                self._arrays,
+                self._devices.examples(_Examples(batch.images, targets, batch.masks)),
+                jax.tree.map(lambda number: number.astype(dtype), vars(numbers)),
+                np.uint32(self._made),
+                recipe=recipe,
+                microbatch=self._microbatch,
+                devices=self._devices,
+            )
         self._raise_if_nonfinite(done)
         self._made += 1
         perturbed = done.sam.perturbed_loss if done.sam else None
@@ -218,12 +240,13 @@ class Trainer:
             # What fills the devices up has weight 0.
             more = -len(batch.images) % self._own
             filled = (np.pad(rows, [(0, more)] + [(0, 0)] * (rows.ndim - 1)) for rows in batch)
-            classified = _classify(
-                parameters,
-                *self._devices.examples(tuple(filled)),
-                options=options,
-                devices=self._devices,
-            )
+            with self._enabled():
+                classified = _classify(
+                    parameters,
+                    *self._devices.examples(tuple(filled)),
+                    options=options,
+                    devices=self._devices,
+                )
             losses, rank, real = map(np.asarray, classified)
             loss += float(losses[real].sum(dtype=np.float64))
             top1 += int((rank[real] < 1).sum())
@@ -266,10 +289,10 @@ class _Model(NamedTuple):
     def __call__(
         self, parameters: Mapping[str, Any], images: jax.Array, **options: Any
     ) -> jax.Array:
-        """Return the logits in float32."""
+        """Return the logits in the dtype of the parameters."""
         tree = jax.tree.unflatten(self.structure, [parameters[name] for name in self.names])
         logits = nnx.merge(self.graph, tree, self.others)(images, **options)
-        return logits.astype(jnp.float32)
+        return logits.astype(parameters[self.names[0]].dtype)
 
 
 @lru_cache(maxsize=8)
@@ -422,7 +445,7 @@ def _gradient(
             lambda leaf: leaf[whole:],
         )
     )
-    zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained)
+    zeros = jnp.zeros((), batch.targets.dtype), jax.tree.map(jnp.zeros_like, trained)
     sums: tuple[jax.Array, Named] = lax.scan(add, zeros, stacked)[0]
     return sums if whole == examples else add(sums, rest)[0]
 
@@ -484,9 +507,10 @@ def _ascent(recipe: Recipe, devices: Devices, batch: _Examples) -> _Examples:
     taken = jnp.array([np.resize(row, most) for row in rows])[device]
     # The mean over the device's examples is to be its share of the mean over all.
     factor = most * devices.count / len(ascent)
-    factors = jnp.array([factor * (np.arange(most) < len(row)) for row in rows], jnp.float32)
+    factors = jnp.array([factor * (np.arange(most) < len(row)) for row in rows])
     first: _Examples = jax.tree.map(lambda leaf: leaf[taken], batch)
-    return first._replace(targets=first.targets * factors[device][:, None])
+    scaled = first.targets * factors[device][:, None].astype(first.targets.dtype)
+    return first._replace(targets=scaled)
 
 
 def _rule(rule: AGC, thresholds: Mapping[str, jax.Array]) -> AGC:
@@ -558,7 +582,8 @@ def _classify(
     """
 
     def rows(parameters: Named, images: Any, labels: Any, weight: Any) -> tuple[jax.Array, ...]:
-        logits = _model(options)(parameters, images, deterministic=True)
+        model = _model(options, devices.dtype)
+        logits = model(parameters, images, deterministic=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         own = jnp.take_along_axis(logits, labels[:, None], 1)
         lower = jnp.arange(logits.shape[1]) >= labels[:, None]

@@ -69,6 +69,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, launch: Launch) -> None:
         check_offered(launch, "TensorFlow", engines=ENGINES)
         self._recipe = recipe
+        self._dtype = tf.as_dtype(recipe.precision.state)
         self._strategy, engine = _strategy(launch)
         self._replicas = int(self._strategy.num_replicas_in_sync)
         self._devices = self._strategy.extended.worker_devices  # of this host
@@ -104,7 +105,7 @@ class Trainer:
     def _build(self, recipe: Recipe, launch: Launch) -> None:
         options = recipe.options()
         low = recipe.precision.compute == "bfloat16"
-        self._model = NFNet(options, dtype="mixed_bfloat16" if low else "float32")
+        self._model = NFNet(options, dtype="mixed_bfloat16" if low else recipe.precision.state)
         self._evaluated = NFNet(options, dtype="float32") if low else self._model
         self._specs, weights = zip(*pairs_of(self._model), strict=True)
         self._weights = list(weights)
@@ -130,7 +131,8 @@ class Trainer:
         self._perturbs: list[bool] = []
         if recipe.sam:
             self._perturbs = are_perturbed(self._trained, self._model, recipe.sam.rule)
-        self._table = tf.constant(normalisation_table(recipe.input.mean, recipe.input.std))
+        table = normalisation_table(recipe.input.mean, recipe.input.std)
+        self._table = tf.constant(table, self._dtype)
         self._passes = _Passes(self._model, self._trained, recipe, launch.microbatch)
 
     # --- several devices --------------------------------------------------------------------------
@@ -253,8 +255,9 @@ class Trainer:
     def step(self, batch: Batch, numbers: Numbers) -> Metrics:
         """Make one step."""
         recipe = self._recipe
-        assert recipe.model.num_classes is not None
-        targets = soft_labels(batch, recipe.model.num_classes, recipe.train.smoothing)
+        classes, dtype = recipe.model.num_classes, recipe.precision.state
+        assert classes is not None
+        targets = soft_labels(batch, classes, recipe.train.smoothing, dtype)
         self._optimizer.learning_rate = float(numbers.rate)
         for pattern, threshold in numbers.clipping.items():
             self._thresholds[pattern].assign(float(threshold))
@@ -263,11 +266,14 @@ class Trainer:
         masks = [mask for mask in batch.masks if mask is not None]
         tensors = self._prepare(self._split([batch.images, targets, *masks]), seed)
         rho = float(numbers.rho or 0)
-        gradient = self._sharp(tensors, tf.constant(rho)) if rho else self._plain(tensors)
+        radius = tf.constant(rho, self._dtype)
+        gradient = self._sharp(tensors, radius) if rho else self._plain(tensors)
         (loss, perturbed, norm), gradients = gradient
         loss, perturbed, norm = map(self._first, (loss, perturbed, norm))
         self._raise_if_nonfinite(norm)
-        decay = None if numbers.ema_decay is None else tf.constant(numbers.ema_decay)
+        decay = None
+        if numbers.ema_decay is not None:
+            decay = tf.constant(float(numbers.ema_decay), self._dtype)
         try:
             units, clipped, ratio = self._update(gradients, norm, decay)
         except tf.errors.InvalidArgumentError as error:
@@ -296,7 +302,7 @@ class Trainer:
             channels = options.in_channels
             places = tf.cast(images, tf.int32) * channels + tf.range(channels)
             images = tf.gather(tf.reshape(self._table, [-1]), places)
-        tensors = [images, targets]
+        tensors = [tf.cast(images, self._dtype), targets]
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         start, given, rates = replica * self._share, iter(masks), _drop_rates(options)
         # The model draws nothing, so that micro-batches and SAM's passes drop the same.
@@ -316,7 +322,7 @@ class Trainer:
 
     def _plain_gradient(self, batch: list[tf.Tensor]) -> Any:
         loss, gradients = self._passes(_values(self._trained), batch, self._recipe.train.batch)
-        return _over_replicas(((loss, loss, tf.zeros(())), gradients))
+        return _over_replicas(((loss, loss, tf.zeros((), self._dtype)), gradients))
 
     def _sharp_gradient(self, batch: list[tf.Tensor], rho: tf.Tensor) -> Any:
         """Return the mean loss, at the weights and perturbed, a norm, and the gradients.
@@ -343,7 +349,7 @@ class Trainer:
             replica = tf.distribute.get_replica_context().replica_id_in_sync_group
             return _over_replicas(group(batch, whole, tf.gather(self._ascents, replica)))
         size = sam.group
-        zeros = (tf.zeros(()),) * 3, [tf.zeros_like(weight) for weight in weights]
+        zeros = (tf.zeros((), self._dtype),) * 3, [tf.zeros_like(weight) for weight in weights]
         one = partial(group, size=size, first=len(sam.ascent(size)))
         sums = _over_replicas(_summed(one, batch, size, zeros))
         return tf.nest.map_structure(lambda total: total * (size / whole), sums)
@@ -449,16 +455,17 @@ class _Passes:
         self, model: NFNet, variables: list[Any], recipe: Recipe, microbatch: int | None
     ) -> None:
         self.model, self.variables, self.microbatch = model, variables, microbatch
+        self.dtype = dtype = tf.as_dtype(recipe.precision.state)
         options, pixels = model.options, recipe.input.train_pixels
         rates = _drop_rates(options)
         self.masks = [each is not None for each in rates]
         specs = [
-            tf.TensorSpec((None, pixels, pixels, options.in_channels)),
-            tf.TensorSpec((None, options.num_classes)),
+            tf.TensorSpec((None, pixels, pixels, options.in_channels), dtype),
+            tf.TensorSpec((None, options.num_classes), dtype),
             *(tf.TensorSpec((None, len(each)), tf.bool) for each in rates if each is not None),
         ]
-        values = [tf.TensorSpec(variable.shape) for variable in variables]
-        signature = [values, specs, tf.TensorSpec(())]
+        values = [tf.TensorSpec(variable.shape, dtype) for variable in variables]
+        signature = [values, specs, tf.TensorSpec((), dtype)]
         # Inlined, it would be optimized anew for each call.
         self.gradients = _compiled(
             self._gradients,
@@ -471,10 +478,10 @@ class _Passes:
 
         The variables read as ``values``.
         """
-        divisor = tf.constant(float(examples))
+        divisor = tf.constant(float(examples), self.dtype)
         if self.microbatch is None:
             return self.gradients(values, list(batch), divisor)
-        zeros = (tf.zeros(()), [tf.zeros_like(value) for value in values])
+        zeros = (tf.zeros((), self.dtype), [tf.zeros_like(value) for value in values])
         return _summed(
             lambda part: self.gradients(values, part, divisor), batch, self.microbatch, zeros
         )
@@ -490,7 +497,7 @@ class _Passes:
         """Return the sum of the losses."""
         given = iter(masks)
         kept = core.Masks(*(next(given) if there else None for there in self.masks))
-        logits = tf.cast(self.model(images, training=True, masks=kept), tf.float32)
+        logits = tf.cast(self.model(images, training=True, masks=kept), self.dtype)
         return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
 
 

@@ -79,7 +79,8 @@ class Trainer:
         if self._engine:
             facts |= {"processes": self.hosts.count, "engine": self._engine}
         self.facts: Mapping[str, Any] = facts
-        self._model = NFNet(recipe.options(), device=self._device)
+        self._dtype = getattr(torch, recipe.precision.state)
+        self._model = NFNet(recipe.options(), device=self._device, dtype=self._dtype)
         if self._engine != "fsdp2":  # which takes contiguous parameters alone
             self._model.to(memory_format=torch.channels_last)
         trained = trained_names(recipe)
@@ -108,7 +109,7 @@ class Trainer:
             )
         self._sam = self._sharpness(recipe.sam) if recipe.sam else None
         table = normalisation_table(recipe.input.mean, recipe.input.std)
-        self._table = torch.from_numpy(table).to(self._device)
+        self._table = self._tensor(table)
         first = ascent_first(recipe)
         self._first = None if first is None else _of_part(first, self._part)
         self._made = 0
@@ -209,7 +210,7 @@ class Trainer:
             self._follow(numbers.ema_decay)
         self._made += 1
         if self._engine:
-            losses = [loss.float()] if perturbed is None else [loss.float(), perturbed.float()]
+            losses = [each.to(self._dtype) for each in (loss, perturbed) if each is not None]
             mean_(losses)
             loss, perturbed = losses[0], losses[1] if losses[1:] else None
         clipping = self._handle.stats() if self._handle and self._recipe.agc else None
@@ -226,10 +227,11 @@ class Trainer:
     def _tensors(self, batch: Batch) -> list[Tensor]:
         """Return what the loss takes: images, targets, and the masks that there are."""
         recipe = self._recipe
-        assert recipe.model.num_classes is not None
-        targets = soft_labels(batch, recipe.model.num_classes, recipe.train.smoothing)
+        classes, dtype = recipe.model.num_classes, recipe.precision.state
+        assert classes is not None
+        targets = soft_labels(batch, classes, recipe.train.smoothing, dtype)
         arrays = [targets, *(mask for mask in batch.masks if mask is not None)]
-        tensors = [self._images(batch.images), *(self._tensor(array) for array in arrays)]
+        tensors = [self._images(batch.images), *map(self._tensor, arrays)]
         if self._first is not None:
             order = self._tensor(self._first)
             tensors = [tensor[order] for tensor in tensors]
@@ -244,7 +246,9 @@ class Trainer:
         return tensor.permute(0, 3, 1, 2)
 
     def _tensor(self, array: Any) -> Tensor:
-        return torch.as_tensor(array).to(self._device, non_blocking=True)
+        """Return an array on the device, in the dtype of the parameters if it has fractions."""
+        tensor = torch.as_tensor(array).to(self._device, non_blocking=True)
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def _loss(self, *tensors: Tensor) -> Tensor:
         """Leave the gradient of the mean loss on the parameters, and return this process's loss.
@@ -253,7 +257,7 @@ class Trainer:
         """
         self._optimizer.zero_grad()
         chosen, examples = self._chosen(tensors)
-        total = torch.zeros((), device=self._device)
+        total = torch.zeros((), dtype=self._dtype, device=self._device)
         columns = [tensor.split(self._microbatch) for tensor in chosen]
         last = len(columns[0]) - 1
         for number, (images, targets, *masks) in enumerate(zip(*columns, strict=True)):
@@ -261,7 +265,7 @@ class Trainer:
             with self._parallel.no_sync() if alone else nullcontext():
                 with self._precision():
                     logits = self._parallel(images, masks=self._masks(masks))
-                loss = F.cross_entropy(logits.float(), targets, reduction="sum") / examples
+                loss = F.cross_entropy(logits.to(self._dtype), targets, reduction="sum") / examples
                 loss.backward()
             total += loss.detach()
         if self._engine == "fsdp2":
@@ -297,7 +301,7 @@ class Trainer:
             [local(parameter) for parameter in model.parameters()]
             for model in (self._average, self._model)
         )
-        torch._foreach_lerp_(averages, weights, float(np.float32(1) - decay))
+        torch._foreach_lerp_(averages, weights, 1 - float(decay))
 
     # --- an evaluation ----------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,9 @@ from agc.nfnet.images import normalise
 __all__ = ["normalisation_table", "soft_labels"]
 
 
-def soft_labels(batch: Batch, num_classes: int, smoothing: float) -> npt.NDArray[np.float32]:
+def soft_labels(
+    batch: Batch, num_classes: int, smoothing: float, dtype: npt.DTypeLike = np.float32
+) -> npt.NDArray[Any]:
     """Return the distribution over the classes that each example is trained towards.
 
     Parameters
@@ -22,10 +25,12 @@ def soft_labels(batch: Batch, num_classes: int, smoothing: float) -> npt.NDArray
     num_classes : int
     smoothing : float
         Share that is spread over all classes, after mixing.
+    dtype : dtype
+        What they are rounded to from float64.
 
     Returns
     -------
-    float32 array, shape (examples, classes)
+    array, shape (examples, classes)
         Rows sum to 1.
     """
     rows = np.arange(len(batch.labels))
@@ -33,7 +38,7 @@ def soft_labels(batch: Batch, num_classes: int, smoothing: float) -> npt.NDArray
     soft = np.zeros((len(rows), num_classes))
     soft[rows, batch.labels] += ratio
     soft[rows, batch.mix_labels] += 1 - ratio
-    return ((1 - smoothing) * soft + smoothing / num_classes).astype(np.float32)
+    return ((1 - smoothing) * soft + smoothing / num_classes).astype(dtype)
 
 
 def normalisation_table(mean: Sequence[float], std: Sequence[float]) -> npt.NDArray[np.float32]:

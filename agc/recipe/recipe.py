@@ -215,7 +215,7 @@ class Recipe:
             self._check_group(self.sam)
         if self.ema is None and "ema" in (self.evaluate.weights or ()):
             raise ConfigError('evaluate.weights has "ema", but there is no table [ema]')
-        if self.precision.standardise == "bfloat16" and self.precision.compute == "float32":
+        if self.precision.standardise == "bfloat16" and self.precision.compute != "bfloat16":
             raise ConfigError('precision.standardise="bfloat16" needs precision.compute="bfloat16"')
         known = dict(dotted(self.to_dict()))
         for key, note in self.notes.items():

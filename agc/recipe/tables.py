@@ -24,7 +24,16 @@ from agc.checks import (
 )
 from agc.config import SAM
 from agc.errors import ConfigError
-from agc.nfnet import MOMENTUM, SMOOTHING, WEIGHT_DECAY, Options, WsEps, check_recipe, options
+from agc.nfnet import (
+    MOMENTUM,
+    SMOOTHING,
+    WEIGHT_DECAY,
+    Options,
+    WsDtype,
+    WsEps,
+    check_recipe,
+    options,
+)
 from agc.nfnet.images import MEAN, STD
 from agc.schedule import WarmupDecay
 
@@ -60,7 +69,7 @@ Resize = Literal["bicubic", "pillow"]
 Order = Literal["mix-first", "augment-first"]
 Flavour = Literal["deepmind", "clean"]
 Mask = Literal["stochastic_depth", "dropout"]
-DType = Literal["float32", "bfloat16"]
+DType = Literal["float32", "bfloat16", "float64"]
 Weights = Literal["raw", "ema"]
 
 
@@ -542,22 +551,30 @@ class Ema:
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Dtypes; parameters, momentum, norms, loss and evaluation are float32 in any case.
+    """Dtypes.
 
     Attributes
     ----------
-    compute : {"float32", "bfloat16"}
-        Of the forward and backward pass.
+    compute : {"float32", "bfloat16", "float64"}
+        Of the forward and backward pass. With float64 all else is float64 too, see :attr:`state`:
+        slow, and meant for proofs that two programs compute the same. Images, targets and the
+        numbers of a step are the float32 ones of the other recipes, widened.
     standardise : {"float32", "bfloat16"}
-        Of weight standardisation in these passes; DeepMind's recipe has ``bfloat16``.
+        Of weight standardisation in these passes; DeepMind's recipe has ``bfloat16``. Passes in
+        float64 standardise in float64.
     """
 
     compute: DType = "float32"
-    standardise: DType = "float32"
+    standardise: WsDtype = "float32"
 
     def __post_init__(self) -> None:
         check_choice("compute", self.compute, get_args(DType))
-        check_choice("standardise", self.standardise, get_args(DType))
+        check_choice("standardise", self.standardise, get_args(WsDtype))
+
+    @property
+    def state(self) -> Literal["float32", "float64"]:
+        """Dtype of parameters, momentum, average, norms, loss and evaluation."""
+        return "float64" if self.compute == "float64" else "float32"
 
 
 @dataclass(frozen=True, kw_only=True)

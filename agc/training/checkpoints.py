@@ -87,7 +87,7 @@ class Checkpoints:
         NonFiniteError
             If a number is NaN or infinite: nothing is written, and the older checkpoints stay.
         ParameterError
-            If the arrays are not those of the recipe's model; nothing is written.
+            If the arrays are not those of the recipe's model, in its dtype; nothing is written.
         OSError
             If the disk is full, or the like; the older checkpoints stay.
         """
@@ -133,9 +133,10 @@ class Checkpoints:
         ------
         FormatError
             If there is none, it is truncated, sharded, of a later version, or of another recipe;
-            the message names the file and the way out.
+            the message names the file and the way out. One whose arrays have another dtype is
+            refused also where changes are allowed.
         ParameterError
-            If its arrays are not those of the recipe's model.
+            If its arrays are not those of the recipe's model, in its dtype.
         """
         if step is None:
             steps = self.steps()
@@ -190,6 +191,7 @@ class Checkpoints:
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
             schema, recipe_id, facts = data["schema"], data["recipe_id"], dict(data["facts"])
+            compute = data["recipe"]["precision"]["compute"]
             if data["step"] != step:
                 raise FormatError(f"it says step {data['step']}")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -198,6 +200,13 @@ class Checkpoints:
             ) from None
         if schema != SCHEMA:
             raise FormatError(f"{file}: version {schema}, and this release reads {SCHEMA}")
+        mine = self._recipe.precision.compute
+        if (compute == "float64") != (mine == "float64"):
+            raise FormatError(
+                f'{file}: the checkpoint is of precision.compute="{compute}", and the recipe of '
+                f'"{mine}", but no array changes its dtype on the way; choose another folder, or '
+                'begin from these weights (model.init="file", --init)'
+            )
         if recipe_id != self._recipe.id and not self._allow_changed:
             raise FormatError(
                 f"{file}: the checkpoint is of the recipe {recipe_id[:12]}, not of "
@@ -213,7 +222,7 @@ class Checkpoints:
         return f"remove {self.path(step)} to go on from step {older[-1]}"
 
     def _check(self, state: State, where: str) -> None:
-        """Raise ParameterError unless the parts are those of the recipe, and fit its model."""
+        """Raise ParameterError unless the parts are the recipe's, fit its model, have its dtype."""
         if (state.ema is None) != (self._recipe.ema is None):
             has, wants = ("no", "one") if state.ema is None else ("an", "none")
             raise ParameterError(f"{where}: there is {has} average, and the recipe has {wants}")
@@ -224,6 +233,14 @@ class Checkpoints:
                 check_arrays(specs, arrays)
             except ParameterError as error:
                 raise ParameterError(f"{where}: {name}: {error}") from None
+            dtype = self._recipe.precision.state
+            other = {key: array.dtype for key, array in arrays.items() if array.dtype != dtype}
+            if other:
+                key = next(iter(other))
+                raise ParameterError(
+                    f"{where}: {name}: {key} is {other[key]}, and with precision.compute="
+                    f'"{self._recipe.precision.compute}" it has to be {dtype}'
+                )
 
 
 def _sync(folder: Path) -> None:

@@ -18,11 +18,14 @@ from agc.weights import open_weights
 
 __all__ = ["initial_state"]
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
 
 
 def initial_state(recipe: Recipe, file: Path | None = None) -> State:
     """Return the state before the first step: momentum is 0, the average begins at the weights.
+
+    Its arrays have the dtype ``precision.state``; what is drawn are the same float32 numbers in
+    either.
 
     Parameters
     ----------
@@ -40,7 +43,10 @@ def initial_state(recipe: Recipe, file: Path | None = None) -> State:
     ParameterError
         If they are not those of the recipe's model; the message names them.
     """
-    values, facts = initial_values(recipe), {}
+    dtype, facts = recipe.precision.state, {}
+    values: dict[str, Array] = {
+        name: value.astype(dtype, copy=False) for name, value in initial_values(recipe).items()
+    }
     if file is not None:
         values = _from_file(recipe, file, values)
         digest = hashlib.sha256()
@@ -53,7 +59,7 @@ def initial_state(recipe: Recipe, file: Path | None = None) -> State:
 
 
 def _from_file(recipe: Recipe, file: Path, drawn: dict[str, Array]) -> dict[str, Array]:
-    wanted = recipe.model.options()
+    wanted, dtype = recipe.model.options(), recipe.precision.state
     with open_weights(file) as found:
         for name in ("activation", "ws_eps"):
             said: Any = getattr(found.options, name)
@@ -61,7 +67,7 @@ def _from_file(recipe: Recipe, file: Path, drawn: dict[str, Array]) -> dict[str,
                 raise ConfigError(
                     f'{file}: its weights are for {name}={said!r}; set model.{name}="{said}"'
                 )
-        values = {name: array.astype(np.float32) for name, array in found.arrays().items()}
+        values = {name: array.astype(dtype) for name, array in found.arrays().items()}
     if recipe.model.head == "new":
         values |= {name: drawn[name] for name in drawn if name.startswith(f"{HEAD}.")}
     specs = parameters(wanted.variant, wanted.num_classes, wanted.in_channels)

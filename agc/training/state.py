@@ -13,22 +13,24 @@ from agc.errors import NonFiniteError
 
 __all__ = ["State"]
 
-Arrays = Mapping[str, npt.NDArray[np.float32]]
+Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class State:
     """A training before a step, in the neutral form: every framework can go on from it.
 
+    Arrays are float32, or float64 if the recipe's ``precision.compute`` is.
+
     Attributes
     ----------
     step : int
         How many steps have been made; the batches need nothing else.
-    parameters : mapping of str to float32 array
+    parameters : mapping of str to array
         By canonical name, in the neutral layout; see :mod:`agc.nfnet`.
-    momentum : mapping of str to float32 array
+    momentum : mapping of str to array
         Of SGD, by the same names. It does not contain the learning rate.
-    ema : mapping of str to float32 array, or None
+    ema : mapping of str to array, or None
         Average of the parameters, if the recipe has one.
     facts : mapping of str to JSON data
         Whatever is worth knowing: framework, versions, accuracies.

@@ -260,7 +260,7 @@ class Trainer(Protocol):
         ...
 
     def evaluate(self, batches: Iterable[EvaluationBatch], weights: Weights) -> Totals:
-        """Classify all images in float32, by the raw weights or by their average.
+        """Classify all images in ``precision.state``, by the raw weights or by their average.
 
         Parameters
         ----------

@@ -611,3 +611,11 @@ class Backend:
         (:func:`agc_conformance.training.processes.started`).
         """
         raise Unsupported(f"{self.name} trains in one process")
+
+    def elsewhere(self) -> Callable[[Recipe, Launch], Trainer]:
+        """Return what makes the trainers of :meth:`trainer` in another process, which is killed.
+
+        Pickle sends it there, so it is a function of a module, or a ``functools.partial`` of one
+        (:func:`agc_conformance.training.processes.anew`).
+        """
+        raise Unsupported(f"{self.name} is not started in another process")

@@ -269,7 +269,7 @@ def _recipes(
     backend: Backend, select: str | None, bar: Progress, watch: Watch
 ) -> Iterator[Mapping[str, Any]]:
     """Train recipes and yield the records."""
-    total = len(recipes.result_ids(select))
+    total = recipes.count_results(select)
     if total:
         task = bar.add_task(f"{backend.name} trains a recipe", total=total)
         yield from recipes.run_recipes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,12 +16,19 @@ from agc.training import Launch, Metrics
 from agc_conformance.backend import Backend
 from agc_conformance.backends.reference import ReferenceBackend
 from agc_conformance.clauses import CLAUSES
+from agc_conformance.mutants import MUTANTS
 from agc_conformance.records import Writer, make_header, read_results
 from agc_conformance.report import html, summarize
 from agc_conformance.report.figures import recipe_curves
 from agc_conformance.runner import cases, run_case
 from agc_conformance.training.processes import Process, started
-from agc_conformance.training.recipes import KINDS, SHORT, result_ids, run_recipes
+from agc_conformance.training.recipes import (
+    KINDS,
+    SHORT,
+    count_results,
+    result_ids,
+    run_recipes,
+)
 from agc_conformance.training.reference import ReferenceTrainer
 from agc_conformance.vectors import load_vectors
 
@@ -32,7 +40,9 @@ def results(backend: Backend, select: str | None = None) -> list[dict[str, Any]]
 
 def test_the_reference_passes() -> None:
     found = results(ReferenceBackend())
-    assert [record["id"] for record in found] == result_ids()
+    assert list(dict.fromkeys(record["id"] for record in found)) == result_ids()
+    assert len(found) == count_results() == len(result_ids()) + 1
+    assert [record["dtype"] for record in found][:2] == ["float32", "float64"]
     assert {record["status"] for record in found} == {"passed"}
     assert {record["clause"] for record in found} == set(CLAUSES) & set(KINDS.values())
 
@@ -57,7 +67,8 @@ def test_the_report_draws_the_runs_over_each_other(tmp_path: Path) -> None:
     assert drawn == recipe_curves(runs)
     assert "<title>One recipe in several frameworks: loss and error by step</title>" in page
     assert all(f">{name}</text>" in drawn for name in ("one", "two", "float64 reference"))
-    assert "<code>L5-trajectory</code>" in page
+    for dtype in ("float32", "float64"):
+        assert f'<code>L5-trajectory</code> <span class="soft">{dtype}</span>' in page
 
 
 def test_what_is_not_offered_is_reported() -> None:
@@ -105,16 +116,66 @@ class Absent(ReferenceBackend):
         raise RuntimeError("no memory")
 
 
+class Alone(ReferenceBackend):
+    """Is never started in another process."""
+
+    def elsewhere(self) -> Any:
+        return Backend.elsewhere(self)
+
+
+class Crashed(ReferenceBackend):
+    """Ends before it is killed."""
+
+    def elsewhere(self) -> Any:
+        return crash
+
+
+def crash(*_: Any) -> Any:
+    raise RuntimeError("no such device")
+
+
+class Stopped(ReferenceBackend):
+    """Is killed too soon, by somebody else."""
+
+    def elsewhere(self) -> Any:
+        return stop
+
+
+def stop(*_: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     ("backend", "kind", "status", "detail"),
     [
         (LowBackend(), "trajectory", "failed", "step 0: perturbed_loss is None, it should be 2.3"),
-        (Absent(), "trajectory", "error", "RuntimeError: no memory"),
+        (Absent(), "mask", "error", "RuntimeError: no memory"),
+        (Alone(), "resume", "passed", "the same bits in one process; reference is not started"),
+        (Crashed(), "resume", "error", "ended with status 1 after 0 steps: "),
+        (Crashed(), "resume", "error", "RuntimeError: no such device"),
+        (Stopped(), "resume", "error", "ended with status -9 after 0 steps: "),
         (Apart(), "processes", "error", "RuntimeError: step: process 1 says Metrics(loss=2."),
         (Ended(), "processes", "error", "RuntimeError: process 1, make: it ended: no more"),
     ],
 )
 def test_what_is_wrong_is_said(backend: Backend, kind: str, status: str, detail: str) -> None:
-    (record,) = results(backend, f"L5-{kind}")
+    record = results(backend, f"L5-{kind}")[0]
     assert record["status"] == status
     assert detail in record["detail"]
+
+
+@pytest.mark.parametrize(
+    ("name", "killed_by", "detail"),
+    [
+        ("float64 in float32", "L5-trajectory:float64", "step 0: momentum is "),
+        ("random rounding", "L5-resume:float32", "3 steps, after 3 of which a process was killed:"),
+        ("momentum left out", "L5-migrate:float32", "to the reference: step 2: "),
+    ],
+)
+def test_what_only_one_question_finds(name: str, killed_by: str, detail: str) -> None:
+    """The rest of the same questions passes: the other dtype, process or direction."""
+    (mutant,) = (mutant for mutant in MUTANTS if mutant.name == f"training: {name}")
+    found = results(mutant.make(), f"L5-{mutant.select}")
+    bad = {f"{r['id']}:{r['dtype']}": r["detail"] for r in found if r["status"] == "failed"}
+    assert list(bad) == [killed_by]
+    assert bad[killed_by].startswith(detail)

@@ -16,7 +16,15 @@ from agc.errors import ConfigError, NonFiniteError, ParameterError
 from agc.nfnet import decays
 from agc.recipe import Recipe, load_recipe, numbers
 from agc.recipe.tables import Precision, Rate
-from agc.training import Launch, State, Trainer, Training
+from agc.training import (
+    Checkpoints,
+    Launch,
+    State,
+    Trainer,
+    Training,
+    initial_state,
+    read_log,
+)
 from agc_conformance.backend import Backend
 from agc_conformance.training.recipes import KINDS, SHORT, run_recipes, seeded_state
 from agc_conformance.training.reference import ReferenceTrainer
@@ -68,6 +76,8 @@ def batches_of(recipe: Recipe) -> Batches:
 class Trained(Backend):
     """The trainings of a driver, as the suite asks for them."""
 
+    dtypes = frozenset({"float32", "float64"})
+
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
 
@@ -91,8 +101,19 @@ class TrainingContract(Contract):
     @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "processes"])
     def test_level_5(self, kind):
         records = run_recipes(Trained(self.driver), SHORT, select=f"L5-{kind}")
-        (result,) = (record for record in records if record["type"] == "result")
+        results = [record for record in records if record["type"] == "result"]
+        assert [r["dtype"] for r in results] == ["float32", "float64"][: len(results)]
+        for result in results:
+            assert result["status"] == "passed", result["detail"]
+
+    @pytest.mark.long
+    def test_a_killed_process(self):
+        """Without SAM and clipping; for all of a recipe the suite's main job asks."""
+        plan = replace(SHORT, changes=(*SHORT.changes, "sam=", "agc="))
+        records = run_recipes(self.driver.backend(), plan, select="L5-resume")
+        (result,) = records
         assert result["status"] == "passed", result["detail"]
+        assert "after 3 of which a process was killed, and step 2 was left" in result["detail"]
 
     @pytest.mark.long
     def test_processes(self):
@@ -177,6 +198,34 @@ class TrainingContract(Contract):
 
     def run(self, recipe: Recipe, folder: Path) -> None:
         assert self.training(recipe, folder).run()
+
+    def test_float64(self, tmp_path):
+        """All that a folder has: checkpoints in both forms, and evaluations."""
+        recipe = recipe_of("plain")
+        recipe = replace(recipe, precision=Precision(compute="float64"))
+        training = self.training(recipe, tmp_path)
+        assert training.run()
+        reference = ReferenceTrainer(recipe)
+        *_, (_, expected) = self.trained(recipe, initial_state(recipe), range(STEPS), reference)
+        state = Checkpoints(tmp_path, recipe).load()
+        assert list(dict(state.parts())) == ["parameters", "momentum", "ema"]
+        for (part, arrays), (_, right) in zip(state.parts(), expected.parts(), strict=True):
+            assert {array.dtype.name for array in arrays.values()} == {"float64"}
+            flat = (np.concatenate([*map(np.ravel, of.values())]) for of in (arrays, right))
+            assert relative(*flat) <= 1e-13, part
+        found = [r for r in read_log(tmp_path / "log.jsonl") if r["type"] == "evaluation"]
+        images = Evaluation(recipe, open_source(recipe, "test"), batch=75)
+        for record in found[-2:]:
+            totals = reference.evaluate(images, record["weights"])
+            assert record["loss"] == pytest.approx(totals.loss / totals.images, rel=1e-13)
+        trainer = self.driver.trainer(recipe, Launch())
+        trainer.load(state)
+        trainer.save_sharded(tmp_path / "sharded")
+        trainer.load(initial_state(recipe))
+        trainer.load_sharded(tmp_path / "sharded", STEPS)
+        for (part, arrays), (_, right) in zip(trainer.state().parts(), state.parts(), strict=True):
+            for name, array in arrays.items():
+                np.testing.assert_array_equal(array, right[name], part, strict=True)
 
     def test_bfloat16(self):
         """Only the passes are in it, with or without standardisation, and the loss is close."""

@@ -52,6 +52,38 @@ def test_round_trip(tmp_path):
     np.testing.assert_array_equal(arrays["head.weight"], PARAMETERS["head.weight"])
 
 
+def test_no_dtype_is_changed(tmp_path):
+    """Neither where a training is saved nor where it goes on, changes allowed or not."""
+    wide = load_recipe("conformance", ["precision.compute=float64"])
+    low = load_recipe("conformance", ["precision.compute=bfloat16"])
+    with pytest.raises(
+        ParameterError,
+        match=r'parameters: stem\.conv0\.weight is float32, and with precision\.compute="float64" '
+        "it has to be float64",
+    ):
+        Checkpoints(tmp_path, wide).save(state_at(1))
+    assert not list(tmp_path.iterdir())
+    state = state_at(1)
+    parts = {
+        part: {name: array.astype(np.float64) / 3 for name, array in arrays.items()}
+        for part, arrays in state.parts()
+    }
+    state = replace(state, **parts)
+    for recipe, given, other in ((wide, state, RECIPE), (RECIPE, state_at(1), wide)):
+        folder = tmp_path / recipe.precision.compute
+        Checkpoints(folder, recipe).save(given)
+        equal(Checkpoints(folder, recipe).load(), given)
+        for allow in (False, True):
+            with pytest.raises(
+                FormatError,
+                match=f'of precision.compute="{recipe.precision.compute}", and the recipe of '
+                f'"{other.precision.compute}", but no array changes its dtype .* --init',
+            ):
+                Checkpoints(folder, other, allow_changed=allow).load()
+    # Parameters of a recipe in bfloat16 are float32 too.
+    equal(Checkpoints(tmp_path / "float32", low, allow_changed=True).load(), state_at(1))
+
+
 def test_the_last_ones_are_kept(tmp_path):
     kept = Checkpoints(tmp_path, RECIPE)
     for step in (10, 20, 30, 1_000_000):

@@ -324,6 +324,9 @@ def test_soft_labels():
     assert soft.dtype == np.float32
     assert soft.shape == (32, 10)
     np.testing.assert_allclose(soft.sum(axis=1), 1, rtol=1e-6)
+    wide = soft_labels(batch, 10, 0.1, "float64")
+    np.testing.assert_allclose(wide.sum(axis=1), 1, rtol=1e-15)
+    np.testing.assert_array_equal(wide.astype(np.float32), soft, strict=True)
     for row, a, b, r in zip(soft, batch.labels, batch.mix_labels, batch.ratio, strict=True):
         expected = [0.9 * (r * (k == a) + (1 - r) * (k == b)) + 0.01 for k in range(10)]
         np.testing.assert_allclose(row, expected, rtol=1e-6)

@@ -347,6 +347,8 @@ def test_ascent():
         ("train.batch=100", r"sam\.group=32 does not divide train\.batch=100"),
         ("sam.fraction=0.01", r"sam\.fraction=0\.01 of 32 examples is less than one"),
         ("precision.compute=float32", r'standardise="bfloat16" needs precision\.compute'),
+        ("precision.compute=float64", r'standardise="bfloat16" needs precision\.compute'),
+        ("precision.standardise=float64", r"precision\.standardise must be"),
         ('notes."train.batches"=x', r"notes: there is no key 'train\.batches'"),
         ('notes."train.batch"="""a\\nb"""', r"notes: 'train\.batch' must have one line of text"),
     ],

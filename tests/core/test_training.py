@@ -445,6 +445,21 @@ def test_beginning_from_a_file(tmp_path, head):
             initial_state(recipe, file)
 
 
+def test_beginning_in_float64(tmp_path):
+    """What is drawn is widened; a file of float64 keeps its numbers."""
+    drawn = initial_state(RECIPE)
+    wide = initial_state(load_recipe("conformance", [*CHANGES, "precision.compute=float64"]))
+    for (part, arrays), (_, narrow) in zip(wide.parts(), drawn.parts(), strict=True):
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, narrow[name].astype("float64"), part, strict=True)
+    values = {name: array / 3 for name, array in wide.parameters.items()}
+    save(tmp_path / "x", RECIPE.model.options(), values)
+    changes = [*CHANGES, "model.init=file", "precision.compute=float64"]
+    begun = initial_state(load_recipe("conformance", changes), tmp_path / "x")
+    for name, array in begun.parameters.items():
+        np.testing.assert_array_equal(array, values[name], name, strict=True)
+
+
 def test_trained_names():
     recipe = load_recipe("conformance", CHANGES)
     assert trained_names(recipe) == tuple(initial_values(recipe))

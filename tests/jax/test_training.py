@@ -43,6 +43,18 @@ class TestTraining(TrainingContract):
         """The ascent on a spread fraction is in :func:`test_sharpness`."""
         super().test_level_5(kind)
 
+    @pytest.mark.long
+    def test_a_killed_process(self, monkeypatch):
+        """It compiles as fast as this one."""
+        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        super().test_a_killed_process()
+
+    def test_float64(self, tmp_path):
+        """Enabled in the trainer alone."""
+        super().test_float64(tmp_path)
+        assert not jax.config.jax_enable_x64
+        assert jax.numpy.ones(1, float).dtype == np.float32
+
     def test_part_of_the_model(self):
         super().test_steps("part", 4)
 

@@ -20,13 +20,16 @@ from tests.tensorflow.driver import TensorFlowDriver
 
 
 class TracedOnce(TensorFlowDriver):
-    """Gives all trainings the same trainer, which takes over each one's state."""
+    """Gives all trainings of a dtype the same trainer, which takes over each one's state."""
 
-    made: Any = None
+    def __init__(self) -> None:
+        self.made: dict[str, Any] = {}
 
     def trainer(self, recipe: Recipe, launch: Launch) -> Any:
-        self.made = self.made or super().trainer(recipe, launch)
-        return self.made
+        dtype = recipe.precision.state
+        if dtype not in self.made:
+            self.made[dtype] = super().trainer(recipe, launch)
+        return self.made[dtype]
 
 
 class TestTraining(TrainingContract):
@@ -34,10 +37,14 @@ class TestTraining(TrainingContract):
 
     @pytest.fixture(autouse=True)
     def compiled(self, request: pytest.FixtureRequest) -> Iterator[None]:
-        """Trace where it matters, and only once; elsewhere that costs too much."""
+        """Trace where it matters, and only once; elsewhere that costs too much.
+
+        A process that is killed traces too.
+        """
         compiles = request.node.name in (
             "test_level_5[trajectory]",
             "test_resume_is_bit_equal[float32]",
+            "test_a_killed_process",
         )
         once = TracedOnce()
         if compiles:
@@ -45,8 +52,8 @@ class TestTraining(TrainingContract):
         tf.config.run_functions_eagerly(not compiles)
         yield
         tf.config.run_functions_eagerly(False)
-        if compiles:
-            functions = [f for f in vars(once.made).values() if isinstance(f, _FUNCTION)]
+        for made in once.made.values():
+            functions = [f for f in vars(made).values() if isinstance(f, _FUNCTION)]
             counts = [function.experimental_get_tracing_count() for function in functions]
             assert max(counts) == 1
             assert sum(counts) >= 4  # steps alone do not classify

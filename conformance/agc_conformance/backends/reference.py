@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
@@ -363,13 +364,19 @@ class ReferenceBackend(Backend):
         return self.models.training(problem, recipe)
 
     def trainer(self, recipe: Recipe, launch: Launch) -> Trainer:
-        """Train in float64, with a state in float32."""
-        return self.training(recipe, launch, dtype=np.float32)
+        """Train in float64, with a state in the recipe's dtype."""
+        return _stored(self.training, recipe, launch)
 
     def processes(self, count: int) -> AbstractContextManager[Callable[[Recipe, Launch], Trainer]]:
         """Give trainers that take the batches of several processes."""
+        return nullcontext(partial(_stored, self.training, processes=count))
 
-        def make(recipe: Recipe, launch: Launch) -> Trainer:
-            return self.training(recipe, launch, dtype=np.float32, processes=count)
+    def elsewhere(self) -> Callable[[Recipe, Launch], Trainer]:
+        """Make the same there."""
+        return partial(_stored, self.training)
 
-        return nullcontext(make)
+
+def _stored(
+    kind: type[ReferenceTrainer], recipe: Recipe, launch: Launch, **options: Any
+) -> Trainer:
+    return kind(recipe, launch, dtype=recipe.precision.state, **options)

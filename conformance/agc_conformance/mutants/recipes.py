@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -132,6 +133,13 @@ class _NextRate(ReferenceTrainer):
         following = min(self.made + 1, self.recipe.steps - 1)
         rate = numbers_of(self.recipe).at(following).rate
         return super().step(batch, replace(numbers, rate=rate))
+
+
+@_training("float64 in float32", "a model made without the recipe's dtype")
+class _Narrow(ReferenceTrainer):
+    def stored(self, arrays: Arrays) -> dict[str, Array]:
+        narrow = {name: array.astype(np.float32) for name, array in arrays.items()}
+        return super().stored(narrow)
 
 
 @_training("average begins at updated weights", "the first update copies (torch, Keras)")
@@ -282,17 +290,43 @@ class _OneGroup(ReferenceTrainer):
 @_training("new head clipped", "what is excluded is the old head's name", "RECIPE-8", "finetune")
 class _OldHead(ReferenceTrainer):
     def make_plan(self) -> Plan | None:
-        rule = self.recipe.agc
-        if rule is None or self.recipe.model.head == "keep":
+        if self.recipe.agc is None or self.recipe.model.head == "keep":
             return super().make_plan()
         known = [Parameter(s.name, s.shape, s.units, "out-last") for s in self.trained]
-        return make_plan(known, replace(rule, exclude=()), head=HEAD)
+        return make_plan(known, replace(self.rule(), exclude=()), head=HEAD)
 
 
 @_training("one batch again", "the step of a checkpoint is the last one made", "RECIPE-7", "resume")
 class _OneBatchAgain(ReferenceTrainer):
     def load(self, state: State) -> None:
         super().load(replace(state, step=max(0, state.step - 1)))
+
+
+_PROCESS: Final = secrets.randbits(64)
+"""A seed that another process does not have."""
+
+
+@_training("random rounding", "its seed is that of the process", "RECIPE-7", "resume")
+class _RandomRounding(ReferenceTrainer):
+    def stored(self, arrays: Arrays) -> dict[str, Array]:
+        random = np.random.Generator(np.random.Philox(key=[_PROCESS, self.made]))
+        near = super().stored(arrays)
+        for name, rounded in near.items():
+            off = arrays[name] - rounded.astype(np.float64)
+            other = np.nextafter(rounded, np.where(off > 0, np.inf, -np.inf).astype(rounded.dtype))
+            share = np.abs(off) / np.abs(other.astype(np.float64) - rounded)
+            near[name] = np.where(random.random(rounded.shape) < share, other, rounded)
+        return near
+
+
+@_training("momentum left out", "checkpoints on the way are weights alone", "RECIPE-7", "migrate")
+class _WeightsAlone(ReferenceTrainer):
+    def state(self) -> State:
+        state, recipe = super().state(), self.recipe
+        if self.made == recipe.steps or self.made % recipe.checkpoint.every_steps:
+            return state
+        zeros = {name: np.zeros_like(array) for name, array in state.momentum.items()}
+        return replace(state, momentum=zeros)
 
 
 @_training("momentum forgotten", "a checkpoint of weights alone", "RECIPE-7", "migrate")

@@ -182,7 +182,7 @@ def recipe_curves(runs: Mapping[str, Mapping[str, Sequence[float | None]]]) -> s
             above.plot(finite(run["loss"]), lw=1.5, **line)
             known = [_FLOOR if error == 0 else error for error in finite(run["error"])]
             below.plot(known, f"C{number}.-", ms=3, lw=0.7)
-        below.axhline(limit := LIMITS_OF_STATE["parameters"], color="#d9534f", lw=1)
+        below.axhline(limit := LIMITS_OF_STATE["float32"]["parameters"], color="#d9534f", lw=1)
         below.set_yscale("log")
         below.set_ylim(1e-9, 10 * limit)
         above.set_ylabel("loss")

@@ -137,14 +137,14 @@ def _trained(summary: Summary) -> list[str]:
     return list(ids)
 
 
-def _recipes(summary: Summary) -> tuple[list[str], Markup] | None:
-    """Return the ids of the results of level 5, and the figure; None if nobody was asked."""
+def _recipes(summary: Summary) -> tuple[list[tuple[str, str]], Markup] | None:
+    """Return the results of level 5 (id and dtype), and the figure; None if nobody was asked."""
     every = [r for column in summary.backends for r in column.file.results if r["level"] == "L5"]
-    ids = dict.fromkeys(r["id"] for r in every if _asked(r))
-    if not ids:
+    results = dict.fromkeys((r["id"], r["dtype"]) for r in every if _asked(r))
+    if not results:
         return None
     runs = {column.title: column.recipe for column in summary.backends if column.recipe}
-    return list(ids), Markup(recipe_curves(runs) if runs else "")
+    return list(results), Markup(recipe_curves(runs) if runs else "")
 
 
 def _models(summary: Summary) -> list[tuple[str, list[tuple[str, str]], Markup]]:

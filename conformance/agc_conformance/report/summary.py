@@ -154,12 +154,16 @@ class Column:
 
     @property
     def recipe(self) -> dict[str, list[float | None]]:
-        """Loss, the reference's, and the parameters' error of each step of a recipe's training.
+        """Loss, the reference's, and the parameters' error of each step of a float32 training.
 
         Empty if there was none; a number is None if it is not finite.
         """
         steps = [step for step in self.file.train if step["task"] == TASK]
-        errors = [record["errors"] for record in self.file.models if record["model"] == TASK]
+        errors = [
+            record["errors"]
+            for record in self.file.models
+            if record["model"] == TASK and record["dtype"] == "float32"
+        ]
         if not steps or not errors:
             return {}
         return {

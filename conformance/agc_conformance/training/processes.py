@@ -1,13 +1,15 @@
-"""Processes of this machine that train together, driven from another one that is none of them.
+"""Processes of this machine that train, started from another one that is none of them.
 
 Each process imports the framework anew and makes its own trainer, as ``agc train`` does in each of
-several processes. What drives them is a :class:`agc.training.Trainer` that takes whole batches.
+several processes. What drives those that train together is a :class:`agc.training.Trainer` that
+takes whole batches; one that trains alone has the core's own loop, and is killed in it.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import tempfile
 import traceback
@@ -19,14 +21,17 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agc.data import Batch, EvaluationBatch
+from agc.data import PARTS, Batch, EvaluationBatch, open_source
 from agc.data.batches import block_of
 from agc.recipe import Numbers, Recipe
 from agc.recipe.tables import Weights
-from agc.training import Hosts, Launch, Metrics, State, Totals, Trainer
+from agc.training import Hosts, Launch, Metrics, State, Totals, Trainer, Training, read_log
 from agc_conformance.records import describe
 
-__all__ = ["Process", "free_addresses", "started"]
+__all__ = ["Make", "Process", "anew", "free_addresses", "started", "train_and_kill", "training"]
+
+Make = Callable[[Recipe, Launch], Trainer]
+"""Makes a trainer."""
 
 
 class Process(NamedTuple):
@@ -171,9 +176,7 @@ class _Together:
 def _serve(connection: Connection, make: str, environment: Mapping[str, str], log: Path) -> None:
     """Be one of the processes: answer until the one that asks is gone."""
     os.environ.update(environment)
-    with log.open("w") as file:
-        for standard in (1, 2):  # also of what is not Python
-            os.dup2(file.fileno(), standard)
+    _print_into(log)
     module, _, name = make.partition(":")
     trainer: Trainer | None = None
     while True:
@@ -198,9 +201,91 @@ def _serve(connection: Connection, make: str, environment: Mapping[str, str], lo
         connection.send((problem, answer))
 
 
+def _print_into(log: Path) -> None:
+    """Let this process print into a file, also what is not Python."""
+    with log.open("w") as file:
+        for standard in (1, 2):
+            os.dup2(file.fileno(), standard)
+
+
 def _read(metrics: Metrics) -> Metrics:
     """Return metrics without the device."""
     values: dict[str, Any] = {
         name: None if value is None else float(value) for name, value in vars(metrics).items()
     }
     return Metrics(**values)
+
+
+# --- a process that is killed ---------------------------------------------------------------------
+
+
+def anew(backend: Callable[..., Any], device: str, recipe: Recipe, launch: Launch) -> Trainer:
+    """Return a trainer of a backend that is made for it, in whatever process this is called."""
+    made: Trainer = backend(device=device).trainer(recipe, launch)
+    return made
+
+
+def training(
+    recipe: Recipe,
+    trainer: Trainer,
+    folder: Path,
+    launch: Launch,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> Training:
+    """Return the training that goes on in a folder."""
+    train, test = (open_source(recipe, part) for part in PARTS)
+    return Training(recipe, trainer, train, test, folder, launch=launch, resume=True, report=report)
+
+
+def train_and_kill(make: Make, recipe: Recipe, launch: Launch, folder: Path, steps: int) -> None:
+    """Let another process train in a folder, until SIGKILL ends it after a step.
+
+    Parameters
+    ----------
+    make : callable
+        That pickle can send to the process.
+    recipe : Recipe
+    launch : Launch
+        Whose ``log_every`` is 1.
+    folder : Path
+        With a checkpoint to go on from.
+    steps : int
+        Made when the signal comes; the training is longer.
+
+    Raises
+    ------
+    RuntimeError
+        If the process ends in another way; the message has the last that it printed.
+    """
+    log = folder.with_suffix(".log")
+    arguments = (make, recipe, launch, folder, steps, log)
+    child = multiprocessing.get_context("spawn").Process(target=_train, args=arguments, daemon=True)
+    child.start()
+    try:
+        child.join()
+    finally:
+        child.kill()  # if this process is to end first
+        child.join()
+    made = [record for record in _log_of(folder) if record["type"] == "step"]
+    if child.exitcode != -signal.SIGKILL or len(made) != steps:
+        said = log.read_text(errors="replace") if log.exists() else ""
+        last = " ".join(said.split())[-400:]
+        raise RuntimeError(
+            f"the process ended with status {child.exitcode} after {len(made)} steps: {last}"
+        )
+
+
+def _log_of(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "log.jsonl"
+    return read_log(file) if file.exists() else []
+
+
+def _train(make: Make, recipe: Recipe, launch: Launch, folder: Path, steps: int, log: Path) -> None:
+    """Be the process that is killed, in the middle of its loop."""
+    _print_into(log)
+
+    def report(record: Mapping[str, Any]) -> None:
+        if record["type"] == "step" and record["step"] + 1 == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    training(recipe, make(recipe, launch), folder, launch, report).run()

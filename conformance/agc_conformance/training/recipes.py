@@ -7,11 +7,13 @@ tables of numbers are the core's own, and have vectors (``L5-recipe-*``, ``L5-ba
 
 ================= ======== ====================================================================
 ``L5-trajectory`` RECIPE-5 state, losses and clipped units after each step: every augmentation,
-                           both masks, SAM in groups, four micro-batches
+                           both masks, SAM in groups, four micro-batches; in float32 and float64
 ``L5-mask``       RECIPE-4 other masks on the same images: what they keep is what counts
 ``L5-evaluate``   RECIPE-6 weights and average; the images do not fill the last batch
-``L5-resume``     RECIPE-7 from a written checkpoint, bit for bit as if never stopped
-``L5-migrate``    RECIPE-7 from a checkpoint that the reference wrote half-way
+``L5-resume``     RECIPE-7 from a written checkpoint, and from what SIGKILL left of a process, bit
+                           for bit as if never stopped
+``L5-migrate``    RECIPE-7 from a checkpoint that the reference wrote half-way, and the reference
+                           from one of the backend
 ``L5-accumulate`` RECIPE-5 the whole batch at once
 ``L5-processes``  RECIPE-5 two processes: the whole run, an evaluation, an ascent on both
 ``L5-sam``        RECIPE-5 the ascent on a fraction spread over the whole batch, and after AGC the
@@ -19,8 +21,10 @@ tables of numbers are the core's own, and have vectors (``L5-recipe-*``, ``L5-ba
 ``L5-finetune``   RECIPE-8 a file's weights under a new head; what AGC leaves out is the new one
 ================= ======== ====================================================================
 
-Since every backend goes on from the same checkpoint, and is compared with the same run, a training
-may move from each to each other. Another launch of the same recipe is compared with the same steps.
+Backends do not know each other, so the reference stands between them. Each writes checkpoints that
+the reference goes on from, and goes on from those of the reference, in the one form there is, and
+ends where the reference's own run does: so a training may move from each framework to each other,
+all ordered pairs of them. Another launch of the same recipe is compared with the same steps.
 
 The state before the first step has skip gains of about 0.5, a momentum and an average that differ
 from the weights: at the official start, errors in the branches stay invisible.
@@ -43,11 +47,13 @@ import numpy.typing as npt
 from agc import nfnet
 from agc.data import Batch, Batches, Evaluation, open_source
 from agc.recipe import Recipe, load_recipe, numbers
+from agc.recipe.tables import Evaluate
 from agc.reference import Result
 from agc.training import Checkpoints, Launch, Metrics, State, Trainer, initial_state
 from agc.weights import save
 from agc_conformance.backend import Backend, Unsupported
 from agc_conformance.records import ModelRecord, Status, describe, make_result
+from agc_conformance.training.processes import Make, train_and_kill, training
 from agc_conformance.training.reference import ReferenceTrainer
 from agc_conformance.verdict import Verdict
 
@@ -58,6 +64,7 @@ __all__ = [
     "SHORT",
     "TASK",
     "Plan",
+    "count_results",
     "result_ids",
     "run_recipes",
     "seeded_state",
@@ -81,16 +88,20 @@ KINDS: Final[dict[str, str]] = {
 }
 """Kind of result to clause."""
 
-LIMITS: Final[Mapping[str, float]] = {"parameters": 1e-6, "momentum": 1e-5, "ema": 1e-6}
-"""Largest relative L2 error in float32 of each part of the state; rounding makes a fifth of it."""
-_LOSS: Final = 1e-5
+LIMITS: Final[Mapping[str, Mapping[str, float]]] = {
+    "float32": {"parameters": 1e-6, "momentum": 1e-5, "ema": 1e-6, "loss": 1e-5, "near": 1e-5},
+    "float64": {"parameters": 1e-13, "momentum": 1e-13, "ema": 1e-13, "loss": 1e-13, "near": 1e-12},
+}
+"""Largest errors by the dtype of the state.
+
+Of each part of the state in L2, and of a loss; and how near to its limit a unit may be clipped or
+not: all relative. In float32 rounding makes a fifth of what is allowed, in float64 a fiftieth.
+"""
 _PROCESSES: Final = 2
 _PERTURBS: Final = 2
 """A step that perturbs and whose rate is not 0; the one before it does not perturb."""
 _MAX_NORM: Final = 0.2
 """Less than half of the norm of all gradients in that step."""
-_NEAR: Final = 1e-5
-"""How near to its limit, relative to it, a unit may be clipped or not."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +114,13 @@ class Plan:
         To the recipe ``conformance``.
     microbatches : tuple of int
         Examples of a micro-batch in the whole run, then in other launches.
+    killed : int
+        Steps that a process has made when it is killed.
     """
 
     changes: tuple[str, ...]
     microbatches: tuple[int, ...]
+    killed: int
 
     @property
     def recipe(self) -> Recipe:
@@ -115,7 +129,7 @@ class Plan:
 
 
 _STRONG: Final = ("model.variant=micro", "optimizer.weight_decay=0.01", "checkpoint.keep=1")
-FULL: Final = Plan((*_STRONG, "seed=20210212"), (8, 32))
+FULL: Final = Plan((*_STRONG, "seed=20210212"), (8, 32), 23)
 """All 50 steps of the recipe ``conformance``.
 
 Of a smaller model, since most of the time is compilation, and with more weight decay, so that
@@ -130,24 +144,32 @@ SHORT: Final = Plan(
         "schedule.warmup_steps=1.5",
         "optimizer.rate.per=8",
         "sam.group=8",
+        "checkpoint.every_steps=2",
         'agc.clipping={"stem.*" = 0.02, "*" = {"@schedule" = [[0, 0.04], [2, 0.01]]}}',
     ),
     (4, 16),
+    3,
 )
 """Four steps with a high rate, for tests and mutants."""
 
 
 def result_ids(select: str | None = None) -> list[str]:
     """Return the ids of the results, all or those whose id or clause a glob matches."""
-    return [f"L5-{kind}" for kind in _chosen(select)]
-
-
-def _chosen(select: str | None) -> list[str]:
     return [
-        kind
+        f"L5-{kind}"
         for kind, clause in KINDS.items()
         if select is None or fnmatchcase(f"L5-{kind}", select) or fnmatchcase(clause, select)
     ]
+
+
+def count_results(select: str | None = None, dtypes: Sequence[str] = tuple(LIMITS)) -> int:
+    """Return how many results there are, of which one id may have several, by dtype."""
+    return len(_chosen(select, dtypes))
+
+
+def _chosen(select: str | None, dtypes: Sequence[str]) -> list[tuple[str, str]]:
+    ids = result_ids(select)
+    return [(kind, dtype) for kind, dtype in _ASK if f"L5-{kind}" in ids and dtype in dtypes]
 
 
 def run_recipes(
@@ -155,6 +177,7 @@ def run_recipes(
     plan: Plan = FULL,
     *,
     select: str | None = None,
+    dtypes: Sequence[str] = tuple(LIMITS),
     progress: Callable[[int], None] | None = None,
     watch: Callable[[str], None] | None = None,
 ) -> Iterator[Mapping[str, Any]]:
@@ -168,26 +191,30 @@ def run_recipes(
     plan : Plan
     select : str, optional
         Glob on ids and clauses.
+    dtypes : sequence of str
+        Dtypes of the state to ask for.
     progress : callable, optional
         Called with 1 after each question.
     watch : callable, optional
-        Called with the id of each result before it.
+        Called with the name (``id:dtype``) of each result before it.
 
     Yields
     ------
     record
-        ``result`` records, and of ``L5-trajectory`` a ``train`` record a step and a ``model``
-        record with the errors. An exception makes results ``error``, and
+        ``result`` records, and of ``L5-trajectory`` a ``model`` record with the errors, in float32
+        after a ``train`` record a step. An exception makes results ``error``, and
         :class:`~agc_conformance.backend.Unsupported` makes them ``unsupported``.
     """
     study = _Study(backend, plan)
-    for kind in _chosen(select):
+    for kind, dtype in _chosen(select, dtypes):
         if watch is not None:
-            watch(f"L5-{kind}:float32")
+            watch(f"L5-{kind}:{dtype}")
         start = time.perf_counter()
         status: Status = "passed"
         try:
-            verdict = _ASK[kind](study)
+            if dtype not in backend.dtypes:
+                raise Unsupported(f"the backend does not take {dtype}")
+            verdict = _ASK[kind, dtype](study)
             if verdict.problem:
                 status = "failed"
         except Unsupported as reason:
@@ -198,19 +225,20 @@ def run_recipes(
             f"L5-{kind}",
             clause=KINDS[kind],
             level="L5",
-            dtype="float32",
+            dtype=dtype,
             status=status,
             detail=(verdict.problem or verdict.note)[:600],
             seconds=time.perf_counter() - start,
         )
         if kind == "trajectory" and status in ("passed", "failed"):
-            yield from _records(study, verdict)
+            yield from _records(study, verdict, dtype)
         if progress is not None:
             progress(1)
 
 
-def _records(study: _Study, verdict: Verdict) -> Iterator[Mapping[str, Any]]:
-    for step, (metrics, want) in enumerate(zip(study.metrics, study.expected, strict=False)):
+def _records(study: _Study, verdict: Verdict, dtype: str) -> Iterator[Mapping[str, Any]]:
+    metrics_of_steps = study.metrics if dtype == "float32" else []
+    for step, (metrics, want) in enumerate(zip(metrics_of_steps, study.expected, strict=False)):
         loss = float(metrics.loss)
         yield {
             "type": "train",
@@ -228,7 +256,7 @@ def _records(study: _Study, verdict: Verdict) -> Iterator[Mapping[str, Any]]:
         "type": "model",
         "model": TASK,
         "kind": "trajectory",
-        "dtype": "float32",
+        "dtype": dtype,
         "errors": short(verdict.errors),
         "limits": short(verdict.limits),
     }
@@ -248,12 +276,13 @@ class _Expected(NamedTuple):
 
 
 def seeded_state(recipe: Recipe) -> State:
-    """Return a state before the first step in which every branch counts."""
+    """Return a state before the first step in which every branch counts, float32 or widened."""
     model = recipe.model.options()
     seeded = nfnet.seeded_parameters(model.variant, model.num_classes, model.in_channels)
 
-    def times(factor: float) -> dict[str, npt.NDArray[np.float32]]:
-        return {name: (factor * value).astype(np.float32) for name, value in seeded.items()}
+    def times(factor: float) -> dict[str, Array]:
+        rounded = {name: (factor * value).astype(np.float32) for name, value in seeded.items()}
+        return {name: value.astype(recipe.precision.state) for name, value in rounded.items()}
 
     ema = times(0.5) if recipe.ema else None
     return State(step=0, parameters=times(1.0), momentum=times(0.01), ema=ema)
@@ -367,13 +396,15 @@ class _Study:
         verdict = Verdict()
         steps = self.train(trainer, recipe, batches)
         for (metrics, now), want in zip(steps, expected, strict=True):
-            _compare_step(verdict, metrics, now, want)
+            _compare_step(verdict, metrics, now, want, recipe.precision.state)
         return verdict
 
 
-def _compare_step(verdict: Verdict, metrics: Metrics, state: State, want: _Expected) -> None:
+def _compare_step(
+    verdict: Verdict, metrics: Metrics, state: State, want: _Expected, dtype: str
+) -> None:
     """Compare one step: losses, clipped units, every part of the state."""
-    step = want.state.step - 1
+    step, limits = want.state.step - 1, LIMITS[dtype]
 
     def fail(message: str) -> None:
         verdict.add(Verdict(f"step {step}: {message}"))
@@ -385,16 +416,16 @@ def _compare_step(verdict: Verdict, metrics: Metrics, state: State, want: _Expec
         got = getattr(metrics, name)
         if (got is None) != (right is None):
             fail(f"{name} is {got}, it should be {right}")
-        elif right is not None and not abs(float(got) - right) <= _LOSS * abs(right):
-            fail(f"{name} is {float(got):.8g}, it should be {right:.8g}")
-    _compare_clipping(fail, metrics, want.clipping)
+        elif right is not None and not abs(float(got) - right) <= limits["loss"] * abs(right):
+            fail(f"{name} is {float(got):.16g}, it should be {right:.16g}")
+    _compare_clipping(fail, metrics, want.clipping, limits["near"])
     parts = dict(state.parts())
     for name, arrays in want.state.parts():
-        error = _distance(parts.get(name), arrays)
+        error = _distance(parts.get(name), arrays, dtype)
         place = f"step {step}" if name == "parameters" else f"step {step}, {name}"
-        verdict.errors[place], verdict.limits[place] = error, LIMITS[name]
-        if not error <= LIMITS[name]:
-            fail(f"{name} is {error:.2g} off, {LIMITS[name]:g} is allowed")
+        verdict.errors[place], verdict.limits[place] = error, limits[name]
+        if not error <= limits[name]:
+            fail(f"{name} is {error:.2g} off, {limits[name]:g} is allowed")
     if len(parts) != len(dict(want.state.parts())):
         fail(f"the state has {list(parts)}")
     shares = (error / verdict.limits[place] for place, error in verdict.errors.items())
@@ -402,7 +433,7 @@ def _compare_step(verdict: Verdict, metrics: Metrics, state: State, want: _Expec
 
 
 def _compare_clipping(
-    fail: Callable[[str], None], metrics: Metrics, clipping: Result | None
+    fail: Callable[[str], None], metrics: Metrics, clipping: Result | None, near: float
 ) -> None:
     if clipping is None:
         if metrics.clipped is not None:
@@ -417,17 +448,17 @@ def _compare_clipping(
             int(np.sum(unit.gradient_norm > factor * unit.limit))
             for unit in clipping.clipped.values()
         )
-        for factor in (1 + _NEAR, 1 - _NEAR)
+        for factor in (1 + near, 1 - near)
     )
     if not least <= int(float(clipped)) <= most:
         fail(f"{int(float(clipped))} units are clipped, it should be {least} to {most}")
 
 
-def _distance(got: Mapping[str, Array] | None, want: Mapping[str, Array]) -> float:
+def _distance(got: Mapping[str, Array] | None, want: Mapping[str, Array], dtype: str) -> float:
     """Return the L2 norm of the error of all arrays by that of the right ones."""
     if got is None or list(got) != list(want):
         return np.inf
-    if any(got[n].dtype != np.float32 or got[n].shape != want[n].shape for n in want):
+    if any(got[n].dtype != dtype or got[n].shape != want[n].shape for n in want):
         return np.inf
     flat, right = (
         np.concatenate([np.ravel(array).astype(np.float64) for array in arrays.values()])
@@ -444,7 +475,7 @@ def _same(got: State, want: State, what: str) -> Verdict:
     for part, arrays in want.parts():
         for name, array in arrays.items():
             mine = parts.get(part, {}).get(name)
-            if mine is None or mine.tobytes() != np.asarray(array, np.float32).tobytes():
+            if mine is None or mine.tobytes() != array.tobytes():
                 return Verdict(f"{what}: {part} {name!r} has other bits")
     return Verdict(note="the same bits")
 
@@ -456,8 +487,16 @@ def _trajectory(study: _Study) -> Verdict:
     verdict = Verdict()
     states = study.states
     for metrics, state, want in zip(study.metrics, states, study.expected, strict=True):
-        _compare_step(verdict, metrics, state, want)
+        _compare_step(verdict, metrics, state, want, "float32")
     return verdict
+
+
+def _wide(study: _Study) -> Verdict:
+    """Compare the same run in float64, where no rounding hides a small mistake."""
+    precision = replace(study.recipe.precision, compute="float64")
+    recipe = replace(study.recipe, precision=precision)
+    start, trainer = seeded_state(recipe), study.trainer(recipe)
+    return study.compare(trainer, recipe, start, study.batches, expected=study.expected)
 
 
 def _mask(study: _Study) -> Verdict:
@@ -499,12 +538,21 @@ def _evaluated(recipe: Recipe, trainer: Trainer) -> Verdict:
         counts = [[t.top1, t.top5, t.images] for t in (got, want)]
         if counts[0] != counts[1]:
             return Verdict(f"{weights}: top-1, top-5, images are {counts[0]}, not {counts[1]}")
-        if not abs(got.loss - want.loss) <= _LOSS * want.loss:
+        if not abs(got.loss - want.loss) <= LIMITS["float32"]["loss"] * want.loss:
             return Verdict(f"{weights}: the loss is {got.loss:.8g}, it should be {want.loss:.8g}")
     return _same(trainer.state(), state, "after the evaluation")
 
 
 def _resume(study: _Study) -> Verdict:
+    verdict = _stopped(study)
+    try:
+        make = study.backend.elsewhere()
+    except Unsupported as reason:
+        return replace(verdict, note=f"{verdict.note} in one process; {reason}")
+    return verdict if verdict.problem else _killed(study, make)
+
+
+def _stopped(study: _Study) -> Verdict:
     """Go on from a file, in a trainer that has trained something else meanwhile."""
     half, trainer = study.half, study.trainer()
     states = study.states
@@ -517,13 +565,44 @@ def _resume(study: _Study) -> Verdict:
     return _same(state, states[last - 1], f"{last - half} steps after a stop at {half}")
 
 
+def _killed(study: _Study, make: Make) -> Verdict:
+    """Let another process train until it is killed, and go on in this one, both by the core's loop.
+
+    Evaluations are asked for elsewhere: here they would only be compiled.
+    """
+    steps = study.recipe.steps
+    recipe = replace(study.recipe, evaluate=Evaluate(every_steps=steps))
+    launch = Launch(microbatch=study.plan.microbatches[0], log_every=1)
+    killed, last = study.plan.killed, min(study.plan.killed + 3, steps - 1)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        Checkpoints(run, recipe).save(seeded_state(recipe))
+        train_and_kill(make, recipe, launch, run, killed)
+        resumed = training(recipe, study.trainer(), run, launch)
+        began = resumed.made
+        if not 0 < began <= killed:
+            return Verdict(f"killed after {killed} steps, a process left a checkpoint of {began}")
+        resumed.run(lambda: resumed.made == last)
+    what = f"{last} steps, after {killed} of which a process was killed"
+    verdict = _same(study.trainer().state(), study.states[last - 1], what)
+    return replace(verdict, note=f"{verdict.note}: {what}, and step {began} was left")
+
+
 def _migrate(study: _Study) -> Verdict:
-    half = study.half
-    state = _through_file(study.recipe, _rounded(study.expected[half - 1].state))
+    """Move from the reference to the backend at half of the run, and from the backend to it."""
+    half, recipe = study.half, study.recipe
     coming = {step: batch for step, batch in study.batches.items() if step >= half}
-    return study.compare(
-        study.trainer(), study.recipe, state, coming, expected=study.expected[half:]
-    )
+    moves = {
+        "from the reference": (_rounded(study.expected[half - 1].state), study.trainer()),
+        "to the reference": (study.states[half - 1], ReferenceTrainer(recipe, dtype=np.float32)),
+    }
+    verdict, expected = Verdict(), study.expected[half:]
+    for name, (state, trainer) in moves.items():
+        got = study.compare(trainer, recipe, _through_file(recipe, state), coming, expected)
+        got.problem = got.problem and f"{name}: {got.problem}"
+        verdict.add(got)
+        verdict.note = f"{verdict.note}{'; ' if verdict.note else ''}{name} {got.note}"
+    return verdict
 
 
 def _accumulate(study: _Study) -> Verdict:
@@ -597,14 +676,16 @@ def _rounded(state: State) -> State:
     return replace(state, **parts)
 
 
-_ASK: Final[Mapping[str, Callable[[_Study], Verdict]]] = {
-    "trajectory": _trajectory,
-    "mask": _mask,
-    "evaluate": _evaluate,
-    "resume": _resume,
-    "migrate": _migrate,
-    "accumulate": _accumulate,
-    "processes": _processes,
-    "sam": _sam,
-    "finetune": _finetune,
+_ASK: Final[Mapping[tuple[str, str], Callable[[_Study], Verdict]]] = {
+    ("trajectory", "float32"): _trajectory,
+    ("trajectory", "float64"): _wide,
+    ("mask", "float32"): _mask,
+    ("evaluate", "float32"): _evaluate,
+    ("resume", "float32"): _resume,
+    ("migrate", "float32"): _migrate,
+    ("accumulate", "float32"): _accumulate,
+    ("processes", "float32"): _processes,
+    ("sam", "float32"): _sam,
+    ("finetune", "float32"): _finetune,
 }
+"""The questions, by kind of result and dtype of the state."""

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
+from agc import AGC
 from agc.data import Batch, EvaluationBatch, normalise, soft_labels
 from agc.errors import ConfigError
 from agc.nfnet import HEAD, Masks, ParameterSpec, parameters
@@ -39,8 +41,8 @@ class ReferenceTrainer:
     launch : Launch, optional
         Only ``microbatch`` counts.
     dtype : dtype
-        Of the state between the steps: float64 for the right numbers, float32 for a training that
-        goes on from a file bit for bit. Every step is computed in float64.
+        Of the state between the steps: float64 for the right numbers, that of the recipe for a
+        training that goes on from a file bit for bit. Every step is computed in float64.
     processes : int
         Whose batches these are; no number depends on it.
 
@@ -73,6 +75,7 @@ class ReferenceTrainer:
         self.plan = self.make_plan()
         self.clipping: Result | None = None
         self.made = 0
+        self.now: Numbers | None = None
         self.weights: dict[str, Array] = {}
         self.momentum: dict[str, Array] = {}
         self.average: dict[str, Array] | None = None
@@ -81,27 +84,29 @@ class ReferenceTrainer:
 
     def load(self, state: State) -> None:
         """Take over a state."""
-        self.weights, self.momentum = self._copy(state.parameters), self._copy(state.momentum)
-        self.average = None if state.ema is None else self._copy(state.ema)
+        self.weights, self.momentum = self.stored(state.parameters), self.stored(state.momentum)
+        self.average = None if state.ema is None else self.stored(state.ema)
         self.made = state.step
 
     def state(self) -> State:
         """Return a copy of the state; its arrays have the dtype of this training."""
         return State(
             step=self.made,
-            parameters=self._copy(self.weights),
-            momentum=self._copy(self.momentum),
-            ema=None if self.average is None else self._copy(self.average),
+            parameters=self.stored(self.weights),
+            momentum=self.stored(self.momentum),
+            ema=None if self.average is None else self.stored(self.average),
             facts=self.facts,
         )
 
-    def _copy(self, arrays: Arrays) -> dict[str, Array]:
+    def stored(self, arrays: Arrays) -> dict[str, Array]:
+        """Return copies in the dtype of the state."""
         return {name: np.array(arrays[name], self.dtype) for name in self.names}
 
     # --- a step -----------------------------------------------------------------------------------
 
     def step(self, batch: Batch, numbers: Numbers) -> Metrics:
         """Make one step: ascent of SAM, gradient, AGC, norm, decay, momentum, average (AGC-7)."""
+        self.now = numbers
         with threadpool_limits(1, "blas"):  # more threads slow down small products
             loss, perturbed, gradients = self.gradients(self.arrays(batch))
         wide = {name: weight.astype(np.float64) for name, weight in self.weights.items()}
@@ -112,9 +117,9 @@ class ReferenceTrainer:
                 spec, wide[name], gradients[name], self.momentum[name], float(numbers.rate)
             )
             self.momentum[name] = buffer.astype(self.dtype)
-        self.weights = self._copy(wide)
+        self.weights = self.stored(wide)
         if self.average is not None and numbers.ema_decay is not None:
-            self.average = self._copy(self.followed(self.average, float(numbers.ema_decay)))
+            self.average = self.stored(self.followed(self.average, float(numbers.ema_decay)))
         self.made += 1
         if self.clipping is None:
             return Metrics(loss=loss, perturbed_loss=perturbed)
@@ -133,7 +138,8 @@ class ReferenceTrainer:
         if images.dtype == np.uint8:
             images = normalise(images, self.recipe.input.mean, self.recipe.input.std)
         assert model.num_classes is not None
-        targets = soft_labels(batch, model.num_classes, self.recipe.train.smoothing)
+        smoothing = self.recipe.train.smoothing
+        targets = soft_labels(batch, model.num_classes, smoothing, np.float64)
         masks = []
         for rate, mask in zip((model.stochastic_depth, model.dropout), batch.masks, strict=True):
             if mask is None and rate:
@@ -154,12 +160,17 @@ class ReferenceTrainer:
             first = self.ascent(examples)
             order = [*first, *(n for n in range(examples) if n not in first)]
             arrays = [array[order] for array in arrays]
-        rule = replace(sam.rule, microbatches=groups)
+        rule = replace(sam.rule, microbatches=groups, rho=self.radius)
         result = sharpness_aware_gradients(
             self.mean_gradients, self.weights, arrays, rule, step=self.made
         )
         perturbed = result.perturbed_loss if result.norms else None
         return result.loss, perturbed, result.gradients  # type: ignore[return-value]
+
+    def radius(self, _: int) -> float:
+        """Return rho in the step that is made (RECIPE-3)."""
+        assert self.now is not None
+        return float(self.now.rho or 0)
 
     def ascent(self, examples: int) -> Sequence[int]:
         """Return the examples of the ascent, if the whole batch shares a perturbation (SAM-7)."""
@@ -198,7 +209,19 @@ class ReferenceTrainer:
     def make_plan(self) -> Plan | None:
         """Return the plan of AGC, if the recipe has it."""
         known = [Parameter(s.name, s.shape, s.units, "out-last") for s in self.trained]
-        return make_plan(known, self.recipe.agc, head=HEAD) if self.recipe.agc else None
+        return make_plan(known, self.rule(), head=HEAD) if self.recipe.agc else None
+
+    def rule(self) -> AGC:
+        """Return the rule of AGC, with the thresholds of the step (RECIPE-3)."""
+        rule = self.recipe.agc
+        assert rule is not None
+        patterns = rule.clipping if isinstance(rule.clipping, Mapping) else ["*"]
+        return replace(rule, clipping={name: partial(self.threshold, name) for name in patterns})
+
+    def threshold(self, pattern: str, _: int) -> float:
+        """Return the threshold of a pattern in the step that is made."""
+        assert self.now is not None
+        return float(self.now.clipping[pattern])
 
     def clip(self, weights: Arrays, gradients: Arrays) -> Arrays:
         """Return the clipped gradients of what is trained."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import jax
@@ -20,7 +21,7 @@ from agc.training import Launch, Trainer
 from agc_conformance.backend import TrainingTask, TrainStep, Unsupported
 from agc_conformance.backends.jax.clipping import optax_sgd
 from agc_conformance.backends.jax.device import Device
-from agc_conformance.training.processes import Process, free_addresses, started
+from agc_conformance.training.processes import Process, anew, free_addresses, started
 from agc_conformance.training.within import Within
 from agc_jax.optimizer import adaptive_grad_clip
 from agc_jax.sam import sam_value_and_grad
@@ -59,6 +60,12 @@ class Training(Device):
         told = {"device": "cpu", "coordinator": address, "processes": count}
         crew = [Process(environment, {**told, "process": number}) for number in range(count)]
         return started("agc_jax.train:trainer", crew)
+
+    def elsewhere(self) -> Callable[[Recipe, Launch], Trainer]:
+        """Make this backend there too."""
+        if self.device != "cpu":
+            raise Unsupported("another process is started on the CPU alone")
+        return partial(anew, type(self), self.device)
 
 
 class _Network(nnx.Module):  # type: ignore[misc]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -18,7 +19,7 @@ from agc.training import Launch, Trainer
 from agc_conformance.backend import TrainingTask, TrainStep, Unsupported
 from agc_conformance.backends.tensorflow.arrays import keras_sgd
 from agc_conformance.backends.tensorflow.device import Device
-from agc_conformance.training.processes import Process, free_addresses, started
+from agc_conformance.training.processes import Process, anew, free_addresses, started
 from agc_tensorflow.optimizer import AdaptiveGradClip
 from agc_tensorflow.sam import sam_value_and_gradients
 from agc_tensorflow.train import trainer
@@ -51,6 +52,12 @@ class Training(Device):
         hidden = {"CUDA_VISIBLE_DEVICES": "-1"}
         crew = [Process({**hidden, "TF_CONFIG": config}, {}) for config in configs]
         return started("agc_tensorflow.train:trainer", crew)
+
+    def elsewhere(self) -> Callable[[Recipe, Launch], Trainer]:
+        """Make this backend there too."""
+        if self.device != "cpu":
+            raise Unsupported("another process is started on the CPU alone")
+        return partial(anew, type(self), self.device)
 
 
 def _train(task: TrainingTask) -> Iterator[TrainStep]:

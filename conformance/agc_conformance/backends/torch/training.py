@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from agc_conformance.backend import TrainingTask, TrainStep, Unsupported
 from agc_conformance.backends.torch.arrays import gradient_arrays, plain_sgd, to_array
 from agc_conformance.backends.torch.clipping import attach_sgd
 from agc_conformance.backends.torch.device import Device
-from agc_conformance.training.processes import Process, free_addresses, started
+from agc_conformance.training.processes import Process, anew, free_addresses, started
 from agc_conformance.training.within import Within
 from agc_torch.sam import SharpnessAware
 from agc_torch.train import trainer
@@ -92,6 +93,12 @@ class Training(Device):
             for rank in range(count)
         ]
         return started("agc_torch.train:trainer", crew)
+
+    def elsewhere(self) -> Callable[[Recipe, Launch], Trainer]:
+        """Make this backend there too."""
+        if self.device != "cpu":
+            raise Unsupported("another process is started on the CPU alone")
+        return partial(anew, type(self), self.device)
 
 
 class _Network(nn.Module):  # type: ignore[misc]

@@ -23,6 +23,7 @@ class Tensors:
     """A model's parameters, and the gradients of every round."""
 
     def __init__(self, model: str, condition: str) -> None:
+        self.module = torch.nn.Module()
         self.parameters: dict[str, torch.nn.Parameter] = {}
         self.gradients: list[torch.Tensor] = []
         self.condition = condition
@@ -31,9 +32,9 @@ class Tensors:
             self.parameters[name] = torch.nn.Parameter(weight)
             self.parameters[name].grad = gradient.clone()
             self.gradients.append(gradient)
+            register(self.module, name, self.parameters[name])
         units = declared(MODELS[model](), "o i ... -> o")
         self.rule = AGC(clipping=0.01, units=units)
-        self.plan = agc_torch.plan(self.parameters, self.rule)
 
     def restore(self) -> None:
         grads = [parameter.grad for parameter in self.parameters.values()]
@@ -42,7 +43,7 @@ class Tensors:
     def contestant(self, name: str) -> Callable[[], Any]:
         parameters = list(self.parameters.values())
         if name == "ours":
-            return lambda: agc_torch.adaptive_clip_grad_(self.parameters, self.rule, plan=self.plan)
+            return lambda: agc_torch.adaptive_clip_grad_(self.module, self.rule)
         if name == "timm":
             return lambda: timm_agc.adaptive_clip_grad(parameters, clip_factor=0.01)
         if name == "pytorch_optimizer":
@@ -54,6 +55,16 @@ class Tensors:
             return one_by_one
         weights, gradients = [p.detach() for p in parameters], [p.grad for p in parameters]
         return bound(weights, gradients, self.condition)
+
+
+def register(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+    """Put a parameter of a dotted name where it belongs."""
+    *path, leaf = name.split(".")
+    for key in path:
+        if key not in module._modules:
+            module.add_module(key, torch.nn.Module())
+        module = module._modules[key]
+    module.register_parameter(leaf, parameter)
 
 
 @pytest.fixture(scope="module")

@@ -586,7 +586,10 @@ class _Chunk:
 
 
 def _slack(numbers: UnitNumbers) -> tuple[float, float]:
-    """Return the least and the largest of what limits leave to norms; both NaN if one is."""
+    """Return the least and the largest of what limits leave to norms.
+
+    NaN, if there is one, is the least and the largest; a limit is infinite if its weight is.
+    """
     if not numbers.norm.numel():
         return 0.0, 0.0
     least, most = (numbers.limit - numbers.norm).aminmax()

@@ -2,10 +2,10 @@
 
 Eager PyTorch on a CPU has no kernel that reads float32 and adds in float64 without a copy, and its
 float32 norm adds up a whole row in one chain. So a CPU sums the squares of long float32 rows in
-blocks of 64 or 128, eight at least, and adds the blocks in float64: rounding of many blocks
-averages out. A row that is mostly a few blocks is summed again in float64, as is everything else,
-as much as fits the cache at a time. Accelerators reduce in trees and take the norm as it is.
-Compiled code is fused, and adds in float64 right away.
+blocks of 64 and adds the blocks in float64: rounding of many blocks averages out. A row that is
+mostly a few blocks is summed again in float64, as is everything else, as much as fits the cache at
+a time. Accelerators reduce in trees and take the norm as it is. Compiled code is fused, and adds in
+float64 right away.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from agc_torch.views import View
 __all__ = ["Groups", "all_norms", "all_shares", "grouped", "kind", "on_host", "wide"]
 
 _BLOCK: Final = 64
-"""Elements whose squares are added in float32, and twice as many in rows of sixteen blocks."""
+"""Elements whose squares are added in float32.
+
+Twice as many would let the norm of a row of equal values be 2 ULP off, instead of 1.
+"""
 _FEW: Final = 4
 """A row whose energy sits in at most this many blocks is summed again in float64."""
 _LONG: Final = 512
@@ -83,7 +86,9 @@ def all_norms(
         flat = _in_stretches(views, sources, groups)
     else:
         flat = torch.cat(_host_norms(views, sources, groups))
-    return flat if groups.safe else _redo_out_of_range(flat, views, sources, lower)
+    if groups.safe or not flat.numel():
+        return flat
+    return _redo_out_of_range(flat, views, sources, lower)
 
 
 def all_shares(views: list[View], sources: list[Tensor], groups: Groups | None = None) -> Tensor:
@@ -156,7 +161,7 @@ class _Group(NamedTuple):
 
     Attributes
     ----------
-    kind : (int, int, int)
+    kind : (int, int)
         What they share; see :func:`kind`.
     indices : list of int
         Their places in the list of views.
@@ -168,7 +173,7 @@ class _Group(NamedTuple):
         Whether all stand in memory row after row; differ in the size of their first axis alone.
     """
 
-    kind: tuple[int, int, int]
+    kind: tuple[int, int]
     indices: list[int]
     units: list[int]
     rows: list[_Rows]
@@ -197,25 +202,25 @@ class Groups(NamedTuple):
 _COPIED, _EXACT, _IN_BLOCKS = range(3)
 
 
-def kind(view: View) -> tuple[int, int, int]:
+def kind(view: View) -> tuple[int, int]:
     """Return what a tensor on the host shares with those whose norms are taken together.
 
-    That is how they are taken, and the length of rows, or the number and the size of their blocks.
+    That is how they are taken, and the length of rows or the number of their blocks.
     """
     tensor = view.source
     rows = _rows(view.axes, tensor.stride())
     if rows is not None:
         length = rows.shape[-1]
         if 0 < tensor.numel() <= _SMALL:
-            return _COPIED, length, 0
+            return _COPIED, length
         if length >= _LONG and tensor.dtype == torch.float32 and not view.exact:
-            return _IN_BLOCKS, *_blocks(length)
-    return _EXACT, 0, 0
+            return _IN_BLOCKS, _blocks(length)
+    return _EXACT, 0
 
 
 def grouped(views: list[View]) -> Groups:
     """Group tensors on the host by what stays from step to step."""
-    indices: dict[tuple[int, int, int], list[int]] = {}
+    indices: dict[tuple[int, int], list[int]] = {}
     for index, view in enumerate(views):
         indices.setdefault(kind(view), []).append(index)
     groups = [_group(own, mine, [views[index] for index in mine]) for own, mine in indices.items()]
@@ -227,7 +232,7 @@ def grouped(views: list[View]) -> Groups:
     )
 
 
-def _group(own: tuple[int, int, int], indices: list[int], views: list[View]) -> _Group:
+def _group(own: tuple[int, int], indices: list[int], views: list[View]) -> _Group:
     rows = [] if own[0] == _EXACT else [_rows(v.axes, v.source.stride()) for v in views]
     known = [each for each in rows if each is not None]
     return _Group(
@@ -278,10 +283,9 @@ def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def _blocks(length: int) -> tuple[int, int]:
-    """Return the number of blocks in a row, of which the last may be shorter, and their size."""
-    block = _BLOCK if length < 16 * _BLOCK else 2 * _BLOCK
-    return -(-length // block), block
+def _blocks(length: int) -> int:
+    """Return the number of blocks in a row; the last one may be shorter."""
+    return -(-length // _BLOCK)
 
 
 def _unit_norms(view: View, tensor: Tensor) -> Tensor:
@@ -295,7 +299,7 @@ def _unit_norms(view: View, tensor: Tensor) -> Tensor:
 def _group_norms(views: list[View], sources: list[Tensor], group: _Group) -> Tensor:
     """Norms of the units of a group, view after view, in float64."""
     tensors = [sources[index] for index in group.indices]
-    how, length, _ = group.kind
+    how, length = group.kind
     if how == _COPIED:
         return vector_norm(_copied(tensors, group).view(-1, length), 2, -1, dtype=torch.float64)
     if how == _EXACT:
@@ -306,10 +310,9 @@ def _group_norms(views: list[View], sources: list[Tensor], group: _Group) -> Ten
 
 def _long_row_norms(tensors: list[Tensor], group: _Group) -> Tensor:
     """Norms of rows of equally many blocks, in float64."""
-    _, blocks, block = group.kind
-    table = tensors[0].new_empty(sum(group.units), blocks)
+    table = tensors[0].new_empty(sum(group.units), group.kind[1])
     for tensor, rows, norms in zip(tensors, group.rows, table.split(group.units), strict=True):
-        _block_norms_(norms, tensor, rows, block)
+        _block_norms_(norms, tensor, rows)
     squares = table.double().square_()
     whole = squares.sum(-1)
     # True if the energy is spread over fewer than _FEW equal blocks (participation ratio).
@@ -339,20 +342,20 @@ def _copied(tensors: list[Tensor], group: _Group) -> Tensor:
     return torch.cat([t.as_strided(r.shape, r.strides).reshape(-1) for t, r in rows])
 
 
-def _block_norms_(norms: Tensor, tensor: Tensor, rows: _Rows, block: int) -> None:
+def _block_norms_(norms: Tensor, tensor: Tensor, rows: _Rows) -> None:
     """Write the norms of all blocks, a row of them for a row."""
     (*sizes, length), (*strides, _) = rows.shape, rows.strides
-    blocks, rest = divmod(length, block)
-    if rows.in_order and not rest:
-        vector_norm(tensor.view(-1, blocks, block), 2, -1, out=norms)
+    blocks, rest = divmod(length, _BLOCK)
+    if rows.in_order and not rest:  # with fewer views
+        vector_norm(tensor.view(-1, blocks, _BLOCK), 2, -1, out=norms)
         return
-    norms = norms.view(*sizes, norms.shape[-1])
-    whole = tensor.as_strided((*sizes, blocks, block), (*strides, block, 1))
+    norms = norms.view(*sizes, _blocks(length))
+    whole = tensor.as_strided((*sizes, blocks, _BLOCK), (*strides, _BLOCK, 1))
     if not rest:
         vector_norm(whole, 2, -1, out=norms)
         return
     vector_norm(whole, 2, -1, out=norms[..., :blocks])
-    start = tensor.storage_offset() + blocks * block
+    start = tensor.storage_offset() + blocks * _BLOCK
     last = tensor.as_strided((*sizes, 1, rest), (*strides, 1, 1), start)
     vector_norm(last, 2, -1, out=norms[..., blocks:])
 

@@ -15,7 +15,7 @@ from agc_conformance.backends.peers import timm as timm_peer
 from benchmarks.common import Measure, bound, draw
 from benchmarks.shapes import MODELS, declared
 
-CONTESTANTS = ("ours", "timm", "pytorch_optimizer", "bound")
+CONTESTANTS = ("ours", "timm", "pytorch_optimizer", "bound", "two operations")
 timm_agc = timm_peer.load()
 
 
@@ -54,7 +54,34 @@ class Tensors:
 
             return one_by_one
         weights, gradients = [p.detach() for p in parameters], [p.grad for p in parameters]
+        if name == "two operations":
+            return two_operations(weights, gradients, self.condition)
         return bound(weights, gradients, self.condition)
+
+
+def two_operations(
+    weights: list[torch.Tensor], gradients: list[torch.Tensor], condition: str
+) -> Callable[[], None]:
+    """Return a function that calls PyTorch for each tensor as seldom as clipping allows.
+
+    It takes norms in float32, which is not accurate enough, and decides nothing. If everything is
+    clipped, it multiplies each gradient by a factor a unit.
+    """
+    pairs = [
+        [tensor.view(len(tensor) if tensor.dim() > 1 else 1, -1) for tensor in pair]
+        for pair in zip(weights, gradients, strict=True)
+    ]
+    norms = [torch.empty(len(weight)) for weight, _ in pairs]
+    factors = [torch.ones(len(weight), 1) for weight, _ in pairs]
+
+    def run() -> None:
+        for (weight, gradient), out, factor in zip(pairs, norms, factors, strict=True):
+            torch.linalg.vector_norm(weight, 2, 1, out=out)
+            torch.linalg.vector_norm(gradient, 2, 1, out=out)
+            if condition == "all":
+                gradient.mul_(factor)
+
+    return run
 
 
 def register(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:

@@ -548,8 +548,8 @@ class _Chunk:
             if least >= 0 and most < math.inf:
                 return
             finite = math.isfinite(least) and math.isfinite(most)
-            untouched_U = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
-            if untouched_U.any():
+            if not most < 0:  # some unit is not clipped
+                untouched_U = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
                 split = untouched_U.split(sizes)
                 touched = [index for index in touched if not split[index].all()]
         factor_U = narrow_U = numbers.finite_scale if finite else numbers.factor

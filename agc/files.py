@@ -14,11 +14,23 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 from agc.errors import FormatError
 
-__all__ = ["check_target", "named_files", "put", "replacing", "target_of", "write_text", "written"]
+__all__ = [
+    "check_source",
+    "check_target",
+    "named_files",
+    "put",
+    "replacing",
+    "target_of",
+    "write_text",
+    "written",
+]
+
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors of writing, which name no file."""
 
 
 @contextmanager
@@ -38,6 +50,22 @@ def target_of(path: Path) -> Path:
 def written(path: Path) -> str:
     """Name what was written: the path and, if it is a symbolic link, the file behind it."""
     return f"{target_of(path)}, which {path} links to" if path.is_symlink() else str(path)
+
+
+def check_source(path: Path) -> None:
+    """Raise if a file cannot be read again and again: a pipe, a device, a socket.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    OSError
+        If it is none that can be read so.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        what = f"it is {_kind(mode)}, which cannot be read twice; save it as a regular file first"
+        raise _refused(OSError, errno.ESPIPE, path, what)
 
 
 def check_target(path: Path) -> None:
@@ -98,7 +126,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         put(part, path)
     except OSError as error:
-        if error.filename != str(part):
+        if error.filename != str(part) and error.errno not in _FULL:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:

@@ -29,6 +29,8 @@ def need(package: str, what: str, extra: str = "weights") -> Any:
 
 def missing(what: str, cause: ImportError, extra: str) -> MissingPackageError:
     """Return the error for something that cannot be imported; it names the extra."""
+    if not isinstance(cause, ModuleNotFoundError):  # says itself what to do, as an adapter's does
+        return MissingPackageError(f"{what} cannot be imported: {cause}")
     return MissingPackageError(
         f"{what} needs packages that are not installed ({cause}); "
         f'try: pip install "agc-sam[{extra}]"'

@@ -89,15 +89,15 @@ def _run(arguments: argparse.Namespace) -> int:
         classes = options.num_classes
         names = read_names(arguments.labels, classes) if arguments.labels else class_names(classes)
         model = classifier(arguments.backend, options, arrays)
-        answers: dict[Path, list[Guess] | str] = {}
+        answers: list[_Answer] = []
         for path in arguments.images:
             try:
                 logits = model(read_image(path, options.variant.test_pixels)[None])[0]
-                answers[path] = top(logits, arguments.top, names)
+                answers.append((path, top(logits, arguments.top, names)))
             except FormatError as error:
-                answers[path] = str(error)
+                answers.append((path, str(error)))
             except NonFiniteError as error:
-                answers[path] = f"{path} with {arguments.weights}: {error}"
+                answers.append((path, f"{path} with {arguments.weights}: {error}"))
     note = None
     if arguments.weights == _RANDOM:
         note = "THE WEIGHTS ARE RANDOM: these answers mean nothing"
@@ -107,7 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _print_json(arguments, options, note, answers)
     else:
         _print_tables(arguments, options, note, answers)
-    failed = [answer for answer in answers.values() if isinstance(answer, str)]
+    failed = [answer for _, answer in answers if isinstance(answer, str)]
     for reason in failed:
         print(f"agc: {reason}", file=sys.stderr)
     return 1 if failed else 0
@@ -141,7 +141,7 @@ def _print_json(
     arguments: argparse.Namespace,
     options: Options,
     note: str | None,
-    answers: dict[Path, list[Guess] | str],
+    answers: Sequence[_Answer],
 ) -> None:
     document = {
         "weights": arguments.weights,
@@ -154,7 +154,7 @@ def _print_json(
             {"image": str(path), "error": answer}
             if isinstance(answer, str)
             else {"image": str(path), "top": [dataclasses.asdict(guess) for guess in answer]}
-            for path, answer in answers.items()
+            for path, answer in answers
         ],
     }
     print(json.dumps(document, indent=2))
@@ -164,7 +164,7 @@ def _print_tables(
     arguments: argparse.Namespace,
     options: Options,
     note: str | None,
-    answers: dict[Path, list[Guess] | str],
+    answers: Sequence[_Answer],
 ) -> None:
     console = need("rich.console", "agc classify").Console()
     table = need("rich.table", "agc classify").Table
@@ -174,8 +174,8 @@ def _print_tables(
         console.print(line, markup=False, highlight=False, soft_wrap=True, **how)
 
     say(f"{describe(options)} with {arguments.backend}, weights: {arguments.weights}")
-    classified = {path: found for path, found in answers.items() if not isinstance(found, str)}
-    for path, guesses in classified.items():
+    classified = [(path, found) for path, found in answers if not isinstance(found, str)]
+    for path, guesses in classified:
         say(str(path))
         shown = table()
         shown.add_column("class", justify="right")
@@ -186,7 +186,7 @@ def _print_tables(
             name = [] if guess.name is None else [text(guess.name)]
             shown.add_row(str(guess.index), *name, f"{guess.probability:.1%}")
         console.print(shown)
-    if any(guess.name is None for guesses in classified.values() for guess in guesses):
+    if any(guess.name is None for _, guesses in classified for guess in guesses):
         say("(no names of classes; give them with --labels FILE)")
     if note is not None:
         say(note, style="bold red")
@@ -199,6 +199,10 @@ class Guess:
     index: int
     name: str | None
     probability: float
+
+
+_Answer = tuple[Path, list[Guess] | str]
+"""An image, and its classes or why it has none."""
 
 
 def read_image(path: str | Path, pixels: int) -> npt.NDArray[np.float32]:

@@ -23,6 +23,8 @@ __all__ = ["Chosen", "WhichWeights", "choose"]
 WhichWeights = Literal["raw", "ema"]
 
 _AVERAGED: Final = frozenset({"ema", "swa", "avg", "average", "averaged", "averages", "shadow"})
+_CURRENT: Final = "current_model_state"
+"""Key of the raw weights in checkpoints of Lightning whose ``state_dict`` has averaged ones."""
 _OF_OPTIMIZER: Final = frozenset({"optimizer", "optim", "opt", "exp", "momentum", "velocity"})
 
 
@@ -80,7 +82,10 @@ def choose(source: Source, key: str | None = None, weights: WhichWeights | None 
             raise FormatError(f"{path}: has no weights under {key!r}; it holds {_listed(sets)}")
     else:
         found = [item for item in sets if not item.is_of(_OF_OPTIMIZER)] or sets
-    averaged = [item for item in found if item.is_of(_AVERAGED)]
+    swapped = any(item.key == _CURRENT for item in sets)
+    averaged = [
+        item for item in found if item.is_of(_AVERAGED) or (swapped and item.key == "state_dict")
+    ]
     raw = [item for item in found if item not in averaged]
     if weights is not None:
         found = averaged if weights == "ema" else raw
@@ -92,6 +97,11 @@ def choose(source: Source, key: str | None = None, weights: WhichWeights | None 
         raise FormatError(
             f"{path}: holds raw weights ({_listed(raw)}) and averaged ones ({_listed(averaged)}); "
             "say which: raw or ema (--weights, or --use in agc classify)"
+        )
+    if len(found) > 1 and _are_parts(source, found):
+        raise FormatError(
+            f"{path}: names of one model have different prefixes: {_listed(found)}; save it with all "
+            "names as model.state_dict() has them"
         )
     if len(found) > 1:
         raise FormatError(
@@ -131,6 +141,17 @@ def _sets(contents: Mapping[str, Mapping[Any, Any]]) -> list[_Set]:
         )
     # Another network may have a head.bias too.
     return [item for item, count in counts.items() if 2 * count >= max(counts.values())]
+
+
+def _are_parts(source: Source, sets: list[_Set]) -> bool:
+    """Tell whether no name of an NFNet is in two of these sets."""
+    names = [
+        name.removeprefix(item.prefix)
+        for item in sets
+        for name in source.contents[item.key]
+        if _prefix(name) == item.prefix
+    ]
+    return len(names) == len(set(names))
 
 
 def _most_tensors(contents: Mapping[str, Mapping[Any, Any]]) -> str:

@@ -11,6 +11,7 @@ import math
 import tokenize
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agc.errors import FormatError, MissingPackageError
+from agc.files import check_source
 from agc.packages import need
 from agc.weights.keras_h5 import (
     ARCHIVED,
@@ -83,8 +85,14 @@ class Source:
 
 
 @contextmanager
-def open_source(path: Path) -> Iterator[Source]:
+def open_source(path: Path, *, shard: bool = False) -> Iterator[Source]:
     """Open a file of any kind that is read; what it is follows from its content, not its name.
+
+    Parameters
+    ----------
+    path : Path
+    shard : bool
+        An index names it, so it is none itself.
 
     Raises
     ------
@@ -93,10 +101,13 @@ def open_source(path: Path) -> Iterator[Source]:
     MissingPackageError
         If the package that reads it is not installed.
     OSError
-        If there is no such file.
+        If there is no such file, or it is a pipe or device.
     """
+    check_source(path)
     with path.open("rb") as file:
         start = file.read(16)
+    if not start:
+        raise FormatError(f"{path}: is empty")
     metadata: Mapping[str, str] = {}
     with ExitStack() as stack:
         contents: Mapping[str, Mapping[Any, Any]]
@@ -127,33 +138,20 @@ def open_source(path: Path) -> Iterator[Source]:
         elif start.startswith(b"\x80"):
             arrays = read_pickle(path)
             contents = {"": {name: in_memory(array) for name, array in arrays.items()}}
-        elif start.lstrip().startswith(b"{"):
-            shards = [stack.enter_context(open_source(shard)) for shard in _shards(path)]
-            contents = {"": {k: v for shard in shards for k, v in shard.contents[""].items()}}
-            files = (path, *(shard.path for shard in shards))
+        elif not shard and start.lstrip().startswith(b"{"):
+            shard_of = _weight_map(path)
+            shards = {
+                name: stack.enter_context(open_source(path.parent / name, shard=True))
+                for name in sorted(set(shard_of.values()))
+            }
+            contents = {"": _gathered(path, shard_of, shards)}
+            files = (path, *(opened.path for opened in shards.values()))
         else:
             raise FormatError(
                 f"{path}: neither safetensors, npz, HDF5, a PyTorch file nor a pickle; "
                 f"it starts with {start!r}"
             )
         yield Source(path, contents, metadata, files)
-
-
-def _shards(path: Path) -> list[Path]:
-    """Return the files that an index such as ``model.safetensors.index.json`` names."""
-    try:
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names or not all(name == Path(name).name for name in names):
-            raise ValueError("its files must be beside it")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(
-            f"{path}: JSON, but no index of shards with a weight_map; {error}"
-        ) from None
-    shards = [path.parent / name for name in names]
-    for shard in shards:
-        if shard.suffix == ".json" or not shard.is_file():
-            raise FormatError(f"{path}: names {shard.name}, which is no file of weights beside it")
-    return shards
 
 
 _LEGACY_TORCH: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -164,6 +162,59 @@ _HDF5: Final = b"\x89HDF\r\n\x1a\n"
 def in_memory(array: Array) -> Tensor:
     """Return an array that is there already as a tensor."""
     return Tensor(array.shape, array.dtype.name, lambda: array)
+
+
+# --- indices of shards ----------------------------------------------------------------------------
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Return which file has which tensor, by an index such as ``model.safetensors.index.json``."""
+    repeated: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated.extend(key for key, n in Counter(key for key, _ in items).items() if n > 1)
+        return dict(items)
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text, object_pairs_hook=pairs)["weight_map"]
+        if not isinstance(found, dict) or not found:
+            raise ValueError("it maps no tensor to a file")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError(
+            f"{path}: JSON, but no index of shards with a weight_map; {error}"
+        ) from None
+    if repeated:
+        raise FormatError(f"{path}: has {repeated[0]!r} twice, so it does not say which is meant")
+    for tensor, name in found.items():
+        if isinstance(name, list):
+            raise FormatError(
+                f"{path}: an index of Keras, whose shards are not read; load them in Keras and save "
+                "one file, model.save_weights('x.weights.h5')"
+            )
+        if not isinstance(name, str) or not name or name != Path(name).name:
+            raise FormatError(f"{path}: puts {tensor} into {name!r}; shards must be beside it")
+        if not (path.parent / name).is_file():
+            raise FormatError(f"{path}: names {name}, which is no file of weights beside it")
+    return found
+
+
+def _gathered(
+    path: Path, shard_of: Mapping[str, str], shards: Mapping[str, Source]
+) -> dict[str, Any]:
+    """Return each tensor from the file that an index names: another may have its name too."""
+    lost = [
+        f"{tensor} ({name})"
+        for tensor, name in shard_of.items()
+        if tensor not in shards[name].contents[""]
+    ]
+    if lost:
+        more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
+        raise FormatError(
+            f"{path}: {len(lost)} not in the file where it says: {', '.join(lost[:10])}{more}. "
+            "Are all files of one model, and whole?"
+        )
+    return {tensor: shards[name].contents[""][tensor] for tensor, name in shard_of.items()}
 
 
 # --- safetensors ----------------------------------------------------------------------------------
@@ -216,6 +267,8 @@ def _lost(path: Path) -> str | None:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(min(length, path.stat().st_size))
+    if len(text) < length:
+        return f"truncated; its header has {len(text)} of {length} bytes"
     try:
         header = json.loads(text)
         have = path.stat().st_size - 8 - length

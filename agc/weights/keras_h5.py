@@ -41,7 +41,8 @@ def datasets(path: Path, file: Path | IO[bytes]) -> Iterator[dict[str, Any]]:
     Raises
     ------
     FormatError
-        If it is truncated, or a dataset's numbers lie in another file, which could be any.
+        If it is truncated, or of Keras 2's form, or a dataset's numbers lie in another file, which
+        could be any.
     """
     library = need("h5py", f"{path}: reading files of Keras", "tensorflow")
     try:
@@ -49,6 +50,11 @@ def datasets(path: Path, file: Path | IO[bytes]) -> Iterator[dict[str, Any]]:
     except OSError as error:
         raise FormatError(f"{path}: truncated, or not a whole HDF5 file; {error}") from None
     with opened as tree:
+        if "model_weights" in tree or "layer_names" in tree.attrs:
+            raise FormatError(
+                f"{path}: in the form of Keras 2, which is not read; load it in Keras and save it "
+                "with model.save('x.keras') or model.save_weights('x.weights.h5')"
+            )
         sets: dict[str, Any] = {}
 
         def visit(name: str, item: Any) -> None:  # visits no links, which may lead elsewhere
@@ -104,7 +110,7 @@ def metadata_of(archive: zipfile.ZipFile) -> Mapping[str, str]:
 def _name(path: str) -> str:
     """Return the name that a dataset's variable has in the form ``keras``."""
     name = _BLOCK.sub(lambda found: f"stages.{found[1] or 0}/{found[2] or 0}/", path)
-    name = name.replace("layers/", "")
+    name = name.replace("layers/", "").replace("res_net_stem/", "stem/")
     found = _LEAF.search(name)
     if not found:
         return name

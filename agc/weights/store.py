@@ -129,7 +129,7 @@ def open_weights(
     ConfigError
         If a value is not allowed.
     OSError
-        If there is no such file.
+        If there is no such file, or it is a pipe or device.
     """
     path, notes = Path(path), []
     if weights not in (None, "raw", "ema"):
@@ -151,7 +151,7 @@ def open_weights(
         if problem := _misfit(chosen, form):
             raise FormatError(f"{path}: {problem}")
         tensors = _check(source, found, form, chosen)
-        if not complete:
+        if not complete and None in (activation, ws_eps):
             notes.append(_assumed(path, chosen))
         yield Weights(path, form.name, chosen, complete, tensors, tuple(notes), source.files)
 
@@ -192,8 +192,8 @@ def load(
         path, variant=variant, activation=activation, ws_eps=ws_eps, key=key, weights=weights
     )
     with opened as found:
-        said = found.complete or found.form == "haiku" or None not in (activation, ws_eps)
-        for note in found.notes[: -1 if said and not found.complete else None]:
+        assumed = not found.complete and None in (activation, ws_eps)
+        for note in found.notes[: -1 if assumed and found.form == "haiku" else None]:
             warnings.warn(note, WeightsWarning, stacklevel=2)
         return found.options, found.arrays()
 
@@ -342,6 +342,8 @@ def _hint(source: Source, found: Chosen, chosen: Options) -> str:
     """Say what the tensors look like, if not like what they should be."""
     if re.search(r"-\d+-of-\d+\.", source.path.name):
         return ". The file is one of several; give their index, *.index.json"
+    if re.search(r"_\d{5}\.weights\.h5$", source.path.name):
+        return ". The file is one of Keras' several; load them in Keras and save one file"
     if found.label and not found.tensors.keys().isdisjoint(source.contents.get("", ())):
         return f". To read only what is under {found.label}, name it by --key"
     try:

@@ -63,11 +63,13 @@ class PackageContract(Contract):
 
     def test_a_missing_package_names_the_extra(self, package):
         adapter = self.driver.adapter.__name__
-        done = self.python(LOAD_WITHOUT, package, adapter)
-        assert done.returncode == 1
-        *_, message = done.stderr.splitlines()
-        assert message.startswith(f"ImportError: {adapter} needs ")
-        assert f'pip install "agc-sam[{adapter.removeprefix("agc_")}]"' in message
+        extra = adapter.removeprefix("agc_")
+        for module in (adapter, f"agc_conformance.backends.{extra}.backend"):
+            done = self.python(LOAD_WITHOUT, package, module)
+            assert done.returncode == 1
+            *_, message = done.stderr.splitlines()
+            assert message.startswith(f"ImportError: {adapter} needs ")
+            assert f'pip install "agc-sam[{extra}]"' in message
 
     def test_public_names_are_documented(self, public):
         assert getattr(self.driver.adapter, public).__doc__

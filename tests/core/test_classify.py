@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -247,6 +248,26 @@ def test_no_classes_without_finite_logits(photographs, frameworks, capsys, more)
     assert f"agc: {photographs[0]} with random: 10 of 10 logits are NaN or infinite" in err
 
 
+def test_an_image_that_is_given_twice(photographs, brightness, capsys):
+    images = [photographs[0], photographs[1], photographs[0]]
+    command = ["classify", *images, "--backend", "torch", "--weights", "random"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["images"]
+    assert [entry["image"] for entry in found] == images
+    assert found[0] == found[2] != found[1]
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("china.png") == 2
+
+
+def test_a_name_that_the_output_cannot_encode(tmp_path, brightness, monkeypatch):
+    Image.fromarray(CHINA).save(tmp_path / "\u00fc.png")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    command = ["classify", str(tmp_path / "\u00fc.png"), "--backend", "torch"]
+    assert main([*command, "--weights", "random"]) == 0
+    assert b"\\xfc.png" in written.getvalue()
+
+
 def test_a_broken_image_hides_no_other(tmp_path, photographs, brightness, capsys, monkeypatch):
     (tmp_path / "x.png").write_text("no image")
     images = [photographs[0], str(tmp_path / "x.png"), str(tmp_path / "none.png"), photographs[1]]
@@ -289,3 +310,15 @@ def test_missing_framework_names_the_extra(photographs, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "agc_jax.commands", None)
     assert main(["classify", photographs[0], "--weights", "random", "--backend", "jax"]) == 2
     assert 'pip install "agc-sam[jax]"' in capsys.readouterr().err
+
+
+def test_what_an_adapter_says_itself_is_not_explained_again(photographs, capsys, monkeypatch):
+    class Point:
+        def load(self):
+            raise ImportError("KERAS_BACKEND is 'jax'; set it to tensorflow")
+
+    monkeypatch.setattr("agc.cli.frameworks.entry_points", lambda **_: [Point()])
+    with pytest.raises(MissingPackageError) as caught:
+        classify.load_framework("tensorflow", "the backend tensorflow", "tensorflow")
+    said = "the backend tensorflow cannot be imported: KERAS_BACKEND is 'jax'; set it to tensorflow"
+    assert str(caught.value) == said

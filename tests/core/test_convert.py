@@ -35,6 +35,8 @@ from agc.errors import (
 from agc.recipe import load_recipe
 from agc.training import Checkpoints, State
 from agc.weights import FORMS, convert, load, open_weights, save
+from agc.weights.choice import choose
+from agc.weights.files import Source, in_memory
 from agc.weights.forms import guess
 
 FORM_NAMES = list(FORMS)
@@ -253,6 +255,9 @@ def test_what_a_file_does_not_say(tmp_path, neutral):
     given = {"activation": "gelu_erf", "ws_eps": "timm"}
     with open_weights(tmp_path / "bare", **given) as found:
         assert (found.options.activation, found.options.ws_eps) == ("gelu_erf", "timm")
+        assert not found.notes  # nothing was assumed
+    with open_weights(tmp_path / "bare", ws_eps="timm") as found:
+        assert "activation=gelu, ws_eps=timm" in found.notes[0]
     assert found.nbytes == 4 * 334_086
     with pytest.warns(WeightsWarning, match="bare does not say how it was trained; taken for"):
         load(tmp_path / "bare")
@@ -334,6 +339,32 @@ def test_a_prefix_that_not_all_names_share(tmp_path, arrays):
     assert_same(load_as(tmp_path / "x", key="net"), arrays)
 
 
+def test_names_of_one_model_under_different_prefixes(tmp_path, arrays):
+    odd = dict.fromkeys(list(arrays)[::2], "module.")
+    found = {f"{odd.get(name, '')}{name}": value for name, value in arrays.items()}
+    write_safetensors(tmp_path / "x", found)
+    with pytest.raises(FormatError, match=r"different prefixes: .*module.*; save it"):
+        load_as(tmp_path / "x")
+
+
+def test_averages_in_place_of_what_lightning_trains(tmp_path, arrays):
+    averaged = {name: value / 2 for name, value in arrays.items()}
+    sets = {"state_dict": averaged, "current_model_state": arrays}
+    contents = {
+        key: {f"net.{name}": in_memory(value) for name, value in of.items()}
+        for key, of in sets.items()
+    }
+    source = Source(tmp_path, contents, {}, ())
+    with pytest.raises(FormatError, match=r"raw weights \(current_model_state\.net\) and averaged"):
+        choose(source)
+    for which, expected in (("raw", arrays), ("ema", averaged)):
+        tensors = choose(source, weights=which).tensors
+        assert_same({name: tensor.read() for name, tensor in tensors.items()}, expected)
+    only = Source(tmp_path, {"state_dict": contents["state_dict"]}, {}, ())
+    with pytest.raises(FormatError, match="says of no weights that they are ema"):
+        choose(only, weights="ema")
+
+
 def test_raw_and_averaged_weights(tmp_path, neutral, arrays, capsys):
     averaged = {name: value / 2 for name, value in arrays.items()}
     sets = {"model.": arrays, "ema_model.module.": averaged}
@@ -396,13 +427,45 @@ def test_shards(index, arrays):
         load_as(index)
 
 
+def test_an_index_says_which_shard_a_tensor_is_in(index, arrays):
+    first, second = sorted(index.parent.glob("*-of-00002.safetensors"))
+    name = next(iter(arrays))  # it is in the first
+    held = load_file(second)
+    write_safetensors(second, {**held, name: arrays[name] + 1})
+    assert_same(load_as(index), arrays)
+    write_safetensors(second, held)
+    write_safetensors(first, {**load_file(first), next(iter(held)): arrays[name]})
+    assert_same(load_as(index), arrays)
+    said = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {**said, name: second.name}}))
+    with pytest.raises(
+        FormatError, match=rf"1 not in the file where it says: {name} \({second.name}\)\."
+    ):
+        load_as(index)
+
+
 @pytest.mark.parametrize(
-    "text", ["{", "{}", '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": 1}}', "{" * 9000]
+    ("text", "message"),
+    [
+        ("{", "JSON, but no index of shards"),
+        ("{}", "JSON, but no index of shards"),
+        ('{"weight_map": {}}', "JSON, but no index of shards with a weight_map; it maps no tensor"),
+        ('{"weight_map": ["a"]}', "JSON, but no index of shards with a weight_map; it maps no"),
+        ("{" * 9000, "JSON, but no index of shards"),
+        ('{"weight_map": {"a": "../b"}}', r"puts a into '\.\./b'; shards must be beside it"),
+        ('{"weight_map": {"a": ".."}}', r"names \.\., which is no file of weights beside it"),
+        ('{"weight_map": {"a": ""}}', "puts a into ''; shards must be beside it"),
+        ('{"weight_map": {"a": 1}}', "puts a into 1; shards must be beside it"),
+        ('{"weight_map": {"a": "b"}}', "names b, which is no file of weights beside it"),
+        ('{"weight_map": {"a": "b", "a": "c"}}', "has 'a' twice"),
+        ('{"weight_map": {"a": "x.index"}}', "neither safetensors, .* it starts with b'{"),
+        ('{"weight_map": {"/a/vars": ["b"]}}', r"an index of Keras, .* model\.save_weights"),
+    ],
 )
-def test_broken_indices(tmp_path, text):
-    (tmp_path / "x.index.json").write_text(text)
-    with pytest.raises(FormatError, match=r"x\.index\.json: JSON, but no index of shards"):
-        load(tmp_path / "x.index.json")
+def test_broken_indices(tmp_path, text, message):
+    (tmp_path / "x.index").write_text(text)
+    with pytest.raises(FormatError, match=rf"x\.index: {message}"):
+        load(tmp_path / "x.index")
 
 
 def test_folders_of_a_training(tmp_path, capsys):
@@ -541,6 +604,8 @@ def test_truncated_files(tmp_path, neutral, form, keep):
         convert(tmp_path / "short", tmp_path / "target", "torch")
     if keep > 10_000 or keep < 0:
         assert "short: truncated" in str(caught.value)
+    if (form, keep) == ("neutral", 5_000):
+        assert "short: truncated; its header has 4992 of" in str(caught.value)
     if (form, keep) == ("neutral", -1):
         assert str(caught.value).endswith("1 tensors are not whole: head.bias")
     assert not (tmp_path / "target").exists()
@@ -654,7 +719,7 @@ def test_objects_in_archives_are_not_unpickled(tmp_path, arrays):
     ("content", "message"),
     [
         (b"<!DOCTYPE html>", "neither safetensors, npz, HDF5, a PyTorch file nor a pickle"),
-        (b"", "it starts with b''"),
+        (b"", "x: is empty"),
         (b"PK\x03\x04\x14\0\0\0{", "truncated, or not a whole zip archive"),
         (b"PK\x05\x06" + bytes(18), "a zip archive, but neither NumPy's nor PyTorch's"),
         (struct.pack("<Q", 2**40) + b"{}", "x: "),
@@ -857,10 +922,12 @@ def test_command(tmp_path, neutral, capsys):
     assert err == ""
     write_safetensors(tmp_path / "bare", load_file(neutral))
     command = ["convert", str(tmp_path / "bare"), str(tmp_path / "b"), "--to", "torch"]
-    assert main([*command, "--activation", "gelu_erf", "--ws-eps", "timm"]) == 0
+    assert main([*command, "--activation", "gelu_erf"]) == 0
     assert (
         "does not say how it was trained; taken for activation=gelu_erf" in capsys.readouterr().err
     )
+    assert main([*command, "--activation", "gelu_erf", "--ws-eps", "timm"]) == 0
+    assert capsys.readouterr().err == ""
     assert load(tmp_path / "b")[0].activation == "gelu_erf"
     assert main([*command, "--activation", "mish"]) == 2
     assert "agc: unknown activation 'mish'" in capsys.readouterr().err
@@ -931,6 +998,13 @@ def test_only_regular_files_are_replaced(tmp_path, neutral, capsys):
         f"a pipe, which is never replaced; name a regular file: '{pipe}'" in capsys.readouterr().err
     )
     assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_pipe_is_no_source(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    command = ["convert", str(tmp_path / "pipe"), str(tmp_path / "x"), "--to", "torch"]
+    assert main(command) == 2
+    assert "a pipe, which cannot be read twice; save it as a regular" in capsys.readouterr().err
 
 
 def test_a_link_is_followed_and_named(tmp_path, neutral, capsys):

@@ -1,5 +1,6 @@
 """What is written is whole or not there, and nothing but a regular file is ever replaced."""
 
+import errno
 import os
 import socket
 import stat
@@ -108,6 +109,22 @@ def test_what_appears_while_writing_is_not_replaced(tmp_path):
         write()
     assert stat.S_ISFIFO(path.stat().st_mode)
     assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("number", "named"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)]
+)
+def test_a_full_disk_is_said_of_the_file(tmp_path, number, named):
+    path = tmp_path / "x"
+
+    def write():
+        with replacing(path):
+            raise OSError(number, os.strerror(number))  # as a file's write does
+
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        write()
+    assert caught.value.filename == (str(path) if named else None)
+    assert names(tmp_path) == []
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_no_trace(tmp_path):

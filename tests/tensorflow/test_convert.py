@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 import agc_tensorflow
 from agc import SAM
-from agc.errors import FormatError
+from agc.errors import FormatError, ParameterError
 from agc.weights import convert, load, open_weights
 from tests.contract.convert import ConvertContract
 from tests.tensorflow.driver import TensorFlowDriver
@@ -60,3 +60,27 @@ def test_files_of_keras_itself(tmp_path, arrays):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(FormatError, match=r"elsewhere\.h5: truncated, or not a whole HDF5"):
         load(path)
+
+
+def test_files_of_keras_of_an_nf_resnet(tmp_path):
+    model = agc_tensorflow.nfnet("NF-ResNet-tiny")
+    expected = agc_tensorflow.to_neutral(model)
+    model.save(tmp_path / "x.keras")
+    model.save_weights(tmp_path / "x.weights.h5")
+    for path in tmp_path.iterdir():
+        with open_weights(path) as found:
+            assert found.options.variant.name == "NF-ResNet-tiny"
+            read = found.arrays()
+        assert all(np.array_equal(read[name], value) for name, value in expected.items())
+
+
+def test_other_files_of_keras_name_the_way_out(tmp_path):
+    model = agc_tensorflow.nfnet("tiny")
+    model.save(tmp_path / "x.h5")
+    with pytest.raises(FormatError, match=r"in the form of Keras 2, .* model\.save\('x\.keras'\)"):
+        load(tmp_path / "x.h5")
+    model.save_weights(tmp_path / "x.weights.json", max_shard_size=0.0005)
+    with pytest.raises(FormatError, match=r"an index of Keras, .* save one file"):
+        load(tmp_path / "x.weights.json")
+    with pytest.raises(ParameterError, match="one of Keras' several; load them in Keras"):
+        load(tmp_path / "x_00000.weights.h5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import agc_jax.units  # noqa: F401 - first: it says what is missing, and the way out
 from agc_conformance.backends.jax.clipping import Clipping
 from agc_conformance.backends.jax.layers import Layers
 from agc_conformance.backends.jax.nfnets import NFNets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import agc_tensorflow.units  # noqa: F401 - first: it says what is missing, and the way out
 from agc_conformance.backends.tensorflow.clipping import Clipping
 from agc_conformance.backends.tensorflow.layers import Layers
 from agc_conformance.backends.tensorflow.nfnets import NFNets

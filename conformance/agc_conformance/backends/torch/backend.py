@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import agc_torch.units  # noqa: F401 - first: it says what is missing, and the way out
 from agc_conformance.backends.torch.clipping import Clipping
 from agc_conformance.backends.torch.layers import Layers
 from agc_conformance.backends.torch.nfnets import NFNets

@@ -15,7 +15,7 @@ from agc_conformance.backends.peers import timm as timm_peer
 from benchmarks.common import Measure, bound, draw
 from benchmarks.shapes import declared, shapes_of
 
-CONTESTANTS = ("ours", "timm", "pytorch_optimizer", "bound")
+CONTESTANTS = ("ours", "timm", "pytorch_optimizer", "bound", "two operations")
 timm_agc = timm_peer.load()
 
 
@@ -23,6 +23,7 @@ class Tensors:
     """A model's parameters, and the gradients of every round."""
 
     def __init__(self, model: str, condition: str) -> None:
+        self.module = torch.nn.Module()
         self.parameters: dict[str, torch.nn.Parameter] = {}
         self.gradients: list[torch.Tensor] = []
         self.condition = condition
@@ -31,9 +32,9 @@ class Tensors:
             self.parameters[name] = torch.nn.Parameter(weight)
             self.parameters[name].grad = gradient.clone()
             self.gradients.append(gradient)
+            register(self.module, name, self.parameters[name])
         units = declared(shapes_of(model), "o i ... -> o")
         self.rule = AGC(clipping=0.01, units=units)
-        self.plan = agc_torch.plan(self.parameters, self.rule)
 
     def restore(self) -> None:
         grads = [parameter.grad for parameter in self.parameters.values()]
@@ -42,7 +43,7 @@ class Tensors:
     def contestant(self, name: str) -> Callable[[], Any]:
         parameters = list(self.parameters.values())
         if name == "ours":
-            return lambda: agc_torch.adaptive_clip_grad_(self.parameters, self.rule, plan=self.plan)
+            return lambda: agc_torch.adaptive_clip_grad_(self.module, self.rule)
         if name == "timm":
             return lambda: timm_agc.adaptive_clip_grad(parameters, clip_factor=0.01)
         if name == "pytorch_optimizer":
@@ -53,7 +54,44 @@ class Tensors:
 
             return one_by_one
         weights, gradients = [p.detach() for p in parameters], [p.grad for p in parameters]
+        if name == "two operations":
+            return two_operations(weights, gradients, self.condition)
         return bound(weights, gradients, self.condition)
+
+
+def two_operations(
+    weights: list[torch.Tensor], gradients: list[torch.Tensor], condition: str
+) -> Callable[[], None]:
+    """Return a function that calls PyTorch for each tensor as seldom as clipping allows.
+
+    It takes norms in float32, which is not accurate enough, and decides nothing. If everything is
+    clipped, it multiplies each gradient by a factor a unit.
+    """
+    pairs = [
+        [tensor.view(len(tensor) if tensor.dim() > 1 else 1, -1) for tensor in pair]
+        for pair in zip(weights, gradients, strict=True)
+    ]
+    norms = [torch.empty(len(weight)) for weight, _ in pairs]
+    factors = [torch.ones(len(weight), 1) for weight, _ in pairs]
+
+    def run() -> None:
+        for (weight, gradient), out, factor in zip(pairs, norms, factors, strict=True):
+            torch.linalg.vector_norm(weight, 2, 1, out=out)
+            torch.linalg.vector_norm(gradient, 2, 1, out=out)
+            if condition == "all":
+                gradient.mul_(factor)
+
+    return run
+
+
+def register(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+    """Put a parameter of a dotted name where it belongs."""
+    *path, leaf = name.split(".")
+    for key in path:
+        if key not in module._modules:
+            module.add_module(key, torch.nn.Module())
+        module = module._modules[key]
+    module.register_parameter(leaf, parameter)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from agc.config import Clipping
 from agc.errors import MissingGradientError, NonFiniteError
 from agc.plan import WHOLE, PlanEntry
 from agc_torch import fused
-from agc_torch.norms import all_norms, all_shares, grouped, on_host
+from agc_torch.norms import all_norms, all_shares, grouped, kind, on_host
 from agc_torch.schedules import Step, value_at
 from agc_torch.shards import is_dtensor, sum_over
 from agc_torch.stats import Stats, UnitNumbers
@@ -114,7 +115,7 @@ def adaptive_clip_grad_(
     Stats(units=1, clipped=1, nonfinite=0, max_ratio=0.2, min_scale=0.05)
     """
     pairs = resolve(model, rule, plan)[1]
-    stats = clip_(pairs, rule, step=step)
+    stats = clip_(pairs, rule, step=step, memory=_memory(model))
     if all(tensor.grad is None for _, tensor in pairs) and not _any_gradient(stats):
         raise MissingGradientError(NO_GRADIENT)
     return stats
@@ -352,6 +353,18 @@ class Memory:
         return self._work
 
 
+_MEMORIES: Final[WeakKeyDictionary[torch.nn.Module, Memory]] = WeakKeyDictionary()
+
+
+def _memory(model: object) -> Memory | None:
+    """Return what is remembered of a module, as of an optimizer; of tensors by name, nothing."""
+    if torch.compiler.is_compiling() or not isinstance(model, torch.nn.Module):
+        return None
+    if model not in _MEMORIES:
+        _MEMORIES[model] = Memory()
+    return _MEMORIES[model]
+
+
 def _here(tensor: Any) -> Any:
     """Return this process's shard of a ``DTensor``; anything else as it is."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
@@ -488,7 +501,7 @@ def _by_home(jobs: list[_Job]) -> Iterable[list[_Job]]:
         if not on_host(device):
             yield group
             continue
-        group.sort(key=lambda job: (job.gradient.tensor.numel(), job.gradient.count))
+        group.sort(key=lambda job: (kind(job.gradient), job.gradient.tensor.numel()))
         chunk: list[_Job] = []
         left = _CHUNK
         for job in group:
@@ -515,6 +528,7 @@ class _Chunk:
         self._split = [i for i, v in enumerate(self._views) if v.axes.view != v.axes.shape]
         self._sources = [view.source for view in self._views]
         self._gradients = [job.gradient.tensor for job in jobs]
+        self._wide = any(gradient.dtype == torch.float64 for gradient in self._gradients)
         self._host = on_host(self._views[0].home[0])
         self._groups = grouped(self._views) if self._host else None
 
@@ -550,25 +564,42 @@ class _Chunk:
 
     def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:
         """Multiply every gradient by its scales, in place, with one rounding (AGC-2 to AGC-4)."""
-        touched = self._written
-        if self._host and _none_touched(numbers):
-            return
+        touched, finite = self._written, False
         sizes = [count for _, count in numbers.counts]
         if self._host:
-            untouched_U = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
-            if untouched_U.any():
+            least, most = _slack(numbers)
+            if least >= 0 and most < math.inf:
+                return
+            finite = math.isfinite(least) and math.isfinite(most)
+            if not most < 0:  # some unit is not clipped
+                untouched_U = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
                 split = untouched_U.split(sizes)
                 touched = [index for index in touched if not split[index].all()]
-        factor_U = narrow_U = numbers.factor
+        factor_U = narrow_U = numbers.finite_scale if finite else numbers.factor
         if self._host and not (factor_U < _SMALLEST).any():
             # Float64 factors make a float64 copy of the gradient on a CPU. Only factors that
             # float32 cannot hold are worth that: of gradients 1e30 times too large.
             narrow_U = factor_U.float()
-        wide, narrow = factor_U.split(sizes), narrow_U.split(sizes)
+        narrow = narrow_U.split(sizes)
+        wide = factor_U.split(sizes) if self._wide else narrow
+        blocks: list[Tensor] = []
+        factors: list[Tensor] = []
         for index in touched:
-            gradient, view = self._gradients[index], self._jobs[index].gradient
-            factors = wide if gradient.dtype == torch.float64 else narrow
-            for block, factor in _blocks(gradient, view.spread(factors[index]), self._host):
+            gradient = self._gradients[index]
+            factor = (wide if gradient.dtype == torch.float64 else narrow)[index]
+            factor = self._jobs[index].gradient.spread(factor)
+            if self._host and gradient.dtype != factor.dtype and gradient.numel() > _COPY_BLOCK:
+                # Of two dtypes a CPU would copy the whole tensor.
+                rows = max(1, _COPY_BLOCK * len(gradient) // gradient.numel())
+                blocks += gradient.split(rows)
+                factors += factor.expand(len(gradient), *factor.shape[1:]).split(rows)
+            else:
+                blocks.append(gradient)
+                factors.append(factor)
+        if self._host and blocks:
+            torch._foreach_mul_(blocks, factors)
+        else:  # which a compiler fuses with what else reads them
+            for block, factor in zip(blocks, factors, strict=True):
                 block.mul_(factor)
         if zero:
             bad = numbers.bad.split(sizes)
@@ -577,13 +608,15 @@ class _Chunk:
                 self._gradients[index].masked_fill_(view.spread(bad[index]), 0)
 
 
-def _none_touched(numbers: UnitNumbers) -> bool:
-    """Tell whether all units are finite and none is clipped."""
+def _slack(numbers: UnitNumbers) -> tuple[float, float]:
+    """Return the least and the largest of what limits leave to norms.
+
+    NaN, if there is one, is the least and the largest; a limit is infinite if its weight is.
+    """
     if not numbers.norm.numel():
-        return True
-    # NaN, if there is one, is the least and the most; a limit is infinite if its weight is.
+        return 0.0, 0.0
     least, most = (numbers.limit - numbers.norm).aminmax()
-    return float(least) >= 0 and float(most) < math.inf
+    return float(least), float(most)
 
 
 def _taken(items: list[Any], places: list[int]) -> list[Any]:
@@ -765,15 +798,6 @@ def _threshold(entry: PlanEntry, step: Step) -> float | Tensor:
 
 def _counts(jobs: list[_Job]) -> list[tuple[str, int]]:
     return [(job.entry.name, job.gradient.count) for job in jobs]
-
-
-def _blocks(tensor: Tensor, factor: Tensor, host: bool) -> Iterable[tuple[Tensor, Tensor]]:
-    """Cut a multiplication of two dtypes, for which a CPU copies the tensor, into small ones."""
-    if not host or tensor.dtype == factor.dtype or tensor.numel() <= _COPY_BLOCK:
-        return [(tensor, factor)]
-    rows = max(1, _COPY_BLOCK * len(tensor) // tensor.numel())
-    factor = factor.expand(len(tensor), *factor.shape[1:])
-    return zip(tensor.split(rows), factor.split(rows), strict=True)
 
 
 def _raise_nonfinite(numbers: list[UnitNumbers]) -> None:

@@ -23,18 +23,21 @@ from agc.units import UnitAxes
 from agc_torch.shards import sum_over
 from agc_torch.views import View
 
-__all__ = ["Group", "all_norms", "all_shares", "grouped", "on_host", "wide"]
+__all__ = ["Groups", "all_norms", "all_shares", "grouped", "kind", "on_host", "wide"]
 
 _BLOCK: Final = 64
-"""Elements whose squares are added in float32."""
+"""Elements whose squares are added in float32.
+
+Twice as many would let the norm of a row of equal values be 2 ULP off, instead of 1.
+"""
 _FEW: Final = 4
 """A row whose energy sits in at most this many blocks is summed again in float64."""
 _LONG: Final = 512
 """Elements of a row from which rounding in its blocks averages out."""
 _SMALL: Final = 4096
 """Tensors up to this size are cheap to copy."""
-_CACHE_BLOCK: Final = 1 << 16
-"""Elements that fill half a megabyte in float64."""
+_CACHE_BLOCK: Final = 1 << 17
+"""Elements that fill a megabyte in float64."""
 _TINY: Final = 1e-12
 """Norm below which squares leave float32."""
 
@@ -53,7 +56,7 @@ def all_norms(
     views: list[View],
     sources: list[Tensor],
     lower: float,
-    groups: list[Group] | None = None,
+    groups: Groups | None = None,
 ) -> Tensor:
     """Norms of all units of tensors that have one home, flat.
 
@@ -65,7 +68,7 @@ def all_norms(
         What each of them takes its norms of.
     lower : float
         The least that any norm is going to be compared with; what is less need not be accurate.
-    groups : list of Group, optional
+    groups : Groups, optional
         What :func:`grouped` says of views like these.
 
     Returns
@@ -76,52 +79,68 @@ def all_norms(
     device, mesh = views[0].home
     if mesh is not None:
         return sum_over(mesh, all_shares(views, sources, groups), range(mesh.ndim)).sqrt()
-    host = on_host(device)
-    if groups is None:
-        groups = grouped(views) if host else []
-    if groups and len(groups[0].indices) == len(views):
-        # As it stands: the usual case, of large tensors and of many small ones.
-        norms = _row_norms(sources, groups[0])
-        return norms if groups[0].safe else _redo_out_of_range(norms, views, sources, lower)
-    flat = torch.cat(_norms_by_view(views, sources, groups)).to(wide(device))
-    return _redo_out_of_range(flat, views, sources, lower) if host and flat.numel() else flat
+    if not on_host(device):
+        return torch.cat(_device_norms(views, sources)).to(wide(device))
+    groups = grouped(views) if groups is None else groups
+    if groups.stretches:
+        flat = _in_stretches(views, sources, groups)
+    else:
+        flat = torch.cat(_host_norms(views, sources, groups))
+    if groups.safe or not flat.numel():
+        return flat
+    return _redo_out_of_range(flat, views, sources, lower)
 
 
-def all_shares(
-    views: list[View], sources: list[Tensor], groups: list[Group] | None = None
-) -> Tensor:
+def all_shares(views: list[View], sources: list[Tensor], groups: Groups | None = None) -> Tensor:
     """Return what is here of the squared norms of all units, of tensors on one mesh.
 
     Parameters and shapes are as for :func:`all_norms`.
     """
     device = views[0].home[0]
-    if groups is None:
-        groups = grouped(views) if on_host(device) else []
-    norms = _norms_by_view(views, sources, groups)
+    if on_host(device):
+        norms = _host_norms(views, sources, grouped(views) if groups is None else groups)
+    else:
+        norms = _device_norms(views, sources)
     # Wide before they are squared, which would leave float32.
     squares = torch.cat(norms).to(wide(device)).square().split([len(own) for own in norms])
     return torch.cat([view.gather(own) for view, own in zip(views, squares, strict=True)])
 
 
-def _norms_by_view(views: list[View], sources: list[Tensor], groups: list[Group]) -> list[Tensor]:
-    """Norms of what is here of each view's units."""
-    norms_by_view = {} if on_host(views[0].home[0]) else _whole_norms(views, sources)
-    for group in groups:
-        norms = _row_norms([sources[index] for index in group.indices], group)
-        split = norms.split([rows.units for rows in group.rows])
-        norms_by_view.update(zip(group.indices, split, strict=True))
+def _device_norms(views: list[View], sources: list[Tensor]) -> list[Tensor]:
+    """Norms of what is here of each view's units, on an accelerator or in compiled code."""
+    whole = _whole_norms(views, sources)
     return [
-        norms_by_view[index] if index in norms_by_view else _unit_norms(view, sources[index])
+        whole[index] if index in whole else _unit_norms(view, sources[index])
         for index, view in enumerate(views)
     ]
 
 
+def _host_norms(views: list[View], sources: list[Tensor], groups: Groups) -> list[Tensor]:
+    """Norms of what is here of each view's units, on a CPU."""
+    norms_by_view: dict[int, Tensor] = {}
+    for group in groups.members:
+        split = _group_norms(views, sources, group).split(group.units)
+        norms_by_view.update(zip(group.indices, split, strict=True))
+    return [norms_by_view[index] for index in range(len(views))]
+
+
+def _in_stretches(views: list[View], sources: list[Tensor], groups: Groups) -> Tensor:
+    """Norms of all units, without a tensor for each view."""
+    norms = [_group_norms(views, sources, group) for group in groups.members]
+    if len(norms) == 1:
+        return norms[0]
+    return torch.cat([own.view(groups.stretches, -1) for own in norms], 1).view(-1)
+
+
 class _Rows(NamedTuple):
-    """How a tensor lies in memory if its units are rows: the rows' sizes and strides, row last."""
+    """How a tensor lies in memory if its units are rows: the rows' sizes and strides, row last.
+
+    It is in order if its memory is its rows, one after the other.
+    """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    units: int
+    in_order: bool
 
     def exact(self, tensor: Tensor, mask: Tensor) -> Tensor:
         """Return the norms of the rows in a flat mask, in float64."""
@@ -137,80 +156,131 @@ class _Rows(NamedTuple):
         return vector_norm(torch.cat(norms), 2, -1)
 
 
-class Group(NamedTuple):
+class _Group(NamedTuple):
     """Tensors on the host whose norms are taken together.
 
     Attributes
     ----------
+    kind : (int, int)
+        What they share; see :func:`kind`.
     indices : list of int
         Their places in the list of views.
+    units : list of int
+        How many each of them has.
     rows : list of _Rows
-    small : bool
-        Whether they are copied.
-    in_order : bool
-        Whether all of them are small, and stand in memory row after row.
-    alike : bool
-        Whether they differ in the size of their first axis alone.
-    safe : bool
-        Whether float64 holds the square of any of their elements.
+        Empty if units are not rows, or short ones of large tensors.
+    in_order, alike : bool
+        Whether all stand in memory row after row; differ in the size of their first axis alone.
     """
 
+    kind: tuple[int, int]
     indices: list[int]
+    units: list[int]
     rows: list[_Rows]
-    small: bool
     in_order: bool
     alike: bool
+
+
+class Groups(NamedTuple):
+    """Tensors on the host by what stays from step to step.
+
+    Attributes
+    ----------
+    members : list of _Group
+    stretches : int
+        1 if views follow each other group after group, 2 if the first half of them does and the
+        second does likewise, such as weights and then gradients; 0 otherwise.
+    safe : bool
+        Whether float64 holds the square of any element, and all are squared there.
+    """
+
+    members: list[_Group]
+    stretches: int
     safe: bool
 
 
-def grouped(views: list[View]) -> list[Group]:
-    """Group tensors on the host by size and length of rows: by what stays from step to step."""
-    groups: dict[tuple[bool, int], dict[int, _Rows]] = {}
+_COPIED, _EXACT, _IN_BLOCKS = range(3)
+
+
+def kind(view: View) -> tuple[int, int]:
+    """Return what a tensor on the host shares with those whose norms are taken together.
+
+    That is how they are taken, and the length of rows or the number of their blocks.
+    """
+    tensor = view.source
+    rows = _rows(view.axes, tensor.stride())
+    if rows is not None:
+        length = rows.shape[-1]
+        if 0 < tensor.numel() <= _SMALL:
+            return _COPIED, length
+        if length >= _LONG and tensor.dtype == torch.float32 and not view.exact:
+            return _IN_BLOCKS, _blocks(length)
+    return _EXACT, 0
+
+
+def grouped(views: list[View]) -> Groups:
+    """Group tensors on the host by what stays from step to step."""
+    indices: dict[tuple[int, int], list[int]] = {}
     for index, view in enumerate(views):
-        tensor = view.source
-        layout = _layout(view.axes, tensor.stride())
-        if layout is not None:
-            length = layout[0][-1]
-            if 0 < tensor.numel() <= _SMALL:
-                groups.setdefault((True, length), {})[index] = _Rows(*layout)
-            elif length >= _LONG and tensor.dtype == torch.float32 and not view.exact:
-                groups.setdefault((False, _blocks(length)), {})[index] = _Rows(*layout)
-    return [
-        Group(
-            list(group),
-            list(group.values()),
-            small,
-            small and all(_in_order(views[index].source, rows) for index, rows in group.items()),
-            len({views[index].source.shape[1:] for index in group}) == 1
-            and all(views[index].source.dim() for index in group),
-            small and all(views[index].source.dtype != torch.float64 for index in group),
-        )
-        for (small, _), group in groups.items()
-    ]
+        indices.setdefault(kind(view), []).append(index)
+    groups = [_group(own, mine, [views[index] for index in mine]) for own, mine in indices.items()]
+    return Groups(
+        groups,
+        next((count for count in (1, 2) if _follow(groups, count)), 0),
+        all(group.kind[0] != _IN_BLOCKS for group in groups)
+        and all(view.source.dtype != torch.float64 for view in views),
+    )
 
 
-def _in_order(tensor: Tensor, rows: _Rows) -> bool:
-    """Tell whether a tensor's memory is its rows, one after the other."""
-    distance = 1
-    for size, stride in zip(reversed(rows.shape), reversed(rows.strides), strict=True):
-        if size != 1 and stride != distance:
+def _group(own: tuple[int, int], indices: list[int], views: list[View]) -> _Group:
+    rows = [] if own[0] == _EXACT else [_rows(v.axes, v.source.stride()) for v in views]
+    known = [each for each in rows if each is not None]
+    return _Group(
+        own,
+        indices,
+        [math.prod(view.axes.view[axis] for axis in view.axes.keep) for view in views],
+        known,
+        all(each.in_order for each in known),
+        len({view.source.shape[1:] for view in views}) == 1
+        and all(view.source.dim() for view in views),
+    )
+
+
+def _follow(groups: list[_Group], stretches: int) -> bool:
+    """Tell whether groups cut into equal stretches list the views in order, units alike."""
+    order: list[list[int]] = [[] for _ in range(stretches)]
+    for group in groups:
+        share, rest = divmod(len(group.indices), stretches)
+        cut = [slice(n * share, (n + 1) * share) for n in range(stretches)]
+        if rest or any(group.units[part] != group.units[cut[0]] for part in cut):
             return False
-        distance *= size
-    return bool(tensor.is_contiguous())
+        for own, part in zip(order, cut, strict=True):
+            own += group.indices[part]
+    flat = [index for own in order for index in own]
+    return flat == list(range(len(flat)))
 
 
 @lru_cache(maxsize=8192)
-def _layout(
-    axes: UnitAxes, strides: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
-    """Return shape, strides and number of rows, if units are one stretch of memory each."""
+def _rows(axes: UnitAxes, strides: tuple[int, ...]) -> _Rows | None:
+    """Return how units lie in memory, if they are one stretch of it each."""
     length = 1
     for axis in sorted(axes.reduce, key=lambda axis: strides[axis]):
         if axes.view[axis] != 1 and strides[axis] != length:
             return None
         length *= axes.view[axis]
-    sizes = tuple(axes.view[axis] for axis in axes.keep)
-    return (*sizes, length), (*(strides[axis] for axis in axes.keep), 1), math.prod(sizes)
+    shape = (*(axes.view[axis] for axis in axes.keep), length)
+    distances = (*(strides[axis] for axis in axes.keep), 1)
+    return _Rows(shape, distances, _dense(shape, distances) and _dense(axes.view, strides))
+
+
+def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Tell whether elements follow each other in memory, the last axis fastest."""
+    distance = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != distance:
+            return False
+        distance *= size
+    return True
 
 
 def _blocks(length: int) -> int:
@@ -219,23 +289,29 @@ def _blocks(length: int) -> int:
 
 
 def _unit_norms(view: View, tensor: Tensor) -> Tensor:
-    """L2 norm of every unit of a tensor, flat."""
+    """L2 norm of every unit of a tensor, flat, on an accelerator or in compiled code."""
     axes = view.axes
-    if on_host(tensor.device):
-        return _exact_norms(tensor, axes)
     if not axes.reduce:  # an empty tuple would mean all axes
         return tensor.abs().flatten()
     return vector_norm(tensor, 2, axes.reduce, dtype=_accumulator(view, tensor)).flatten()
 
 
-def _row_norms(tensors: list[Tensor], group: Group) -> Tensor:
-    """Norms of rows of one length, or of equally many blocks, in float64."""
-    length = group.rows[0].shape[-1]
-    if group.small:
+def _group_norms(views: list[View], sources: list[Tensor], group: _Group) -> Tensor:
+    """Norms of the units of a group, view after view, in float64."""
+    tensors = [sources[index] for index in group.indices]
+    how, length = group.kind
+    if how == _COPIED:
         return vector_norm(_copied(tensors, group).view(-1, length), 2, -1, dtype=torch.float64)
-    counts = [rows.units for rows in group.rows]
-    table = tensors[0].new_empty(sum(counts), _blocks(length))
-    for tensor, rows, norms in zip(tensors, group.rows, table.split(counts), strict=True):
+    if how == _EXACT:
+        pairs = zip(group.indices, tensors, strict=True)
+        return torch.cat([_exact_norms(tensor, views[index].axes) for index, tensor in pairs])
+    return _long_row_norms(tensors, group)
+
+
+def _long_row_norms(tensors: list[Tensor], group: _Group) -> Tensor:
+    """Norms of rows of equally many blocks, in float64."""
+    table = tensors[0].new_empty(sum(group.units), group.kind[1])
+    for tensor, rows, norms in zip(tensors, group.rows, table.split(group.units), strict=True):
         _block_norms_(norms, tensor, rows)
     squares = table.double().square_()
     whole = squares.sum(-1)
@@ -244,14 +320,18 @@ def _row_norms(tensors: list[Tensor], group: Group) -> Tensor:
     whole.sqrt_()
     if inexact_U.any():
         for tensor, rows, norms, redo in zip(
-            tensors, group.rows, whole.split(counts), inexact_U.split(counts), strict=True
+            tensors,
+            group.rows,
+            whole.split(group.units),
+            inexact_U.split(group.units),
+            strict=True,
         ):
             if redo.any():
                 norms[redo] = rows.exact(tensor, redo)
     return whole
 
 
-def _copied(tensors: list[Tensor], group: Group) -> Tensor:
+def _copied(tensors: list[Tensor], group: _Group) -> Tensor:
     """Return the elements of small tensors, row after row."""
     if group.in_order and group.alike:  # which is one call without a view of each
         return torch.cat(tensors)
@@ -266,6 +346,9 @@ def _block_norms_(norms: Tensor, tensor: Tensor, rows: _Rows) -> None:
     """Write the norms of all blocks, a row of them for a row."""
     (*sizes, length), (*strides, _) = rows.shape, rows.strides
     blocks, rest = divmod(length, _BLOCK)
+    if rows.in_order and not rest:  # with fewer views
+        vector_norm(tensor.view(-1, blocks, _BLOCK), 2, -1, out=norms)
+        return
     norms = norms.view(*sizes, _blocks(length))
     whole = tensor.as_strided((*sizes, blocks, _BLOCK), (*strides, _BLOCK, 1))
     if not rest:

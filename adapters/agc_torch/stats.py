@@ -46,15 +46,16 @@ class UnitNumbers:
     @property
     def scale(self) -> Tensor:
         """Factor of the unit; 1 if it is not clipped, and if it is not finite."""
-        return torch.where(self.bad, 1.0, self._scale)
+        return torch.where(self.bad, 1.0, self.finite_scale)
 
     @property
     def factor(self) -> Tensor:
         """What the gradient is multiplied by: the scale, but NaN if the unit is not finite."""
-        return torch.where(self.bad, torch.nan, self._scale)
+        return torch.where(self.bad, torch.nan, self.finite_scale)
 
     @property
-    def _scale(self) -> Tensor:
+    def finite_scale(self) -> Tensor:
+        """Factor of the unit if it is finite."""
         quotient = self.limit / self.norm.clamp(min=self.div_eps)
         return torch.where(self.norm > self.limit, quotient, 1.0)
 

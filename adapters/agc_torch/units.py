@@ -206,7 +206,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def resolve(
     model: Model, rule: AGC, plan_: Plan | None = None
 ) -> tuple[Plan, list[tuple[PlanEntry, Tensor]]]:
-    """Pair every parameter with its entry in the plan; a module's plan is made once and remembered.
+    """Pair every parameter with its entry in the plan; of a module, once, and remembered.
 
     Raises
     ------
@@ -217,26 +217,27 @@ def resolve(
     """
     check_rule(rule, AGC)
     named = named_parameters(model)
-    if plan_ is not None:
-        return plan_, _pair(plan_, named)
     if torch.compiler.is_compiling():
-        raise ParameterError(
-            "a plan cannot be made inside torch.compile; make it before, with "
-            "plan = agc_torch.plan(model, rule), and give it as plan=plan"
-        )
+        if plan_ is None:
+            raise ParameterError(
+                "a plan cannot be made inside torch.compile; make it before, with "
+                "plan = agc_torch.plan(model, rule), and give it as plan=plan"
+            )
+        return plan_, _pair(plan_, named)
     if not isinstance(model, nn.Module):
-        plan_ = plan(named, rule)
+        plan_ = plan(named, rule) if plan_ is None else plan_
         return plan_, _pair(plan_, named)
     known = _RESOLVED.get(model)
-    asked = (rule, TABLE.changes)
-    if known is None or known[0] != asked or not _same(known[2], named):
-        made = plan(model, rule)
-        known = _RESOLVED[model] = (asked, made, _pair(made, named))
-    return known[1], known[2]
+    asked = (rule, TABLE.changes) if plan_ is None else plan_
+    state = _state(named)
+    if known is None or known[:2] != (asked, state):
+        made = plan(model, rule) if plan_ is None else plan_
+        known = _RESOLVED[model] = (asked, state, made, _pair(made, named))
+    return known[2:]
 
 
 Pairs: TypeAlias = list[tuple[PlanEntry, Tensor]]
-_RESOLVED: Final[WeakKeyDictionary[nn.Module, tuple[tuple[AGC, int], Plan, Pairs]]] = (
+_RESOLVED: Final[WeakKeyDictionary[nn.Module, tuple[object, list[object], Plan, Pairs]]] = (
     WeakKeyDictionary()
 )
 _WRAPPERS: Final = (  # the children that make a module a wrapper, the wrapped one first
@@ -274,15 +275,15 @@ def _pair(plan_: Plan, named: Mapping[str, Tensor]) -> Pairs:
     return [(entries[name], tensor) for name, tensor in named.items()]
 
 
-def _same(known: Pairs, named: Mapping[str, Tensor]) -> bool:
-    """Tell whether these are still the parameters that the plan was made for."""
-    return len(known) == len(named) and all(
-        tensor is now
-        and entry.name == name
-        and entry.shape == now.shape
-        and (entry.inactive is not None) == _frozen(now)
-        for (entry, tensor), (name, now) in zip(known, named.items(), strict=True)
-    )
+def _state(named: Mapping[str, Tensor]) -> list[object]:
+    """Return what a plan was made for, of parameters that are kept with it."""
+    tensors = list(named.values())
+    return [
+        list(named),
+        list(map(id, tensors)),
+        [tensor.shape for tensor in tensors],
+        [tensor.requires_grad for tensor in tensors],
+    ]
 
 
 def _frozen(tensor: Tensor) -> bool:

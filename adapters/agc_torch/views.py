@@ -114,6 +114,7 @@ class View:
 
     exact = False
     steady = True
+    _unit_shape: tuple[int, ...] | None = None
 
     def __init__(self, tensor: Tensor, axes: UnitAxes) -> None:
         if axes.view != axes.shape:
@@ -136,7 +137,9 @@ class View:
 
     def spread(self, values: Tensor) -> Tensor:
         """Return the units' values in a shape that broadcasts against ``tensor``."""
-        return values.view(self.axes.unit_shape)
+        if self._unit_shape is None:
+            self._unit_shape = self.axes.unit_shape
+        return values.view(self._unit_shape)
 
 
 class ShardView(View):

@@ -19,10 +19,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import agc_torch
-from agc import AGC, Schedule
+from agc import AGC, Schedule, Units
 from agc.errors import DTypeError, NonFiniteError, ParameterError, UnitsError
 from agc.reference import Result, adaptive_clip
 from agc_conformance.backends.torch.arrays import gradient_arrays, set_gradient, to_array
+from agc_torch.norms import all_norms
+from agc_torch.views import View
 from tests.contract.clip import (
     ClipContract,
     SparseContract,
@@ -448,6 +450,94 @@ def test_a_model_that_changes_dtype_or_is_copied():
     agc_torch.adaptive_clip_grad_(model, AGC())
     assert agc_torch.adaptive_clip_grad_(trained(model.double()), AGC()).units == 7
     assert agc_torch.adaptive_clip_grad_(trained(copy.deepcopy(model)), AGC()).units == 7
+
+
+def stack() -> nn.Sequential:
+    """Return layers whose norms are taken in every way that there is."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(31, 32),  # copied
+        nn.Conv2d(8, 64, 3),
+        nn.Linear(300, 40),  # in float64
+        nn.Linear(768, 10),  # in blocks
+        nn.Linear(700, 12),
+        nn.Conv2d(64, 16, 3).to(memory_format=torch.channels_last),
+    )
+
+
+def drawn_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Draw gradients, about half of whose units are clipped."""
+    for p in model.parameters():
+        p.grad = None
+        p.grad_dtype = None
+        row_sizes = (0.3 + 0.8 * torch.rand(len(p))).view(-1, *[1] * (p.ndim - 1))
+        p.grad = (torch.randn_like(p) * p.std() * row_sizes).to(dtype)
+
+
+def test_what_is_remembered_changes_no_bit():
+    """Of gradients whose layout, dtype, number or place among the others changes."""
+    model, rule = stack(), AGC(clipping=0.7)
+    given = agc_torch.plan(model, AGC(clipping=0.6))
+
+    def check(plan: Any = None) -> None:
+        fresh = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            fresh[name].grad_dtype = None
+            fresh[name].grad = None if p.grad is None else p.grad.clone()
+        expected = agc_torch.adaptive_clip_grad_(
+            fresh, rule, plan=plan or agc_torch.plan(model, rule)
+        )
+        stats = agc_torch.adaptive_clip_grad_(model, rule, plan=plan)
+        assert stats.parameters() == expected.parameters()
+        assert 0 < stats.total().clipped < stats.units
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                assert torch.equal(p.grad, fresh[name].grad)
+
+    for dtype in (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float32):
+        drawn_(model, dtype)
+        check()
+    drawn_(model, torch.float32)
+    model[5].weight.grad = model[5].weight.grad.contiguous()
+    model[3].weight.grad = model[3].weight.grad.t().contiguous().t()
+    check()
+    drawn_(model, torch.float32)
+    model[0].weight.grad = model[4].bias.grad = None
+    check()
+    for plan in (given, given, None):
+        drawn_(model, torch.float32)
+        check(plan)
+
+
+def test_a_remembered_model_keeps_no_gradient():
+    model = trained(stack())
+    agc_torch.adaptive_clip_grad_(model, AGC())
+    gradients = [weakref.ref(p.grad) for p in model.parameters()]
+    model.zero_grad()
+    gc.collect()
+    assert all(gradient() is None for gradient in gradients)
+
+
+def test_norms_come_in_the_order_of_views():
+    """Of which two lengths of rows alternate, but not their numbers."""
+    tensors = [torch.randn(shape) for shape in ((2, 5), (3, 7), (4, 5), (3, 7))]
+    views = [View(tensor, Units("o i -> o").bind(tuple(tensor.shape))) for tensor in tensors]
+    exact = torch.cat([torch.linalg.vector_norm(tensor.double(), 2, 1) for tensor in tensors])
+    torch.testing.assert_close(all_norms(views, tensors, 0.0), exact)
+
+
+def test_norms_of_equal_values_in_blocks():
+    """Rounding, the same in all blocks, does not average out."""
+    values = torch.linspace(1, 2, 501)[:-1, None] ** torch.tensor([1.0, 3.0])
+    for length in (512, 768, 1024, 3072):
+        layer = nn.Linear(length, 1000, bias=False)
+        layer.weight.data = values.reshape(-1, 1).expand(-1, length).contiguous()
+        layer.weight.grad = torch.ones_like(layer.weight)
+        stats = agc_torch.adaptive_clip_grad_(layer, AGC(clipping=0.01))
+        (numbers,) = stats._numbers
+        exact = torch.linalg.vector_norm(layer.weight.detach().double(), 2, 1)
+        error = (numbers.floor / exact - 1).abs().max() / torch.finfo(torch.float32).eps
+        assert error < 1.5
 
 
 # Telemetry

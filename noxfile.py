@@ -25,7 +25,7 @@ FRAMEWORKS = ("torch", "jax", "tensorflow")
 PEERS = {"torch": ("timm", "pytorch_optimizer"), "jax": ("optax",), "tensorflow": ()}  # modules
 PACKAGES = ("agc", "agc_torch", "agc_jax", "agc_tensorflow", "agc_conformance")
 # Neighbours run in one process: they share what they compile.
-IN_PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal")
+IN_PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal", "-p", "no:benchmark")
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
 # The processes of the tests share the cores: with more threads each they would wait for each other.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

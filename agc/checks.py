@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from agc.errors import ConfigError, DTypeError, ParameterError, ShapeError, Unit
 
 __all__ = [
     "NO_GRADIENT",
+    "check_batch",
     "check_batch_given",
     "check_choice",
     "check_count",
@@ -207,6 +208,23 @@ def check_batch_given(fraction: float, microbatches: int, *, given: bool, cure: 
         raise ConfigError(
             f"fraction={fraction} and microbatches={microbatches} take parts of the batch: {cure}"
         )
+
+
+def check_batch(batch: Any) -> None:
+    """Raise ConfigError unless a batch is a sequence of arrays that have a first axis (SAM-7)."""
+    if not isinstance(batch, Sequence) or isinstance(batch, str):
+        cure = "batch=(inputs, targets), and batch=(inputs,) of one alone"
+        if isinstance(batch, Mapping):
+            cure = "batch=tuple(batch.values()), and a function of as many arguments"
+        raise ConfigError(
+            f"batch must be a sequence of tensors, got {type(batch).__name__}; give {cure}"
+        )
+    for index, part in enumerate(batch):
+        if not hasattr(part, "__len__") or getattr(part, "ndim", None) == 0:
+            raise ConfigError(
+                f"batch[{index}] has no first axis to take examples from; leave out of the batch "
+                "what every part of it sees whole"
+            )
 
 
 def check_microbatches(microbatches: int, examples: int, of: str = "") -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.common import CONDITIONS, Measure, versions
-from benchmarks.shapes import MODELS
+from benchmarks.shapes import MODELS, REHEARSAL
 
 TURNS = 8
 """The contestants take turns, so that a slow minute of the machine hits them all."""
@@ -21,14 +21,22 @@ PACKAGES = (
 )  # fmt: skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option to try the benchmarks out."""
+    parser.addoption(
+        "--rehearsal", action="store_true", help="every contestant once, on a few small tensors"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the warning that nothing is saved from becoming an error that hides the real failure."""
     config.addinivalue_line("filterwarnings", "default:Not saving anything")
 
 
 @pytest.fixture
-def measure(benchmark: Any) -> Measure:
+def measure(benchmark: Any, request: pytest.FixtureRequest) -> Measure:
     """Time one contestant: ``measure(run, setup, framework=..., model=..., ...)``."""
+    once = request.config.getoption("rehearsal")
 
     def timed(
         run: Callable[..., Any],
@@ -38,21 +46,24 @@ def measure(benchmark: Any) -> Measure:
     ) -> None:
         benchmark.group = f"{case['framework']} {case['model']} {case['condition']}"
         benchmark.extra_info.update(case)
-        benchmark.pedantic(run, setup=setup, rounds=rounds, warmup_rounds=1)
+        counts = {"rounds": 1} if once else {"rounds": rounds, "warmup_rounds": 1}
+        benchmark.pedantic(run, setup=setup, **counts)
 
     return timed
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Order: model, condition, turn, contestant; the last changes fastest."""
+    rehearsal = metafunc.config.getoption("rehearsal")
     if "turn" in metafunc.fixturenames:
         metafunc.parametrize("contestant", metafunc.module.CONTESTANTS)
-        metafunc.parametrize("turn", range(getattr(metafunc.module, "TURNS", TURNS)))
+        turns = 1 if rehearsal else getattr(metafunc.module, "TURNS", TURNS)
+        metafunc.parametrize("turn", range(turns))
     if "condition" in metafunc.fixturenames:
         conditions = getattr(metafunc.module, "CONDITIONS", CONDITIONS)
         metafunc.parametrize("condition", conditions, scope="module")
         if "model" in metafunc.fixturenames:
-            metafunc.parametrize("model", MODELS, scope="module")
+            metafunc.parametrize("model", [REHEARSAL] if rehearsal else MODELS, scope="module")
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:

@@ -68,14 +68,3 @@ def clipped_by_timm(model: nn.Module) -> list[nn.Parameter]:
     """Return what timm's training script clips: everything but the head."""
     head = {id(parameter) for parameter in model.head.parameters()}
     return [parameter for parameter in model.parameters() if id(parameter) not in head]
-
-
-def _narrow(variant: str) -> nn.Module:
-    """Return timm's F0 with the widths of another variant."""
-    import_timm()
-    from timm.models.nfnet import NormFreeNet, model_cfgs
-
-    wanted = core.variant(variant)
-    widths = {"channels": wanted.widths, "num_features": 2 * wanted.widths[-1]}
-    config = replace(model_cfgs["dm_nfnet_f0"], group_size=wanted.group_width, **widths)
-    return NormFreeNet(config, num_classes=wanted.num_classes)

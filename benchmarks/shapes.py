@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from math import prod
 
-__all__ = ["MODELS", "declared", "gpt2_small", "nfnet_f0", "out_last", "parameters"]
+__all__ = [
+    "MODELS",
+    "REHEARSAL",
+    "declared",
+    "few",
+    "gpt2_small",
+    "nfnet_f0",
+    "out_last",
+    "parameters",
+    "shapes_of",
+]
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -73,7 +83,26 @@ def gpt2_small() -> Shapes:
     return shapes
 
 
+def few() -> Shapes:
+    """Return a tensor of every kind that the models have, all of them small."""
+    return {
+        "conv.weight": (8, 4, 3, 3),
+        "conv.gain": (8,),
+        "skip_gain": (),
+        "wte.embedding": (16, 8),
+        "head.weight": (10, 8),
+        "head.bias": (10,),
+    }
+
+
+REHEARSAL = "few"
+"""What stands for the models where the benchmarks are tried out."""
 MODELS = {"nfnet-f0": nfnet_f0, "gpt2-small": gpt2_small}
+
+
+def shapes_of(model: str) -> Shapes:
+    """Return the shapes of a model, or of :data:`REHEARSAL`."""
+    return few() if model == REHEARSAL else MODELS[model]()
 
 
 def out_last(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

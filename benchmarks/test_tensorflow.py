@@ -12,7 +12,7 @@ import tensorflow as tf
 import agc_tensorflow
 from agc import AGC
 from benchmarks.common import Measure, bound, draw
-from benchmarks.shapes import MODELS, declared, out_last
+from benchmarks.shapes import declared, out_last, shapes_of
 
 CONTESTANTS = ("ours", "naive", "ours xla", "naive xla", "bound", "new arrays")
 
@@ -50,11 +50,11 @@ class Tensors:
     def __init__(self, model: str, condition: str) -> None:
         self.variables: list[Any] = []
         self.gradients: list[Any] = []
-        for seed, (name, shape) in enumerate(MODELS[model]().items()):
+        for seed, (name, shape) in enumerate(shapes_of(model).items()):
             weight, gradient = draw(out_last(name, shape), condition, seed)
             self.variables.append(tf.Variable(weight, name=name.replace(".", "/")))
             self.gradients.append(tf.constant(gradient))
-        rule = AGC(clipping=0.01, units=declared(MODELS[model](), "... i o -> o"))
+        rule = AGC(clipping=0.01, units=declared(shapes_of(model), "... i o -> o"))
         plain: dict[str, Callable[[Any], Any]] = {
             "ours": lambda g: agc_tensorflow.adaptive_clip_gradients(g, self.variables, rule),
             "naive": lambda g: naive(g, self.variables),

@@ -13,7 +13,7 @@ import agc_torch
 from agc import AGC
 from agc_conformance.backends.peers import timm as timm_peer
 from benchmarks.common import Measure, bound, draw
-from benchmarks.shapes import MODELS, declared
+from benchmarks.shapes import declared, shapes_of
 
 CONTESTANTS = ("ours", "timm", "pytorch_optimizer", "bound")
 timm_agc = timm_peer.load()
@@ -26,12 +26,12 @@ class Tensors:
         self.parameters: dict[str, torch.nn.Parameter] = {}
         self.gradients: list[torch.Tensor] = []
         self.condition = condition
-        for seed, (name, shape) in enumerate(MODELS[model]().items()):
+        for seed, (name, shape) in enumerate(shapes_of(model).items()):
             weight, gradient = map(torch.from_numpy, draw(shape, condition, seed))
             self.parameters[name] = torch.nn.Parameter(weight)
             self.parameters[name].grad = gradient.clone()
             self.gradients.append(gradient)
-        units = declared(MODELS[model](), "o i ... -> o")
+        units = declared(shapes_of(model), "o i ... -> o")
         self.rule = AGC(clipping=0.01, units=units)
         self.plan = agc_torch.plan(self.parameters, self.rule)
 

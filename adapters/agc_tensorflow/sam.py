@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 import keras
 import tensorflow as tf
 
-from agc.checks import check_batch_given, check_microbatches, check_rule
+from agc.checks import check_batch, check_batch_given, check_microbatches, check_rule
 from agc.config import SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, ParameterError
 from agc.schedule import Schedule
@@ -320,6 +320,8 @@ def sam_value_and_gradients(
         If ``rule.nonfinite`` is ``"raise"`` and the norm of an ascent gradient is not finite.
     """
     check_rule(rule, SAM)
+    if batch is not None:
+        check_batch(batch)
     if step is None and (callable(rule.rho) or rule.every != 1):
         raise ConfigError("rho is a schedule, or every is above 1: give step=optimizer.iterations")
     for variable in variables:

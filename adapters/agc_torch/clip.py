@@ -42,6 +42,9 @@ __all__ = ["Memory", "adaptive_clip_grad_", "clip_", "limit_norm_", "whole"]
 _PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE: Final = frozenset({Tensor, type(None)})
 _REAL: Final = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_HALF: Final = (torch.float16, torch.bfloat16)
+_BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by the bytes of a number."""
 _CHUNK: Final = 1 << 22
 """Elements clipped at a time, which are read again while they are in the cache."""
 _COPY_BLOCK: Final = 1 << 16
@@ -230,11 +233,31 @@ def limit_norm_(
         factor = torch.where(bad, torch.nan, (max_norm / norm).clamp(max=1.0))
         if on_host(device) and factor == 1:
             return
-        for gradient in gradients:
-            gradient.tensor.mul_(factor.to(gradient.tensor.device, non_blocking=True))
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for tensor in (gradient.tensor for gradient in gradients):
+            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        for (device, _), tensors in alike.items():
+            _multiply_(tensors, factor.to(device, non_blocking=True))
             if rule.nonfinite == "zero":
-                zero = bad.to(gradient.tensor.device, non_blocking=True)
-                gradient.tensor.masked_fill_(zero, 0)
+                _zero_(tensors, bad.to(device, non_blocking=True))
+
+
+def _multiply_(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply tensors of one device and dtype by a number, many of them a launch."""
+    if tensors[0].dtype in _HALF:  # whose product with the number rounded like them would be coarse
+        seen = torch.zeros_like(factor, dtype=torch.float32)
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, seen, factor.float())
+    else:
+        torch._foreach_mul_(tensors, factor.to(tensors[0].dtype))
+
+
+def _zero_(tensors: list[Tensor], where: Tensor) -> None:
+    """Make tensors of one device and dtype 0 if a condition is true, whatever they hold.
+
+    Their bits are multiplied: 0 times NaN would be NaN, and to fill takes a launch a tensor.
+    """
+    bits = _BITS[tensors[0].itemsize]
+    torch._foreach_mul_([tensor.view(bits) for tensor in tensors], where.logical_not().to(bits))
 
 
 def whole(entry: PlanEntry) -> PlanEntry:

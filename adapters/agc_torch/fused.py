@@ -14,7 +14,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -22,11 +23,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from agc.nfnet import WS_EPS, WsEps
+from agc.nfnet import WS_EPS, WsDtype, WsEps
 from agc.units import UnitAxes
 from agc_torch.views import ShardUnits
 
 __all__ = [
+    "DO_NOT_COMPILE",
     "Decision",
     "Member",
     "Move",
@@ -52,6 +54,8 @@ __all__ = [
 Array = npt.NDArray[Any]
 Way: TypeAlias = Literal["rows", "columns", "gather"]
 
+DO_NOT_COMPILE: Final = "the Triton kernels of AGC, SAM and NFNets do not compile here"
+"""How the warning begins."""
 _SWITCH: Final = "AGC_TORCH_TRITON"
 """Environment variable that turns the kernels off, if it is 0."""
 _PLAIN: Final = (Tensor, torch.nn.Parameter)
@@ -692,7 +696,7 @@ def _compiles(compile_kernels: Callable[[], None]) -> bool:
         compile_kernels()
     except Exception as error:  # whatever the compiler, the driver or the disk has to say
         warnings.warn(
-            f"the Triton kernels of AGC, SAM and NFNets do not compile here, so a step takes many launches "
+            f"{DO_NOT_COMPILE}, so a step takes many launches "
             f"({type(error).__name__}: {error}); {_SWITCH}=0 turns them off",
             RuntimeWarning,
             stacklevel=3,
@@ -789,14 +793,15 @@ class MoveKind(NamedTuple):
         }
 
 
-class Move(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Move:
     """A weight that SAM perturbs, its gradient, and whether ASAM scales it."""
 
     weight: Tensor
     gradient: Tensor
     adaptive: bool
 
-    @property
+    @cached_property
     def fits(self) -> bool:
         """Whether the kernels take it."""
         weight, gradient = self.weight, self.gradient
@@ -811,12 +816,12 @@ class Move(NamedTuple):
             and _moving_compiles(self.kind, weight.device)
         )
 
-    @property
+    @cached_property
     def kind(self) -> MoveKind:
         """What a launch that takes it is compiled for."""
         weight, gradient = self.weight, self.gradient
         lanes = _WIDE_LOAD // min(weight.itemsize, gradient.itemsize)
-        aligned = all(t.data_ptr() % _WIDE_LOAD == 0 for t in (weight, gradient))
+        aligned = (weight.data_ptr() | gradient.data_ptr()) % _WIDE_LOAD == 0
         wide = aligned and weight.numel() % lanes == 0
         return MoveKind(weight.dtype, gradient.dtype, lanes if wide else 1, self.adaptive)
 
@@ -959,22 +964,44 @@ class Filters(NamedTuple):
     dtype: torch.dtype
     length: int
     ws_eps: WsEps
+    ws_dtype: WsDtype
+
+    @property
+    def out(self) -> torch.dtype:
+        """The dtype of what is standardised."""
+        return torch.bfloat16 if self.ws_dtype == "bfloat16" else self.dtype
+
+    @property
+    def kernels(self) -> tuple[Any, Any]:
+        """The kernels forward and backward."""
+        from agc_torch.triton_kernels import (
+            standardise_back_kernel,
+            standardise_kernel,
+            standardise_low_back_kernel,
+            standardise_low_kernel,
+        )
+
+        if self.ws_dtype == "bfloat16":
+            return standardise_low_kernel, standardise_low_back_kernel
+        return standardise_kernel, standardise_back_kernel
 
     @property
     def constants(self) -> dict[str, Any]:
         """The kernels' constants, and how many warps run a program."""
         elements = 1 << (self.length - 1).bit_length()
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return {
-            "WIDE": _triton_dtypes()[wide],
+        constants = {
             "FLOOR": self.ws_eps == "deepmind",
             "UNITS": max(1, _HELD // elements),
             "ELEMENTS": elements,
             "num_warps": min(16, max(4, elements // 512)),
         }
+        if self.ws_dtype == "float32":
+            wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+            constants["WIDE"] = _triton_dtypes()[wide]
+        return constants
 
 
-def standardises(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> bool:
+def standardises(weight: Tensor, gain: Tensor, ws_eps: WsEps, ws_dtype: WsDtype) -> bool:
     """Tell whether the kernels take a weight, and compile for it.
 
     Parameters
@@ -982,6 +1009,7 @@ def standardises(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> bool:
     weight : Tensor, shape (outputs, inputs, kernel, kernel)
     gain : Tensor, shape (outputs,)
     ws_eps : {"deepmind", "timm"}
+    ws_dtype : {"float32", "bfloat16"}
     """
     length = math.prod(weight.shape[1:])
     return (
@@ -989,11 +1017,12 @@ def standardises(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> bool:
         and all(map(has_memory, (weight, gain)))
         and weight.dtype == gain.dtype
         and weight.dtype in _triton_dtypes()
+        and not (ws_dtype == "bfloat16" and weight.dtype == torch.float64)
         and 0 < length <= _MOST
         and weight.numel() < 1 << 31
         and gain.is_contiguous()
         and weight.is_contiguous(memory_format=order_of(weight))
-        and _standardising_compiles(Filters(weight.dtype, length, ws_eps), weight.device)
+        and _standardising_compiles(Filters(weight.dtype, length, ws_eps, ws_dtype), weight.device)
     )
 
 
@@ -1014,40 +1043,37 @@ def order_of(weight: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def standardise(weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
+def standardise(weight: Tensor, gain: Tensor, ws_eps: WsEps, ws_dtype: WsDtype) -> Tensor:
     """Standardise a weight that :func:`standardises` takes; the result is laid out like it."""
-    from agc_torch.triton_kernels import standardise_kernel
-
-    out = torch.empty_like(weight)
-    _launch_filters(standardise_kernel, ws_eps, weight, gain, out)
+    kind = Filters(weight.dtype, weight[0].numel(), ws_eps, ws_dtype)
+    out = torch.empty_like(weight, dtype=kind.out)
+    _launch_filters(kind.kernels[0], kind, weight, gain, out)
     return out
 
 
 def standardise_back(
-    weight: Tensor, gain: Tensor, gradient: Tensor, ws_eps: WsEps
+    weight: Tensor, gain: Tensor, gradient: Tensor, ws_eps: WsEps, ws_dtype: WsDtype
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of a weight and its gain, from that of what is standardised."""
-    from agc_torch.triton_kernels import standardise_back_kernel
-
+    kind = Filters(weight.dtype, weight[0].numel(), ws_eps, ws_dtype)
     gradient = gradient.contiguous(memory_format=order_of(weight))
     backs = torch.empty_like(weight), torch.empty_like(gain)
-    _launch_filters(standardise_back_kernel, ws_eps, weight, gain, gradient, *backs)
+    _launch_filters(kind.kernels[1], kind, weight, gain, gradient, *backs)
     return backs
 
 
 def _launch_filters(
-    kernel: Any, ws_eps: WsEps, weight: Tensor, *others: Tensor, warmup: bool = False
+    kernel: Any, kind: Filters, weight: Tensor, *others: Tensor, warmup: bool = False
 ) -> None:
-    filters, length = len(weight), weight[0].numel()
-    constants = Filters(weight.dtype, length, ws_eps).constants
+    filters, constants = len(weight), kind.constants
     grid = (-(-filters // constants["UNITS"]),)
     with _on(weight.device):
         kernel.run(
             weight,
             *others,
             filters,
-            length,
-            WS_EPS[ws_eps],
+            kind.length,
+            WS_EPS[kind.ws_eps],
             **constants,
             grid=grid,
             warmup=warmup,
@@ -1057,16 +1083,13 @@ def _launch_filters(
 @lru_cache(maxsize=256)
 def _standardising_compiles(kind: Filters, device: torch.device) -> bool:
     """Tell whether the kernels of weight standardisation compile for a kind of weights."""
-    from agc_torch.triton_kernels import standardise_back_kernel, standardise_kernel
 
     def compile_kernels() -> None:
         weight = torch.empty(16, kind.length, dtype=kind.dtype, device=device)
-        gain = weight.new_empty(16)
-        for kernel, others in (
-            (standardise_kernel, (gain, weight)),
-            (standardise_back_kernel, (gain, weight, weight, gain)),
-        ):
-            _launch_filters(kernel, kind.ws_eps, weight, *others, warmup=True)
+        gain, out = weight.new_empty(16), torch.empty_like(weight, dtype=kind.out)
+        forward, backward = kind.kernels
+        _launch_filters(forward, kind, weight, gain, out, warmup=True)
+        _launch_filters(backward, kind, weight, gain, out, weight, gain, warmup=True)
 
     return _compiles(compile_kernels)
 

@@ -196,29 +196,30 @@ def _scale(squared_norm: Tensor, fan_in: int, ws_eps: WsEps) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):  # type: ignore[misc]
-    """The formula and its gradient by kernels of our own: one pass over the weights each way."""
+    """A formula and its gradient by kernels of our own: one pass over the weights each way."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, gain: Tensor, ws_eps: WsEps) -> Tensor:
-        ctx.ws_eps = ws_eps
+    def forward(ctx: Any, weight: Tensor, gain: Tensor, ws_eps: WsEps, ws_dtype: WsDtype) -> Tensor:
+        ctx.how = ws_eps, ws_dtype
         ctx.save_for_backward(weight, gain)
-        return fused.standardise(weight, gain, ws_eps)
+        return fused.standardise(weight, gain, ws_eps, ws_dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         weight, gain = ctx.saved_tensors
         if torch.is_grad_enabled() or not fused.has_memory(gradient):
-            return *_derive(weight, gain, ctx.ws_eps, gradient), None
-        return *fused.standardise_back(weight, gain, gradient, ctx.ws_eps), None
+            return *_derive(weight, gain, gradient, *ctx.how), None, None
+        return *fused.standardise_back(weight, gain, gradient, *ctx.how), None, None
 
 
 def _derive(
-    weight: Tensor, gain: Tensor, ws_eps: WsEps, gradient: Tensor
+    weight: Tensor, gain: Tensor, gradient: Tensor, ws_eps: WsEps, ws_dtype: WsDtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return gradients of the formula, which have gradients themselves if these are recorded."""
     record = torch.is_grad_enabled()
+    formula = _standardise_in_bfloat16 if ws_dtype == "bfloat16" else _standardise
     with torch.enable_grad():
-        result = _standardise(weight, gain, ws_eps)
+        result = formula(weight, gain, ws_eps)
     with_respect_to = [x for x in (weight, gain) if x.requires_grad]
     gradients = iter(torch.autograd.grad(result, with_respect_to, gradient, create_graph=record))
     ours, gains = (next(gradients) if x.requires_grad else None for x in (weight, gain))
@@ -267,7 +268,7 @@ class _Standardise(torch.autograd.Function):  # type: ignore[misc]
     ) -> tuple[Tensor | None, Tensor | None, None]:
         weight, gain, mean, r = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-            return *_derive(weight, gain, ctx.ws_eps, gradient), None
+            return *_derive(weight, gain, gradient, ctx.ws_eps, "float32"), None
         rows, g = _rows(weight), _rows(gradient, weight)
         factor, low = _Standardise.factor(r, rows.shape[1], ctx.ws_eps)
         scale = factor * gain[:, None]
@@ -346,11 +347,12 @@ class WSConv2d(SameConv2d):
         Both are bfloat16 if ``ws_dtype`` is and ``dtype``, what the convolution computes in, too.
         """
         weight, gain = self.weight, self.gain
-        if self.ws_dtype == "bfloat16" and dtype == torch.bfloat16:
-            return _standardise_in_bfloat16(weight, gain, self.ws_eps)
-        if fused.standardises(weight, gain, self.ws_eps):
+        ws_dtype: WsDtype = self.ws_dtype if dtype == torch.bfloat16 else "float32"
+        if fused.standardises(weight, gain, self.ws_eps, ws_dtype):
             run = _Fused.apply if torch.is_grad_enabled() else fused.standardise
-            return run(weight, gain, self.ws_eps)
+            return run(weight, gain, self.ws_eps, ws_dtype)
+        if ws_dtype == "bfloat16":
+            return _standardise_in_bfloat16(weight, gain, self.ws_eps)
         if weight.dtype in (torch.bfloat16, torch.float16):
             weight, gain = weight.float(), gain.float()
         if torch.compiler.is_compiling():  # a compiler fuses the formula and its gradient by itself
@@ -493,11 +495,13 @@ class NFBlock(nn.Module):  # type: ignore[misc]
         ``keep`` is :attr:`agc.nfnet.Masks.stochastic_depth`, which is drawn if None.
         """
         residual, shortcut = self.branches(x)
+        factor = self.skip_gain * ALPHA
+        # A mask of images times the gain, so that the residual branch is multiplied once.
         if keep is not None:
-            residual = residual * keep[:, self.block.index, None, None, None].to(residual.dtype)
+            factor = factor * keep[:, self.block.index, None, None, None]
         elif self.training and self.drop_rate > 0:
-            residual = residual * self.kept(residual)
-        return self.join(residual, shortcut)
+            factor = factor * self.kept(len(residual), residual.device)
+        return self.join(residual, shortcut, factor)
 
     def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the residual branch after its gates, and the shortcut."""
@@ -515,15 +519,14 @@ class NFBlock(nn.Module):  # type: ignore[misc]
         out = self.conv2(self.activation(out))
         return out if self.se is None else self.se(out) * out, shortcut
 
-    def kept(self, residual: Tensor) -> Tensor:
-        """Draw stochastic depth: 1 for images that keep the residual branch, 0 for the others."""
-        shape = (len(residual), 1, 1, 1)
-        uniform = torch.rand(shape, dtype=torch.float32, device=residual.device)
-        return torch.floor(1 - self.drop_rate + uniform).to(residual.dtype)
+    def kept(self, images: int, device: torch.device) -> Tensor:
+        """Draw stochastic depth: which images keep the residual branch."""
+        uniform = torch.rand((images, 1, 1, 1), dtype=torch.float32, device=device)
+        return 1 - self.drop_rate + uniform >= 1
 
-    def join(self, residual: Tensor, shortcut: Tensor) -> Tensor:
-        """Add the residual branch to the shortcut."""
-        return torch.addcmul(shortcut, residual, (self.skip_gain * ALPHA).to(residual.dtype))
+    def join(self, residual: Tensor, shortcut: Tensor, factor: Tensor) -> Tensor:
+        """Add the residual branch to the shortcut, times a factor for all images or for each."""
+        return torch.addcmul(shortcut, residual, factor.to(residual.dtype))
 
 
 class Chain(nn.Sequential):  # type: ignore[misc]
@@ -671,7 +674,9 @@ class NFNet(nn.Module):  # type: ignore[misc]
                 for block in stage:
                     residual, shortcut = block.branches(x)
                     residuals.append(_moments(residual)[1])
-                    outputs.append(_moments(x := block.join(residual, shortcut)))
+                    outputs.append(
+                        _moments(x := block.join(residual, shortcut, block.skip_gain * ALPHA))
+                    )
         means, variances = zip(*outputs, strict=True)
         return {
             "avg_sq_mean": torch.stack(means),

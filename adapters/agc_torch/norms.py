@@ -99,8 +99,8 @@ def all_shares(
         groups = grouped(views) if on_host(device) else []
     norms = _norms_by_view(views, sources, groups)
     # Wide before they are squared, which would leave float32.
-    shares = [view.gather(own.to(wide(device))) for view, own in zip(views, norms, strict=True)]
-    return torch.cat(shares)
+    squares = torch.cat(norms).to(wide(device)).square().split([len(own) for own in norms])
+    return torch.cat([view.gather(own) for view, own in zip(views, squares, strict=True)])
 
 
 def _norms_by_view(views: list[View], sources: list[Tensor], groups: list[Group]) -> list[Tensor]:
@@ -307,16 +307,18 @@ def _exact_norms(tensor: Tensor, axes: UnitAxes) -> Tensor:
 
 
 def _whole_norms(views: list[View], sources: list[Tensor]) -> dict[int, Tensor]:
-    """Norms of tensors that are one unit, such as biases, by index: one call for all."""
-    batches: dict[torch.dtype, list[int]] = {}
+    """Norms of tensors that are one unit, such as biases, by index: one call for a dtype."""
+    alike: dict[torch.dtype, list[int]] = {}
     if torch.compiler.is_compiling():
         return {}
     for index, view in enumerate(views):
         if not view.axes.keep:
-            batches.setdefault(_accumulator(view, sources[index]), []).append(index)
+            alike.setdefault(sources[index].dtype, []).append(index)
     norms_by_view: dict[int, Tensor] = {}
-    for dtype, batch in batches.items():
-        norms = torch._foreach_norm([sources[index] for index in batch], 2, dtype)
+    for batch in alike.values():
+        tensors = [sources[index] for index in batch]
+        # Adds up in float64 without a copy, if all tensors have one dtype.
+        norms = torch._foreach_norm(tensors, 2, wide(tensors[0].device))
         norms_by_view.update(zip(batch, (norm.view(1) for norm in norms), strict=True))
     return norms_by_view
 

@@ -21,13 +21,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from itertools import starmap
 from typing import Any, Final, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from agc.checks import check_batch_given, check_microbatches, check_rule
+from agc.checks import check_batch, check_batch_given, check_microbatches, check_rule
 from agc.config import SAM
 from agc.errors import (
     ConfigError,
@@ -36,6 +35,7 @@ from agc.errors import (
     NonFiniteError,
     OrderError,
     ParameterError,
+    SelectorError,
 )
 from agc.plan import WHOLE
 from agc.selectors import perturbed_names
@@ -57,13 +57,14 @@ from agc_torch.passes import (
 )
 from agc_torch.schedules import value_at
 from agc_torch.shards import is_dtensor, local, norm_over, shard_axes
-from agc_torch.units import named_parameters, unwrap
+from agc_torch.units import named_parameters, unwrap, with_ties
 from agc_torch.views import View
 
 __all__ = ["SamStats", "SharpnessAware"]
 
 Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
-Direction: TypeAlias = list[tuple[Tensor, Tensor]]
+Direction: TypeAlias = list[tuple[Tensor, fused.Move]]
+"""Parameters, each with what this process holds of it and of its gradient."""
 Shards: TypeAlias = tuple[Any, tuple[int, ...]]
 
 
@@ -420,7 +421,11 @@ class SharpnessAware:
         ):
             return
         named = named_parameters(self.model)
-        self._selected = [named[name] for name in perturbed_names(named, self.rule)]
+        try:
+            selected = perturbed_names(named, self.rule)
+        except SelectorError as error:
+            raise with_ties(error, self.model) from None
+        self._selected = [named[name] for name in selected]
         self._parameters = parameters
 
     def _reach(self, optimizers: tuple[Any, ...]) -> _Reach:
@@ -459,8 +464,9 @@ class SharpnessAware:
             return call(closure, batch), None
         microbatches = _split(batch, self.rule.microbatches)
         sizes = [1 if micro is None else len(micro[0]) for micro in microbatches]
-        one = torch.ones((), device=self._parameters[0].device)
-        scale = None if scaler is None else scaler.scale(one)  # without a host sync
+        scale = None
+        if scaler is not None:  # without a host sync
+            scale = scaler.scale(torch.ones((), device=self._parameters[0].device))
         passes = [self._two_passes(closure, microbatches[0], reach, scale)]
         if len(microbatches) > 1:
             sums = reach.weighted(sizes[0] / sum(sizes))
@@ -470,16 +476,13 @@ class SharpnessAware:
                     sums[index] = sums[index] + gradient if index in sums else gradient
             for index, parameter in enumerate(reach.everything):
                 parameter.grad = sums.get(index)
-        seen = [self._ascent_size(size) for size in sizes]
-        loss = sum(n / sum(seen) * stats.loss for n, (stats, _) in zip(seen, passes, strict=True))
-        perturbed = sum(
-            n / sum(sizes) * stats.perturbed_loss
-            for n, (stats, _) in zip(sizes, passes, strict=True)
-        )
+        parts, ascents = zip(*passes, strict=True)
+        loss = _mean([one.loss for one in parts], [self._ascent_size(size) for size in sizes])
+        perturbed = _mean([one.perturbed_loss for one in parts], sizes)
         # max() passes NaN on, so one number says whether every norm is finite.
-        norm = torch.stack([stats.norm for stats, _ in passes]).max()
-        self._stats = SamStats(norm, torch.as_tensor(loss), torch.as_tensor(perturbed))
-        missing = any(ascent.missing for _, ascent in passes)
+        norm = parts[0].norm if len(parts) == 1 else torch.stack([one.norm for one in parts]).max()
+        self._stats = SamStats(norm, loss, perturbed)
+        missing = any(ascent.missing for ascent in ascents)
         return self._stats.loss, _Ascent([], norm, missing)
 
     def _two_passes(
@@ -525,7 +528,8 @@ class SharpnessAware:
 
     def _ascent(self, reach: _Reach) -> _Ascent:
         """Take the gradients that are there for the direction uphill."""
-        direction = [(p, _placed(p.grad, p)) for p in reach.candidates if p.grad is not None]
+        given = [p for p in reach.candidates if p.grad is not None]
+        direction = [(p, self._move(p, _placed(p.grad, p))) for p in given]
         norm = self._norm(direction, reach.candidates)
         # No host sync unless there is no gradient here; other processes may have one.
         missing = not direction and (norm is None or norm.item() == 0)
@@ -555,8 +559,8 @@ class SharpnessAware:
         on_cpu: dict[Shards | None, list[View]] = {}
         launched: dict[tuple[Shards | None, torch.device], list[fused.Move]] = {}
         with torch.no_grad():
-            for parameter, gradient in direction:
-                shards, move = _shards(parameter), self._move(parameter, gradient)
+            for parameter, move in direction:
+                shards = _shards(parameter)
                 if move.fits:
                     launched.setdefault((shards, move.weight.device), []).append(move)
                 elif _is_plain(move):
@@ -578,9 +582,9 @@ class SharpnessAware:
             norms += [_norm_over(*shards, shares) for shards, shares in held.items() if shards]
         if not norms:
             return None
+        if len(norms) == norms[0].numel() == 1:
+            return norms[0].view(())
         flat = torch.cat([norm.to(norms[0].device).view(-1) for norm in norms])
-        if flat.numel() == 1:
-            return flat.view(())
         # Divided by the largest, so that squaring the norms of tensors cannot overflow.
         limits = torch.finfo(flat.dtype)
         safe = flat.max().clamp(limits.tiny, limits.max)
@@ -602,7 +606,7 @@ class SharpnessAware:
         # Detached tensors throughout, so autograd does not record this.
         launched: dict[torch.device, list[fused.Move]] = {}
         others: list[fused.Move] = []
-        for move in starmap(self._move, ascent.direction):
+        for _, move in ascent.direction:
             (launched.setdefault(move.weight.device, []) if move.fits else others).append(move)
         self._backup = [(move.weight, move.weight.clone()) for move in others]
         self._refusal = unwrap(self.model).register_state_dict_pre_hook(_RefuseToSave())
@@ -610,17 +614,18 @@ class SharpnessAware:
             copies = fused.perturb(group, factor.to(device), self.rule.eta)
             self._backup += zip((move.weight for move in group), copies, strict=True)
         # 0 * inf is NaN: a gradient that is not finite must not reach the weights for one pass.
-        for weight, direction, adaptive in others if not known or usable else ():
+        for move in others if not known or usable else ():
+            weight, direction = move.weight, move.gradient
             if not known:
                 direction.masked_fill_(~usable.to(direction.device), 0)
             wide = _wide(weight.dtype)
             scale = scale_on(weight.device, wide)
-            if not adaptive and weight.dtype in (torch.float32, torch.float64):
+            if not move.adaptive and weight.dtype in (torch.float32, torch.float64):
                 weight.addcmul_(direction.to(wide), scale)
                 continue
             for w, g in _blocks(weight, direction):
                 e = g.to(wide) * scale
-                if adaptive:
+                if move.adaptive:
                     e = e * (w.abs().to(e.real.dtype) + self.rule.eta) ** 2
                 w.copy_(w.to(wide) + e)
         ascent.direction.clear()  # the second pass needs the memory
@@ -746,6 +751,7 @@ class SharpnessAware:
         )
         if batch is None:
             return
+        check_batch(batch)
         try:
             inspect.signature(closure).bind(*batch)
         except TypeError:
@@ -801,7 +807,7 @@ class _Reach:
 
 @dataclass(frozen=True)
 class _Ascent:
-    """The direction uphill: parameters with gradients, sharded alike, and the norm of all.
+    """The direction uphill: parameters and gradients, sharded alike, and the norm of all.
 
     ``missing`` says that this replica has no gradient at all; the norm is NaN then.
     """
@@ -886,6 +892,15 @@ def _split(batch: Sequence[Tensor] | None, count: int) -> list[Sequence[Tensor] 
         return [batch]
     columns = [torch.tensor_split(tensor, count) for tensor in batch]
     return [list(micro) for micro in zip(*columns, strict=True)]
+
+
+def _mean(values: list[Tensor], weights: list[int]) -> Tensor:
+    """Return the mean of scalars, of each as many times as its weight says."""
+    if len(values) == 1:
+        return values[0]
+    total = sum(weights)
+    mean = sum(n / total * value for n, value in zip(weights, values, strict=True))
+    return torch.as_tensor(mean)
 
 
 def _needs_closure(optimizer: Any) -> bool:

@@ -297,8 +297,7 @@ class Trainer:
             [local(parameter) for parameter in model.parameters()]
             for model in (self._average, self._model)
         )
-        torch._foreach_mul_(averages, float(decay))
-        torch._foreach_add_(averages, weights, alpha=float(np.float32(1) - decay))
+        torch._foreach_lerp_(averages, weights, float(np.float32(1) - decay))
 
     # --- an evaluation ----------------------------------------------------------------------------
 

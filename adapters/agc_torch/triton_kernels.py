@@ -31,6 +31,8 @@ __all__ = [
     "share_kernel",
     "standardise_back_kernel",
     "standardise_kernel",
+    "standardise_low_back_kernel",
+    "standardise_low_kernel",
 ]
 
 # The sum of squares between which float32 holds it, and every square that matters, well.
@@ -365,6 +367,29 @@ def scale_kernel(
 
 
 @triton.jit
+def _moved(
+    addresses,
+    counts,
+    tiles,
+    tensors,
+    DTYPE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    LANES: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Return a tile's tensor, its first element, the tensor's elements, its weight and gradient."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 2
+    tensor = tl.load(tile).to(tl.int64)
+    count = tl.load(counts + tensor)
+    weight = tl.load(addresses + tensor).to(tl.pointer_type(DTYPE))
+    gradient = tl.load(addresses + tensors + tensor).to(tl.pointer_type(GRADIENT))
+    if LANES > 1:
+        weight, gradient = tl.multiple_of(weight, 16), tl.multiple_of(gradient, 16)
+        count = tl.multiple_of(count, LANES)
+    return tensor, tl.load(tile + 1).to(tl.int64) * PIECE, count, weight, gradient
+
+
+@triton.jit
 def perturb_kernel(
     addresses,
     counts,
@@ -398,20 +423,15 @@ def perturb_kernel(
     ADAPTIVE : bool
         Whether gradients are multiplied by ``(|w| + eta)**2`` too.
     """
-    tile = tiles + tl.program_id(0).to(tl.int64) * 2
-    tensor = tl.load(tile).to(tl.int64)
-    count = tl.load(counts + tensor)
-    weight = tl.load(addresses + tensor).to(tl.pointer_type(DTYPE))
-    gradient = tl.load(addresses + tensors + tensor).to(tl.pointer_type(GRADIENT))
+    tensor, first, count, weight, gradient = _moved(
+        addresses, counts, tiles, tensors, DTYPE, GRADIENT, LANES, PIECE
+    )
     copy = tl.load(addresses + 2 * tensors + tensor).to(tl.pointer_type(DTYPE))
     if LANES > 1:
-        weight, copy = tl.multiple_of(weight, 16), tl.multiple_of(copy, 16)
-        gradient = tl.multiple_of(gradient, 16)
-        count = tl.multiple_of(count, LANES)
+        copy = tl.multiple_of(copy, 16)
     WIDE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     by = tl.load(factor).to(WIDE)
     moves = (by + tl.zeros([ELEMENTS], WIDE)) != 0.0  # the interpreter mixes no scalar with a block
-    first = tl.load(tile + 1).to(tl.int64) * PIECE
     for at in range(0, PIECE, ELEMENTS):
         element = first + at + tl.arange(0, ELEMENTS)
         mask = element < count
@@ -453,15 +473,9 @@ def norm_kernel(
     ADAPTIVE : bool
         Whether gradients are multiplied by ``|w| + eta``.
     """
-    program = tl.program_id(0).to(tl.int64)
-    tensor = tl.load(tiles + program * 2).to(tl.int64)
-    count = tl.load(counts + tensor)
-    weight = tl.load(addresses + tensor).to(tl.pointer_type(DTYPE))
-    gradient = tl.load(addresses + tensors + tensor).to(tl.pointer_type(GRADIENT))
-    if LANES > 1:
-        weight, gradient = tl.multiple_of(weight, 16), tl.multiple_of(gradient, 16)
-        count = tl.multiple_of(count, LANES)
-    first = tl.load(tiles + program * 2 + 1).to(tl.int64) * PIECE
+    _, first, count, weight, gradient = _moved(
+        addresses, counts, tiles, tensors, DTYPE, GRADIENT, LANES, PIECE
+    )
     total = tl.zeros([ELEMENTS], tl.float64)
     for at in range(0, PIECE, ELEMENTS):
         element = first + at + tl.arange(0, ELEMENTS)
@@ -471,40 +485,47 @@ def norm_kernel(
             size = tl.abs(tl.load(weight + element, mask=mask, other=0.0).to(tl.float64))
             value = value * (size + tl.load(eta))
         total += value * value
-    tl.store(sums + program, tl.sum(total, axis=0))
+    tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
 
 
 @triton.jit
-def _centred(
+def _loaded(
     weight,
     filters,
     length,
-    eps: tl.float64,
     WIDE: tl.constexpr,
-    FLOOR: tl.constexpr,
     UNITS: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
-    """Return a tile's filters, its offsets and masks, and each filter less its mean.
-
-    Also what makes the norm of each filter 1, and whether that depends on the filter.
-    """
+    """Return a tile's filters, the offsets and masks of their elements, and the elements."""
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     element = tl.arange(0, ELEMENTS)
     offsets = unit.to(tl.int64)[:, None] * length + element[None, :]
     mask = (unit < filters)[:, None] & (element < length)[None, :]
-    value = tl.load(weight + offsets, mask=mask, other=0.0).to(WIDE)
-    # Numbers of a filter are computed in float64, in which Triton's division and root are exact.
+    return unit, offsets, mask, tl.load(weight + offsets, mask=mask, other=0.0).to(WIDE)
+
+
+@triton.jit
+def _centred(value, mask, length, WIDE: tl.constexpr):
+    """Return each filter less its mean, the sum of its squares, and the mean.
+
+    Numbers of a filter are in float64, in which Triton's division and root are exact.
+    """
     mean = tl.sum(value, axis=1).to(tl.float64) / length
     centred = tl.where(mask, value - mean.to(WIDE)[:, None], 0.0)
-    squared_norm = tl.sum(centred * centred, axis=1).to(tl.float64)
+    return centred, tl.sum(centred * centred, axis=1).to(tl.float64), mean
+
+
+@triton.jit
+def _scale(squared_norm, length, eps: tl.float64, FLOOR: tl.constexpr):
+    """Return what makes the norm of each filter 1, and whether that depends on the filter."""
     if FLOOR:
         depends = squared_norm > eps
         floored = tl.where(squared_norm < eps, eps, squared_norm)  # keeps NaN
     else:
         depends = squared_norm == squared_norm
         floored = (squared_norm / length + eps) * length
-    return unit, offsets, mask, centred, 1.0 / tl.sqrt(floored), depends
+    return 1.0 / tl.sqrt(floored), depends
 
 
 @triton.jit
@@ -533,9 +554,9 @@ def standardise_kernel(
     FLOOR : bool
         Whether ``eps`` is the least squared norm of a filter; if not, it is added to its variance.
     """
-    unit, offsets, mask, centred, scale, _ = _centred(
-        weight, filters, length, eps, WIDE, FLOOR, UNITS, ELEMENTS
-    )
+    unit, offsets, mask, value = _loaded(weight, filters, length, WIDE, UNITS, ELEMENTS)
+    centred, squared_norm, _ = _centred(value, mask, length, WIDE)
+    scale, _ = _scale(squared_norm, length, eps, FLOOR)
     factor = tl.load(gain + unit, mask=unit < filters, other=0.0).to(tl.float64) * scale
     tl.store(out + offsets, centred * factor.to(WIDE)[:, None], mask=mask)
 
@@ -565,9 +586,9 @@ def standardise_back_kernel(
     filters, length, eps, WIDE, FLOOR
         As for :func:`standardise_kernel`.
     """
-    unit, offsets, mask, centred, scale, depends = _centred(
-        weight, filters, length, eps, WIDE, FLOOR, UNITS, ELEMENTS
-    )
+    unit, offsets, mask, value = _loaded(weight, filters, length, WIDE, UNITS, ELEMENTS)
+    centred, squared_norm, _ = _centred(value, mask, length, WIDE)
+    scale, depends = _scale(squared_norm, length, eps, FLOOR)
     given = tl.load(gradient + offsets, mask=mask, other=0.0).to(WIDE)
     mean = tl.sum(given, axis=1).to(tl.float64) / length
     along = tl.sum(given * centred, axis=1).to(tl.float64)
@@ -576,3 +597,109 @@ def standardise_back_kernel(
     back = (given - mean.to(WIDE)[:, None]) - norms[:, None] * centred
     tl.store(of_weight + offsets, back * factor.to(WIDE)[:, None], mask=mask)
     tl.store(of_gain + unit, (along * scale).to(WIDE), mask=unit < filters)
+
+
+@triton.jit
+def _rounded(value):
+    """Round float32 to bfloat16, ties to even, and return it as float32.
+
+    The cast of Triton's interpreter cuts off.
+    """
+    bits = value.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+
+
+@triton.jit
+def _low(
+    weight,
+    gain,
+    filters,
+    length,
+    eps: tl.float64,
+    FLOOR: tl.constexpr,
+    UNITS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    """Return what both kernels of bfloat16 compute; all but ``centred`` and ``scale`` is rounded.
+
+    That is filters, offsets, masks and elements; elements less their mean, the mean, the gain, what
+    makes a norm 1 and whether that depends on the filter, and its product with the gain.
+    """
+    unit, offsets, mask, value = _loaded(weight, filters, length, tl.float32, UNITS, ELEMENTS)
+    value = _rounded(value)
+    centred, squared_norm, mean = _centred(value, mask, length, tl.float32)
+    variance = _rounded((squared_norm / length).to(tl.float32))
+    scale, depends = _scale((variance * length).to(tl.float64), length, eps, FLOOR)
+    scale = scale.to(tl.float32)
+    gains = _rounded(tl.load(gain + unit, mask=unit < filters, other=0.0).to(tl.float32))
+    mean = _rounded(mean.to(tl.float32))
+    return unit, offsets, mask, value, centred, mean, gains, scale, depends, _rounded(gains * scale)
+
+
+@triton.jit
+def standardise_low_kernel(
+    weight,
+    gain,
+    out,
+    filters,
+    length,
+    eps: tl.float64,
+    FLOOR: tl.constexpr,
+    UNITS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    """Standardise a weight in bfloat16: round what :mod:`agc.reference.nfnet` rounds.
+
+    Parameters
+    ----------
+    weight, out : shape (filters, length)
+    gain : shape (filters,)
+    filters, length, eps, FLOOR
+        As for :func:`standardise_kernel`.
+    """
+    _, offsets, mask, value, _, mean, _, _, _, factor = _low(
+        weight, gain, filters, length, eps, FLOOR, UNITS, ELEMENTS
+    )
+    shift = _rounded(mean * factor)
+    tl.store(out + offsets, _rounded(value * factor[:, None] - shift[:, None]), mask=mask)
+
+
+@triton.jit
+def standardise_low_back_kernel(
+    weight,
+    gain,
+    gradient,
+    of_weight,
+    of_gain,
+    filters,
+    length,
+    eps: tl.float64,
+    FLOOR: tl.constexpr,
+    UNITS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    """Write the gradients of weight and gain: what is rounded forward has a rounded gradient.
+
+    Parameters
+    ----------
+    weight, gradient, of_weight : shape (filters, length)
+        The gradient is that of the standardised weight.
+    gain, of_gain : shape (filters,)
+    filters, length, eps, FLOOR
+        As for :func:`standardise_kernel`.
+    """
+    unit, offsets, mask, value, centred, mean, gains, scale, depends, factor = _low(
+        weight, gain, filters, length, eps, FLOOR, UNITS, ELEMENTS
+    )
+    given = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32)
+    of_shift = _rounded(-tl.sum(given, axis=1))
+    of_factor = _rounded(tl.sum(given * value, axis=1) + of_shift * mean)
+    of_squared_norm = -0.5 * (of_factor * gains) * (scale * scale * scale)
+    of_variance = _rounded(length * tl.where(depends, of_squared_norm, 0.0))
+    of_mean = _rounded(of_shift * factor)
+    along = (2.0 * of_variance.to(tl.float64) / length).to(tl.float32)
+    level = (of_mean.to(tl.float64) / length).to(tl.float32)
+    back = given * factor[:, None] + (along[:, None] * centred + level[:, None])
+    tl.store(of_weight + offsets, _rounded(back), mask=mask)
+    tl.store(of_gain + unit, _rounded(of_factor * scale), mask=unit < filters)

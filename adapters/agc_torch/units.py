@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from agc import AGC, Plan, Units
 from agc.checks import check_distinct, check_rule
-from agc.errors import ParameterError
+from agc.errors import ParameterError, SelectorError
 from agc.layer_table import first_match
 from agc.plan import WHOLE, Parameter, PlanEntry, make_plan
 from agc.selectors import canonical_name
@@ -104,7 +104,10 @@ def plan(model: Model, rule: AGC) -> Plan:
         parameters.append(Parameter(name, shape, declared, "out-first", owner, inactive=inactive))
     head = _head(unwrap(model)) if isinstance(model, nn.Module) else None
     cure = "" if module else "give the module instead of its tensors"
-    made = make_plan(parameters, rule, head=head, cure=cure)
+    try:
+        made = make_plan(parameters, rule, head=head, cure=cure)
+    except SelectorError as error:
+        raise with_ties(error, model) from None
     for entry in made:
         _ = entry.axes  # computed and kept now: torch.compile cannot trace it
     return made
@@ -161,6 +164,21 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
     if len(names) > len(tensors):
         check_distinct(names)
     return tensors
+
+
+def with_ties(error: SelectorError, model: Model) -> SelectorError:
+    """Return an error that also says which names of tied parameters a pattern cannot mean."""
+    named = _own_parameters(model) if isinstance(model, nn.Module) else ()
+    first: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    for name, tensor, _ in named:
+        known = first.setdefault(id(tensor), canonical_name(name))
+        if known != canonical_name(name):
+            ties[canonical_name(name)] = known
+    if not ties:
+        return error
+    listing = ", ".join(f"{name!r} is {known!r}" for name, known in list(ties.items())[:4])
+    return SelectorError(f"{error}. Tied parameters go by their first name: {listing}")
 
 
 def places(model: Model) -> dict[int, tuple[Mapping[str, Tensor | None], str]]:

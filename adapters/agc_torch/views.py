@@ -130,9 +130,9 @@ class View:
         """Let go of the tensors; the view is good for others of the same shape and strides."""
         del self.tensor, self.source
 
-    def gather(self, norms: Tensor) -> Tensor:
-        """Return what a mesh's processes add up, from the norms of ``source``; flat, one a unit."""
-        return norms
+    def gather(self, squares: Tensor) -> Tensor:
+        """Return what a mesh's processes add up, from the squared norms of ``source``; flat."""
+        return squares
 
     def spread(self, values: Tensor) -> Tensor:
         """Return the units' values in a shape that broadcasts against ``tensor``."""
@@ -162,9 +162,9 @@ class ShardView(View):
     def _rows(self) -> list[Tensor | None]:
         return self.units.rows(self.home[0])
 
-    def gather(self, norms: Tensor) -> Tensor:
+    def gather(self, squares: Tensor) -> Tensor:
         """Return this process's share of every unit's squared norm."""
-        return self.units.gather(norms.square(), self._rows)
+        return self.units.gather(squares, self._rows)
 
     def spread(self, values: Tensor) -> Tensor:
         """Return the values of the units that have something here."""

@@ -58,12 +58,12 @@ _MERGING: Final = 15
 """Seconds that a stage has left to collect what its parts found."""
 STAGES: Final = (
     (
-        Stage("conformance-torch", 140, "torch-{device}.jsonl"),
-        Stage("conformance-jax", 140, "jax-{device}.jsonl"),
+        Stage("conformance-torch", 135, "torch-{device}.jsonl"),
+        Stage("conformance-jax", 135, "jax-{device}.jsonl"),
     ),
-    (Stage("agc", 110, "agc.json"),),
-    (Stage("sam", 50, "sam.json"),),
-    (Stage("nfnet", 90, "nfnet.json"),),
+    (Stage("agc", 100, "agc.json"),),
+    (Stage("sam", 45, "sam.json"),),
+    (Stage("nfnet", 115, "nfnet.json"),),
     (Stage("jax", 70, "jax.json"),),
 )
 """Groups of stages, one after the other; those of a group, which time nothing, side by side."""

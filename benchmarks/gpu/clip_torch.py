@@ -1,6 +1,8 @@
-"""AGC in PyTorch: ours, timm's, pytorch_optimizer's, ``clip_grad_norm_``, and a plain copy."""
+"""AGC in PyTorch: ours, timm's, pytorch_optimizer's, norms of all gradients, and a plain copy."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +10,8 @@ from torch import Tensor
 import agc_torch
 from agc import AGC
 from agc_conformance.backends.peers import timm as timm_peer
+from agc_torch.clip import limit_norm_, whole
+from agc_torch.units import resolve
 from benchmarks.gpu.conditions import (
     CLIPPING,
     CONDITIONS,
@@ -36,7 +40,8 @@ def measure(job: Job, results: Results) -> None:
                 outcomes = race(clipping.entries(), clock, job.effort(5, 8))
                 least = least_bytes(tensors.size, tensors.clipped)
                 needs = dict.fromkeys(set(outcomes) - {"copy"}, least)
-                needs["clip_grad_norm_"] = 3 * tensors.size  # it reads, then reads and writes
+                # They read, then read and write.
+                needs |= dict.fromkeys(("max_norm", "clip_grad_norm_"), 3 * tensors.size)
                 results.add(
                     model=model,
                     dtype=dtype,
@@ -47,6 +52,13 @@ def measure(job: Job, results: Results) -> None:
                 )
 
 
+class _Idle(torch.optim.Optimizer):  # type: ignore[misc]
+    """Takes steps that do nothing, so that nothing but what is attached to it is timed."""
+
+    def step(self, closure: Any = None) -> None:
+        """Do nothing."""
+
+
 class _Clipping:
     """The contestants, on the same parameters."""
 
@@ -55,6 +67,8 @@ class _Clipping:
         self._rule = AGC(clipping=CLIPPING, units=declared(tensors.shapes, "o ... -> o"))
         self._plan = agc_torch.plan(tensors.parameters, self._rule)
         self._parameters = list(tensors.parameters.values())
+        pairs = resolve(tensors.parameters, self._rule, self._plan)[1]
+        self._whole = [(whole(entry), tensor) for entry, tensor in pairs]
         self._places = {name: place for place, name in enumerate(tensors.parameters)}
 
     def set_condition(self, condition: str) -> None:
@@ -70,10 +84,12 @@ class _Clipping:
     def entries(self) -> dict[str, Entry]:
         return {
             "agc": self._ours,
+            "agc attached": self._attached,
             "agc in a CUDA graph": self._graph,
             "agc without Triton": self._without_triton,
             "timm": self._timm,
             "pytorch_optimizer": self._pytorch_optimizer,
+            "max_norm": self._max_norm,
             "clip_grad_norm_": self._clip_grad_norm,
             "copy": lambda: copy(self._job),
         }
@@ -93,6 +109,11 @@ class _Clipping:
 
     def _ours(self) -> Contestant:
         return Contestant(self._clip, self._put_back, self._check)
+
+    def _attached(self) -> Contestant:
+        optimizer = _Idle(self._parameters, {})
+        agc_torch.attach(optimizer, self._tensors.parameters, self._rule)
+        return Contestant(optimizer.step, self._put_back, self._check)
 
     def _graph(self) -> Contestant:
         if self._job.device != "cuda":
@@ -134,6 +155,9 @@ class _Clipping:
             return self._truth.deviation(lambda name: numbers(clipped[self._places[name]]))
 
         return Contestant(run, self._put_back, check)
+
+    def _max_norm(self) -> Contestant:
+        return Contestant(lambda: limit_norm_(self._whole, 1.0, self._rule), self._put_back)
 
     def _clip_grad_norm(self) -> Contestant:
         clip = torch.nn.utils.clip_grad_norm_

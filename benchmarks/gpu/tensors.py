@@ -29,7 +29,7 @@ def clock_of(job: Job) -> Clock:
     DoesNotApply
         If PyTorch sees no GPU, and one is asked for.
     """
-    warnings.filterwarnings("error", message="AGC's Triton kernels")
+    warnings.filterwarnings("error", message=fused.DO_NOT_COMPILE)
     if job.device == "cpu":
         return HostClock()
     if not torch.cuda.is_available():

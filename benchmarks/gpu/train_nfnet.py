@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -13,10 +13,12 @@ from torch.nn.functional import cross_entropy
 
 import agc_torch
 from agc import AGC, SAM
+from agc.nfnet import WsDtype
 from agc_conformance.backends.peers import timm as timm_peer
+from agc_torch.nfnet import WSConv2d
 from agc_torch.sam import SharpnessAware
 from benchmarks import nfnet_torch
-from benchmarks.gpu.race import Contestant, Entry, Outcome, race, relative
+from benchmarks.gpu.race import Contestant, DoesNotApply, Entry, Outcome, race, relative
 from benchmarks.gpu.results import Job, Results
 from benchmarks.gpu.sharpness_torch import Parts
 from benchmarks.gpu.tensors import clock_of, use_triton
@@ -52,12 +54,11 @@ _REHEARSED: Final = _Mode("float32", "contiguous", 1e-3)
 def measure(job: Job, results: Results) -> None:
     """Race both models through everything, in each mode; the most usual comes first."""
     clock = clock_of(job)
-    use_triton(job, wanted=True)
     for mode in (_REHEARSED,) if job.tiny else _MODES:
         torch.backends.cuda.matmul.allow_tf32 = mode.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = mode.precision == "tf32"
         training = _Training(mode, job)
-        outcomes = race(training.entries(), clock, job.effort(3, 4))
+        outcomes = race(training.entries(), clock, job.effort(3, 3))
         results.add(
             model="nfnet-f0",
             precision=mode.precision,
@@ -106,12 +107,17 @@ class _Training:
             "AGC alone": lambda: agc_torch.adaptive_clip_grad_(ours, self._rule),
             "norm of SAM alone": parts.norm,
         }
+        ways: dict[str, dict[str, Any]] = {
+            "step without Triton": {"triton": False},
+            "step, standardised in bfloat16": {"ws_dtype": "bfloat16"},
+        }
         forward = Contestant(lambda: self._forward(ours), self._clear, self._check)
         return {
             "forward": lambda: forward,
             "forward of timm": lambda: Contestant(lambda: self._forward(theirs), self._clear),
             **{name: _entry(run, self._clear) for name, run in runs.items()},
             **{name: _entry(run, self._differentiated) for name, run in alone.items()},
+            **{name: partial(self._another_step, how) for name, how in ways.items()},
         }
 
     def _autocast(self) -> torch.autocast:
@@ -152,12 +158,26 @@ class _Training:
 
         return lambda: sam.step(self._clipping, closure, batch=(self.images, self._labels))
 
-    def _clear(self) -> None:
+    def _another_step(self, how: dict[str, Any]) -> Contestant:
+        """Take a plain step of ours in a way that :meth:`_clear` is told."""
+        if self._job.device != "cuda":
+            raise DoesNotApply("weights are standardised by kernels on a GPU alone")
+        if "ws_dtype" in how and self._mode.precision != how["ws_dtype"]:
+            raise DoesNotApply(f"convolutions compute in {self._mode.precision}")
+        return Contestant(lambda: self._step(self._ours, self._plain), partial(self._clear, **how))
+
+    def _clear(self, *, triton: bool = True, ws_dtype: WsDtype = "float32") -> None:
+        """Drop all gradients, and choose how our weights are standardised."""
+        use_triton(self._job, wanted=triton)
+        for module in self._ours.modules():
+            if isinstance(module, WSConv2d):
+                module.ws_dtype = ws_dtype
         for model in (self._ours, self._theirs):
             model.zero_grad()
 
     def _differentiated(self) -> None:
         """Give our model the same gradients each time."""
+        self._clear()
         if not self._gradients:
             self._backward(self._ours, self.images, self._labels)
             self._gradients = [parameter.grad.clone() for parameter in self._ours.parameters()]

@@ -5,6 +5,7 @@ import pytest
 
 from agc import AGC, SAM, Units
 from agc.checks import (
+    check_batch,
     check_batch_given,
     check_count,
     check_distinct,
@@ -68,6 +69,26 @@ def test_parts_of_a_batch_need_one():
     for fraction, microbatches in ((0.2, 1), (1.0, 2)):
         with pytest.raises(ConfigError, match=r"take parts of the batch: give batch=\(x, y\)"):
             check_batch_given(fraction, microbatches, given=False, cure="give batch=(x, y)")
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"x": np.ones(3)}, r"got dict; give batch=tuple\(batch.values\(\)\)"),
+        (np.ones((3, 2)), r"got ndarray; give .* batch=\(inputs,\) of one alone"),
+        ("images", "must be a sequence of tensors, got str"),
+        ((np.ones(3), np.float32(1)), r"batch\[1\] has no first axis"),
+        ((np.ones(3), 0.1), r"batch\[1\] has no first axis"),
+    ],
+)
+def test_what_is_no_batch(batch, message):
+    with pytest.raises(ConfigError, match=message):
+        check_batch(batch)
+
+
+def test_batches():
+    for batch in ((np.ones(3),), [np.ones((3, 2)), ["a", "b", "c"]]):
+        check_batch(batch)
 
 
 def test_no_microbatch_is_empty():

@@ -30,6 +30,15 @@ class TestSam(SamFunctionContract):
     step_cure = r"give step=optimizer\.iterations"
 
 
+@pytest.mark.parametrize(
+    "batch", [{"x": np.ones(3)}, tf.ones(3), (tf.ones(3), tf.ones(()))], ids=repr
+)
+def test_what_is_no_batch(batch):
+    variable = keras.Variable([1.0])
+    with pytest.raises(ConfigError, match=r"^batch(\[1\])? (must be|has no)"):
+        sam_value_and_gradients(lambda *_: variable[0], [variable], SAM(), batch=batch)
+
+
 class TestVerify(VerifyContract):
     driver = TensorFlowDriver()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from agc_conformance.runner import cases
 from agc_conformance.training import recipes
 from agc_conformance.training.ask import TASKS, result_ids
 from agc_conformance.vectors import load_vectors
+from agc_torch import fused
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import conformance, report
 from benchmarks.gpu.conditions import CONDITIONS, DTYPES, Truth, least_bytes, louder
 from benchmarks.gpu.race import Contestant, DoesNotApply, Effort, HostClock, race
 from benchmarks.gpu.results import Job
+from benchmarks.gpu.tensors import clock_of
 from benchmarks.shapes import MODELS
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +103,20 @@ def test_results_were_compared_with_the_reference(rehearsal: Path) -> None:
     assert 0.02 < shares["tenth"] < 0.3
 
 
+def test_kernels_that_do_not_compile_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or PyTorch's own operations would be timed in their place."""
+
+    def fails() -> None:
+        raise OSError("no compiler")
+
+    monkeypatch.setenv("AGC_TORCH_TRITON", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clock_of(Job("cpu"))
+        with pytest.raises(RuntimeWarning, match="no compiler"):
+            fused._compiles(fails)
+
+
 def test_a_rehearsal_meets_no_target(rehearsal: Path) -> None:
     run = report.Run(rehearsal)
     assert {verdict.judgement for verdict in report.verdicts(run)} == {"does not apply"}
@@ -122,7 +139,8 @@ def on_a_gpu(rehearsal: Path, folder: Path, change: Any) -> report.Run:
 def test_targets_are_judged_on_a_gpu(rehearsal: Path, tmp_path: Path) -> None:
     def change(cases: list[dict[str, Any]], stage: dict[str, Any]) -> None:
         for case in cases:
-            case["contestants"]["agc"]["of_copy_bandwidth"] = 0.9
+            for name in ("agc", "agc attached"):
+                case["contestants"][name]["of_copy_bandwidth"] = 0.9
             case["contestants"]["timm"]["relative"] = 11.0
         cases[0]["contestants"]["agc"] |= {"right": False, "of_copy_bandwidth": 0.8}
         del cases[1]["contestants"]["timm"]["relative"]
@@ -134,6 +152,7 @@ def test_targets_are_judged_on_a_gpu(rehearsal: Path, tmp_path: Path) -> None:
         ("results that are right", "missed"),
         ("agc: share of a copy's bandwidth", "met"),
         ("agc: share of a copy's bandwidth", "missed"),
+        ("agc attached: share of a copy's bandwidth", "met"),
         ("time of timm, relative to agc", "met"),
         ("time of timm, relative to agc", "not measured"),
     }

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, TypeAlias
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,15 @@ from torch.utils._pytree import tree_leaves
 
 import agc_torch
 from agc import AGC, SAM
+from agc.config import Nonfinite
+from agc.data import Batch
+from agc.nfnet import WsDtype, parameters
+from agc.recipe import load_recipe, numbers
+from agc.training import Launch
 from agc_conformance.backends.peers import timm
 from agc_torch import fused
 from agc_torch.nfnet import WSConv2d, nfnet
+from agc_torch.train import Trainer
 from benchmarks.shapes import gpt2_small
 
 FOREACH = {1: 110, 2: 64, 3: 48}
@@ -40,6 +48,8 @@ KERNELS = (
     "perturb",
     "standardise",
     "standardise_back",
+    "standardise_low",
+    "standardise_low_back",
 )
 
 
@@ -49,6 +59,7 @@ class Launches(TorchDispatchMode):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.count = self.bytes = self.collectives = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -64,6 +75,7 @@ class Launches(TorchDispatchMode):  # type: ignore[misc]
         if name.endswith("_"):  # in place
             written = list(args[0]) if isinstance(args[0], (list, tuple)) else [args[0]]
         if not func.is_view and name not in NO_KERNELS:
+            self.names.append(name)
             self.count += self._foreach(name, args) if name.startswith("_foreach") else 1
             self.bytes += sum(tensor.numel() * tensor.itemsize for tensor in read + written)
         return result
@@ -162,6 +174,28 @@ def test_agc_takes_a_handful(model: Build, most: int, kernels: list[Kernel]) -> 
     assert others.bytes < size / 1000
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("policy", "operations", "passes"), [("propagate", 15, 3.1), ("zero", 18, 5.1)]
+)
+@pytest.mark.parametrize("model", [f0, gpt2])
+def test_the_norm_of_all_gradients_takes_a_few(
+    model: Build, policy: Nonfinite, operations: int, passes: float, dtype: torch.dtype
+) -> None:
+    """Whatever the number of parameters: one operation on all of them is some launches."""
+    module, _, _ = with_gradients(model)
+    for parameter in module.to(dtype).parameters():
+        parameter.grad = torch.empty_like(parameter)
+    size = sum(p.numel() * p.itemsize for p in module.parameters())
+    optimizer = Idle(module.parameters())
+    agc_torch.attach(optimizer, module, AGC(clipping=None, nonfinite=policy), max_norm=1.0)
+    with Launches() as launches:
+        optimizer.step()
+    assert len(launches.names) <= operations
+    assert launches.count <= 50
+    assert launches.bytes < passes * size
+
+
 @pytest.fixture
 def many_processes() -> Iterator[None]:
     """Be one of many processes, of which the others are not there."""
@@ -258,18 +292,70 @@ def test_sam_takes_a_few(model: Build, adaptive: bool, kernels: list[Kernel]) ->
     assert others.bytes < 2.1 * size  # the restoration; the kernels move five times the size
 
 
-def test_standardisation_takes_two(kernels: list[Kernel]) -> None:
+def test_a_step_of_a_recipe_adds_few(
+    kernels: list[Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step of ``agc train`` launches but for the model: AGC, SAM, SGD, average, numbers."""
+    changes = ["train.batch=2", "train.epochs=1", "data.train.images=8", "schedule.warmup_epochs=0"]
+    changes += ["precision.standardise=float32", "precision.compute=float32"]
+    changes += ["sam.rho=0.05", "sam.group=2", "sam.nonfinite=skip_perturb"]
+    recipe = load_recipe("nfnet-f0", changes)
+    options = recipe.options()
+    specs = parameters(options.variant, options.num_classes, options.in_channels)
+
+    def pairs_of(model: nn.Module) -> list[tuple[Any, Tensor]]:
+        named = dict(model.named_parameters())
+        return [(spec, named[spec.name]) for spec in specs]
+
+    # Which want numbers, or a device with autocast.
+    monkeypatch.setattr("agc_torch.train.pairs_of", pairs_of)
+    monkeypatch.setattr(Trainer, "_precision", lambda self: nullcontext())
+    trainer = Trainer(recipe, Launch(device="meta"))
+    for group in trainer._optimizer.param_groups:
+        group["foreach"] = True  # as on a GPU
+    trainer._begin(0)
+    passes, kernels_inside = Launches(), 0
+    run = trainer._loss
+
+    def loss(*tensors: Tensor) -> Tensor:
+        nonlocal kernels_inside
+        before = sum(kernel.count for kernel in kernels)
+        with passes:
+            result = run(*tensors)
+        kernels_inside += sum(kernel.count for kernel in kernels) - before
+        return result
+
+    monkeypatch.setattr(trainer, "_loss", loss)
+    images, labels = np.zeros((2, 64, 64, 3), np.float32), np.zeros(2, np.int32)
+    keep = np.ones((2, sum(options.variant.depths)), bool)
+    batch = Batch(images, labels, labels, np.ones(2, np.float32), np.arange(2), keep, None)
+    table = numbers(recipe)
+    trainer.step(batch, table.at(0))  # makes what is the same in every step
+    passes.count = passes.bytes = kernels_inside = 0
+    before = sum(kernel.count for kernel in kernels)
+    with Launches() as everything:
+        trainer.step(batch, table.at(1))
+    assert sum(kernel.count for kernel in kernels) - before - kernels_inside == 11
+    size = sum(p.numel() * p.itemsize for p in trainer._model.parameters())
+    assert passes.count <= 2 * 755
+    assert everything.count - passes.count <= 82
+    assert everything.bytes - passes.bytes < 19.1 * size  # 14 of SGD, 3 of the average, 2 of SAM
+
+
+@pytest.mark.parametrize(
+    ("ws_dtype", "name"), [("float32", "standardise"), ("bfloat16", "standardise_low")]
+)
+def test_standardisation_takes_two(ws_dtype: WsDtype, name: str, kernels: list[Kernel]) -> None:
     """One launch a weight forward and one backward, and no other."""
     with torch.device("meta"):
-        weights = [m for m in nfnet("F0", 1000).modules() if isinstance(m, WSConv2d)]
+        model = nfnet("F0", 1000, ws_dtype=ws_dtype)
+        weights = [m for m in model.modules() if isinstance(m, WSConv2d)]
     assert len(weights) == 57
     with Launches() as others:
-        made = [weight.standardised() for weight in weights]
+        made = [weight.standardised(torch.bfloat16) for weight in weights]
         gradients = [torch.empty_like(one) for one in made]
         torch.autograd.backward(made, gradients)
-    forward, backward = (
-        kernels[KERNELS.index(name)] for name in ("standardise", "standardise_back")
-    )
+    forward, backward = (kernels[KERNELS.index(f"{name}{which}")] for which in ("", "_back"))
     assert (forward.count, backward.count) == (57, 57)
     assert others.count == 0
 

@@ -22,7 +22,7 @@ import agc_torch
 from agc import AGC, Schedule
 from agc.errors import ConfigError, FormatError, NonFiniteError, ParameterError, ShapeError
 from agc.reference import Stats
-from tests.torch.driver import COPIES
+from tests.torch.driver import COPIES, never_look_at_values
 
 with warnings.catch_warnings():
     # PyTorch still uses torch.jit.script.
@@ -411,6 +411,54 @@ def test_a_small_global_norm_is_the_limit():
     model.weight.grad = torch.full((3, 4), 1e-3)
     optimizer.step()
     assert float(model.weight.detach().norm()) == pytest.approx(1e-6, rel=1e-6)
+
+
+GRADIENTS = {
+    "float32": torch.linspace(-1, 2, 12).view(3, 4),
+    "transposed": torch.linspace(-1, 2, 12).view(3, 4).t(),
+    "channels last": torch.ones(2, 3, 2, 2).to(memory_format=torch.channels_last),
+    "scalar": torch.tensor(3.0),
+    "empty": torch.ones(0, 4),
+    "bfloat16": torch.linspace(-1, 2, 12, dtype=torch.bfloat16),
+    "float16": torch.linspace(-1, 2, 12, dtype=torch.float16),
+    "float64": torch.linspace(-1, 2, 12, dtype=torch.float64),
+    "complex": torch.linspace(-1, 2, 12, dtype=torch.complex64) * (1 + 2j),
+    "sparse": torch.sparse_coo_tensor(
+        [[1, 3]], torch.linspace(-1, 2, 8).view(2, 4), (5, 4), check_invariants=True
+    ),
+}
+
+
+@pytest.mark.parametrize("kept", ["all", "none", "not finite"])
+@pytest.mark.parametrize("way", ["host", "accelerator"])
+def test_global_norm_of_all_kinds_of_gradients(way, kept, monkeypatch):
+    """Each is rounded once, also where the factor itself has no place in the gradient's dtype."""
+    if way == "accelerator":
+        never_look_at_values(monkeypatch)
+    gradients = {name: gradient.clone() for name, gradient in GRADIENTS.items()}
+    if kept == "not finite":
+        gradients["float16"][3] = torch.nan
+    dense = [g.to_dense() if g.is_sparse else g for g in gradients.values()]
+    flat = torch.cat([g.flatten().to(torch.complex128) for g in dense])
+    norm = float(flat.abs().square().sum().sqrt())
+    parameters = {}
+    for name, gradient in gradients.items():
+        parameters[name] = nn.Parameter(torch.zeros(gradient.shape, dtype=gradient.dtype))
+        parameters[name].grad = gradient
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.0)
+    rule = AGC(clipping=None, nonfinite="zero")
+    agc_torch.attach(optimizer, parameters, rule, max_norm=2 * norm if kept == "all" else 1.7)
+    optimizer.step()
+    factor = {"all": 1.0, "none": 1.7 / norm, "not finite": 0.0}[kept]
+    for name, before in GRADIENTS.items():
+        wide = torch.complex128 if before.is_complex() else torch.float64
+        before = (before.to_dense() if before.is_sparse else before).to(wide)
+        found = parameters[name].grad
+        found = found.to_dense() if found.is_sparse else found
+        expected = (before * factor).to(found.dtype)
+        exact = found.dtype in (torch.bfloat16, torch.float16)
+        rtol = 0 if exact else 1e-14 if found.dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=0, msg=name)
 
 
 @pytest.mark.parametrize("policy", ["propagate", "zero", "raise"])

@@ -482,6 +482,9 @@ class TestErrors:
             train.sam.step(train.optimizer, lambda: None, batch=(train.x, train.y))
         with pytest.raises(ConfigError, match="perturbed"), train.sam.perturbed():
             pass
+        for batch in ({"x": train.x}, train.x, (train.x, torch.tensor(3))):
+            with pytest.raises(ConfigError, match=r"^batch(\[1\])? (must be|has no)"):
+                train.sam.step(train.optimizer, lambda *_: None, batch=batch)
         train.y = train.y[1:]
         with pytest.raises(ConfigError, match=r"share their first axis, got \[20, 19\]"):
             train.step()

@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import agc_torch
-from agc import AGC, Units
+from agc import AGC, SAM, Units
 from agc.errors import (
     AmbiguousUnitsError,
     ParameterError,
@@ -149,6 +149,12 @@ def test_tied_weights_appear_once_under_their_first_name():
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False))
     model[1].weight = model[0].weight
     assert [entry.name for entry in agc_torch.plan(model, RULE)] == ["0.weight"]
+    message = "Tied parameters go by their first name: '1.weight' is '0.weight'$"
+    with pytest.raises(SelectorError, match=message):
+        agc_torch.plan(model, AGC(exclude=["1.*"]))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(SelectorError, match=message):
+        agc_torch.SharpnessAware(model, SAM(exclude=["1.*"])).step(optimizer, lambda: None)
 
 
 def counts(model: nn.Module) -> dict[str, int]:

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 import agc_torch
 from agc import AGC
+from agc.nfnet import WsDtype
 from agc_torch import fused, triton_kernels
 from agc_torch.nfnet import nfnet
 from benchmarks.shapes import gpt2_small
@@ -162,15 +163,25 @@ def test_norm_of_gradients(dtype: torch.dtype, adaptive: bool, capability: int) 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("length", "wide"), FILTERS.items())
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_standardisation(dtype: torch.dtype, length: int, wide: bool, capability: int) -> None:
-    constants = fused.Filters(dtype, length, "deepmind").constants
+@pytest.mark.parametrize(
+    ("dtype", "ws_dtype"),
+    [*((dtype, "float32") for dtype in DTYPES), *((dtype, "bfloat16") for dtype in DTYPES[:2])],
+)
+def test_standardisation(
+    dtype: torch.dtype, ws_dtype: WsDtype, length: int, wide: bool, capability: int
+) -> None:
+    kind = fused.Filters(dtype, length, "deepmind", ws_dtype)
+    constants = kind.constants
     warps = constants.pop("num_warps")
     types = {**TYPES, **dict.fromkeys(WEIGHTS, f"*{NAMES[dtype]}")}
-    for kernel in (triton_kernels.standardise_kernel, triton_kernels.standardise_back_kernel):
+    types |= dict.fromkeys(("out", "gradient"), f"*{NAMES[kind.out]}")
+    most = (
+        144 if not wide else 128 if dtype == torch.float64 else 72 if ws_dtype == "float32" else 84
+    )
+    for kernel in kind.kernels:
         ptx, uses = build(kernel, constants, capability, types, ["length"] if wide else [], warps)
         assert uses["LOCAL"] == uses["STACK"] == 0
-        assert uses["REG"] <= (144 if not wide else 128 if dtype == torch.float64 else 72)
+        assert uses["REG"] <= most
         if wide:
             vector = "v2.b64" if dtype == torch.float64 else "v4.b32"
             assert {f"ld.global.{vector}", f"st.global.{vector}"} <= set(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agc import AGC, Units
-from agc.nfnet import Conv, WsEps, seeded_parameters
+from agc.nfnet import Conv, WsDtype, WsEps, seeded_parameters
 from agc.reference import adaptive_clip
 from agc.reference.nfnet import NFNet
 from agc_conformance.backend import Backend
@@ -302,13 +302,19 @@ FILTERS = {
 class Standardised(WSConv2d):
     """Gives its weight."""
 
-    def __init__(self, weight: Tensor, gain: Tensor, ws_eps: WsEps = "deepmind") -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        gain: Tensor,
+        ws_eps: WsEps = "deepmind",
+        ws_dtype: WsDtype = "float32",
+    ) -> None:
         outputs, inputs, kernel, _ = weight.shape
-        super().__init__(Conv("conv", inputs, outputs, kernel), ws_eps, device="meta")
+        super().__init__(Conv("conv", inputs, outputs, kernel), ws_eps, ws_dtype, device="meta")
         self.weight, self.gain = nn.Parameter(weight), nn.Parameter(gain)
 
     def forward(self) -> Tensor:
-        return self.standardised()
+        return self.standardised(torch.bfloat16 if self.ws_dtype == "bfloat16" else None)
 
 
 def filters(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -391,12 +397,45 @@ def test_standardisation(shape: tuple[int, ...], dtype: torch.dtype, ws_eps: WsE
             wanted.check(ours, LIMITS[dtype])
 
 
+@pytest.mark.parametrize("ws_eps", ["deepmind", "timm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", FILTERS.values(), ids=FILTERS)
+def test_standardisation_in_bfloat16(
+    shape: tuple[int, ...], dtype: torch.dtype, ws_eps: WsEps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is rounded is rounded as without kernels: but for sums close to a tie, all is equal."""
+    weight, gain, gradient = (t.to(dtype) for t in filters(shape))
+    gradient = gradient.bfloat16()
+
+    def run(arrange: Callable[[Tensor], Tensor], made_by: str) -> tuple[Tensor, ...]:
+        conv = Standardised(arrange(weight), gain.clone(), ws_eps, "bfloat16")
+        out = conv()
+        assert type(out.grad_fn).__name__ == made_by
+        assert out.dtype == torch.bfloat16
+        out.backward(arrange(gradient))
+        with torch.no_grad():
+            again = conv()
+        assert torch.equal(again, out)
+        if made_by == "_FusedBackward":
+            assert again.stride() == out.stride() == conv.weight.stride()
+        return out.detach(), conv.weight.grad, conv.gain.grad
+
+    expected = run(torch.clone, "ToCopyBackward0")
+    on_kernels(monkeypatch, WAYS[0])
+    for arrange in (torch.clone, channels_last):
+        for ours, wanted in zip(run(arrange, "_FusedBackward"), expected, strict=True):
+            assert (ours == wanted).float().mean() > 0.95
+            torch.testing.assert_close(ours, wanted, rtol=0.02, atol=1e-5)
+
+
 @pytest.mark.usefixtures("kernels")
-def test_standardisation_of_what_is_not_finite() -> None:
+@pytest.mark.parametrize("ws_dtype", ["float32", "bfloat16"])
+def test_standardisation_of_what_is_not_finite(ws_dtype: WsDtype) -> None:
     """It stays in its filter."""
     weight, gain, _ = filters((5, 8, 3, 3))
+    weight, gain = weight.float(), gain.float()
     weight[2, 3] = math.nan
-    out = fused.standardise(weight, gain, "deepmind")
+    out = fused.standardise(weight, gain, "deepmind", ws_dtype)
     assert out[2].isnan().all()
     assert out[[0, 1, 3, 4]].isfinite().all()
 
@@ -424,14 +463,30 @@ def test_derivatives_that_the_kernels_do_not_have() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
+def test_many_gradients_at_once_in_bfloat16() -> None:
+    weight, gain, gradient = (t.float() for t in filters((5, 8, 3, 3)))
+    conv = Standardised(weight, gain, "deepmind", "bfloat16")
+    out, inputs = conv(), (conv.weight, conv.gain)
+    gradient = gradient.bfloat16()
+    many = torch.autograd.grad(
+        out, inputs, gradient[None], is_grads_batched=True, retain_graph=True
+    )
+    once = torch.autograd.grad(out, inputs, gradient)
+    for ours, wanted in zip(many, once, strict=True):
+        torch.testing.assert_close(ours[0], wanted, rtol=0.02, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernels")
 def test_weights_that_the_kernels_do_not_take() -> None:
     weight, gain, _ = filters((5, 8, 3, 3))
-    assert fused.standardises(weight, gain, "deepmind")
+    how: tuple[WsEps, WsDtype] = ("deepmind", "float32")
+    assert fused.standardises(weight, gain, *how)
+    assert not fused.standardises(weight, gain, "deepmind", "bfloat16")  # float64 has no use for it
     long = torch.ones(1, 1000, 3, 3)
     for other in (weight[:, ::2], weight.permute(1, 0, 3, 2), weight[:, :0], weight.float(), long):
-        assert not fused.standardises(other, gain, "deepmind")
+        assert not fused.standardises(other, gain, *how)
     with FakeTensorMode():
-        assert not fused.standardises(torch.ones(5, 8, 3, 3), torch.ones(5), "deepmind")
+        assert not fused.standardises(torch.ones(5, 8, 3, 3), torch.ones(5), *how)
 
 
 def test_standardisation_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 __all__ = [
     "CONDITIONS",
     "SAM_CONTESTANTS",
+    "SAM_PASSES",
+    "SAM_ROUNDS",
     "Measure",
     "bound",
     "draw",
@@ -30,6 +32,12 @@ CONDITIONS = ("all", "none")
 
 SAM_CONTESTANTS = ("plain", "sam", "fraction")
 """A training step without SAM, with it, and with the ascent on a fifth of the batch."""
+
+SAM_PASSES = ("bare sam", "bare fraction")
+"""The same steps of SAM with the two passes alone: no norm, no restoration, no policy."""
+
+SAM_ROUNDS = 8
+"""Rounds a turn: steps of two threads differ more than clipping does."""
 
 Measure = Callable[..., None]
 """Type of the fixture ``measure``."""

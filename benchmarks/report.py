@@ -170,6 +170,12 @@ class Results:
         """Return the time of a training step, as a multiple of one without SAM."""
         return self.ratio(_step(framework), contestant, "plain")
 
+    def sam_passes(self, framework: str, contestant: str) -> float | None:
+        """Return the same of the two passes of such a step alone, if they were measured."""
+        bare = f"bare {contestant}"
+        measured = bare in self.contestants([_step(framework)])
+        return self.sam_cost(framework, bare) if measured else None
+
 
 def _step(framework: str) -> Case:
     """Return the case in which SAM's cost is measured."""
@@ -189,9 +195,11 @@ def verdicts(results: Results) -> list[tuple[str, bool]]:
     for framework in results.frameworks:
         for contestant, most in SAM_COSTS.items():
             cost = results.sam_cost(framework, contestant)
+            passes = results.sam_passes(framework, contestant)
+            least = "" if passes is None else f"; its two passes alone {passes:.2f}"
             text = (
                 f"{TITLES[framework]}, {TITLES[contestant]}: {cost:.2f} times a step without "
-                f"(at most {most:g})"
+                f"(at most {most:g}{least})"
             )
             targets.append((text, cost <= most))
     for framework in results.frameworks:
@@ -293,10 +301,15 @@ def model_table(results: Results) -> str:
 
 def sam_table(results: Results) -> str:
     """Return a Markdown table: a training step with SAM, as a multiple of one without."""
-    rows = [["training step", *(TITLES[name] for name in SAM_COSTS)], ["---", "---:", "---:"]]
+    titles = [title for name in SAM_COSTS for title in (TITLES[name], "its two passes alone")]
+    rows = [["training step", *titles], ["---", *len(titles) * ["---:"]]]
     for framework in results.frameworks:
-        costs = [f"{results.sam_cost(framework, name):.2f}x" for name in SAM_COSTS]
-        rows.append([TITLES[framework], *costs])
+        row = [TITLES[framework]]
+        for name in SAM_COSTS:
+            passes = results.sam_passes(framework, name)
+            row.append(f"{results.sam_cost(framework, name):.2f}x")
+            row.append("" if passes is None else f"{passes:.2f}x")
+        rows.append(row)
     return grid(rows)
 
 

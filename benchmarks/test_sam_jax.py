@@ -13,9 +13,9 @@ from flax import nnx
 
 from agc import SAM
 from agc_jax.sam import sam_value_and_grad
-from benchmarks.common import SAM_CONTESTANTS, Measure, sam_batch
+from benchmarks.common import SAM_CONTESTANTS, SAM_PASSES, SAM_ROUNDS, Measure, sam_batch
 
-CONTESTANTS = SAM_CONTESTANTS
+CONTESTANTS = SAM_CONTESTANTS + SAM_PASSES
 
 
 class Net(nnx.Module):
@@ -46,11 +46,25 @@ class Training:
         logits = nnx.merge(self.graph, params)(images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
+    def two_passes(self, ascent: int) -> Callable[..., Any]:
+        """Return the least that makes the second pass depend on one of so many examples."""
+        function = jax.value_and_grad(self.loss)
+
+        def passes(params: Any, images: jax.Array, labels: jax.Array) -> Any:
+            _, gradients = function(params, images[:ascent], labels[:ascent])
+            moved = jax.tree.map(lambda w, g: w + 0.05 * g, params, gradients)
+            return function(moved, images, labels)
+
+        return passes
+
     def contestant(self, name: str) -> Callable[[], Any]:
         if name not in self.steps:
             function = jax.value_and_grad(self.loss)
-            if name != "plain":
-                rule = SAM(fraction=0.2 if name == "fraction" else 1.0)
+            fraction = 0.2 if name.endswith("fraction") else 1.0
+            if name in SAM_PASSES:
+                function = self.two_passes(round(fraction * len(self.batch[0])))
+            elif name != "plain":
+                rule = SAM(fraction=fraction)
                 function = sam_value_and_grad(self.loss, rule, batch_argnums=(1, 2))
 
             @jax.jit
@@ -71,7 +85,9 @@ def training() -> Training:
 
 def test_cost(measure: Measure, training: Training, turn: int, contestant: str) -> None:
     case = {"framework": "jax", "model": "convnet", "condition": "step"}
-    measure(training.contestant(contestant), **case, turn=turn, contestant=contestant)
+    measure(
+        training.contestant(contestant), **case, rounds=SAM_ROUNDS, turn=turn, contestant=contestant
+    )
 
 
 def test_peak_memory(benchmark: Any) -> None:

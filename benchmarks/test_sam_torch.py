@@ -11,9 +11,9 @@ from torch import nn
 
 from agc import SAM
 from agc_torch.sam import SharpnessAware
-from benchmarks.common import SAM_CONTESTANTS, Measure, sam_batch
+from benchmarks.common import SAM_CONTESTANTS, SAM_PASSES, SAM_ROUNDS, Measure, sam_batch
 
-CONTESTANTS = SAM_CONTESTANTS
+CONTESTANTS = SAM_CONTESTANTS + SAM_PASSES
 
 
 class Training:
@@ -41,14 +41,23 @@ class Training:
         return loss
 
     def contestant(self, name: str) -> Callable[[], Any]:
+
+        def plain() -> None:
+            self.closure(*self.batch)
+            self.optimizer.step()
+
         if name == "plain":
-
-            def plain() -> None:
-                self.closure(*self.batch)
-                self.optimizer.step()
-
             return plain
-        sam = SharpnessAware(self.model, SAM(fraction=0.2 if name == "fraction" else 1.0))
+        fraction = 0.2 if name.endswith("fraction") else 1.0
+        if name in SAM_PASSES:
+            first = [tensor[: round(fraction * len(tensor))] for tensor in self.batch]
+
+            def two_passes() -> None:
+                self.closure(*first)
+                plain()
+
+            return two_passes
+        sam = SharpnessAware(self.model, SAM(fraction=fraction))
         return lambda: sam.step(self.optimizer, self.closure, batch=self.batch)
 
 
@@ -59,7 +68,9 @@ def training() -> Training:
 
 def test_cost(measure: Measure, training: Training, turn: int, contestant: str) -> None:
     case = {"framework": "torch", "model": "convnet", "condition": "step"}
-    measure(training.contestant(contestant), **case, turn=turn, contestant=contestant)
+    measure(
+        training.contestant(contestant), **case, rounds=SAM_ROUNDS, turn=turn, contestant=contestant
+    )
 
 
 def test_peak_memory(benchmark: Any) -> None:

@@ -1,9 +1,9 @@
 """Sums of squares by unit (AGC-3), and what is fast where.
 
 TensorFlow adds up long columns one after the other in float32, which is wrong by hundreds of units
-in the last place, and goes through memory once for every operation. Here eight squares are added in
-pairs in float32 and the rest in float64, accurate however long a unit is; and in a graph on the CPU
-this kernel is compiled by XLA, so that it reads its tensor once.
+in the last place, and goes through memory once for every operation. Here eight squares (32 in some
+compiled kernels) are added in pairs in float32 and the rest in float64, accurate however long a
+unit is; and in a graph on the CPU this kernel is compiled by XLA, so that it reads its tensor once.
 
 What is done to one tensor is a function in a graph, which is traced once for every shape.
 """
@@ -24,7 +24,11 @@ WIDE: Final = (tf.float64, tf.complex128)
 """Gradients and weights that are squared and scaled in float64."""
 _LEVELS: Final = 3
 """How often squares are added in pairs in float32: eight to one."""
-_RUN: Final = 1 << _LEVELS
+_LEVELS_OF_ROWS: Final = 5
+"""The same in compiled kernels of large tensors whose units are rows in memory.
+
+Of rows up to 1024 XLA then makes one kernel; with fewer levels it writes float64 between two.
+"""
 _SMALL: Final = 1 << 14
 """Below this many elements a copy costs less than a branch, a compiled kernel, or an operation."""
 
@@ -58,26 +62,46 @@ def _sum(x: tf.Tensor, shape: tuple[int, ...], reduce: tuple[int, ...], wide: bo
         sums = [tf.cast(tf.square(real), tf.float64) for real in reals]
     else:
         axis = max(reduce, key=lambda axis: view.shape[axis] or 0)
-        sums = [_sum_along(runs, axis, reduce) for real in reals for runs in _runs(real, axis)]
+        rows = axis == len(shape) - 1 and math.prod(shape) >= _SMALL and in_xla()
+        levels = _LEVELS_OF_ROWS if rows else _LEVELS
+        sums = [
+            _sum_along(part, axis, reduce, levels)
+            for real in reals
+            for part in _parts(real, axis, 1 << levels)
+        ]
     return tf.reshape(tf.add_n(sums), [-1])
 
 
-def _runs(array: tf.Tensor, axis: int) -> list[tf.Tensor]:
+def _parts(array: tf.Tensor, axis: int, run: int) -> list[tf.Tensor]:
     """Cut off what is left of an axis when it is taken in runs."""
     length = array.shape[axis] or 0
-    rest = length % _RUN
+    rest = length % run
     return tf.split(array, [length - rest, rest], axis) if 0 < rest < length else [array]
 
 
-def _sum_along(array: tf.Tensor, axis: int, reduce: tuple[int, ...]) -> tf.Tensor:
-    """Sum squares over axes; along one of them eight in pairs first, for fewer roundings."""
+def _sum_along(array: tf.Tensor, axis: int, reduce: tuple[int, ...], levels: int) -> tf.Tensor:
+    """Sum squares over axes; along one of them a run in pairs first, for fewer roundings."""
+    run = 1 << levels
     squares = tf.square(array)
-    if (array.shape[axis] or 1) % _RUN == 0:
-        for _ in range(_LEVELS):
-            low, high = tf.split(squares, 2, axis)
-            # A snapshot keeps the graph optimizer from making one long sum of the pairs again.
-            squares = tf.raw_ops.Snapshot(input=low + high)
+    if (array.shape[axis] or 1) % run == 0 and levels == _LEVELS_OF_ROWS:
+        # XLA fuses squares of pieces, but not pieces of squares that are cut so often.
+        squares = _in_pairs([tf.square(piece) for piece in tf.split(array, run, axis)])
+    elif (array.shape[axis] or 1) % run == 0:
+        for _ in range(levels):
+            squares = _in_pairs(tf.split(squares, 2, axis))
     return tf.reduce_sum(tf.cast(squares, tf.float64), reduce)
+
+
+def _in_pairs(terms: list[tf.Tensor]) -> tf.Tensor:
+    """Add terms in pairs; there are a power of 2 of them."""
+    while len(terms) > 1:
+        half = len(terms) // 2
+        # A snapshot keeps the graph optimizer from making one long sum of the pairs again.
+        terms = [
+            tf.raw_ops.Snapshot(input=a + b)
+            for a, b in zip(terms[:half], terms[half:], strict=True)
+        ]
+    return terms[0]
 
 
 # Traced and compiled once for every shape, however many tensors have it.

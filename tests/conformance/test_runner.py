@@ -538,17 +538,22 @@ def test_an_interrupted_run_leaves_a_file_that_says_so(everyone: bool, out: Path
     with subprocess.Popen(
         [sys.executable, "-m", "agc", *map(str, command)],
         start_new_session=True,
+        # A shell lets what it runs in the background ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "here\n"
-        part = out.with_name("r.jsonl.part")
-        while not part.exists() or part.read_text().count("\n") < 3:
-            time.sleep(0.05)
-        (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "here\n"
+            part = out.with_name("r.jsonl.part")
+            while not part.exists() or part.read_text().count("\n") < 3:
+                time.sleep(0.05)
+            (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()  # or the end of the context waits for it
     assert process.returncode == 130
     assert "Traceback" not in said
     assert said.endswith("agc: interrupted\n")

@@ -148,7 +148,8 @@ def test_sharpness(monkeypatch, case, microbatch, count, sharded):
     rule = replace(recipe.sam.rule, microbatches=1 if case == "batch" else 2)
     batch = [array[order].astype(np.float64) for array in (images, targets)]
     expected = sharpness_aware_gradients(gradients, weights, batch, rule, step=0)
-    devices = Devices(mesh("cpu" if count == 1 else None, count), sharded=sharded)
+    place = mesh("cpu" if count == 1 else None, count)
+    devices = Devices(place, sharded=sharded, dtype="float32")
     assert devices.count == count
     split = devices.spec((8, 3))
     assert (split == PartitionSpec("data")) == sharded

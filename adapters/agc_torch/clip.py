@@ -575,8 +575,14 @@ class _Chunk:
                 untouched_U = (numbers.norm <= numbers.limit) & (numbers.floor < torch.inf)
                 split = untouched_U.split(sizes)
                 touched = [index for index in touched if not split[index].all()]
-        factor_U = narrow_U = numbers.finite_scale if finite else numbers.factor
-        if self._host and not (factor_U < _SMALLEST).any():
+        if not finite:
+            factor_U = numbers.factor
+        elif most < 0:
+            factor_U = numbers.quotient
+        else:
+            factor_U = numbers.finite_scale
+        narrow_U = factor_U
+        if self._host and (factor_U if finite else factor_U.nan_to_num(1.0)).min() >= _SMALLEST:
             # Float64 factors make a float64 copy of the gradient on a CPU. Only factors that
             # float32 cannot hold are worth that: of gradients 1e30 times too large.
             narrow_U = factor_U.float()
@@ -596,8 +602,8 @@ class _Chunk:
             else:
                 blocks.append(gradient)
                 factors.append(factor)
-        if self._host and blocks:
-            torch._foreach_mul_(blocks, factors)
+        if self._host and blocks:  # the last read first, which the cache still has
+            torch._foreach_mul_(blocks[::-1], factors[::-1])
         else:  # which a compiler fuses with what else reads them
             for block, factor in zip(blocks, factors, strict=True):
                 block.mul_(factor)

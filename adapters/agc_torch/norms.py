@@ -315,10 +315,11 @@ def _long_row_norms(tensors: list[Tensor], group: _Group) -> Tensor:
         _block_norms_(norms, tensor, rows)
     squares = table.double().square_()
     whole = squares.sum(-1)
-    # True if the energy is spread over fewer than _FEW equal blocks (participation ratio).
-    inexact_U = vector_norm(squares, 2, -1) > whole / math.sqrt(_FEW)
+    # Negative if the energy is spread over fewer than _FEW equal blocks (participation ratio).
+    spread_U = whole.sub(vector_norm(squares, 2, -1), alpha=math.sqrt(_FEW))
     whole.sqrt_()
-    if inexact_U.any():
+    if not float(spread_U.min()) >= 0:  # which holds for NaN
+        inexact_U = spread_U < 0
         for tensor, rows, norms, redo in zip(
             tensors,
             group.rows,

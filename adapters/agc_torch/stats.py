@@ -56,8 +56,12 @@ class UnitNumbers:
     @property
     def finite_scale(self) -> Tensor:
         """Factor of the unit if it is finite."""
-        quotient = self.limit / self.norm.clamp(min=self.div_eps)
-        return torch.where(self.norm > self.limit, quotient, 1.0)
+        return torch.where(self.norm > self.limit, self.quotient, 1.0)
+
+    @property
+    def quotient(self) -> Tensor:
+        """Factor of the unit if it is clipped."""
+        return self.limit / self.norm.clamp(min=self.div_eps)
 
     @property
     def ratio(self) -> Tensor:

@@ -129,6 +129,21 @@ def test_one_long_unit_that_is_mostly_one_block():
     check({"w": parameter(torch.tensor(values).float(), values[::-1].astype("f"))}, AGC())
 
 
+@pytest.mark.parametrize("beside", [1e-6, 0.0, torch.inf, torch.nan])
+def test_a_row_that_is_mostly_one_block_is_summed_exactly(beside):
+    """Whatever a tensor beside it holds."""
+    gradient = torch.full((8, 1024), 1e-6)
+    gradient[1, 100:120] = torch.tensor(draw((20,))[0]).float()
+    want = gradient[1].double().norm().item() / 1e-3
+    weight = torch.zeros(8, 1024)
+    made = {
+        "w": parameter(weight, gradient),
+        "v": parameter(weight, torch.full((8, 1024), beside)),
+    }
+    stats = agc_torch.adaptive_clip_grad_(made, AGC(units={"*": "o i -> o"}))
+    assert stats.parameters()["w"].max_ratio == pytest.approx(want, rel=1e-13)
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -178,8 +193,11 @@ def test_huge_and_tiny_gradients_are_clipped_right():
     check({"w": parameter(weight, gradient)}, AGC(eps=1e-3))
 
 
-def test_factor_that_float32_cannot_hold():
-    parameters = {"w": parameter(torch.zeros(2, 8), torch.full((2, 8), 3e38))}
+@pytest.mark.parametrize("beside", ["alike", "unclipped", "not finite"])
+def test_factor_that_float32_cannot_hold(beside):
+    gradient = torch.full((2, 8), 3e38)
+    gradient[1] = {"alike": 3e38, "unclipped": 1e-9, "not finite": torch.nan}[beside]
+    parameters = {"w": parameter(torch.zeros(2, 8), gradient)}
     want = by_reference(parameters, AGC(eps=1e-6))
     stats = agc_torch.adaptive_clip_grad_(parameters, AGC(eps=1e-6))
     check_gradients(gradient_arrays(parameters), want)

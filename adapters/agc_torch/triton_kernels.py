@@ -14,6 +14,7 @@ there are no atomics, every sum has one order, and results are the same in every
 
 Every way, dtype and alignment is a kernel of its own: one for all of them would hold the registers
 of the hungriest. Hints on alignment stand on pointers and sizes, where the compiler keeps them.
+Numbers of tensors and units are not compiled for: another number would be another kernel.
 
 Importing this module imports Triton, which comes with PyTorch for CUDA and ROCm.
 """
@@ -188,7 +189,7 @@ def norms_kernel(
     tl.store(sums + tl.load(tile + 3) + lane, total, mask=unit < units)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def share_kernel(
     sums, order, starts, chosen, count, shares, SUMS: tl.constexpr, PIECES: tl.constexpr
 ):
@@ -236,7 +237,7 @@ def _total(sums, places, tensor, unit, mask, SUMS: tl.constexpr, PIECES: tl.cons
     return tl.sum(total, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "gradients", "units"])
 def decide_kernel(
     sums,
     places,
@@ -295,13 +296,14 @@ def decide_kernel(
     divisor = tl.where(norm > limit, tl.where(norm < div_eps, div_eps, norm), 1.0)
     factor = tl.where(norm > limit, limit / divisor, 1.0)
     factor = tl.where(bad, float("nan"), factor)
+    row = units.to(tl.int64)
     tl.store(numbers + unit, floor, mask=mask)
-    tl.store(numbers + units + unit, limit, mask=mask)
-    tl.store(numbers + 2 * units + unit, norm, mask=mask)
-    tl.store(numbers + 3 * units + unit, factor, mask=mask)
+    tl.store(numbers + row + unit, limit, mask=mask)
+    tl.store(numbers + 2 * row + unit, norm, mask=mask)
+    tl.store(numbers + 3 * row + unit, factor, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gradients"], do_not_specialize_on_alignment=["factors"])
 def scale_kernel(
     addresses,
     sizes,
@@ -389,7 +391,7 @@ def _moved(
     return tensor, tl.load(tile + 1).to(tl.int64) * PIECE, count, weight, gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def perturb_kernel(
     addresses,
     counts,
@@ -445,7 +447,7 @@ def perturb_kernel(
         tl.store(weight + element, (value + move).to(DTYPE), mask=mask & moves)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def norm_kernel(
     addresses,
     counts,
@@ -528,7 +530,7 @@ def _scale(squared_norm, length, eps: tl.float64, FLOOR: tl.constexpr):
     return 1.0 / tl.sqrt(floored), depends
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["filters"])
 def standardise_kernel(
     weight,
     gain,
@@ -561,7 +563,7 @@ def standardise_kernel(
     tl.store(out + offsets, centred * factor.to(WIDE)[:, None], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["filters"])
 def standardise_back_kernel(
     weight,
     gain,
@@ -637,7 +639,7 @@ def _low(
     return unit, offsets, mask, value, centred, mean, gains, scale, depends, _rounded(gains * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["filters"])
 def standardise_low_kernel(
     weight,
     gain,
@@ -665,7 +667,7 @@ def standardise_low_kernel(
     tl.store(out + offsets, _rounded(value * factor[:, None] - shift[:, None]), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["filters"])
 def standardise_low_back_kernel(
     weight,
     gain,

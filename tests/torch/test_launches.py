@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -104,12 +105,18 @@ class Kernel:
     def __init__(self) -> None:
         self.count = self.lanes = 0
 
-    def run(self, *_: Any, warmup: bool = False, LANES: int = 0, **__: Any) -> None:  # noqa: N803
-        self.count += not warmup
+    def run(
+        self,
+        *_: Any,
+        grid: tuple[int],
+        LANES: int = 0,  # noqa: N803
+        **__: Any,
+    ) -> None:
+        self.count += grid[0] > 0
         self.lanes = LANES
 
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return self.run
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return partial(self.run, grid=grid)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from agc.nfnet import WS_EPS, WsDtype, WsEps
 from agc.units import UnitAxes
@@ -682,12 +683,12 @@ def _put(values: Any, device: torch.device, dtype: npt.DTypeLike = np.int32) -> 
 def table(
     parts: tuple[tuple[Part, Part], ...], rules: tuple[int, ...], device: torch.device
 ) -> Table | None:
-    """Return the table of some parameters; None if int32 does not count its sums of squares.
+    """Return the table of some parameters; None if int32 does not count its units.
 
     None too if its kernels do not compile. Then a warning says why, once, and :func:`available` is
     False from now on.
     """
-    if not _countable(parts):
+    if not _countable(parts, sum(gradient.units for _, gradient in parts)):
         return None
     made = Table(parts, rules, device)
     return made if _compiles(made.compile) else None
@@ -698,15 +699,15 @@ def shared_table(
     members: tuple[Member, ...], counts: tuple[int, ...], device: torch.device
 ) -> SharedTable | None:
     """Return the table of some shards, whose kernels compile; None as for :func:`table`."""
-    if not _countable([(one.weight, one.gradient) for one in members], 2 * sum(counts)):
+    if not _countable([(one.weight, one.gradient) for one in members], sum(counts)):
         return None
     made = SharedTable(members, counts, device)
     return made if _compiles(made.compile) else None
 
 
-def _countable(parts: Iterable[tuple[Part, Part]], units: int = 0) -> bool:
-    """Tell whether int32 counts units, and the sums of squares of tensors."""
-    return max(units, sum(p.units * p.pieces for pair in parts for p in pair)) <= _LARGEST
+def _countable(parts: Sequence[tuple[Part, Part]], units: int) -> bool:
+    """Tell whether int32 counts the sums of squares of tensors, and the four numbers of units."""
+    return max(4 * units, sum(p.units * p.pieces for pair in parts for p in pair)) <= _LARGEST
 
 
 def _compiles(compile_kernels: Callable[[], None]) -> bool:
@@ -903,6 +904,9 @@ def perturb(moves: Sequence[Move], factor: Tensor, eta: float) -> list[Tensor]:
         Each laid out like its weight.
     """
     from agc_torch.triton_kernels import perturb_kernel
+
+    # As PyTorch's own operations do: it refuses a backward pass that needs what they were.
+    increment_version([move.weight for move in moves])
 
     device = factor.device
     copies = _copies([move.weight for move in moves])

@@ -296,11 +296,10 @@ def decide_kernel(
     divisor = tl.where(norm > limit, tl.where(norm < div_eps, div_eps, norm), 1.0)
     factor = tl.where(norm > limit, limit / divisor, 1.0)
     factor = tl.where(bad, float("nan"), factor)
-    row = units.to(tl.int64)
     tl.store(numbers + unit, floor, mask=mask)
-    tl.store(numbers + row + unit, limit, mask=mask)
-    tl.store(numbers + 2 * row + unit, norm, mask=mask)
-    tl.store(numbers + 3 * row + unit, factor, mask=mask)
+    tl.store(numbers + units + unit, limit, mask=mask)
+    tl.store(numbers + 2 * units + unit, norm, mask=mask)
+    tl.store(numbers + 3 * units + unit, factor, mask=mask)
 
 
 @triton.jit(do_not_specialize=["gradients"], do_not_specialize_on_alignment=["factors"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from agc import AGC, Units
+from agc import AGC, SAM, Units
 from agc.nfnet import Conv, WsDtype, WsEps, seeded_parameters
 from agc.reference import adaptive_clip
 from agc.reference.nfnet import NFNet
@@ -24,7 +24,7 @@ from agc_conformance.backends.torch.backend import TorchBackend
 from agc_conformance.runner import run_case
 from agc_conformance.vectors import load_vectors
 from agc_conformance.verdict import ulp, ulp_error
-from agc_torch import adaptive_clip_grad_, fused, plan, triton_kernels
+from agc_torch import SharpnessAware, adaptive_clip_grad_, fused, plan, triton_kernels
 from agc_torch.nfnet import WSConv2d
 from tests.contract.clip import ClipContract, VectorsContract
 from tests.helpers import draw
@@ -209,6 +209,54 @@ def test_kernels_that_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(RuntimeWarning, match="do not compile here.*OSError: no compiler"):
         clip({"p": parameter(case)}, AGC(clipping=0.02, units={"p": case.units}))
     assert os.environ["AGC_TORCH_TRITON"] == "0"
+
+
+@pytest.mark.parametrize("way", ["host", *WAYS])
+def test_autograd_sees_what_kernels_write(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses a backward pass that needs the numbers of before."""
+    if way != "host":
+        on_kernels(monkeypatch, way)
+    layer = nn.Linear(4, 3, bias=False)
+    loss = layer(torch.ones(2, 4)).square().sum()
+    (layer.weight.grad,) = torch.autograd.grad(loss, layer.weight, create_graph=True)
+    penalty = layer.weight.grad.square().sum()
+    adaptive_clip_grad_(layer, AGC(clipping=0.01))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        penalty.backward()
+
+
+@pytest.mark.parametrize("way", ["host", WAYS[0]])
+def test_autograd_sees_that_weights_are_perturbed(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way != "host":
+        on_kernels(monkeypatch, way)
+    layer = nn.Linear(4, 3, bias=False)
+    inputs = torch.ones(2, 4, requires_grad=True)
+    loss = layer(inputs).square().sum()
+    loss.backward(retain_graph=True)
+    message = "modified by an inplace operation"
+    with (
+        SharpnessAware(layer, SAM(rho=0.1)).perturbed(),
+        pytest.raises(RuntimeError, match=message),
+    ):
+        loss.backward()
+
+
+@pytest.mark.parametrize("way", ["host", WAYS[0]])
+def test_sam_with_the_gradient_of_an_imaginary_part(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch gives it as a view, in whose memory it has the other sign."""
+    if way != "host":
+        on_kernels(monkeypatch, way)
+    model = nn.ParameterDict({"imaginary": torch.tensor(2.0)})
+    (weight,) = model.parameters()
+    (torch.complex(torch.tensor(3.0), weight).conj() * (1 + 2j)).real.backward()
+    assert weight.grad.is_neg()
+    assert weight.grad == 2
+    with SharpnessAware(model, SAM(rho=0.5)).perturbed():
+        assert weight.item() == 2.5
 
 
 SAM_CASES = {

@@ -40,7 +40,7 @@ from agc.errors import (
 from agc.plan import WHOLE
 from agc.selectors import perturbed_names
 from agc_torch import fused
-from agc_torch.norms import all_norms, on_host
+from agc_torch.norms import all_norms, on_host, wide
 from agc_torch.passes import (
     Closure,
     call,
@@ -538,11 +538,13 @@ class SharpnessAware:
                 raise MissingGradientError(_MISSING)
             # Replicas raise together, after the descent pass that all of them take part in.
             home = local(self._parameters[0]).device
-            norm = torch.tensor(torch.nan, dtype=torch.float64, device=home)
+            norm = torch.tensor(torch.nan, dtype=wide(home), device=home)
         return _Ascent(direction, norm, missing)
 
     def _norm(self, direction: Direction, candidates: Sequence[Tensor]) -> Tensor | None:
-        """Global norm of ``T g``, without a copy of the gradients, in float64 (SAM-1, SAM-10).
+        """Global norm of ``T g``, without a copy of the gradients (SAM-1, SAM-10).
+
+        It is in float64, or in float32 on a GPU that has no other.
 
         On a CPU float32 is added as :mod:`agc_torch.norms` does.
 
@@ -573,7 +575,8 @@ class SharpnessAware:
                     held[shards].append(_norm_of(self._scaled_blocks(move)))
             for shards, gradients in plain.items():
                 # In float64 without a copy, many tensors a launch.
-                held[shards].append(torch.stack(torch._foreach_norm(gradients, 2, torch.float64)))
+                dtype = wide(gradients[0].device)
+                held[shards].append(torch.stack(torch._foreach_norm(gradients, 2, dtype)))
             for shards, views in on_cpu.items():
                 held[shards].append(all_norms(views, [view.source for view in views], 0.0))
             for (shards, _), moves in launched.items():
@@ -641,7 +644,8 @@ class SharpnessAware:
             if move.adaptive:
                 # As wide as the norm: in half precision the product would leave the range.
                 size = g.abs() if g.is_complex() else g
-                g = w.abs().double().add_(self.rule.eta).mul_(size.double())
+                dtype = wide(w.device)
+                g = w.abs().to(dtype).add_(self.rule.eta).mul_(size.to(dtype))
             yield g
 
     def _restore(self) -> None:
@@ -920,7 +924,7 @@ def _is_plain(move: fused.Move) -> bool:
     gradient = move.gradient
     if move.adaptive or gradient.is_complex() or type(gradient) is not Tensor:
         return False
-    return bool(gradient.device.type != "mps" and gradient.numel())
+    return bool(gradient.numel())
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -942,11 +946,11 @@ def _blocks(weight: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def _norm_of(blocks: Iterator[Tensor]) -> Tensor:
-    """Norm of a tensor that comes in blocks, in float64."""
+    """Norm of a tensor that comes in blocks, in float64 if there is any."""
     norms = []
     for block in blocks:
         real = torch.view_as_real(block) if block.is_complex() else block
-        norms.append(torch.linalg.vector_norm(real, dtype=torch.float64))
+        norms.append(torch.linalg.vector_norm(real, dtype=wide(real.device)))
     return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
 
 
@@ -958,7 +962,8 @@ def _shards(parameter: Any) -> Shards | None:
 
 def _norm_over(mesh: Any, axes: Sequence[int], norms: Sequence[Tensor]) -> Tensor:
     """Norm of DTensors from those of this process's shards; replicas hold the same numbers."""
-    squares = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
+    device = torch.device(mesh.device_type)
+    squares = torch.zeros((), dtype=wide(device), device=device)
     if norms:
         flat = torch.cat([norm.view(-1) for norm in norms])
         squares = torch.linalg.vector_norm(flat).square()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from agc.errors import OrderError
 from agc.nfnet import WS_EPS, WsDtype, WsEps
 from agc.units import UnitAxes
 from agc_torch.views import ShardUnits
@@ -297,7 +298,8 @@ class _Walk:
             mine = both[sum(map(len, weights)) :]
             self.groups.append(_Group(both, mine, constants(kind), kind.exact))
         self._sizes = _put([(p.units, p.length, *p.order[1:]) for p in tensors], device, np.int64)
-        self.uploaded: tuple[object, Tensor] = (None, _put([0] * len(tensors), device, np.int64))
+        # As a CUDA graph has them, so that it finds what that takes loaded.
+        self.uploaded: tuple[object, Tensor] = (None, _in_arguments([0] * len(tensors), device))
 
     def upload(self, addresses: list[int]) -> Tensor:
         """Return the addresses of all tensors on the device; they are written if they changed."""
@@ -676,6 +678,7 @@ def _additions(pieces: Array, device: torch.device) -> list[tuple[Tensor, int, i
 
 
 def _put(values: Any, device: torch.device, dtype: npt.DTypeLike = np.int32) -> Tensor:
+    _check_not_recorded(device)
     return torch.from_numpy(np.ascontiguousarray(values, dtype)).to(device)
 
 
@@ -691,7 +694,7 @@ def table(
     if not _countable(parts, sum(gradient.units for _, gradient in parts)):
         return None
     made = Table(parts, rules, device)
-    return made if _compiles(made.compile) else None
+    return made if _compiles(made.compile, device) else None
 
 
 @lru_cache(maxsize=64)
@@ -702,7 +705,7 @@ def shared_table(
     if not _countable([(one.weight, one.gradient) for one in members], sum(counts)):
         return None
     made = SharedTable(members, counts, device)
-    return made if _compiles(made.compile) else None
+    return made if _compiles(made.compile, device) else None
 
 
 def _countable(parts: Sequence[tuple[Part, Part]], units: int) -> bool:
@@ -710,8 +713,9 @@ def _countable(parts: Sequence[tuple[Part, Part]], units: int) -> bool:
     return max(4 * units, sum(p.units * p.pieces for pair in parts for p in pair)) <= _LARGEST
 
 
-def _compiles(compile_kernels: Callable[[], None]) -> bool:
+def _compiles(compile_kernels: Callable[[], None], device: torch.device) -> bool:
     """Tell whether kernels compile; if not, say why, and turn all of them off."""
+    _check_not_recorded(device)
     try:
         compile_kernels()
     except Exception as error:  # whatever the compiler, the driver or the disk has to say
@@ -738,6 +742,16 @@ def _is_recorded(device: torch.device) -> bool:
         return bool(torch.cuda.is_current_stream_capturing())
 
 
+def _check_not_recorded(device: torch.device) -> None:
+    """Refuse to compile, and to copy from the host, where a CUDA graph is recorded."""
+    if _is_recorded(device):
+        raise OrderError(
+            "a CUDA graph cannot record the first time that AGC, SAM or weight standardisation meets "
+            "tensors of these shapes and dtypes: take a few steps before, on a side stream, as "
+            "PyTorch asks for anyway"
+        )
+
+
 def _keep(device: torch.device, *read: object) -> None:
     """Keep what launches read for as long as a graph may repeat them, whatever caches drop."""
     if _is_recorded(device):
@@ -747,15 +761,20 @@ def _keep(device: torch.device, *read: object) -> None:
 def _sent(addresses: list[int], device: torch.device) -> Tensor:
     """Return addresses on the device, without waiting for it."""
     if _is_recorded(device):
-        # As arguments of kernels they are part of the graph. A copy from the host would be repeated
-        # from memory that has to stay, and that releases of PyTorch cannot pin while they record.
-        sent = torch.zeros(len(addresses), dtype=torch.int64, device=device)
-        torch._foreach_add_(sent.unbind(), addresses)
-        return sent
+        # A copy from the host would be repeated from memory that has to stay, and that releases of
+        # PyTorch cannot pin while they record.
+        return _in_arguments(addresses, device)
     host = torch.tensor(
         addresses, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"
     )
     return host.to(device, non_blocking=True)
+
+
+def _in_arguments(addresses: list[int], device: torch.device) -> Tensor:
+    """Return addresses on the device, where they come as arguments of kernels."""
+    sent = torch.zeros(len(addresses), dtype=torch.int64, device=device)
+    torch._foreach_add_(sent.unbind(), addresses)
+    return sent
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -772,7 +791,7 @@ def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _made(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    return _put(values, device, np.float64)
 
 
 def _tiles(part: Part, index: int, start: int) -> Array:
@@ -883,7 +902,7 @@ def _moving_compiles(kind: MoveKind, device: torch.device) -> bool:
             for kernel in (norm_kernel, perturb_kernel):
                 kernel.run(*places, number, number, **kind.constants, grid=(0,), warmup=False)
 
-    return _compiles(compile_kernels)
+    return _compiles(compile_kernels, device)
 
 
 def perturb(moves: Sequence[Move], factor: Tensor, eta: float) -> list[Tensor]:
@@ -996,8 +1015,7 @@ def _pieces(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
     pieces = [-(-count // _MOVED[1]) for count in counts]
     tensor = np.repeat(np.arange(len(counts)), pieces)
     piece = np.concatenate([np.arange(n) for n in pieces])
-    tiles = np.stack([tensor, piece], -1).astype(np.int32)
-    return torch.from_numpy(tiles).to(device), torch.tensor(counts, device=device)
+    return _put(np.stack([tensor, piece], -1), device), _put(counts, device, np.int64)
 
 
 _MOST: Final = 8192
@@ -1143,7 +1161,7 @@ def _standardising_compiles(kind: Filters, device: torch.device) -> bool:
         _launch_filters(forward, kind, weight, gain, out, launch=False)
         _launch_filters(backward, kind, weight, gain, out, weight, gain, launch=False)
 
-    return _compiles(compile_kernels)
+    return _compiles(compile_kernels, device)
 
 
 def available(device: torch.device) -> bool:

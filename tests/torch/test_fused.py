@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import weakref
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agc import Units
+from agc.errors import OrderError
 from agc_torch import fused
 from tests.torch.test_launches import Kernel, kernels  # noqa: F401
 
@@ -63,7 +66,7 @@ def test_int32_counts_units(
 ) -> None:
     part = fused.Part(order, torch.float32, True, False)
     monkeypatch.setattr(fused, "Table", lambda *_: SimpleNamespace(compile=None))
-    monkeypatch.setattr(fused, "_compiles", lambda compile_kernels: True)
+    monkeypatch.setattr(fused, "_compiles", lambda *_: True)
     fused.table.cache_clear()
     assert (fused.table(((part, part),), (0,), CPU) is not None) == fits
     fused.table.cache_clear()
@@ -136,11 +139,16 @@ def test_what_a_graph_reads_stays(recorded: bool, monkeypatch: pytest.MonkeyPatc
     made, tensors = make_table()
     move = fused.Move(*tensors, adaptive=True)
     factor = torch.ones((), dtype=torch.float64)
-    with monkeypatch.context() as patch:
-        patch.setattr(fused, "_is_recorded", lambda device: recorded)
-        made.decide(made.upload(addresses_of(tensors)), [0.1], eps=1e-3)
+
+    def step(table: fused.Table) -> None:
+        table.decide(table.upload(addresses_of(tensors)), [0.1], eps=1e-3)
         fused.gradient_norm([move], 0.01)
         fused.perturb([move], factor, 0.01)
+
+    step(made)
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "_is_recorded", lambda device: recorded)
+        step(made)
     read = [made, fused._numbers((0.1,), CPU), fused._numbers((0.01,), CPU)]
     read += fused._pieces((24,), CPU)
     references = [weakref.ref(one) for one in read]
@@ -149,6 +157,27 @@ def test_what_a_graph_reads_stays(recorded: bool, monkeypatch: pytest.MonkeyPatc
         cached.cache_clear()
     gc.collect()
     assert [reference() is not None for reference in references] == [recorded] * 5
+
+
+@pytest.mark.parametrize("what", ["agc", "sam", "standardisation", "numbers"])
+@pytest.mark.usefixtures("kernels")
+def test_a_graph_cannot_record_the_first_time(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what to do, and the kernels stay on."""
+    monkeypatch.setenv("AGC_TORCH_TRITON", "1")
+    weight = torch.ones(5, 3, 3, 3)
+    fused._made.cache_clear()
+    calls: dict[str, Callable[[], object]] = {
+        "agc": lambda: make_table(7),
+        "sam": lambda: fused.Move(weight, weight.clone(), adaptive=True).fits,
+        "standardisation": lambda: fused.standardises(weight, torch.ones(5), "timm", "float32"),
+        "numbers": lambda: fused._numbers((0.125,), CPU),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "_is_recorded", lambda device: True)
+        with pytest.raises(OrderError, match="take a few steps before"):
+            calls[what]()
+    assert calls[what]() is not False
+    assert os.environ["AGC_TORCH_TRITON"] == "1"
 
 
 def test_a_folder_of_triton_s_name_is_not_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def _has_float64(device: torch.device) -> bool:
     """Apple's GPUs have none, nor have many of Intel's."""
     if device.type == "xpu":
         return bool(torch.xpu.get_device_properties(device).has_fp64)
-    return device.type != "mps"
+    return bool(device.type != "mps")
 
 
 def all_norms(

@@ -1088,7 +1088,11 @@ def standardises(weight: Tensor, gain: Tensor, ws_eps: WsEps, ws_dtype: WsDtype)
         and weight.numel() <= _LARGEST
         and gain.is_contiguous()
         and weight.is_contiguous(memory_format=order_of(weight))
-        and _standardising_compiles(Filters(weight.dtype, length, ws_eps, ws_dtype), weight.device)
+        and _standardising_compiles(
+            Filters(weight.dtype, length, ws_eps, ws_dtype),
+            weight.device,
+            *aligned([weight.data_ptr()]),
+        )
     )
 
 
@@ -1151,15 +1155,20 @@ def _launch_filters(
 
 
 @lru_cache(maxsize=256)
-def _standardising_compiles(kind: Filters, device: torch.device) -> bool:
-    """Tell whether the kernels of weight standardisation compile for a kind of weights."""
+def _standardising_compiles(kind: Filters, device: torch.device, wide: bool) -> bool:
+    """Tell whether the kernels of weight standardisation compile for a kind of weights.
+
+    ``wide`` says whether the weight's address allows the widest loads.
+    """
 
     def compile_kernels() -> None:
-        weight = torch.empty(16, kind.length, dtype=kind.dtype, device=device)
-        gain, out = weight.new_empty(16), torch.empty_like(weight, dtype=kind.out)
+        flat = torch.empty(kind.length + 1, dtype=kind.dtype, device=device)
+        weight = (flat[:-1] if wide else flat[1:]).view(1, kind.length)
+        gain, out = weight.new_empty(1), torch.empty_like(weight, dtype=kind.out)
+        backs = torch.empty_like(weight), torch.empty_like(gain)
         forward, backward = kind.kernels
         _launch_filters(forward, kind, weight, gain, out, launch=False)
-        _launch_filters(backward, kind, weight, gain, out, weight, gain, launch=False)
+        _launch_filters(backward, kind, weight, gain, out, *backs, launch=False)
 
     return _compiles(compile_kernels, device)
 

@@ -14,7 +14,8 @@ there are no atomics, every sum has one order, and results are the same in every
 
 Every way, dtype and alignment is a kernel of its own: one for all of them would hold the registers
 of the hungriest. Hints on alignment stand on pointers and sizes, where the compiler keeps them.
-Numbers of tensors and units are not compiled for: another number would be another kernel.
+Neither numbers of tensors and units nor where numbers of units start are compiled for: another one
+would be another kernel.
 
 Importing this module imports Triton, which comes with PyTorch for CUDA and ROCm.
 """
@@ -237,7 +238,10 @@ def _total(sums, places, tensor, unit, mask, SUMS: tl.constexpr, PIECES: tl.cons
     return tl.sum(total, axis=1)
 
 
-@triton.jit(do_not_specialize=["count", "gradients", "units"])
+@triton.jit(
+    do_not_specialize=["count", "gradients", "units"],
+    do_not_specialize_on_alignment=["grad_scale"],
+)
 def decide_kernel(
     sums,
     places,
@@ -529,7 +533,7 @@ def _scale(squared_norm, length, eps: tl.float64, FLOOR: tl.constexpr):
     return 1.0 / tl.sqrt(floored), depends
 
 
-@triton.jit(do_not_specialize=["filters"])
+@triton.jit(do_not_specialize=["filters"], do_not_specialize_on_alignment=["gain"])
 def standardise_kernel(
     weight,
     gain,
@@ -562,7 +566,7 @@ def standardise_kernel(
     tl.store(out + offsets, centred * factor.to(WIDE)[:, None], mask=mask)
 
 
-@triton.jit(do_not_specialize=["filters"])
+@triton.jit(do_not_specialize=["filters"], do_not_specialize_on_alignment=["gain"])
 def standardise_back_kernel(
     weight,
     gain,
@@ -638,7 +642,7 @@ def _low(
     return unit, offsets, mask, value, centred, mean, gains, scale, depends, _rounded(gains * scale)
 
 
-@triton.jit(do_not_specialize=["filters"])
+@triton.jit(do_not_specialize=["filters"], do_not_specialize_on_alignment=["gain"])
 def standardise_low_kernel(
     weight,
     gain,
@@ -666,7 +670,7 @@ def standardise_low_kernel(
     tl.store(out + offsets, _rounded(value * factor[:, None] - shift[:, None]), mask=mask)
 
 
-@triton.jit(do_not_specialize=["filters"])
+@triton.jit(do_not_specialize=["filters"], do_not_specialize_on_alignment=["gain"])
 def standardise_low_back_kernel(
     weight,
     gain,

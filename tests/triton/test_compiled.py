@@ -355,10 +355,10 @@ def test_clipping_compiles_nothing_late(driver: Driver, nonfinite: Any) -> None:
         for parameter in parameters.values():
             parameter.grad = torch.ones_like(parameter)
         pairs = resolve(parameters, rule)[1]
-        for scale in (None, torch.tensor(2.0)):
+        for scale in (None, torch.tensor(2.0), torch.ones(2, dtype=torch.float64)[1]):
             clip_(pairs, rule, grad_scale=scale)
     assert driver.late == []
-    assert driver.launched.count("scale_kernel") == 2 * len(COUNTS)
+    assert driver.launched.count("scale_kernel") == 3 * len(COUNTS)
     assert [variants(name) for name in ("norms", "decide", "scale")] == [1, 1, 2]
 
 
@@ -393,13 +393,17 @@ def test_sam_compiles_nothing_late(driver: Driver) -> None:
 
 @pytest.mark.parametrize("ws_dtype", ["float32", "bfloat16"])
 def test_standardisation_compiles_nothing_late(driver: Driver, ws_dtype: WsDtype) -> None:
+    """Neither for another number of filters, nor for a weight or a gain that starts elsewhere."""
     how: Any = ("deepmind", ws_dtype)
     for count in COUNTS:
-        weight, gain = torch.ones(count, 16, 3, 3), torch.ones(count)
-        assert fused.standardises(weight, gain, *how)
-        out: Tensor = fused.standardise(weight, gain, *how)
-        fused.standardise_back(weight, gain, torch.ones_like(out), *how)
+        size = count * 16 * 9
+        for start, gain_start in ((0, 0), (0, 1), (1, 0)):
+            weight = torch.ones(size + 1)[start : start + size].view(count, 16, 3, 3)
+            gain = torch.ones(count + 1)[gain_start : gain_start + count]
+            assert fused.standardises(weight, gain, *how)
+            out: Tensor = fused.standardise(weight, gain, *how)
+            fused.standardise_back(weight, gain, torch.ones_like(out), *how)
     assert driver.late == []
-    assert len(driver.launched) == 2 * len(COUNTS)
+    assert len(driver.launched) == 3 * 2 * len(COUNTS)
     low = "_low" if ws_dtype == "bfloat16" else ""
-    assert variants(f"standardise{low}") == variants(f"standardise{low}_back") == 1
+    assert variants(f"standardise{low}") == variants(f"standardise{low}_back") == 2

@@ -55,7 +55,7 @@ from agc_torch.passes import (
     watch,
     worst,
 )
-from agc_torch.schedules import value_at
+from agc_torch.schedules import is_recorded, value_at
 from agc_torch.shards import is_dtensor, local, norm_over, shard_axes
 from agc_torch.units import named_parameters, unwrap, with_ties
 from agc_torch.views import View
@@ -401,6 +401,12 @@ class SharpnessAware:
         if not optimizers:
             raise ParameterError("step() got an empty list of optimizers; give at least one")
         self._check_batch(closure, batch)
+        if is_recorded():
+            raise ConfigError(
+                "a CUDA graph cannot record a whole step of SAM, which sets the generators of random "
+                "numbers and counts on the host: record the closure's forward and backward pass, "
+                "and call step() outside"
+            )
         if not self._lock.acquire(blocking=False):
             raise OrderError("a step of this SharpnessAware is already under way")
         try:
@@ -555,7 +561,7 @@ class SharpnessAware:
         held: dict[Shards | None, list[Tensor]] = {
             shards: [] for shards in map(_shards, candidates)
         }
-        plain: dict[Shards | None, list[Tensor]] = {}
+        plain: dict[tuple[Shards | None, torch.device, torch.dtype], list[Tensor]] = {}
         on_cpu: dict[Shards | None, list[View]] = {}
         launched: dict[tuple[Shards | None, torch.device], list[fused.Move]] = {}
         with torch.no_grad():
@@ -568,10 +574,12 @@ class SharpnessAware:
                         view = View(move.gradient, WHOLE.bind(tuple(move.gradient.shape)))
                         on_cpu.setdefault(shards, []).append(view)
                     else:
-                        plain.setdefault(shards, []).append(move.gradient)
+                        gradient = move.gradient
+                        key = shards, gradient.device, gradient.dtype
+                        plain.setdefault(key, []).append(gradient)
                 else:
                     held[shards].append(_norm_of(self._scaled_blocks(move)))
-            for shards, gradients in plain.items():
+            for (shards, *_), gradients in plain.items():
                 # In float64 without a copy, many tensors a launch.
                 held[shards].append(torch.stack(torch._foreach_norm(gradients, 2, torch.float64)))
             for shards, views in on_cpu.items():
@@ -650,12 +658,14 @@ class SharpnessAware:
             return
         self._refusal.remove()
         with torch.no_grad():
-            plain = [pair for pair in backup if type(pair[0]) is Tensor]
-            if plain:
-                torch._foreach_copy_(*zip(*plain, strict=True))  # many tensors a launch
+            alike: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
             for weight, copy in backup:
-                if type(weight) is not Tensor:
+                if type(weight) is Tensor:
+                    alike.setdefault((weight.device, weight.dtype), []).append((weight, copy))
+                else:
                     weight.copy_(copy)
+            for group in alike.values():
+                torch._foreach_copy_(*zip(*group, strict=True))  # many tensors a launch
         forget_weights(self.model)
 
     def _is_scaled(self, parameter: Tensor) -> bool:

@@ -807,12 +807,17 @@ class _Reach:
 
     def poison(self, norm: Tensor) -> None:
         """Make all gradients NaN if the norm is not finite, without a host sync."""
-        bad = ~norm.isfinite()
+        factor = torch.where(norm.isfinite(), 1.0, torch.nan)
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for parameter in self.everything:
             if parameter.grad is not None:
                 gradient = local(parameter.grad)
-                values = gradient._values() if gradient.is_sparse else gradient
-                values.masked_fill_(bad.to(values.device), torch.nan)
+                values = gradient._values() if gradient.is_sparse else gradient.detach()
+                # Of a complex product with 1, a part may become 0 or NaN.
+                values = torch.view_as_real(values) if values.is_complex() else values
+                alike.setdefault((values.device, values.dtype), []).append(values)
+        for (device, dtype), tensors in alike.items():
+            torch._foreach_mul_(tensors, factor.to(device, dtype))  # many tensors a launch
 
 
 @dataclass(frozen=True)

@@ -318,6 +318,20 @@ def test_sam_takes_a_few(model: Build, adaptive: bool, kernels: list[Kernel]) ->
     assert others.bytes < 2.1 * size  # the restoration; the kernels move five times the size
 
 
+def test_to_skip_a_step_of_sam_takes_a_few(kernels: list[Kernel]) -> None:
+    """For a GradScaler to see, without a host sync: all gradients become NaN, or keep their bits."""
+    module, _, size = with_gradients(f0)
+    sharpness = agc_torch.SharpnessAware(module, SAM(rho=0.05))
+    with sharpness.perturbed():
+        for parameter in module.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        norm = torch.empty((), device="meta")
+        with Launches() as launches:
+            sharpness._reach(()).poison(norm)
+    assert launches.count <= 14
+    assert launches.bytes < 2.01 * size
+
+
 def test_a_step_of_a_recipe_adds_few(
     kernels: list[Kernel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

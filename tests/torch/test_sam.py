@@ -171,6 +171,24 @@ class TestPoisonedAscent:
         train.by_hand()
         assert leaves(train.gradient()).all()
 
+    @pytest.mark.parametrize(
+        "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64]
+    )
+    @pytest.mark.parametrize("poisoned", [False, True])
+    def test_gradients_of_a_step_that_is_not_skipped_keep_their_bits(self, poisoned, dtype):
+        values = torch.tensor([-0.0, 2.0**-24, -1.5, torch.inf]).to(dtype)
+        if dtype.is_complex:
+            values = torch.complex(values.real, values.real.flip(0))
+        model = nn.ParameterList([torch.zeros(4, dtype=dtype)])
+        (weight,) = model.parameters()
+        weight.grad = torch.full((4,), torch.inf if poisoned else 1.0).to(dtype)
+        with SharpnessAware(model, SAM()).perturbed():
+            weight.grad = values.clone()
+        if poisoned:
+            assert weight.grad.isnan().all()
+        else:
+            assert torch.equal(weight.grad.view(torch.uint8), values.view(torch.uint8))
+
     @pytest.mark.parametrize("poisoned", [False, True])
     def test_a_scaler_sees_it_in_sparse_gradients_too(self, poisoned):
         torch.manual_seed(0)

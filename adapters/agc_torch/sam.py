@@ -703,11 +703,16 @@ class _Reach:
     def poison(self, norm: Tensor) -> None:
         """Make all gradients NaN if the norm is not finite, without a host sync."""
         bad = ~norm.isfinite()
-        for parameter in self.everything:
-            if parameter.grad is not None:
-                gradient = local(parameter.grad)
-                values = gradient._values() if gradient.is_sparse else gradient
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for gradient in (local(p.grad) for p in self.everything if p.grad is not None):
+            values = gradient._values() if gradient.is_sparse else gradient
+            if values.is_complex():
                 values.masked_fill_(bad.to(values.device), torch.nan)
+            else:
+                alike.setdefault((values.device, values.dtype), []).append(values)
+        factor = torch.where(bad, torch.nan, 1.0)
+        for (device, dtype), group in alike.items():  # many tensors a launch
+            torch._foreach_mul_(group, factor.to(device, dtype))
 
 
 @dataclass(frozen=True)

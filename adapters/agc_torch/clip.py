@@ -36,12 +36,10 @@ from agc_torch.schedules import Step, value_at
 from agc_torch.shards import is_dtensor, sum_over
 from agc_torch.stats import Stats, UnitNumbers
 from agc_torch.units import Model, resolve
-from agc_torch.views import Home, ShardView, View, check_pair, views
+from agc_torch.views import Home, ShardView, View, check_pair, layout, views
 
 __all__ = ["Memory", "adaptive_clip_grad_", "clip_", "limit_norm_", "whole"]
 
-_PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
-_PLAIN_OR_NONE: Final = frozenset({Tensor, type(None)})
 _REAL: Final = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _HALF: Final = (torch.float16, torch.bfloat16)
 _BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -333,14 +331,14 @@ class Memory:
         placed = _placed(parameters, gradients) if self._sharded else []
         if self._sharded:
             parameters, gradients = list(map(_here, parameters)), list(map(_here, gradients))
-        layout = _layout(parameters, gradients)
-        if layout is not None:
-            layout = None if placed is None else [*layout, placed]
-        if layout is not None and layout == self._layout:
+        now = layout(parameters, gradients)
+        if now is not None:
+            now = None if placed is None else [*now, placed]
+        if now is not None and now == self._layout:
             if missing is not None:
                 for pair in self._missing:
                     missing(*pair)
-            if self._work.renew(parameters, gradients, layout[0]):
+            if self._work.renew(parameters, gradients, now[0]):
                 return self._work
         self._layout = None  # in case of an error
         jobs = _jobs(pairs, missing)
@@ -349,7 +347,7 @@ class Memory:
             job.weight.release()
             job.gradient.release()
         self._missing = [pair for pair, grad in zip(pairs, gradients, strict=True) if grad is None]
-        self._layout = layout if _is_real(gradients) else None
+        self._layout = now if _is_real(gradients) else None
         return self._work
 
 
@@ -387,29 +385,6 @@ def _placed(parameters: list[Any], gradients: list[Any]) -> list[Any] | None:
             else:
                 placed.append((tensor.device_mesh, tensor.placements, tensor.shape))
     return placed
-
-
-def _layout(parameters: list[Tensor], gradients: list[Tensor | None]) -> list[list[Any]] | None:
-    """Return what the way to clip tensors depends on, with the parameters' addresses first.
-
-    A gradient has its parameter's shape and device, and an address stands for a device and a dtype.
-    None if a tensor has no strides, or no memory of its own.
-    """
-    types = list(map(type, gradients))
-    if not (_PLAIN_OR_NONE.issuperset(types) and _PLAIN.issuperset(map(type, parameters))):
-        return None
-    given = [gradient for gradient in gradients if gradient is not None]
-    try:
-        return [
-            list(map(Tensor.data_ptr, parameters)),
-            list(map(Tensor.stride, parameters)),
-            types,
-            [gradient.dtype for gradient in given],
-            list(map(Tensor.size, given)),
-            list(map(Tensor.stride, given)),
-        ]
-    except RuntimeError:
-        return None
 
 
 def _is_real(gradients: list[Tensor | None]) -> bool:

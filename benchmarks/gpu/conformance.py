@@ -38,14 +38,17 @@ _BACKENDS: Final = {
 }
 """Backends by name, found without an installed package's entry points."""
 PARTS: Final = {
-    "torch": ("L[02]-*", "L1-[a-r]*", "L1-[s-z]*", "L3-[!s]*", "L3-s*", "L5-*", "real-*", "model-*"),
+    "torch": (
+        "L[02]-*", "L1-[a-k]*", "L1-l*", "L1-[m-r]*", "L1-s*", "L1-[t-z]*", "L3-[!s]*", "L3-s*", "L5-*",
+        "real-*", "model-tiny-[!t]*", "model-tiny-t*",
+    ),
     "jax": (
         "L[02]-*", "L1-[a-k]*", "L1-l*", "L1-[m-r]*", "L1-sam-[a-m]*", "L1-sam-[n-z]*", "L1-s[!a]*",
         "L1-[t-z]*", "L3-*", "L5-*", "real-*", "model-tiny-optimizer", "model-tiny-trajectory",
         "model-tiny-o[!p]*", "model-tiny-[!ot]*",
     ),
 }  # fmt: skip
-"""Globs of ids that together are the whole suite; JAX compiles for each, so it has more of them."""
+"""Globs of ids that together are the whole suite; most of the time goes into compiling."""
 NO_KERNELS: Final = "the Triton kernels of AGC"
 """How PyTorch's adapter begins to say that they do not compile."""
 _REHEARSED: Final = ("L1-eps-*",)

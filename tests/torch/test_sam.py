@@ -6,14 +6,17 @@ import copy
 import itertools
 import math
 import pickle
+import sys
 import threading
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations
 
@@ -493,6 +496,106 @@ class TestCopies:
                     model.state_dict()
 
 
+class TestWhatIsRemembered:
+    def model(self) -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(31, 32),
+            nn.Conv2d(8, 64, 3),
+            nn.Linear(768, 10),
+            nn.Linear(12, 12, dtype=torch.float64),
+            nn.Conv2d(64, 16, 3).to(memory_format=torch.channels_last),
+            nn.Linear(6, 5, dtype=torch.bfloat16),
+            nn.Linear(4, 3, dtype=torch.complex64),
+        )
+
+    def draw_(self, model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+
+    @pytest.mark.parametrize("adaptive", [False, True])
+    def test_it_changes_no_bit(self, adaptive):
+        """Of gradients whose layout, number or place among the others changes."""
+        model = self.model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sam = SharpnessAware(model, SAM(rho=30.0, adaptive=adaptive))
+
+        def check() -> None:
+            gradients = [p.grad for p in model.parameters()]
+            found = []
+            for each in (sam, SharpnessAware(model, sam.rule)):
+                for p, gradient in zip(model.parameters(), gradients, strict=True):
+                    p.grad = None if gradient is None else gradient.clone()
+                before = [p.detach().clone() for p in model.parameters()]
+                with each.perturbed(optimizer):
+                    found.append([p.detach().clone() for p in model.parameters()])
+                assert all(map(torch.equal, before, model.parameters()))
+            assert all(map(torch.equal, *found))
+            moved = [
+                not torch.equal(*pair) for pair in zip(model.parameters(), found[0], strict=True)
+            ]
+            assert moved == [gradient is not None for gradient in gradients]
+
+        for _ in range(3):
+            self.draw_(model)
+            check()
+        self.draw_(model)
+        model[4].weight.grad = model[4].weight.grad.contiguous()
+        model[2].weight.grad = model[2].weight.grad.t().contiguous().t()
+        check()
+        self.draw_(model)
+        model[0].weight.grad = model[3].bias.grad = None
+        check()
+        self.draw_(model)
+        check()
+        self.draw_(model)
+        sam.rule = SAM(rho=30.0, adaptive=not adaptive)
+        check()
+        self.draw_(model)
+        model[2].weight = nn.Parameter(torch.randn(10, 700))
+        model[2].weight.grad = torch.randn(10, 700)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        check()
+
+    def test_no_gradient_and_no_weight_of_before_is_kept(self):
+        model = self.model()
+        sam = SharpnessAware(model, SAM())
+        for _ in range(2):
+            self.draw_(model)
+            gradients = [StorageWeakRef(p.grad.untyped_storage()) for p in model.parameters()]
+            with sam.perturbed():
+                assert all(gradient.expired() for gradient in gradients)
+        weight = StorageWeakRef(model[0].weight.untyped_storage())
+        model[0].weight.data = torch.zeros(32, 31)
+        assert weight.expired()
+
+    def test_a_step_remembered_takes_few_calls_of_python(self):
+        """Which are what an accelerator waits for: no more than 15 a parameter, both passes."""
+        model = nn.ParameterList([nn.Parameter(torch.randn(8, 8)) for _ in range(200)])
+        sam = SharpnessAware(model, SAM())
+
+        def perturb() -> int:
+            for parameter in model:
+                parameter.grad = torch.ones_like(parameter)
+            calls = 0
+
+            def count(_frame: Any, event: str, _arg: Any) -> None:
+                nonlocal calls
+                calls += event == "call"
+
+            sys.setprofile(count)
+            try:
+                with sam.perturbed():
+                    pass
+            finally:
+                sys.setprofile(None)
+            return calls
+
+        first, second = perturb(), perturb()
+        assert second < first / 2
+        assert second < 15 * 200
+
+
 class TestErrors:
     def test_parts_of_the_batch(self):
         train = Trainer(SAM(fraction=0.2))
@@ -623,7 +726,7 @@ def test_no_graph_records_a_whole_step(monkeypatch):
 
 def test_several_devices_and_dtypes_in_few_launches(monkeypatch):
     """One operation takes many tensors a launch if they are of one device and dtype."""
-    monkeypatch.setattr("agc_torch.sam.on_host", lambda device: False)
+    monkeypatch.setattr("agc_torch.ascent.on_host", lambda device: False)
     norms, copies = [], []
     norm, copy_ = torch._foreach_norm, torch._foreach_copy_
 

@@ -76,7 +76,8 @@ class _Parts:
     on_host : list of (Shards or None, list of int, list of View, Groups)
         Gradients on the CPU whose norm is taken as :mod:`agc_torch.norms` does.
     elsewhere : list of (Shards or None, list of int)
-        Gradients whose norm an accelerator takes without a copy.
+        Gradients whose norm an accelerator takes without a copy; of one device and dtype, else
+        PyTorch takes one after the other.
     in_blocks : list of (Shards or None, int)
         Gradients whose norm is taken a block at a time.
     moved : list of int
@@ -94,7 +95,7 @@ class _Parts:
         self.adaptive = [move.adaptive for move in moves]
         launched: dict[tuple[Shards | None, torch.device], list[int]] = {}
         on_cpu: dict[Shards | None, list[int]] = {}
-        elsewhere: dict[Shards | None, list[int]] = {}
+        elsewhere: dict[tuple[Shards | None, torch.device, torch.dtype], list[int]] = {}
         self.in_blocks: list[tuple[Shards | None, int]] = []
         for place, (move, mine) in enumerate(zip(moves, shards, strict=True)):
             if move.fits:
@@ -104,13 +105,14 @@ class _Parts:
             elif on_host(move.gradient.device):
                 on_cpu.setdefault(mine, []).append(place)
             else:
-                elsewhere.setdefault(mine, []).append(place)
+                gradient = move.gradient
+                elsewhere.setdefault((mine, gradient.device, gradient.dtype), []).append(place)
         self.launched = [
             (mine, places, fused.Moves([moves[place] for place in places], eta))
             for (mine, _), places in launched.items()
         ]
         self.on_host = [(mine, *_by_kind(places, moves)) for mine, places in on_cpu.items()]
-        self.elsewhere = list(elsewhere.items())
+        self.elsewhere = [(mine, places) for (mine, *_), places in elsewhere.items()]
         by_kernels = {place for _, places, _ in self.launched for place in places}
         self.moved = [place for place in range(len(moves)) if place not in by_kernels]
         straight: dict[tuple[torch.device, torch.dtype], list[int]] = {}

@@ -31,7 +31,7 @@ from agc.config import Clipping
 from agc.errors import MissingGradientError, NonFiniteError
 from agc.plan import WHOLE, PlanEntry
 from agc_torch import fused
-from agc_torch.norms import all_norms, all_shares, grouped, kind, on_host
+from agc_torch.norms import all_norms, all_shares, grouped, kind, on_host, wide
 from agc_torch.schedules import Step, value_at
 from agc_torch.shards import is_dtensor, sum_over
 from agc_torch.stats import Stats, UnitNumbers
@@ -504,7 +504,8 @@ class _Chunk:
         self._sources = [view.source for view in self._views]
         self._gradients = [job.gradient.tensor for job in jobs]
         self._wide = any(gradient.dtype == torch.float64 for gradient in self._gradients)
-        self._host = on_host(self._views[0].home[0])
+        self._device = self._views[0].home[0]
+        self._host = on_host(self._device)
         self._groups = grouped(self._views) if self._host else None
 
     def renew(self, parameters: list[Tensor], gradients: list[Any], _: list[int]) -> bool:
@@ -521,7 +522,7 @@ class _Chunk:
 
     def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
         """Return norms and limits of all units (AGC-1)."""
-        thresholds = [_threshold(entry, step) for entry in self._entries]
+        thresholds = _at(self._entries, step, self._device)
         # Of one threshold, unless a mesh has more, where no norm is taken again.
         least = thresholds[0] if isinstance(thresholds[0], float) else 0.0
         lower = min(least, 1.0) * rule.eps
@@ -630,6 +631,7 @@ class _LaunchedChunk:
 
     def __init__(self, jobs: list[_Job], table: fused.Table) -> None:
         self._table, self._entries = table, _thresholds(jobs)[0]
+        self._device = jobs[0].gradient.home[0]
         self._counts, self._addresses = _counts(jobs), _Addresses(jobs)
 
     def renew(self, _: list[Tensor], gradients: list[Any], addresses: list[int]) -> bool:
@@ -643,7 +645,7 @@ class _LaunchedChunk:
         """Return norms and limits of all units (AGC-1)."""
         self._decision = self._table.decide(
             self._table.upload(self._addresses.now),
-            [_threshold(entry, step) for entry in self._entries],
+            _at(self._entries, step, self._device),
             eps=rule.eps,
             div_eps=rule.div_eps,
             grad_scale=grad_scale,
@@ -700,7 +702,7 @@ class _SharedChunk(_Chunk):
         self._decision = self._table.decide(
             addresses,
             sum_over(mesh, shares, range(mesh.ndim)),
-            [_threshold(entry, step) for entry in self._entries],
+            _at(self._entries, step, self._device),
             eps=rule.eps,
             div_eps=rule.div_eps,
             grad_scale=grad_scale,
@@ -772,9 +774,17 @@ def _sizes(jobs: list[_Job]) -> list[int]:
     return sizes
 
 
-def _threshold(entry: PlanEntry, step: Step) -> float | Tensor:
-    assert entry.clipping is not None  # only what is clipped becomes a job
-    return value_at(f"clipping of {entry.name!r}", entry.clipping, step)
+def _at(entries: list[PlanEntry], step: Step, device: torch.device) -> list[float | Tensor]:
+    """Return the thresholds of entries at a step (AGC-10)."""
+    thresholds: list[float | Tensor] = []
+    for entry in entries:
+        assert entry.clipping is not None  # only what is clipped becomes a job
+        value = value_at(f"clipping of {entry.name!r}", entry.clipping, step)
+        if callable(entry.clipping) and not isinstance(value, Tensor) and not on_host(device):
+            # A fill: to send a number that is another one in every step would be a host sync.
+            value = torch.full((), value, dtype=wide(device), device=device)
+        thresholds.append(value)
+    return thresholds
 
 
 def _counts(jobs: list[_Job]) -> list[tuple[str, int]]:

@@ -463,7 +463,7 @@ class _AnyTable:
     ) -> Decision:
         one = _numbers((1.0,), self._device)
         if any(isinstance(threshold, Tensor) for threshold in thresholds):
-            limits = torch.stack([torch.as_tensor(value).to(one.view(())) for value in thresholds])
+            limits = torch.stack([_scalar(value, one) for value in thresholds])
         else:
             limits = _numbers(tuple(map(float, thresholds)), self._device)
         scale = one if grad_scale is None else grad_scale.to(one)
@@ -721,6 +721,11 @@ def _sent(addresses: list[int], device: torch.device) -> Tensor:
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Make a GPU the one that Triton launches on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """Return a scalar on the device of another, without a copy from the host."""
+    return value.to(like.view(())) if isinstance(value, Tensor) else like.new_full((), value)
 
 
 @lru_cache(maxsize=256)

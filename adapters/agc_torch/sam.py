@@ -52,7 +52,7 @@ from agc_torch.passes import (
     watch,
     worst,
 )
-from agc_torch.schedules import value_at
+from agc_torch.schedules import is_recorded, value_at
 from agc_torch.shards import is_dtensor, local
 from agc_torch.units import named_parameters, unwrap, with_ties
 
@@ -395,6 +395,12 @@ class SharpnessAware:
         if not optimizers:
             raise ParameterError("step() got an empty list of optimizers; give at least one")
         self._check_batch(closure, batch)
+        if is_recorded():
+            raise ConfigError(
+                "a CUDA graph cannot record a whole step of SAM, which sets the generators of random "
+                "numbers and counts on the host: record the closure's forward and backward pass, "
+                "and call step() outside"
+            )
         if not self._lock.acquire(blocking=False):
             raise OrderError("a step of this SharpnessAware is already under way")
         try:
@@ -558,12 +564,14 @@ class SharpnessAware:
             return
         self._refusal.remove()
         with torch.no_grad():
-            plain = [pair for pair in backup if type(pair[0]) is Tensor]
-            if plain:
-                torch._foreach_copy_(*zip(*plain, strict=True))  # many tensors a launch
+            alike: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
             for weight, copy in backup:
-                if type(weight) is not Tensor:
+                if type(weight) is Tensor:
+                    alike.setdefault((weight.device, weight.dtype), []).append((weight, copy))
+                else:
                     weight.copy_(copy)
+            for group in alike.values():
+                torch._foreach_copy_(*zip(*group, strict=True))  # many tensors a launch
         forget_weights(self.model)
 
     def _may_step(self, ascent: _Ascent, reach: _Reach, *, poison: bool = False) -> bool:

@@ -174,6 +174,24 @@ class TestPoisonedAscent:
         train.by_hand()
         assert leaves(train.gradient()).all()
 
+    @pytest.mark.parametrize(
+        "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64]
+    )
+    @pytest.mark.parametrize("poisoned", [False, True])
+    def test_gradients_of_a_step_that_is_not_skipped_keep_their_bits(self, poisoned, dtype):
+        values = torch.tensor([-0.0, 2.0**-24, -1.5, torch.inf]).to(dtype)
+        if dtype.is_complex:
+            values = torch.complex(values.real, values.real.flip(0))
+        model = nn.ParameterList([torch.zeros(4, dtype=dtype)])
+        (weight,) = model.parameters()
+        weight.grad = torch.full((4,), torch.inf if poisoned else 1.0).to(dtype)
+        with SharpnessAware(model, SAM()).perturbed():
+            weight.grad = values.clone()
+        if poisoned:
+            assert weight.grad.isnan().all()
+        else:
+            assert torch.equal(weight.grad.view(torch.uint8), values.view(torch.uint8))
+
     @pytest.mark.parametrize("poisoned", [False, True])
     def test_a_scaler_sees_it_in_sparse_gradients_too(self, poisoned):
         torch.manual_seed(0)
@@ -677,6 +695,61 @@ class TestVerify(VerifyContract):
 
 def autocast(enabled=True):
     return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+class Replayed:
+    """A closure as a CUDA graph replays it: the loss of every pass is in the same memory."""
+
+    def __init__(self, train):
+        self.closure = train.closure
+        self.loss = torch.zeros((), dtype=torch.float64)
+
+    def __call__(self, *batch):
+        return self.loss.copy_(self.closure(*batch).detach())
+
+
+def test_the_clean_loss_outlives_the_second_pass():
+    train, replayed = Trainer(FAR), Trainer(FAR)
+    wanted = train.sam.step(train.optimizer, train.closure)
+    assert replayed.sam.step(replayed.optimizer, Replayed(replayed)) == wanted
+    assert replayed.sam.stats().sharpness == train.sam.stats().sharpness > 0.1
+
+
+def test_no_graph_records_a_whole_step(monkeypatch):
+    train = Trainer()
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    with pytest.raises(ConfigError, match="a CUDA graph cannot record a whole step of SAM"):
+        train.sam.step(train.optimizer, train.closure)
+    assert train.sam.count == 0
+
+
+def test_several_devices_and_dtypes_in_few_launches(monkeypatch):
+    """One operation takes many tensors a launch if they are of one device and dtype."""
+    monkeypatch.setattr("agc_torch.ascent.on_host", lambda device: False)
+    norms, copies = [], []
+    norm, copy_ = torch._foreach_norm, torch._foreach_copy_
+
+    def kinds(tensors):
+        return {(tensor.device.type, tensor.dtype) for tensor in tensors}
+
+    monkeypatch.setattr(
+        "torch._foreach_norm", lambda t, *how: (norms.append(kinds(t)), norm(t, *how))[1]
+    )
+    monkeypatch.setattr(
+        "torch._foreach_copy_", lambda t, of: (copies.append(kinds(t)), copy_(t, of))[1]
+    )
+    of = [("meta", torch.float32), ("cpu", torch.float32), ("cpu", torch.bfloat16)]
+    model = nn.ParameterList(torch.zeros(4, 4, device=d, dtype=dtype) for d, dtype in of * 2)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    sam = SharpnessAware(model, SAM(rho=0.1))
+    sam._ascent(sam._reach(()))
+    # Between the two, a factor without a value would have to leave its device.
+    sam._backup = [(p.detach(), torch.empty_like(p)) for p in model.parameters()]
+    sam._refusal = SimpleNamespace(remove=lambda: None)
+    sam._restore()
+    assert norms == copies == [{one} for one in of]
 
 
 class TestNothingOutlivesTheWeights:

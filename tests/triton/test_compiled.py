@@ -384,8 +384,10 @@ def test_sam_compiles_nothing_late(driver: Driver) -> None:
     for count in COUNTS:
         moves = [fused.Move(torch.ones(9, 8), torch.ones(9, 8), False) for _ in range(count)]
         assert all(move.fits for move in moves)
-        fused.gradient_norm(moves, 0.0)
-        fused.perturb(moves, factor, 0.0)
+        way = fused.Moves(moves, 0.0)
+        weights, gradients = [move.weight for move in moves], [move.gradient for move in moves]
+        way.norm(weights, gradients)
+        way.perturb(weights, gradients, factor)
     assert driver.late == []
     assert driver.launched.count("perturb_kernel") == len(COUNTS)
     assert variants("norm") == variants("perturb") == 1

@@ -253,7 +253,7 @@ def test_sam_with_the_gradient_of_an_imaginary_part(
     model = nn.ParameterDict({"imaginary": torch.tensor(2.0)})
     (weight,) = model.parameters()
     sharpness = SharpnessAware(model, SAM(rho=0.5))
-    weight.grad = torch.tensor(2.0)
+    weight.grad = torch.tensor([0.0, 2.0])[1]  # not at a multiple of 16 bytes either
     with sharpness.perturbed():  # which remembers what is the same in the next step
         assert weight.item() == 2.5
     weight.grad = None

@@ -228,8 +228,7 @@ class Direction:
         backup += [(weight, weight.clone()) for weight in _at(self._weights, parts.moved)]
         for _, places, moves in parts.launched:
             weights, gradients = self._of(places)
-            copies = moves.perturb(weights, gradients, factor.to(weights[0].device))
-            backup += zip(weights, copies, strict=True)
+            moves.perturb(weights, gradients, factor.to(weights[0].device), backup)
         if not known:
             # 0 * inf is NaN: a gradient that is not finite must not reach the weights for one pass.
             for direction in _at(self._gradients, parts.moved):

@@ -980,9 +980,13 @@ class Moves:
         return torch.cat(sums).sum().sqrt()
 
     def perturb(
-        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], factor: Tensor
-    ) -> list[Tensor]:
-        """Move weights to ``w + e``, and return copies of what they were (SAM-1, SAM-10).
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        factor: Tensor,
+        backup: list[tuple[Tensor, Tensor]],
+    ) -> None:
+        """Move weights to ``w + e`` (SAM-1, SAM-10).
 
         Parameters
         ----------
@@ -991,11 +995,9 @@ class Moves:
         factor : scalar Tensor of float64
             What gradients are multiplied by; 0 leaves the weights alone, whatever the gradients
             are.
-
-        Returns
-        -------
-        list of Tensor
-            Each laid out like its weight; in one stretch of memory for each dtype.
+        backup : list of (Tensor, Tensor)
+            Where each weight that is moved is put with a copy of what it was, laid out like it; the
+            copies are in one stretch of memory for each dtype.
         """
         from agc_torch.triton_kernels import perturb_kernel
 
@@ -1010,19 +1012,15 @@ class Moves:
             flat[dtype].as_strided(shape, stride, start)
             for dtype, shape, stride, start in self._copies
         ]
-        for kind, places, tiles, counts in self._groups:
-            addresses = _addresses(places, weights, gradients, copies)
+        # All memory is there before a weight is moved: it may be the last that the GPU has.
+        columns = weights, gradients, copies
+        sent = [_sent(_addresses(one.places, *columns), self._device) for one in self._groups]
+        for (kind, places, tiles, counts), addresses in zip(self._groups, sent, strict=True):
             with _on(self._device):
                 perturb_kernel[(len(tiles),)](
-                    _sent(addresses, self._device),
-                    counts,
-                    tiles,
-                    len(places),
-                    factor,
-                    self._eta,
-                    **kind.constants,
+                    addresses, counts, tiles, len(places), factor, self._eta, **kind.constants
                 )
-        return copies
+            backup += [(weights[place], copies[place]) for place in places]
 
 
 def _addresses(places: Sequence[int], *columns: Sequence[Tensor]) -> list[int]:

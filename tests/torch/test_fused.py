@@ -144,7 +144,7 @@ def test_what_a_graph_reads_stays(recorded: bool, monkeypatch: pytest.MonkeyPatc
         table.decide(table.upload(addresses_of(tensors)), [0.1], eps=1e-3)
         way = fused.Moves([move], 0.01)
         way.norm([move.weight], [move.gradient])
-        way.perturb([move.weight], [move.gradient], factor)
+        way.perturb([move.weight], [move.gradient], factor, [])
 
     step(made)
     with monkeypatch.context() as patch:

@@ -387,7 +387,7 @@ def test_sam_compiles_nothing_late(driver: Driver) -> None:
         way = fused.Moves(moves, 0.0)
         weights, gradients = [move.weight for move in moves], [move.gradient for move in moves]
         way.norm(weights, gradients)
-        way.perturb(weights, gradients, factor)
+        way.perturb(weights, gradients, factor, [])
     assert driver.late == []
     assert driver.launched.count("perturb_kernel") == len(COUNTS)
     assert variants("norm") == variants("perturb") == 1

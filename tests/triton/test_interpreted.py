@@ -264,6 +264,38 @@ def test_sam_with_the_gradient_of_an_imaginary_part(
         assert weight.item() == 2.5
 
 
+@pytest.mark.parametrize("what", ["memory", "launch"])
+def test_sam_whose_perturbation_fails_half_way(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the second of two launches, for want of memory or by Ctrl-C; nothing stays perturbed."""
+    on_kernels(monkeypatch, WAYS[0])
+    weights = [torch.full((3, 4), 2.0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    model = nn.ParameterList(weights)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    sharpness = SharpnessAware(model, SAM(rho=0.5))
+    with sharpness.perturbed():  # compiles
+        assert all((parameter != 2).all() for parameter in model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    owner, name = {
+        "memory": (fused, "_sent"),
+        "launch": (triton_kernels.perturb_kernel, "run"),
+    }[what]
+    run, calls = getattr(owner, name), []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        if len(calls) == {"memory": 4, "launch": 2}[what]:  # two are the norm's
+            raise torch.OutOfMemoryError
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fails)
+    with pytest.raises(torch.OutOfMemoryError), sharpness.perturbed():
+        pass
+    assert all((parameter == 2).all() for parameter in model.parameters())
+    assert not sharpness.is_perturbed
+
+
 SAM_CASES = {
     "matrix": (64, 80),
     "ragged": (37, 131),
@@ -303,7 +335,10 @@ def test_sam_moves_weights(dtypes: tuple[torch.dtype, ...], poisoned: bool, adap
     made = fused.Moves(moves, 0.01)
     tensors = [move.weight for move in moves], [move.gradient for move in moves]
     torch.testing.assert_close(made.norm(*tensors), norm, rtol=1e-14, atol=0, equal_nan=True)
-    copies = made.perturb(*tensors, factor)
+    backup: list[tuple[Tensor, Tensor]] = []
+    made.perturb(*tensors, factor, backup)
+    saved = {id(weight): copy for weight, copy in backup}
+    copies = [saved[id(weight)] for weight in tensors[0]]
     for move, old, copy in zip(moves, before, copies, strict=True):
         assert copy.stride() == move.weight.stride()
         assert torch.equal(copy, old)

@@ -15,7 +15,7 @@ from agc.config import SAM
 from agc.errors import ParameterError
 from agc.plan import WHOLE
 from agc_torch import fused
-from agc_torch.norms import Groups, all_norms, grouped, kind, on_host
+from agc_torch.norms import Groups, all_norms, grouped, kind, on_host, wide
 from agc_torch.shards import is_dtensor, local, norm_over, shard_axes
 from agc_torch.views import View, layout
 
@@ -167,7 +167,9 @@ class Direction:
         return bool(self._weights)
 
     def norm(self, candidates: Iterable[Tensor]) -> Tensor | None:
-        """Global norm of ``T g``, without a copy of the gradients, in float64 (SAM-1, SAM-10).
+        """Global norm of ``T g``, without a copy of the gradients (SAM-1, SAM-10).
+
+        It is in float64, or in float32 on a GPU that has no other.
 
         On a CPU float32 is added as :mod:`agc_torch.norms` does.
 
@@ -192,7 +194,8 @@ class Direction:
                 held[shards].append(all_norms(views, self._of(places)[1], 0.0, groups))
             for shards, places in parts.elsewhere:
                 # In float64 without a copy, many tensors a launch.
-                norms = torch._foreach_norm(self._of(places)[1], 2, torch.float64)
+                gradients = self._of(places)[1]
+                norms = torch._foreach_norm(gradients, 2, wide(gradients[0].device))
                 held[shards].append(torch.stack(norms))
             for shards, place in parts.in_blocks:
                 held[shards].append(_norm_of(self._scaled_blocks(place)))
@@ -225,8 +228,7 @@ class Direction:
         backup += [(weight, weight.clone()) for weight in _at(self._weights, parts.moved)]
         for _, places, moves in parts.launched:
             weights, gradients = self._of(places)
-            copies = moves.perturb(weights, gradients, factor.to(weights[0].device))
-            backup += zip(weights, copies, strict=True)
+            moves.perturb(weights, gradients, factor.to(weights[0].device), backup)
         if not known:
             # 0 * inf is NaN: a gradient that is not finite must not reach the weights for one pass.
             for direction in _at(self._gradients, parts.moved):
@@ -258,7 +260,8 @@ class Direction:
             if self._parts.adaptive[place]:
                 # As wide as the norm: in half precision the product would leave the range.
                 size = g.abs() if g.is_complex() else g
-                g = w.abs().double().add_(self._parts.eta).mul_(size.double())
+                dtype = wide(w.device)
+                g = w.abs().to(dtype).add_(self._parts.eta).mul_(size.to(dtype))
             yield g
 
 
@@ -271,7 +274,7 @@ def _is_plain(move: fused.Move) -> bool:
     gradient = move.gradient
     if move.adaptive or gradient.is_complex() or type(gradient) is not Tensor:
         return False
-    return bool(gradient.device.type != "mps" and gradient.numel())
+    return bool(gradient.numel())
 
 
 def _is_straight(move: fused.Move) -> bool:
@@ -295,11 +298,11 @@ def _blocks(weight: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def _norm_of(blocks: Iterator[Tensor]) -> Tensor:
-    """Norm of a tensor that comes in blocks, in float64."""
+    """Norm of a tensor that comes in blocks, in float64 if there is any."""
     norms = []
     for block in blocks:
         real = torch.view_as_real(block) if block.is_complex() else block
-        norms.append(torch.linalg.vector_norm(real, dtype=torch.float64))
+        norms.append(torch.linalg.vector_norm(real, dtype=wide(real.device)))
     return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
 
 
@@ -311,7 +314,8 @@ def _shards(parameter: Any) -> Shards | None:
 
 def _norm_over(mesh: Any, axes: Sequence[int], norms: Sequence[Tensor]) -> Tensor:
     """Norm of DTensors from those of this process's shards; replicas hold the same numbers."""
-    squares = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
+    device = torch.device(mesh.device_type)
+    squares = torch.zeros((), dtype=wide(device), device=device)
     if norms:
         flat = torch.cat([norm.view(-1) for norm in norms])
         squares = torch.linalg.vector_norm(flat).square()

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.linalg import vector_norm
 
 from agc import AGC, Plan
@@ -633,13 +634,17 @@ class _LaunchedChunk:
         self._table, self._entries = table, _thresholds(jobs)[0]
         self._device = jobs[0].gradient.home[0]
         self._counts, self._addresses = _counts(jobs), _Addresses(jobs)
+        self._places = [job.place for job in jobs]
+        self._gradients = [job.gradient.tensor for job in jobs]
 
     def renew(self, _: list[Tensor], gradients: list[Any], addresses: list[int]) -> bool:
         """Take the tensors of another step; return whether the kernels' loads fit them."""
+        self._gradients = _taken(gradients, self._places)
         return self._addresses.renew(gradients, addresses)
 
     def release(self) -> None:
-        """Let go of nothing: a table needs addresses alone."""
+        """Let go of all tensors."""
+        self._gradients = []
 
     def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
         """Return norms and limits of all units (AGC-1)."""
@@ -655,6 +660,7 @@ class _LaunchedChunk:
     def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:  # noqa: ARG002
         """Multiply clipped units by their scales, in place, with one rounding (AGC-2 to AGC-4)."""
         self._table.scale(self._decision, zero=zero)
+        increment_version(self._gradients)
 
 
 class _SharedChunk(_Chunk):
@@ -712,6 +718,7 @@ class _SharedChunk(_Chunk):
     def scale(self, numbers: UnitNumbers, *, zero: bool) -> None:
         """Multiply clipped units by their scales, in place, with one rounding (AGC-2 to AGC-4)."""
         self._table.scale(self._decision, zero=zero)
+        increment_version(self._gradients)
         if self._written:
             super().scale(numbers, zero=zero)
 

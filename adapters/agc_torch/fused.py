@@ -22,7 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from agc.errors import OrderError
 from agc.nfnet import WS_EPS, WsDtype, WsEps
 from agc.units import UnitAxes
 from agc_torch.views import ShardUnits
@@ -67,6 +69,8 @@ _PIECES: Final = 32
 """Pieces of a unit that are added up one after the other; more are added up side by side."""
 _MANY: Final = 1024
 """Pieces added up side by side."""
+_LARGEST: Final = (1 << 31) - (1 << 15)
+"""Elements that int32 counts, up to the end of the last program's piece."""
 
 
 class Tile(NamedTuple):
@@ -140,6 +144,11 @@ class Part(NamedTuple):
         return self.order[1] * self.order[3]
 
     @property
+    def pieces(self) -> int:
+        """Pieces of a unit, each of which has a sum of squares."""
+        return -(-self.length // self.tile.piece)
+
+    @property
     def lanes(self) -> int:
         """Elements in the widest load that every access to the tensor allows; 1 for no such."""
         lanes = _WIDE_LOAD // self.dtype.itemsize
@@ -187,8 +196,8 @@ def memory_order(
 ) -> tuple[int, int, int, int] | None:
     """Return the sizes ``G, I, O, K`` of a tensor in memory order, whose units are ``(G, O)``.
 
-    None for a tensor that is empty, has 2**31 elements or more, has holes or overlaps, or whose
-    units are spread further or lie in another order.
+    None for a tensor that is empty, has more elements than int32 counts, has holes or overlaps, or
+    whose units are spread further or lie in another order.
 
     Examples
     --------
@@ -203,7 +212,7 @@ def memory_order(
         if strides[axis] != distance:
             return None
         distance *= shape[axis]
-    if not 0 < distance < 1 << 31:
+    if not 0 < distance <= _LARGEST:
         return None
     kept = [axis for axis in axes if axis not in reduce]
     if kept != sorted(kept):
@@ -221,8 +230,8 @@ def memory_order(
     return sizes[0], sizes[1], sizes[2], sizes[3]
 
 
-class _Launch(NamedTuple):
-    """Tiles of one kind: all, and those of gradients; and what its kernels are compiled for."""
+class _Tiles(NamedTuple):
+    """Tiles of one launch: all, and those of gradients; and what its kernels are compiled for."""
 
     tiles: Tensor
     gradients: Tensor
@@ -263,7 +272,7 @@ class _Walk:
         Units and pieces of all tensors.
     firsts : Tensor of int64, shape (parameters,)
         The first unit of each gradient.
-    launches : list of _Launch
+    groups : list of _Tiles
     """
 
     def __init__(self, parts: Sequence[tuple[Part, Part]], device: torch.device) -> None:
@@ -271,7 +280,7 @@ class _Walk:
         if _float64_is_fast(device):
             parts = [(w._replace(exact=True), g._replace(exact=True)) for w, g in parts]
         tensors = [weight for weight, _ in parts] + [gradient for _, gradient in parts]
-        pieces = np.array([-(-part.length // part.tile.piece) for part in tensors])
+        pieces = np.array([part.pieces for part in tensors])
         units = np.array([part.units for part in tensors])
         starts = np.cumsum(units * pieces) - units * pieces
         self.places = np.stack([starts, pieces, units], -1)
@@ -282,62 +291,61 @@ class _Walk:
         for index, (part, start) in enumerate(zip(tensors, starts.tolist(), strict=True)):
             weights, gradients = tiles.setdefault(part.kind, ([], []))
             (weights if index < self._pairs else gradients).append(_tiles(part, index, start))
-        self.launches = []
+        self.groups = []
         for kind, (weights, gradients) in tiles.items():
             both = _put(np.concatenate(weights + gradients), device)
             mine = both[sum(map(len, weights)) :]
-            self.launches.append(_Launch(both, mine, constants(kind), kind.exact))
+            self.groups.append(_Tiles(both, mine, constants(kind), kind.exact))
         self._sizes = _put([(p.units, p.length, *p.order[1:]) for p in tensors], device, np.int64)
-        self.uploaded: tuple[object, Tensor] = (None, _put([0] * len(tensors), device, np.int64))
+        # As a CUDA graph has them, so that it finds what that takes loaded.
+        self.uploaded: tuple[object, Tensor] = (None, _in_arguments([0] * len(tensors), device))
 
     def upload(self, addresses: list[int]) -> Tensor:
         """Return the addresses of all tensors on the device; they are written if they changed."""
+        if _is_recorded(self._device):
+            return _sent(addresses, self._device)
         gpu = self._device.type == "cuda"
         known = addresses, torch.cuda.current_stream(self._device) if gpu else None
-        if self.uploaded[0] != known:
-            sent = _sent(addresses, self._device)
-            if gpu and torch.cuda.is_current_stream_capturing():
-                return sent
-            self.uploaded = known, sent
-        return self.uploaded[1]
+        uploaded = self.uploaded  # which another thread, with tensors of its own, may replace
+        if uploaded[0] != known:
+            self.uploaded = uploaded = known, _sent(addresses, self._device)
+        return uploaded[1]
 
-    def squares(self, addresses: Tensor, *, warmup: bool = False) -> Tensor:
+    def squares(self, addresses: Tensor, *, launch: bool = True) -> Tensor:
         """Return the sums of squares of all units, or of each of their pieces."""
         from agc_torch.triton_kernels import norms_kernel
 
         sums = torch.empty(self.sums, dtype=torch.float64, device=self._device)
-        for launch in self.launches:
+        for group in self.groups:
             norms_kernel.run(
                 addresses,
                 self._sizes,
-                launch.tiles,
+                group.tiles,
                 sums,
-                **launch.constants,
-                EXACT=launch.exact,
-                grid=(len(launch.tiles),),
-                warmup=warmup,
+                **group.constants,
+                EXACT=group.exact,
+                grid=(len(group.tiles) if launch else 0,),
+                warmup=False,
             )
         return sums
 
-    def scale(
-        self, addresses: Tensor, factors: Tensor, *, zero: bool, warmup: bool = False
-    ) -> None:
+    def scale(self, addresses: Tensor, factors: Tensor, *, zero: bool, launch: bool = True) -> None:
         """Multiply all gradients by their units' factors."""
         from agc_torch.triton_kernels import scale_kernel
 
-        for launch in self.launches:
-            if tiles := len(launch.gradients):
+        for group in self.groups:
+            if tiles := len(group.gradients):
                 scale_kernel.run(
                     addresses,
                     self._sizes,
-                    launch.gradients,
+                    group.gradients,
                     self.firsts,
                     factors,
                     self._pairs,
-                    **launch.constants,
+                    **group.constants,
                     ZERO=zero,
-                    grid=(tiles,),
-                    warmup=warmup,
+                    grid=(tiles if launch else 0,),
+                    warmup=False,
                 )
 
 
@@ -361,7 +369,7 @@ class _Judge:
         self._pair_U = _put(np.repeat(np.arange(self._pairs), counts), device)
         self._firsts = _put(np.cumsum(counts) - counts, device, np.int64)
         self._rules = _put(rules, device)
-        self.launches = _additions(np.repeat(pieces, counts), device)
+        self.additions = _additions(np.repeat(pieces, counts), device)
 
     def decide(
         self,
@@ -371,13 +379,13 @@ class _Judge:
         eps: float,
         div_eps: float,
         *,
-        warmup: bool = False,
+        launch: bool = True,
     ) -> Tensor:
         """Return floor, limit, gradient norm and factor of every unit."""
         from agc_torch.triton_kernels import decide_kernel
 
         numbers = sums.new_empty(4, self.units)
-        for chosen, units, pieces in self.launches:
+        for chosen, units, pieces in self.additions:
             decide_kernel.run(
                 sums,
                 self._places,
@@ -395,8 +403,8 @@ class _Judge:
                 numbers,
                 SUMS=units,
                 PIECES=pieces,
-                grid=(-(-len(chosen) // units),),
-                warmup=warmup,
+                grid=(-(-len(chosen) // units) if launch else 0,),
+                warmup=False,
             )
         return numbers
 
@@ -419,6 +427,7 @@ class _AnyTable:
             Of all weights, then of all gradients, in the order of the table's parts and laid out
             like them.
         """
+        _keep(self._device, self)
         return self._walk.upload(addresses)
 
     def scale(self, decision: Decision, *, zero: bool) -> None:
@@ -436,19 +445,22 @@ class _AnyTable:
             self._walk.scale(decision.addresses, factors, zero=zero)
 
     def compile(self) -> None:
-        """Compile all kernels and launch nothing, so that a failure leaves all gradients alone."""
+        """Compile and load all kernels, so that a failure leaves all gradients alone.
+
+        Launches of no programs do that, and a CUDA graph can record kernels that are loaded.
+        """
         one, addresses = _numbers((1.0,), self._device), self._walk.uploaded[1]
         with _on(self._device):
-            sums = self._add(self._walk.squares(addresses, warmup=True), warmup=True)
-            numbers = self._judge.decide(sums, one, one, 0.0, 0.0, warmup=True)
+            sums = self._add(self._walk.squares(addresses, launch=False), launch=False)
+            numbers = self._judge.decide(sums, one, one, 0.0, 0.0, launch=False)
             for zero in (False, True):
-                self._walk.scale(addresses, numbers[3], zero=zero, warmup=True)
+                self._walk.scale(addresses, numbers[3], zero=zero, launch=False)
 
     def _factors(self, factors: Tensor) -> Tensor:
         """Return the factors of what the gradients here consist of, from those of all units."""
         return factors
 
-    def _add(self, sums: Tensor, *, warmup: bool = False) -> Tensor:  # noqa: ARG002
+    def _add(self, sums: Tensor, *, launch: bool = True) -> Tensor:  # noqa: ARG002
         """Return what is decided on, from the sums of squares of tiles."""
         return sums
 
@@ -498,8 +510,8 @@ class Table(_AnyTable):
         self._walk = _Walk(parts, device)
         self._judge = _Judge(self._walk.places, rules, device)
         self.units = self._judge.units
-        scaled = sum(len(launch.gradients) > 0 for launch in self._walk.launches)
-        self.launches = len(self._walk.launches) + len(self._judge.launches) + scaled
+        scaled = sum(len(group.gradients) > 0 for group in self._walk.groups)
+        self.launches = len(self._walk.groups) + len(self._judge.additions) + scaled
 
     def decide(
         self,
@@ -631,7 +643,7 @@ class SharedTable(_AnyTable):
     def _factors(self, factors: Tensor) -> Tensor:
         return factors.index_select(0, self._of_local)
 
-    def _add(self, sums: Tensor, *, warmup: bool = False) -> Tensor:
+    def _add(self, sums: Tensor, *, launch: bool = True) -> Tensor:
         from agc_torch.triton_kernels import share_kernel
 
         shares = sums.new_empty(self._shares)
@@ -645,8 +657,8 @@ class SharedTable(_AnyTable):
                 shares,
                 SUMS=units,
                 PIECES=pieces,
-                grid=(-(-len(chosen) // units),),
-                warmup=warmup,
+                grid=(-(-len(chosen) // units) if launch else 0,),
+                warmup=False,
             )
         return shares
 
@@ -665,6 +677,7 @@ def _additions(pieces: Array, device: torch.device) -> list[tuple[Tensor, int, i
 
 
 def _put(values: Any, device: torch.device, dtype: npt.DTypeLike = np.int32) -> Tensor:
+    _check_not_recorded(device)
     return torch.from_numpy(np.ascontiguousarray(values, dtype)).to(device)
 
 
@@ -672,12 +685,15 @@ def _put(values: Any, device: torch.device, dtype: npt.DTypeLike = np.int32) -> 
 def table(
     parts: tuple[tuple[Part, Part], ...], rules: tuple[int, ...], device: torch.device
 ) -> Table | None:
-    """Return the table of some parameters, whose kernels compile; None if they do not.
+    """Return the table of some parameters; None if int32 does not count its units.
 
-    Then a warning says why, once, and :func:`available` is False from now on.
+    None too if its kernels do not compile. Then a warning says why, once, and :func:`available` is
+    False from now on.
     """
+    if not _countable(parts, sum(gradient.units for _, gradient in parts)):
+        return None
     made = Table(parts, rules, device)
-    return made if _compiles(made.compile) else None
+    return made if _compiles(made.compile, device) else None
 
 
 @lru_cache(maxsize=64)
@@ -685,12 +701,20 @@ def shared_table(
     members: tuple[Member, ...], counts: tuple[int, ...], device: torch.device
 ) -> SharedTable | None:
     """Return the table of some shards, whose kernels compile; None as for :func:`table`."""
+    if not _countable([(one.weight, one.gradient) for one in members], sum(counts)):
+        return None
     made = SharedTable(members, counts, device)
-    return made if _compiles(made.compile) else None
+    return made if _compiles(made.compile, device) else None
 
 
-def _compiles(compile_kernels: Callable[[], None]) -> bool:
+def _countable(parts: Sequence[tuple[Part, Part]], units: int) -> bool:
+    """Tell whether int32 counts the sums of squares of tensors, and the four numbers of units."""
+    return max(4 * units, sum(p.units * p.pieces for pair in parts for p in pair)) <= _LARGEST
+
+
+def _compiles(compile_kernels: Callable[[], None], device: torch.device) -> bool:
     """Tell whether kernels compile; if not, say why, and turn all of them off."""
+    _check_not_recorded(device)
     try:
         compile_kernels()
     except Exception as error:  # whatever the compiler, the driver or the disk has to say
@@ -705,17 +729,51 @@ def _compiles(compile_kernels: Callable[[], None]) -> bool:
     return True
 
 
-_captured: list[Tensor] = []
-"""Memory that CUDA graphs copy from in every replay."""
+_recorded: Final[dict[int, object]] = {}
+"""What CUDA graphs read in every replay, by its id."""
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Tell whether a CUDA graph records what is launched on a device now."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_current_stream_capturing())
+
+
+def _check_not_recorded(device: torch.device) -> None:
+    """Refuse to compile, and to copy from the host, where a CUDA graph is recorded."""
+    if _is_recorded(device):
+        raise OrderError(
+            "a CUDA graph cannot record the first time that AGC, SAM or weight standardisation meets "
+            "tensors of these shapes and dtypes: take a few steps before, on a side stream, as "
+            "PyTorch asks for anyway"
+        )
+
+
+def _keep(device: torch.device, *read: object) -> None:
+    """Keep what launches read for as long as a graph may repeat them, whatever caches drop."""
+    if _is_recorded(device):
+        _recorded.update((id(one), one) for one in read)
 
 
 def _sent(addresses: list[int], device: torch.device) -> Tensor:
-    """Return numbers on the device, without waiting for it."""
-    pinned = device.type == "cuda"
-    host = torch.tensor(addresses, dtype=torch.int64, pin_memory=pinned)
-    if pinned and torch.cuda.is_current_stream_capturing():
-        _captured.append(host)
+    """Return addresses on the device, without waiting for it."""
+    if _is_recorded(device):
+        # A copy from the host would be repeated from memory that has to stay, and that releases of
+        # PyTorch cannot pin while they record.
+        return _in_arguments(addresses, device)
+    host = torch.tensor(
+        addresses, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda"
+    )
     return host.to(device, non_blocking=True)
+
+
+def _in_arguments(addresses: list[int], device: torch.device) -> Tensor:
+    """Return addresses on the device, where they come as arguments of kernels."""
+    sent = torch.zeros(len(addresses), dtype=torch.int64, device=device)
+    torch._foreach_add_(sent.unbind(), addresses)
+    return sent
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -728,17 +786,22 @@ def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
     return value.to(like.view(())) if isinstance(value, Tensor) else like.new_full((), value)
 
 
-@lru_cache(maxsize=256)
 def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    """Return numbers that are the same in many steps."""
+    made = _made(values, device)
+    _keep(device, made)
+    return made
+
+
+@lru_cache(maxsize=256)
+def _made(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return _put(values, device, np.float64)
 
 
 def _tiles(part: Part, index: int, start: int) -> Array:
     """Return the tiles of a tensor: its index, first unit, piece, and place of the sum."""
-    tile = part.tile
-    pieces = -(-part.length // tile.piece)
-    first = np.arange(0, part.units, tile.units)
-    unit, piece = np.repeat(first, pieces), np.tile(np.arange(pieces), len(first))
+    first = np.arange(0, part.units, part.tile.units)
+    unit, piece = np.repeat(first, part.pieces), np.tile(np.arange(part.pieces), len(first))
     return np.stack([np.full_like(unit, index), unit, piece, start + piece * part.units + unit], -1)
 
 
@@ -811,8 +874,8 @@ class Move:
         weight, gradient = self.weight, self.gradient
         return (
             available(weight.device)
-            and type(weight) in _PLAIN
-            and type(gradient) in _PLAIN
+            and has_memory(weight)
+            and has_memory(gradient)
             and weight.dtype in _triton_dtypes()
             and gradient.dtype in _triton_dtypes()
             and weight.stride() == gradient.stride()
@@ -845,10 +908,9 @@ def _moving_compiles(kind: MoveKind, device: torch.device) -> bool:
         places = counts, counts, counts.int(), 1
         with _on(device):
             for kernel in (norm_kernel, perturb_kernel):
-                kernel.run(*places, number, number, **kind.constants, **warmup)
+                kernel.run(*places, number, number, **kind.constants, grid=(0,), warmup=False)
 
-    warmup: dict[str, Any] = {"grid": (1,), "warmup": True}
-    return _compiles(compile_kernels)
+    return _compiles(compile_kernels, device)
 
 
 class _Group(NamedTuple):
@@ -900,6 +962,7 @@ class Moves:
         """Return the norm of gradients, those of ASAM times ``|w| + eta``: a scalar in float64."""
         from agc_torch.triton_kernels import norm_kernel
 
+        _keep(self._device, self)
         sums = []
         for kind, places, tiles, counts in self._groups:
             sums.append(torch.empty(len(tiles), dtype=torch.float64, device=self._device))
@@ -917,9 +980,13 @@ class Moves:
         return torch.cat(sums).sum().sqrt()
 
     def perturb(
-        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], factor: Tensor
-    ) -> list[Tensor]:
-        """Move weights to ``w + e``, and return copies of what they were (SAM-1, SAM-10).
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        factor: Tensor,
+        backup: list[tuple[Tensor, Tensor]],
+    ) -> None:
+        """Move weights to ``w + e`` (SAM-1, SAM-10).
 
         Parameters
         ----------
@@ -928,14 +995,15 @@ class Moves:
         factor : scalar Tensor of float64
             What gradients are multiplied by; 0 leaves the weights alone, whatever the gradients
             are.
-
-        Returns
-        -------
-        list of Tensor
-            Each laid out like its weight; in one stretch of memory for each dtype.
+        backup : list of (Tensor, Tensor)
+            Where each weight that is moved is put with a copy of what it was, laid out like it; the
+            copies are in one stretch of memory for each dtype.
         """
         from agc_torch.triton_kernels import perturb_kernel
 
+        _keep(self._device, self)
+        # As PyTorch's own operations do: it refuses a backward pass that needs what they were.
+        increment_version(weights)
         flat = {
             dtype: torch.empty(count, dtype=dtype, device=self._device)
             for dtype, count in self._totals.items()
@@ -944,19 +1012,15 @@ class Moves:
             flat[dtype].as_strided(shape, stride, start)
             for dtype, shape, stride, start in self._copies
         ]
-        for kind, places, tiles, counts in self._groups:
-            addresses = _addresses(places, weights, gradients, copies)
+        # All memory is there before a weight is moved: it may be the last that the GPU has.
+        columns = weights, gradients, copies
+        sent = [_sent(_addresses(one.places, *columns), self._device) for one in self._groups]
+        for (kind, places, tiles, counts), addresses in zip(self._groups, sent, strict=True):
             with _on(self._device):
                 perturb_kernel[(len(tiles),)](
-                    _sent(addresses, self._device),
-                    counts,
-                    tiles,
-                    len(places),
-                    factor,
-                    self._eta,
-                    **kind.constants,
+                    addresses, counts, tiles, len(places), factor, self._eta, **kind.constants
                 )
-        return copies
+            backup += [(weights[place], copies[place]) for place in places]
 
 
 def _addresses(places: Sequence[int], *columns: Sequence[Tensor]) -> list[int]:
@@ -970,8 +1034,7 @@ def _pieces(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
     pieces = [-(-count // _MOVED[1]) for count in counts]
     tensor = np.repeat(np.arange(len(counts)), pieces)
     piece = np.concatenate([np.arange(n) for n in pieces])
-    tiles = np.stack([tensor, piece], -1).astype(np.int32)
-    return torch.from_numpy(tiles).to(device), torch.tensor(counts, device=device)
+    return _put(np.stack([tensor, piece], -1), device), _put(counts, device, np.int64)
 
 
 _MOST: Final = 8192
@@ -1041,16 +1104,24 @@ def standardises(weight: Tensor, gain: Tensor, ws_eps: WsEps, ws_dtype: WsDtype)
         and weight.dtype in _triton_dtypes()
         and not (ws_dtype == "bfloat16" and weight.dtype == torch.float64)
         and 0 < length <= _MOST
-        and weight.numel() < 1 << 31
+        and weight.numel() <= _LARGEST
         and gain.is_contiguous()
         and weight.is_contiguous(memory_format=order_of(weight))
-        and _standardising_compiles(Filters(weight.dtype, length, ws_eps, ws_dtype), weight.device)
+        and _standardising_compiles(
+            Filters(weight.dtype, length, ws_eps, ws_dtype),
+            weight.device,
+            *aligned([weight.data_ptr()]),
+        )
     )
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Tell whether a tensor has memory: not a subclass's, and not that of a transformation."""
-    if type(tensor) not in _PLAIN:
+    """Tell whether a tensor's numbers are in its memory.
+
+    Those of a subclass need not be, those of a transformation are not, and those of a negative view
+    have the other sign there: the gradient of an imaginary part may be one.
+    """
+    if type(tensor) not in _PLAIN or tensor.is_neg():
         return False
     try:
         tensor.data_ptr()
@@ -1085,10 +1156,10 @@ def standardise_back(
 
 
 def _launch_filters(
-    kernel: Any, kind: Filters, weight: Tensor, *others: Tensor, warmup: bool = False
+    kernel: Any, kind: Filters, weight: Tensor, *others: Tensor, launch: bool = True
 ) -> None:
     filters, constants = len(weight), kind.constants
-    grid = (-(-filters // constants["UNITS"]),)
+    grid = (-(-filters // constants["UNITS"]) if launch else 0,)
     with _on(weight.device):
         kernel.run(
             weight,
@@ -1098,22 +1169,27 @@ def _launch_filters(
             WS_EPS[kind.ws_eps],
             **constants,
             grid=grid,
-            warmup=warmup,
+            warmup=False,
         )
 
 
 @lru_cache(maxsize=256)
-def _standardising_compiles(kind: Filters, device: torch.device) -> bool:
-    """Tell whether the kernels of weight standardisation compile for a kind of weights."""
+def _standardising_compiles(kind: Filters, device: torch.device, wide: bool) -> bool:
+    """Tell whether the kernels of weight standardisation compile for a kind of weights.
+
+    ``wide`` says whether the weight's address allows the widest loads.
+    """
 
     def compile_kernels() -> None:
-        weight = torch.empty(16, kind.length, dtype=kind.dtype, device=device)
-        gain, out = weight.new_empty(16), torch.empty_like(weight, dtype=kind.out)
+        flat = torch.empty(kind.length + 1, dtype=kind.dtype, device=device)
+        weight = (flat[:-1] if wide else flat[1:]).view(1, kind.length)
+        gain, out = weight.new_empty(1), torch.empty_like(weight, dtype=kind.out)
+        backs = torch.empty_like(weight), torch.empty_like(gain)
         forward, backward = kind.kernels
-        _launch_filters(forward, kind, weight, gain, out, warmup=True)
-        _launch_filters(backward, kind, weight, gain, out, weight, gain, warmup=True)
+        _launch_filters(forward, kind, weight, gain, out, launch=False)
+        _launch_filters(backward, kind, weight, gain, out, *backs, launch=False)
 
-    return _compiles(compile_kernels)
+    return _compiles(compile_kernels, device)
 
 
 def available(device: torch.device) -> bool:
@@ -1132,7 +1208,7 @@ def available(device: torch.device) -> bool:
 @cache
 def _triton_is_installed() -> bool:
     try:
-        import triton  # noqa: F401
+        import triton.language  # noqa: F401  # a folder of the name would do without
     except ImportError:
         return False
     return True

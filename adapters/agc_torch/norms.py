@@ -48,8 +48,15 @@ def on_host(device: torch.device) -> bool:
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """Return the dtype of norms, limits and scales; Apple's GPU has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """Return the dtype of norms, limits and scales: the widest that a device has."""
+    return torch.float64 if _has_float64(device) else torch.float32
+
+
+def _has_float64(device: torch.device) -> bool:
+    """Apple's GPUs have none, nor have many of Intel's."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return bool(device.type != "mps")
 
 
 def all_norms(

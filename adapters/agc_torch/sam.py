@@ -38,6 +38,7 @@ from agc.errors import (
 )
 from agc.selectors import perturbed_names
 from agc_torch.ascent import Direction, Memory
+from agc_torch.norms import wide
 from agc_torch.passes import (
     Closure,
     call,
@@ -538,7 +539,7 @@ class SharpnessAware:
                 raise MissingGradientError(_MISSING)
             # Replicas raise together, after the descent pass that all of them take part in.
             home = local(self._parameters[0]).device
-            norm = torch.tensor(torch.nan, dtype=torch.float64, device=home)
+            norm = torch.tensor(torch.nan, dtype=wide(home), device=home)
         return _Ascent(direction, norm, missing)
 
     def _perturb(self, ascent: _Ascent, scale: Tensor | None = None) -> None:

@@ -14,6 +14,8 @@ there are no atomics, every sum has one order, and results are the same in every
 
 Every way, dtype and alignment is a kernel of its own: one for all of them would hold the registers
 of the hungriest. Hints on alignment stand on pointers and sizes, where the compiler keeps them.
+Neither numbers of tensors and units nor where numbers of units start are compiled for: another one
+would be another kernel.
 
 Importing this module imports Triton, which comes with PyTorch for CUDA and ROCm.
 """
@@ -188,7 +190,7 @@ def norms_kernel(
     tl.store(sums + tl.load(tile + 3) + lane, total, mask=unit < units)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def share_kernel(
     sums, order, starts, chosen, count, shares, SUMS: tl.constexpr, PIECES: tl.constexpr
 ):
@@ -236,7 +238,10 @@ def _total(sums, places, tensor, unit, mask, SUMS: tl.constexpr, PIECES: tl.cons
     return tl.sum(total, axis=1)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["count", "gradients", "units"],
+    do_not_specialize_on_alignment=["grad_scale"],
+)
 def decide_kernel(
     sums,
     places,
@@ -301,7 +306,7 @@ def decide_kernel(
     tl.store(numbers + 3 * units + unit, factor, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gradients"], do_not_specialize_on_alignment=["factors"])
 def scale_kernel(
     addresses,
     sizes,
@@ -389,7 +394,7 @@ def _moved(
     return tensor, tl.load(tile + 1).to(tl.int64) * PIECE, count, weight, gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def perturb_kernel(
     addresses,
     counts,
@@ -445,7 +450,7 @@ def perturb_kernel(
         tl.store(weight + element, (value + move).to(DTYPE), mask=mask & moves)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def norm_kernel(
     addresses,
     counts,
@@ -528,7 +533,7 @@ def _scale(squared_norm, length, eps: tl.float64, FLOOR: tl.constexpr):
     return 1.0 / tl.sqrt(floored), depends
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["filters"], do_not_specialize_on_alignment=["gain"])
 def standardise_kernel(
     weight,
     gain,
@@ -561,7 +566,7 @@ def standardise_kernel(
     tl.store(out + offsets, centred * factor.to(WIDE)[:, None], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["filters"], do_not_specialize_on_alignment=["gain"])
 def standardise_back_kernel(
     weight,
     gain,
@@ -637,7 +642,7 @@ def _low(
     return unit, offsets, mask, value, centred, mean, gains, scale, depends, _rounded(gains * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["filters"], do_not_specialize_on_alignment=["gain"])
 def standardise_low_kernel(
     weight,
     gain,
@@ -665,7 +670,7 @@ def standardise_low_kernel(
     tl.store(out + offsets, _rounded(value * factor[:, None] - shift[:, None]), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["filters"], do_not_specialize_on_alignment=["gain"])
 def standardise_low_back_kernel(
     weight,
     gain,

@@ -49,6 +49,7 @@ def layout(parameters: list[Tensor], gradients: list[Tensor | None]) -> list[lis
             [gradient.dtype for gradient in given],
             list(map(Tensor.size, given)),
             list(map(Tensor.stride, given)),
+            list(map(Tensor.is_neg, given)),
         ]
     except RuntimeError:
         return None

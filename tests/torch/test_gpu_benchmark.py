@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from agc_conformance.nfnets import ask as study
 from agc_conformance.records import Writer, make_header, make_result
@@ -126,7 +127,7 @@ def test_kernels_that_do_not_compile_are_an_error(monkeypatch: pytest.MonkeyPatc
         warnings.simplefilter("ignore")
         clock_of(Job("cpu"))
         with pytest.raises(RuntimeWarning, match="no compiler"):
-            fused._compiles(fails)
+            fused._compiles(fails, torch.device("cpu"))
 
 
 def test_a_rehearsal_meets_no_target(rehearsal: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from agc import AGC, Units
+from agc import AGC, SAM, Units
 from agc.nfnet import Conv, WsDtype, WsEps, seeded_parameters
 from agc.reference import adaptive_clip
 from agc.reference.nfnet import NFNet
@@ -24,7 +24,7 @@ from agc_conformance.backends.torch.backend import TorchBackend
 from agc_conformance.runner import run_case
 from agc_conformance.vectors import load_vectors
 from agc_conformance.verdict import ulp, ulp_error
-from agc_torch import adaptive_clip_grad_, fused, plan, triton_kernels
+from agc_torch import SharpnessAware, adaptive_clip_grad_, fused, plan, triton_kernels
 from agc_torch.nfnet import WSConv2d
 from tests.contract.clip import ClipContract, VectorsContract
 from tests.helpers import draw
@@ -211,6 +211,91 @@ def test_kernels_that_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["AGC_TORCH_TRITON"] == "0"
 
 
+@pytest.mark.parametrize("way", ["host", *WAYS])
+def test_autograd_sees_what_kernels_write(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses a backward pass that needs the numbers of before."""
+    if way != "host":
+        on_kernels(monkeypatch, way)
+    layer = nn.Linear(4, 3, bias=False)
+    loss = layer(torch.ones(2, 4)).square().sum()
+    (layer.weight.grad,) = torch.autograd.grad(loss, layer.weight, create_graph=True)
+    penalty = layer.weight.grad.square().sum()
+    adaptive_clip_grad_(layer, AGC(clipping=0.01))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        penalty.backward()
+
+
+@pytest.mark.parametrize("way", ["host", WAYS[0]])
+def test_autograd_sees_that_weights_are_perturbed(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way != "host":
+        on_kernels(monkeypatch, way)
+    layer = nn.Linear(4, 3, bias=False)
+    inputs = torch.ones(2, 4, requires_grad=True)
+    loss = layer(inputs).square().sum()
+    loss.backward(retain_graph=True)
+    message = "modified by an inplace operation"
+    with (
+        SharpnessAware(layer, SAM(rho=0.1)).perturbed(),
+        pytest.raises(RuntimeError, match=message),
+    ):
+        loss.backward()
+
+
+@pytest.mark.parametrize("way", ["host", WAYS[0]])
+def test_sam_with_the_gradient_of_an_imaginary_part(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch gives it as a view, in whose memory it has the other sign."""
+    if way != "host":
+        on_kernels(monkeypatch, way)
+    model = nn.ParameterDict({"imaginary": torch.tensor(2.0)})
+    (weight,) = model.parameters()
+    sharpness = SharpnessAware(model, SAM(rho=0.5))
+    weight.grad = torch.tensor([0.0, 2.0])[1]  # not at a multiple of 16 bytes either
+    with sharpness.perturbed():  # which remembers what is the same in the next step
+        assert weight.item() == 2.5
+    weight.grad = None
+    (torch.complex(torch.tensor(3.0), weight).conj() * (1 + 2j)).real.backward()
+    assert weight.grad.is_neg()
+    assert weight.grad == 2
+    with sharpness.perturbed():
+        assert weight.item() == 2.5
+
+
+@pytest.mark.parametrize("what", ["memory", "launch"])
+def test_sam_whose_perturbation_fails_half_way(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the second of two launches, for want of memory or by Ctrl-C; nothing stays perturbed."""
+    on_kernels(monkeypatch, WAYS[0])
+    weights = [torch.full((3, 4), 2.0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    model = nn.ParameterList(weights)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    sharpness = SharpnessAware(model, SAM(rho=0.5))
+    with sharpness.perturbed():  # compiles
+        assert all((parameter != 2).all() for parameter in model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    owner, name = {
+        "memory": (fused, "_sent"),
+        "launch": (triton_kernels.perturb_kernel, "run"),
+    }[what]
+    run, calls = getattr(owner, name), []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        if len(calls) == {"memory": 4, "launch": 2}[what]:  # two are the norm's
+            raise torch.OutOfMemoryError
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fails)
+    with pytest.raises(torch.OutOfMemoryError), sharpness.perturbed():
+        pass
+    assert all((parameter == 2).all() for parameter in model.parameters())
+    assert not sharpness.is_perturbed
+
+
 SAM_CASES = {
     "matrix": (64, 80),
     "ragged": (37, 131),
@@ -250,7 +335,10 @@ def test_sam_moves_weights(dtypes: tuple[torch.dtype, ...], poisoned: bool, adap
     made = fused.Moves(moves, 0.01)
     tensors = [move.weight for move in moves], [move.gradient for move in moves]
     torch.testing.assert_close(made.norm(*tensors), norm, rtol=1e-14, atol=0, equal_nan=True)
-    copies = made.perturb(*tensors, factor)
+    backup: list[tuple[Tensor, Tensor]] = []
+    made.perturb(*tensors, factor, backup)
+    saved = {id(weight): copy for weight, copy in backup}
+    copies = [saved[id(weight)] for weight in tensors[0]]
     for move, old, copy in zip(moves, before, copies, strict=True):
         assert copy.stride() == move.weight.stride()
         assert torch.equal(copy, old)

@@ -29,11 +29,11 @@ from torch.linalg import vector_norm
 from agc import AGC, Plan
 from agc.checks import NO_GRADIENT
 from agc.config import Clipping
-from agc.errors import MissingGradientError, NonFiniteError
+from agc.errors import ConfigError, MissingGradientError, NonFiniteError
 from agc.plan import WHOLE, PlanEntry
 from agc_torch import fused
 from agc_torch.norms import all_norms, all_shares, grouped, kind, on_host, wide
-from agc_torch.schedules import Step, value_at
+from agc_torch.schedules import Step, is_recorded, value_at
 from agc_torch.shards import is_dtensor, sum_over
 from agc_torch.stats import Stats, UnitNumbers
 from agc_torch.units import Model, resolve
@@ -159,6 +159,8 @@ def clip_(
     Whether a ``DTensor`` takes part is the same in all processes (AGC-5): where a trainable one has
     no gradient in this process, it stands for zeros, and counts as looked at.
     """
+    if rule.nonfinite == "raise":
+        _refuse_recording()
     with torch.no_grad():
         work = (memory or Memory()).work(pairs, missing)
         raises = rule.nonfinite == "raise" and not (found_inf is not None and found_inf.any())
@@ -205,6 +207,8 @@ def limit_norm_(
     NonFiniteError
         If the norm is not finite and ``nonfinite="raise"``.
     """
+    if rule.nonfinite == "raise":
+        _refuse_recording()
     with torch.no_grad():
         jobs = _jobs(pairs, None)
         gradients = [job.gradient for job in jobs]
@@ -240,6 +244,15 @@ def limit_norm_(
             _multiply_(tensors, factor.to(device, non_blocking=True))
             if rule.nonfinite == "zero":
                 _zero_(tensors, bad.to(device, non_blocking=True))
+
+
+def _refuse_recording() -> None:
+    """Raise ConfigError if a CUDA graph is recorded, of a policy that needs the host."""
+    if is_recorded():
+        raise ConfigError(
+            "nonfinite='raise' reads a number from the GPU in every step, which no CUDA graph records; "
+            "use nonfinite='zero' or 'propagate', and look at the telemetry between replays"
+        )
 
 
 def _multiply_(tensors: list[Tensor], factor: Tensor) -> None:

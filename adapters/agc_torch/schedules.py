@@ -54,9 +54,9 @@ def value_at(name: str, value: float | Callable[[Any], Any], step: Step) -> floa
     if is_recorded():
         raise ConfigError(
             f"{name} is a function of the step, and a CUDA graph would repeat its value of now for ever; "
-            "only an agc.Schedule goes on in a graph, and only of a step on the GPU: set "
-            "capturable=True in all param_groups of the optimizer that AGC is attached to, before "
-            "the steps that warm up, or give adaptive_clip_grad_ such a tensor"
+            "record a constant, or for AGC an agc.Schedule of a step on the GPU: set capturable=True in all "
+            "param_groups of the optimizer that AGC is attached to, before the steps that warm up, or give "
+            "adaptive_clip_grad_ such a tensor"
         )
     if isinstance(step, Tensor):
         step = int(step)

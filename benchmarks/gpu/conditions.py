@@ -148,6 +148,8 @@ def with_ratios(
 ) -> dict[str, Outcome]:
     """Add ``relative``, each time as a multiple of the base's, and ``of_copy_bandwidth``.
 
+    ``queued_of_copy_bandwidth`` is that of calls on a device that is busy when they begin.
+
     The copy itself gains ``gigabytes_per_second``.
 
     Parameters
@@ -167,6 +169,9 @@ def with_ratios(
         if name in least and slower is not None:
             share = least[name] / (2 * copy["copied_bytes"]) * slower
             compared[name] |= {"least_bytes": least[name], "of_copy_bandwidth": share}
+            if "queued_ms" in outcome:
+                sooner = outcome["device_ms"]["median"] / outcome["queued_ms"]["median"]
+                compared[name]["queued_of_copy_bandwidth"] = share * sooner
     if "device_ms" in copy:
         speed = 2e-6 * copy["copied_bytes"] / copy["device_ms"]["median"]
         compared["copy"]["gigabytes_per_second"] = speed

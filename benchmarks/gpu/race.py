@@ -29,6 +29,12 @@ __all__ = [
 
 _WARMUPS: Final = 2
 """Calls at the start of a turn that are not timed: the last contestant left its own caches."""
+_CYCLES: Final = 2e6
+"""Clock cycles of a GPU in a millisecond, or more than there are: it spins for so long."""
+_SLACK: Final = 0.1
+"""Milliseconds that it spins longer than the host needs."""
+_SLOW: Final = 5.0
+"""Milliseconds of the host from which launches are what a step waits for in any case."""
 _LONGEST: Final = 300
 """Characters of an error that are kept."""
 
@@ -67,6 +73,12 @@ class Clock(Protocol):
     def read(self, run: Callable[[], Any]) -> Reading:
         """Time a call."""
 
+    def queued(self, run: Callable[[], Any], host: float) -> float | None:
+        """Return milliseconds on a device that is busy when a call begins, as in a training step.
+
+        None if that cannot be told. ``host`` is how long the call takes to return.
+        """
+
     def peak(self, run: Callable[[], Any]) -> int | None:
         """Return the bytes that a call has allocated at most, or None if nobody knows."""
 
@@ -86,6 +98,9 @@ class HostClock:
         returned = time.perf_counter()
         self._wait(result)
         return Reading(1e3 * (time.perf_counter() - start), 1e3 * (returned - start))
+
+    def queued(self, run: Callable[[], Any], host: float) -> float | None:  # noqa: ARG002
+        return None
 
     def peak(self, run: Callable[[], Any]) -> int | None:
         self._wait(run())
@@ -113,6 +128,19 @@ class CudaClock:
         end.record()
         end.synchronize()
         return Reading(start.elapsed_time(end), 1e3 * host)
+
+    def queued(self, run: Callable[[], Any], host: float) -> float | None:
+        if host > _SLOW:
+            return None
+        start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
+        self._cuda.synchronize()
+        self._cuda._sleep(round(_CYCLES * (2 * host + _SLACK)))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        elapsed: float = start.elapsed_time(end)
+        return elapsed
 
     def peak(self, run: Callable[[], Any]) -> int | None:
         self._cuda.synchronize()
@@ -177,9 +205,9 @@ def race(
     Returns
     -------
     dict
-        ``device_ms`` and ``host_ms``, each with ``median``, ``low`` and ``high`` (10th and 90th
-        percentile) of all calls and the medians of the ``turns``; ``peak_bytes`` where known; and
-        what the contestant's check says.
+        ``device_ms``, ``host_ms`` and, where known, ``queued_ms``, each with ``median``, ``low``
+        and ``high`` (10th and 90th percentile) of all calls and the medians of the ``turns``;
+        ``peak_bytes`` where known; and what the contestant's check says.
     """
     outcomes: dict[Key, Outcome] = {}
     racing: dict[Key, Contestant] = {}
@@ -200,7 +228,7 @@ def race(
         except Exception as error:  # whatever a peer, a compiler or a driver has to say
             clock.check()
             outcomes[key] = _failed(error)
-    readings: dict[Key, list[list[Reading]]] = {key: [] for key in racing}
+    readings: dict[Key, list[_Turn]] = {key: [] for key in racing}
     for _ in range(effort.turns):
         for key, contestant in list(racing.items()):
             watch(key)
@@ -222,18 +250,36 @@ def relative(outcome: Outcome, base: Outcome) -> float | None:
     return over_turns(outcome["device_ms"]["turns"], base["device_ms"]["turns"])
 
 
-def _turn(contestant: Contestant, clock: Clock, rounds: int) -> list[Reading]:
+class _Turn(NamedTuple):
+    """Milliseconds of the calls of a turn."""
+
+    device: list[float]
+    host: list[float]
+    queued: list[float]
+
+
+def _turn(contestant: Contestant, clock: Clock, rounds: int) -> _Turn:
     readings = []
     for _ in range(_WARMUPS + rounds):
         contestant.prepare()
         readings.append(clock.read(contestant.run))
-    return readings[_WARMUPS:]
+    device, host = map(list, zip(*readings[_WARMUPS:], strict=True))
+    queued = []
+    for _ in range(rounds):
+        contestant.prepare()
+        elapsed = clock.queued(contestant.run, statistics.median(host))
+        if elapsed is None:
+            break
+        queued.append(elapsed)
+    return _Turn(device, host, queued)
 
 
-def _summary(turns: list[list[Reading]]) -> Outcome:
-    summary: Outcome = {"rounds": sum(map(len, turns))}
-    for index, name in enumerate(Reading._fields):
-        columns = [[reading[index] for reading in turn] for turn in turns]
+def _summary(turns: list[_Turn]) -> Outcome:
+    summary: Outcome = {"rounds": sum(len(turn.device) for turn in turns)}
+    for index, name in enumerate(_Turn._fields):
+        columns = [turn[index] for turn in turns]
+        if not all(columns):  # a slow host has none
+            continue
         low, middle, high = np.quantile(np.concatenate(columns), (0.1, 0.5, 0.9)).tolist()
         medians = [statistics.median(column) for column in columns]
         summary[f"{name}_ms"] = {"median": middle, "low": low, "high": high, "turns": medians}

@@ -61,11 +61,13 @@ _MARKS: Final = {
 }
 _LABELS: Final = ("model", "dtype", "condition", "adaptive", "precision", "layout")
 _NOTES: Final = (
-    "Times are medians of all calls; *relative* is a multiple of the base's time, turn by turn. The share of a "
-    "copy's bandwidth counts the bytes that the work needs at least; a large copy in the same turns is 100 %."
+    "Times are medians of all calls; *relative* is a multiple of the base's time, turn by turn. *Device* is the "
+    "time on an idle GPU, which waits for the host's launches; *queued* that on a GPU with work to do until all is "
+    "launched, as in a training step. The share of a copy's bandwidth counts the bytes that the work needs at least; "
+    "a large copy in the same turns is 100 %."
 )
 _HEADS: Final = (
-    "", "contestant", "device, ms", "10 % to 90 %", "host, ms", "relative", "of a copy's bandwidth",
+    "", "contestant", "device, ms", "10 % to 90 %", "host, ms", "queued, ms", "relative", "of a copy's bandwidth",
     "memory, MB", "ULP",
 )  # fmt: skip
 
@@ -172,6 +174,10 @@ def _clipping(run: Run, stage: str) -> Iterator[Verdict]:
             share = outcomes.get(name, {}).get("of_copy_bandwidth")
             what = f"{name}: share of a copy's bandwidth"
             yield _judge(case, what, share, "{:.0%}", least=_BANDWIDTH)
+        for name in ours[:2]:
+            share = outcomes.get(name, {}).get("queued_of_copy_bandwidth")
+            what = f"{name}, queued: share of a copy's bandwidth"
+            yield _judge(case, what, share, "{:.0%}", least=_BANDWIDTH)
         slower = outcomes.get("timm", {}).get("relative")
         yield _judge(case, "time of timm, relative to agc", slower, "{:.1f}x", least=_FASTER)
 
@@ -270,12 +276,13 @@ def _table(run: Run, stage: str) -> str:
 def _cells(outcome: Outcome) -> list[str]:
     if "device_ms" not in outcome:
         shown = outcome.get("absent", "")
-        return [f"does not apply: {shown}" if shown else f"failed: {outcome['error']}", *[""] * 6]
+        return [f"does not apply: {shown}" if shown else f"failed: {outcome['error']}", *[""] * 7]
     device, host = outcome["device_ms"], outcome["host_ms"]
     return [
         f"{device['median']:.4g}",
         f"{device['low']:.4g} to {device['high']:.4g}",
         f"{host['median']:.3g}",
+        _shown(outcome.get("queued_ms", {}).get("median"), "{:.4g}"),
         _shown(outcome.get("relative"), "{:.3g}x"),
         _shown(outcome.get("of_copy_bandwidth"), "{:.0%}")
         or _shown(outcome.get("gigabytes_per_second"), "{:.0f} GB/s"),

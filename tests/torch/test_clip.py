@@ -24,7 +24,9 @@ from agc import AGC, Schedule, Units
 from agc.errors import ConfigError, DTypeError, NonFiniteError, ParameterError, UnitsError
 from agc.reference import Result, adaptive_clip
 from agc_conformance.backends.torch.arrays import gradient_arrays, set_gradient, to_array
+from agc_torch.clip import clip_, limit_norm_, whole
 from agc_torch.norms import all_norms
+from agc_torch.units import resolve
 from agc_torch.views import View
 from tests.contract.clip import (
     ClipContract,
@@ -681,6 +683,17 @@ def test_what_a_cuda_graph_would_freeze_is_refused(clipping, capturable, recorde
         monkeypatch.setattr("agc_torch.schedules.on_host", lambda device: True)
     with nullcontext() if recorded else pytest.raises(ConfigError, match=r"for ever.*capturable"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("rule", [AGC(nonfinite="raise"), AGC(clipping=None, nonfinite="raise")])
+def test_a_policy_that_waits_is_not_recorded(rule, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    pairs = resolve(model_of(), rule)[1]
+    with pytest.raises(ConfigError, match="which no CUDA graph records"):
+        clip_(pairs, rule)
+    with pytest.raises(ConfigError, match="which no CUDA graph records"):
+        limit_norm_([(whole(entry), tensor) for entry, tensor in pairs], 1.0, rule)
 
 
 def test_reading_telemetry_is_what_waits(monkeypatch):

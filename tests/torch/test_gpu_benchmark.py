@@ -11,6 +11,7 @@ import warnings
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,14 @@ from agc_torch import fused
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import conformance, report, results
 from benchmarks.gpu.clip_torch import _Clipping
-from benchmarks.gpu.conditions import CONDITIONS, DTYPES, Truth, least_bytes, louder
+from benchmarks.gpu.conditions import (
+    CONDITIONS,
+    DTYPES,
+    Truth,
+    least_bytes,
+    louder,
+    with_ratios,
+)
 from benchmarks.gpu.race import (
     Contestant,
     Crash,
@@ -154,8 +162,11 @@ def test_targets_are_judged_on_a_gpu(rehearsal: Path, tmp_path: Path) -> None:
         for case in cases:
             for name in ("agc", "agc attached"):
                 case["contestants"][name]["of_copy_bandwidth"] = 0.9
+                case["contestants"][name]["queued_of_copy_bandwidth"] = 0.95
             case["contestants"]["timm"]["relative"] = 11.0
         cases[0]["contestants"]["agc"] |= {"right": False, "of_copy_bandwidth": 0.8}
+        del cases[0]["contestants"]["agc attached"]["queued_of_copy_bandwidth"]
+        cases[1]["contestants"]["agc"]["queued_of_copy_bandwidth"] = 0.84
         del cases[1]["contestants"]["timm"]["relative"]
 
     judged = report.verdicts(on_a_gpu(rehearsal, tmp_path, change))
@@ -166,6 +177,10 @@ def test_targets_are_judged_on_a_gpu(rehearsal: Path, tmp_path: Path) -> None:
         ("agc: share of a copy's bandwidth", "met"),
         ("agc: share of a copy's bandwidth", "missed"),
         ("agc attached: share of a copy's bandwidth", "met"),
+        ("agc, queued: share of a copy's bandwidth", "met"),
+        ("agc, queued: share of a copy's bandwidth", "missed"),
+        ("agc attached, queued: share of a copy's bandwidth", "met"),
+        ("agc attached, queued: share of a copy's bandwidth", "not measured"),
         ("time of timm, relative to agc", "met"),
         ("time of timm, relative to agc", "not measured"),
     }
@@ -446,6 +461,77 @@ def test_conformance_that_ran_out_of_time_did_not_fail(tmp_path: Path) -> None:
 def test_kernels_that_do_not_compile_fail_conformance() -> None:
     assert fused.DO_NOT_COMPILE.startswith(conformance.NO_KERNELS)
     assert not set(",:") & set(conformance.NO_KERNELS)  # which PYTHONWARNINGS would split
+
+
+class Gpu:
+    """Pretends to be ``torch.cuda``: its time is that of the calls that it was told."""
+
+    def __init__(self) -> None:
+        self.now, self.busy_until, self.slept = 0.0, 0.0, []
+
+    def Event(self, *, enable_timing: bool) -> SimpleNamespace:  # noqa: N802
+        event = SimpleNamespace(at=0.0, synchronize=self.synchronize)
+        event.record = lambda: setattr(event, "at", max(self.now, self.busy_until))
+        event.elapsed_time = lambda other: other.at - event.at
+        return event
+
+    def synchronize(self) -> None:
+        self.now = max(self.now, self.busy_until)
+
+    def _sleep(self, cycles: int) -> None:
+        self.slept.append(cycles / 2e6)
+        self.launch(cycles / 2e6)
+
+    def launch(self, device: float, host: float = 0.0) -> None:
+        self.now += host
+        self.busy_until = max(self.now, self.busy_until) + device
+
+
+@pytest.mark.parametrize(("host", "known"), [(1.0, True), (6.0, False)])
+def test_work_is_queued_before_a_call(host: float, known: bool) -> None:
+    """Of launches that the host makes for longer than the device computes, the latter is told."""
+    clock, gpu = CudaClock(), Gpu()
+    clock._cuda = gpu
+
+    def run() -> None:
+        for _ in range(4):
+            gpu.launch(device=0.1, host=host / 4)
+
+    assert clock.read(run).device == pytest.approx(host + 0.1)
+    found = clock.queued(run, host)
+    assert found == (pytest.approx(0.4) if known else None)
+    assert gpu.slept == ([pytest.approx(2.1)] if known else [])
+
+
+def test_the_share_of_bandwidth_when_queued() -> None:
+    times = {"turns": [2.0], "median": 2.0}
+    outcomes = {
+        "copy": {"copied_bytes": 100, "device_ms": {"turns": [1.0], "median": 1.0}},
+        "agc": {"device_ms": times, "queued_ms": {"turns": [1.25], "median": 1.25}},
+        "slow": {"device_ms": times},
+    }
+    found = with_ratios(outcomes, {"agc": 200.0, "slow": 200.0}, "agc")
+    assert found["agc"]["of_copy_bandwidth"] == 0.5
+    assert found["agc"]["queued_of_copy_bandwidth"] == pytest.approx(0.8)
+    assert "queued_of_copy_bandwidth" not in found["slow"]
+
+
+class Queues(HostClock):
+    """Knows what is queued, of what is not slow."""
+
+    def queued(self, run: Any, host: float) -> float | None:
+        run()
+        return 7.0 if host < 4 else None
+
+
+def test_a_slow_host_has_no_queued_times() -> None:
+    entries = {
+        "fast": lambda: Contestant(lambda: None),
+        "slow": lambda: Contestant(lambda: time.sleep(0.005)),
+    }
+    outcomes = race(entries, Queues(), Effort(2, 2))
+    assert outcomes["fast"]["queued_ms"]["turns"] == [7.0, 7.0]
+    assert "queued_ms" not in outcomes["slow"]
 
 
 def test_a_gpu_that_is_lost_ends_the_race(monkeypatch: pytest.MonkeyPatch) -> None:

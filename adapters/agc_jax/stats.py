@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agc import Plan, reference
+from agc.errors import ParameterError
 
 __all__ = ["PerParameter", "Stats", "no_stats"]
 
@@ -85,7 +86,18 @@ class Stats(NamedTuple):
         plan : Plan
             The plan of the parameters, which has their names:
             ``agc_jax.plan(params, rule, units=units)``.
+
+        Raises
+        ------
+        ParameterError
+            If the plan has another number of parameters.
         """
+        count = len(self.columns.units)
+        if len(plan) != count:
+            raise ParameterError(
+                f"the plan has {len(plan)} parameters, the telemetry {count}; give the plan of those that "
+                "AGC was given, which behind optax.masked or optax.partition are a part of the model's"
+            )
         rows = zip(*(np.asarray(column).tolist() for column in self.columns), strict=True)
         return {
             entry.name: reference.Stats(*row)
@@ -93,7 +105,9 @@ class Stats(NamedTuple):
             if row[0]
         }
 
-    def to_dict(self, prefix: str = "agc/", *, plan: Plan | None = None) -> dict[str, float]:
+    def to_dict(
+        self, prefix: str = "agc/", *, plan: Plan | None = None, parameters: bool = True
+    ) -> dict[str, float]:
         """Return the numbers as flat floats for a logger, the same keys in every framework.
 
         Parameters
@@ -101,14 +115,17 @@ class Stats(NamedTuple):
         prefix : str
             What every key starts with.
         plan : Plan, optional
-            As in :meth:`parameters`: the numbers of every parameter are among them.
+            As in :meth:`parameters`, which it takes to name the parameters.
+        parameters : bool
+            Whether the numbers of every parameter are among them, if there is a plan.
 
         Returns
         -------
         dict of str to float
             As :func:`agc.reference.to_floats`.
         """
-        return reference.to_floats(self.total(), self.parameters(plan) if plan else {}, prefix)
+        named = self.parameters(plan) if plan and parameters else {}
+        return reference.to_floats(self.total(), named, prefix)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -19,7 +19,7 @@ import keras
 import tensorflow as tf
 
 from agc import AGC, Plan, PlanEntry
-from agc.checks import check_rule
+from agc.checks import check_rule, short_repr
 from agc.errors import ConfigError, FormatError, ParameterError
 from agc_tensorflow.clip import clip
 from agc_tensorflow.devices import outside_graphs
@@ -148,9 +148,9 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         return self._hook.plan.marked(self._hook.inactive())
 
     def stats(self) -> Stats:
-        """Return the telemetry of the last update, on the device (AGC-11)."""
+        """Return the telemetry of the last update, on the device; empty before it (AGC-11)."""
         if self._hook.table is None:
-            raise ParameterError("the optimizer is not built yet, so there is no telemetry")
+            return Stats((), tf.zeros((0, len(IDLE)), tf.float64))
         return Stats(tuple(entry.name for entry in self._hook.entries), self._hook.table)
 
     @outside_graphs()
@@ -633,7 +633,7 @@ def _check_inner(optimizer: Any) -> Any:
     inner = keras.optimizers.get(optimizer) if isinstance(optimizer, str) else optimizer
     if not isinstance(inner, keras.optimizers.Optimizer):
         raise ConfigError(
-            f"optimizer must be a keras.optimizers.Optimizer or its name, got {optimizer!r}"
+            f"optimizer must be a keras.optimizers.Optimizer or its name, got {short_repr(optimizer)}"
         )
     if isinstance(inner, keras.optimizers.LossScaleOptimizer):
         raise ConfigError(

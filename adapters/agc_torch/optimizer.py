@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from agc import AGC, Plan
+from agc.checks import short_repr
 from agc.errors import ConfigError, FormatError, ParameterError, ShapeError
 from agc.plan import PlanEntry
 from agc_torch.clip import Memory, clip_, limit_norm_, whole
@@ -147,7 +148,7 @@ class Handle:
 
     def _start(self, steps: int = 0) -> None:
         self._steps = torch.tensor(steps, device=_step_device(self.optimizer))
-        self._stats: Stats | None = None
+        self._stats = Stats((), ())
         self._parameters: list[Tensor] = []
         self._pairs: list[tuple[PlanEntry, Tensor]] = []
         self._hooks: list[Any] = []
@@ -170,8 +171,8 @@ class Handle:
         """Steps taken, without those that a loss scaler skipped: what schedules go by."""
         return int(self._steps)
 
-    def stats(self) -> Stats | None:
-        """Return the telemetry of the last clipping; None before the first (AGC-11)."""
+    def stats(self) -> Stats:
+        """Return the telemetry of the last clipping; empty before the first (AGC-11)."""
         return self._stats
 
     def remove(self) -> None:
@@ -194,7 +195,7 @@ class Handle:
         """
         steps = state.get("steps") if isinstance(state, Mapping) else None
         if type(steps) is not int or steps < 0:
-            raise FormatError(f"this is not the state of an AGC handle: {state!r}")
+            raise FormatError(f"this is not the state of an AGC handle: {short_repr(state)}")
         self._steps.fill_(steps)  # the tensor that a CUDA graph goes on counting
 
     def __enter__(self) -> Handle:

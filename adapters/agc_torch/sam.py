@@ -26,7 +26,7 @@ from typing import Any, Final, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from agc.checks import check_batch, check_batch_given, check_microbatches, check_rule
+from agc.checks import check_batch, check_batch_given, check_microbatches, check_rule, short_repr
 from agc.config import SAM
 from agc.errors import (
     ConfigError,
@@ -38,7 +38,7 @@ from agc.errors import (
     SelectorError,
 )
 from agc.plan import WHOLE
-from agc.selectors import perturbed_names
+from agc.selectors import perturbed_names, with_ties
 from agc_torch import fused
 from agc_torch.norms import all_norms, on_host
 from agc_torch.passes import (
@@ -57,7 +57,7 @@ from agc_torch.passes import (
 )
 from agc_torch.schedules import value_at
 from agc_torch.shards import is_dtensor, local, norm_over, shard_axes
-from agc_torch.units import named_parameters, unwrap, with_ties
+from agc_torch.units import named_parameters, ties, unwrap
 from agc_torch.views import View
 
 __all__ = ["SamStats", "SharpnessAware"]
@@ -387,7 +387,7 @@ class SharpnessAware:
         """
         count = state.get("count") if isinstance(state, Mapping) else None
         if type(count) is not int or count < 0 or state.get("version") != 1:
-            raise FormatError(f"this is not a state of SharpnessAware: {state!r}")
+            raise FormatError(f"this is not a state of SharpnessAware: {short_repr(state)}")
         self._count = count
 
     # --- the stages of one step -----------------------------------------------------------------
@@ -424,7 +424,7 @@ class SharpnessAware:
         try:
             selected = perturbed_names(named, self.rule)
         except SelectorError as error:
-            raise with_ties(error, self.model) from None
+            raise with_ties(error, ties(self.model)) from None
         self._selected = [named[name] for name in selected]
         self._parameters = parameters
 

@@ -239,6 +239,16 @@ def test_a_step_reuses_the_memory_of_what_is_donated() -> None:
     assert 2 * size <= hlo.parse(text).aliased_bytes < 2.1 * size
 
 
+def test_a_plan_names_what_was_clipped(params: Any, gradients: Any) -> None:
+    _, state = update(agc_jax.adaptive_grad_clip(RULE), gradients, params)
+    stats, plan = agc_jax.stats(state), agc_jax.plan(params, RULE)
+    assert "agc/head.kernel/units" in stats.to_dict(plan=plan)
+    assert stats.to_dict(plan=plan, parameters=False) == stats.to_dict()
+    part = agc_jax.plan({"body": params["body"]}, RULE)
+    with pytest.raises(ParameterError, match="the plan has 2 parameters, the telemetry 3; give"):
+        stats.to_dict(plan=part)
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["units", "no units"])
 @pytest.mark.parametrize("pattern", ["head.*", "head.kernel", "*kernel"])
 def test_masked(params: Any, gradients: Any, known: bool, pattern: str) -> None:

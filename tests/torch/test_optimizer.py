@@ -219,6 +219,14 @@ def test_state_that_is_none(state):
         handle.load_state_dict(state)
 
 
+def test_the_message_about_a_wrong_state_is_short():
+    model, optimizer, handle = attached()
+    train(model, optimizer, [0])
+    with pytest.raises(FormatError) as caught:
+        handle.load_state_dict(optimizer.state_dict() | {"weights": torch.ones(4000)})
+    assert len(str(caught.value)) < 500
+
+
 def test_the_optimizers_own_state_stays_its_own():
     model = network()
     plain = torch.optim.AdamW(model.parameters(), 0.1)
@@ -357,6 +365,17 @@ def test_step_without_gradients_clips_nothing_and_counts(closure):
     assert handle.steps == 1
     assert handle.stats().parameters() == {}
     assert handle.stats().total() == Stats(0, 0, 0, 0.0, 1.0)
+
+
+def test_telemetry_before_the_first_step_is_empty():
+    """A GradScaler skips first steps until its scale fits, and a loop logs after every step."""
+    model, optimizer, handle = attached()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(batch() * torch.inf).square().mean()).backward()
+    scaler.step(optimizer)
+    assert handle.steps == 0
+    assert handle.stats().total() == Stats(0, 0, 0, 0.0, 1.0)
+    assert handle.stats().to_dict()["agc/clipped_fraction"] == 0
 
 
 def test_the_plan_says_what_the_optimizer_lacks_and_what_is_frozen():

@@ -908,8 +908,13 @@ def _needs_closure(optimizer: Any) -> bool:
     for inner in _chain(optimizer):
         if isinstance(inner, torch.optim.LBFGS):
             return True
+        # A learning rate scheduler puts a function without self in front of the class's own step.
+        step = getattr(type(inner), "step", None)
         try:
-            inspect.signature(inner.step).bind()
+            if step is None:
+                inspect.signature(inner.step).bind()
+            else:
+                inspect.signature(step).bind(inner)
         except TypeError:
             return True
     return False

@@ -531,17 +531,11 @@ class _Saved:
             If it cannot be told which parameters the variables are.
         """
         paths = [variable_path(variable) for variable in variables]
-        ways = [self._pair([_without(path, self.root) for path in paths]), self._pair(paths)]
-        fitting = [
-            names
-            for number, names in enumerate(ways)
-            if names is not None
-            and names not in ways[:number]
-            and all(
-                self.plan[name].shape == tuple(variable.shape)
-                for name, variable in zip(names, variables, strict=True)
-            )
-        ]
+        rootless = [_without(path, self.root) for path in paths]
+        fitting = self._fitting([self._pair(rootless), self._pair(paths)], variables)
+        fitting = fitting or self._fitting(
+            [*self._in_order(rootless), *self._in_order(paths)], variables
+        )
         if len(fitting) != 1:
             given = ", ".join(
                 f"{path} {tuple(variable.shape)}"
@@ -554,6 +548,37 @@ class _Saved:
                 "AdaptiveGradClip(..., model=model)"
             )
         return [self.plan[name] for name in fitting[0]]
+
+    def _fitting(
+        self, ways: Sequence[list[str] | None], variables: Sequence[Variable]
+    ) -> list[list[str]]:
+        """Return the ways to name the variables in which all shapes agree, each once."""
+        return [
+            names
+            for number, names in enumerate(ways)
+            if names is not None
+            and names not in ways[:number]
+            and all(
+                self.plan[name].shape == tuple(variable.shape)
+                for name, variable in zip(names, variables, strict=True)
+            )
+        ]
+
+    def _in_order(self, paths: list[str]) -> list[list[str]]:
+        """Pair by order where a path lacks models that the saved one has in front of the layer.
+
+        Keras writes a ``Sequential`` inside a model there when it is made, not when it is loaded.
+        """
+        return [
+            names
+            for names in (self.trainable, self.built)
+            if len(names) == len(paths)
+            and all(map(_is_shortened, paths, (self.paths[name] for name in names)))
+            and any(
+                path.count("/") < self.paths[name].count("/")
+                for path, name in zip(paths, names, strict=True)
+            )
+        ]
 
     def _pair(self, paths: list[str]) -> list[str] | None:
         """Return the names in the plan of variables with these paths, or None."""
@@ -602,6 +627,13 @@ def _without(path: str, root: str) -> str:
 def _unnumbered(path: str) -> str:
     """Return a path without the numbers that Keras puts behind names."""
     return re.sub(r"_\d+(?=/|$)", "", path)
+
+
+def _is_shortened(path: str, saved: str) -> bool:
+    """Tell whether a path is a saved one without some of the names in front of the layer's."""
+    parts, whole = (_unnumbered(each).split("/") for each in (path, saved))
+    left = iter(whole)
+    return parts[-2:] == whole[-2:] and all(part in left for part in parts)
 
 
 def _common_root(paths: Iterable[str]) -> str:

@@ -324,6 +324,17 @@ def functional() -> Any:
     return keras.Model(inputs, layers.Dense(4)(inner(layers.Dense(4)(inputs))), name="inner")
 
 
+def part(name: str, *after: Any) -> Any:
+    own = [layers.Dense(4, name="first"), layers.Dense(4), layers.Dense(4)]
+    return keras.Sequential([keras.Input((4,)), *own, *after], name=name)
+
+
+def with_parts() -> Any:
+    """Return models inside a model, whose names Keras leaves out when it loads them."""
+    inputs = keras.Input((4,))
+    return keras.Model(inputs, part("outer", part("inner"))(part("before")(inputs)))
+
+
 def saved(model: Any, folder: Path) -> Any:
     """Return what is loaded of a model that is saved."""
     model.save(folder / "model.keras")
@@ -334,6 +345,8 @@ def saved(model: Any, folder: Path) -> Any:
 NAMES_DIFFER = {
     "sequential": lambda: keras.Sequential([keras.Input((4,)), layers.Dense(4), layers.Dense(4)]),
     "nested, of its part's name": functional,
+    "models inside": with_parts,
+    "a backbone": lambda: keras.Sequential([part("backbone"), layers.Dense(4, name="head")]),
     "subclassed": Squares,
     "three of one name": Triplets,
     "types": Types,

@@ -179,10 +179,15 @@ def stats(opt_state: PyTree) -> Stats:
     """
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AdaptiveGradClipState))
     states = [node for node in nodes if isinstance(node, AdaptiveGradClipState)]
-    if len(states) != 1:
+    if not states:
         raise ParameterError(
-            f"this optimizer state holds {len(states)} states of adaptive_grad_clip; with several, "
-            "give the part that belongs to one of them"
+            "this optimizer state holds no state of adaptive_grad_clip; give that of a chain which has one. A "
+            "checkpoint that is read without a target comes back as dictionaries: read it with tx.init(params)"
+        )
+    if len(states) > 1:
+        raise ParameterError(
+            f"this optimizer state holds {len(states)} states of adaptive_grad_clip; give the part that "
+            "belongs to one of them"
         )
     return states[0].stats
 

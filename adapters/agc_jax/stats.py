@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agc import Plan, reference
-from agc.errors import ParameterError
+from agc.errors import ParameterError, ShapeError
 
 __all__ = ["PerParameter", "Stats", "no_stats"]
 
@@ -75,8 +75,23 @@ class Stats(NamedTuple):
         )
 
     def total(self) -> reference.Stats:
-        """Return the numbers of all parameters together."""
+        """Return the numbers of all parameters together.
+
+        Raises
+        ------
+        ShapeError
+            If these are the numbers of several models, as ``vmap`` and ``pmap`` return them.
+        """
+        self._check_single()
         return _read(self[:5])
+
+    def _check_single(self) -> None:
+        shape = np.shape(self.units)
+        if shape:
+            raise ShapeError(
+                f"this is telemetry of the shape {shape}, of several models or devices; take that of one: "
+                "jax.tree.map(lambda numbers: numbers[0], stats)"
+            )
 
     def parameters(self, plan: Plan) -> dict[str, reference.Stats]:
         """Return the numbers of every parameter that AGC acts on and that had a gradient.
@@ -91,7 +106,10 @@ class Stats(NamedTuple):
         ------
         ParameterError
             If the plan has another number of parameters.
+        ShapeError
+            As :meth:`total`.
         """
+        self._check_single()
         count = len(self.columns.units)
         if len(plan) != count:
             raise ParameterError(

@@ -239,6 +239,28 @@ def test_a_step_reuses_the_memory_of_what_is_donated() -> None:
     assert 2 * size <= hlo.parse(text).aliased_bytes < 2.1 * size
 
 
+def test_telemetry_of_several_models_is_read_one_by_one(params: Any, gradients: Any) -> None:
+    tx = agc_jax.adaptive_grad_clip(RULE)
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    _, state = jax.vmap(lambda one: tx.update(gradients, tx.init(one), one))(many)
+    stats, plan = agc_jax.stats(state), agc_jax.plan(params, RULE)
+    for read in (stats.total, stats.to_dict, lambda: stats.parameters(plan)):
+        with pytest.raises(ShapeError, match=r"shape \(2,\), of several models .* jax\.tree\.map"):
+            read()
+    _, single = update(tx, gradients, params)
+    second = jax.tree.map(lambda numbers: numbers[1], stats)
+    assert second.to_dict(plan=plan) == agc_jax.stats(single).to_dict(plan=plan)
+
+
+def test_a_state_without_agc_says_so(params: Any) -> None:
+    """A checkpoint that is read without a target has dictionaries in place of named tuples."""
+    tx = agc_jax.adaptive_grad_clip(RULE)
+    as_read = flax.serialization.to_state_dict(tx.init(params))
+    for state in (as_read, optax.sgd(0.1).init(params)):
+        with pytest.raises(ParameterError, match=r"holds no state .* with tx\.init\(params\)"):
+            agc_jax.stats(state)
+
+
 def test_a_plan_names_what_was_clipped(params: Any, gradients: Any) -> None:
     _, state = update(agc_jax.adaptive_grad_clip(RULE), gradients, params)
     stats, plan = agc_jax.stats(state), agc_jax.plan(params, RULE)

@@ -24,7 +24,7 @@ from agc.errors import ConfigError, FormatError, ParameterError, ShapeError
 from agc.plan import PlanEntry
 from agc_torch.clip import Memory, clip_, limit_norm_, whole
 from agc_torch.stats import Stats
-from agc_torch.units import Model, named_parameters, places, resolve
+from agc_torch.units import Model, named_parameters, place_of, resolve
 
 __all__ = ["Handle", "attach", "attached"]
 
@@ -287,14 +287,19 @@ class Handle:
 
     def _check_place(self, entry: PlanEntry, tensor: Tensor) -> None:
         """Refuse a parameter without a gradient that the model replaced by one with a gradient."""
-        holder, key = self._places.get(id(tensor), ({}, ""))
-        now = holder.get(key)
-        if now is not None and now is not tensor and now.grad is not None:
+        now = place_of(self.model, entry.name)
+        if now is tensor:
+            return
+        others = [now] if isinstance(now, Tensor) else now
+        if not isinstance(now, Tensor):  # another kind of layer stands there
+            mine = set(map(id, self._parameters))
+            others = [other for other in now if id(other) not in mine]
+        if any(other.grad is not None for other in others):
             raise ParameterError(
                 f"the optimizer holds a parameter {entry.name!r} of shape {tuple(tensor.shape)} that is no "
                 "longer the model's, so it never gets a gradient: the model's was replaced after the "
-                "optimizer was made, as load_state_dict(assign=True) does; make the optimizer and attach "
-                "AGC after that"
+                "optimizer was made, by a new layer or by load_state_dict(assign=True); make the optimizer "
+                "and attach AGC after that"
             )
 
     def _match(self) -> None:
@@ -314,7 +319,6 @@ class Handle:
         self._parameters = parameters
         self._pairs = [entries[id(parameter)] for parameter in parameters]
         self._whole = [(whole(entry), tensor) for entry, tensor in self._pairs]
-        self._places = places(self.model)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._nested and _inside_step(optimizer):

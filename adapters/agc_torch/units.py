@@ -26,7 +26,7 @@ from agc_torch.layers import TABLE, own_parameters, register_units
 __all__ = [
     "Model",
     "named_parameters",
-    "places",
+    "place_of",
     "plan",
     "register_units",
     "resolve",
@@ -179,14 +179,26 @@ def ties(model: Model) -> dict[str, str]:
     return others
 
 
-def places(model: Model) -> dict[int, tuple[Mapping[str, Tensor | None], str]]:
-    """Return the mapping that holds each parameter, and its key there, by the tensor's id."""
-    if isinstance(model, nn.Module):
-        return {
-            id(tensor): (layer._parameters, name.rpartition(".")[2])
-            for name, tensor, layer in reversed(list(_own_parameters(model)))
-        }
-    return {id(t): (model, n) for n, t in model.items()} if isinstance(model, Mapping) else {}
+def place_of(model: Model, name: str) -> Tensor | list[Tensor]:
+    """Return the parameter of a name as it is now; its layer's, if that has none so called.
+
+    Parameters
+    ----------
+    model : Module or mapping of name to tensor
+    name : str
+        A parameter's name at some time before, as :func:`named_parameters` has it.
+    """
+    if not isinstance(model, nn.Module):
+        return model.get(name, []) if isinstance(model, Mapping) else []
+    *path, last = name.split(".")
+    module = unwrap(model)
+    for key in path:
+        child = module._modules.get(key)
+        if child is None:
+            return []
+        module = unwrap(child)
+    tensor = module._parameters.get(last)
+    return list(module.parameters()) if tensor is None else tensor
 
 
 def unwrap(model: nn.Module) -> nn.Module:

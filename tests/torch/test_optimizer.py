@@ -535,7 +535,15 @@ def assign(model: nn.Module) -> None:
     model.load_state_dict(state, assign=True)
 
 
-@pytest.mark.parametrize("replace", [assign, lambda model: assign(model[2])])
+def new_layer(model: nn.Module) -> None:
+    model[2] = nn.Linear(5, 4)
+
+
+def new_head(model: nn.Module) -> None:
+    model[2] = nn.Sequential(nn.Linear(5, 4), nn.Tanh())
+
+
+@pytest.mark.parametrize("replace", [assign, lambda model: assign(model[2]), new_layer, new_head])
 def test_parameters_that_were_replaced_after_the_optimizer_was_made(replace):
     model, optimizer, _ = attached()
     train(model, optimizer, [0])
@@ -546,6 +554,20 @@ def test_parameters_that_were_replaced_after_the_optimizer_was_made(replace):
         ParameterError, match=r"no longer the model's.*load_state_dict\(assign=True"
     ):
         optimizer.step()
+
+
+@pytest.mark.parametrize("put", [nn.Identity(), None], ids=["identity", "nothing"])
+def test_a_layer_that_was_taken_out_is_left_alone(put):
+    model, optimizer, handle = attached()
+    train(model, optimizer, [0])
+    optimizer.zero_grad()
+    if put is None:
+        del model[2]
+    else:
+        model[2] = put
+    loss_of(model).backward()
+    optimizer.step()
+    assert list(handle.stats().parameters()) == ["0.weight", "0.bias"]
 
 
 # Whose step it is

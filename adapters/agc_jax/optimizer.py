@@ -66,7 +66,8 @@ def adaptive_grad_clip(
     *Sharding* (AGC-8). Under ``jax.jit`` the result does not depend on how arrays are sharded.
     Inside ``shard_map`` and ``pmap`` code sees one shard: average the gradients first
     (``lax.pmean``), and keep the parameters whole there; a parameter that is split is an error if
-    ``units`` is given.
+    ``units`` is given. Without ``check_vma=False``, ``jax.grad`` inside ``shard_map`` returns a sum
+    over the devices, unless the parameters are ``jax.lax.pcast(params, axis, to="varying")``.
 
     *Schedules* (AGC-10). ``agc.Schedule`` is evaluated on the device; any other callable is given
     the step, traced under ``jit``. A threshold that is not a finite number above 0 is an error

@@ -551,6 +551,31 @@ def test_data_parallel_shard_map(params: Any) -> None:
     assert close(run(gradients, params), expected(mean, params), rtol=1e-5)
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_gradients_taken_inside_shard_map(params: Any, check: bool) -> None:
+    """By default they are sums over the devices, unless the parameters are cast, as documented."""
+
+    def loss(params: Any, x: Any) -> Any:
+        hidden = x @ params["body"]["kernel"] + params["body"]["bias"]
+        return jnp.mean((hidden @ params["head"]["kernel"]) ** 2)
+
+    def run(cast: bool) -> Any:
+        def replica(params: Any, x: Any) -> Any:
+            local = jax.lax.pcast(params, "batch", to="varying") if cast else params
+            mean = jax.lax.pmean(jax.grad(loss)(local, x), "batch")
+            return mean, agc_jax.adaptive_clip_gradients(mean, params, RULE)[0]
+
+        specs = {"in_specs": (jax.P(), jax.P("batch")), "out_specs": jax.P(), "check_vma": check}
+        return jax.jit(jax.shard_map(replica, mesh=mesh(batch=(8, "Auto")), **specs))(params, x)
+
+    x = jnp.arange(64.0).reshape(16, 4) / 64 - 0.4
+    mean = jax.grad(loss)(params, x)
+    close_to = {"rtol": 1e-5, "atol": 1e-7}
+    assert close(run(cast=True)[1], expected(mean, params), **close_to)
+    times = 8 if check else 1
+    assert close(run(cast=False)[0], jax.tree.map(lambda g: times * g, mean), **close_to)
+
+
 def test_split_parameters_in_shard_map_are_an_error(params: Any) -> None:
     units = agc_jax.units(params)
 

@@ -251,6 +251,34 @@ class TestLossScale:
         assert one_stats.max_ratio == pytest.approx(two_stats.max_ratio, rel=1e-4)
 
 
+def test_a_loop_of_ones_own_on_replicas_equals_one_device(mirrored):
+    """In strategy.run the optimizer reduces, then AGC clips, as documented."""
+    x, y = data(1)
+    entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=None)
+    results = []
+    for strategy in (tf.distribute.get_strategy(), mirrored):
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            model = network()
+            wrapped = AdaptiveGradClip(optimizers.SGD(0.5), AGC(clipping=0.02), model=model)
+            wrapped.build(model.trainable_variables)
+
+        def step(x, y, model=model, wrapped=wrapped):
+            with tf.GradientTape() as tape:
+                losses = entropy(y, model(x, training=True))
+                loss = tf.nn.compute_average_loss(losses, global_batch_size=8)
+            wrapped.apply(tape.gradient(loss, model.trainable_variables))
+
+        run = tf.function(lambda x, y, step=step, on=strategy: on.run(step, (x, y)))
+        batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+        for batch in strategy.experimental_distribute_dataset(batches):
+            run(*batch)
+        results.append((weights_of(model), wrapped.stats().total().clipped))
+    (one, clipped), (two, clipped_there) = results
+    assert same(one, two, 1e-6)
+    assert clipped == clipped_there > 0
+
+
 def test_settings_are_the_inner_optimizers():
     inner = optimizers.AdamW(0.1, beta_1=0.7, weight_decay=0.25, use_ema=True)
     wrapped = AdaptiveGradClip(inner, RULE, name="clipped")

@@ -13,7 +13,7 @@ from agc.weights.forms import FORMS
 from benchmarks.common import nfnet_batch
 from benchmarks.without_torchvision import import_timm, timm_model
 
-__all__ = ["SGD", "batch", "clipped_by_timm", "models", "start", "tiny_models"]
+__all__ = ["SGD", "batch", "clipped_by_timm", "like", "models", "ours", "start", "tiny_timm"]
 
 SGD = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 2e-5}
 """The peer's optimizer."""
@@ -27,15 +27,21 @@ def batch(*size: int) -> tuple[Tensor, Tensor]:
 
 def models() -> tuple[nn.Module, nn.Module]:
     """Return ours and timm's, dropout and stochastic depth off."""
-    ours, theirs = _ours("F0"), timm_model("dm_nfnet_f0").eval()
-    start(ours, theirs)
-    return ours, theirs
+    model = ours("F0")
+    return model, like(model)
 
 
-def start(ours: nn.Module, theirs: nn.Module) -> None:
+def like(model: nn.Module) -> nn.Module:
+    """Return timm's model, and give it and ours the same weights."""
+    theirs: nn.Module = timm_model("dm_nfnet_f0").eval()
+    start(model, theirs)
+    return theirs
+
+
+def start(model: nn.Module, theirs: nn.Module) -> None:
     """Give both models the same weights."""
     neutral, form = core.seeded_parameters("F0"), FORMS["timm"]
-    agc_torch.from_neutral(ours, neutral)
+    agc_torch.from_neutral(model, neutral)
     theirs.load_state_dict(
         {
             form.rename(spec): torch.from_numpy(form.encode(spec, neutral[spec.name])).float()
@@ -44,8 +50,8 @@ def start(ours: nn.Module, theirs: nn.Module) -> None:
     )
 
 
-def tiny_models() -> tuple[nn.Module, nn.Module]:
-    """Return narrow ones for rehearsals, whose stems and weights differ."""
+def tiny_timm() -> nn.Module:
+    """Return a narrow one of timm for rehearsals, whose stem and weights are not those of ours."""
     timm = import_timm()
     narrow = core.variant("tiny")
     configuration = replace(
@@ -55,10 +61,12 @@ def tiny_models() -> tuple[nn.Module, nn.Module]:
         num_features=2 * narrow.widths[-1],
     )
     theirs = timm.models.nfnet.NormFreeNet(configuration, num_classes=narrow.num_classes)
-    return _ours("tiny"), theirs.eval()
+    narrowed: nn.Module = theirs.eval()
+    return narrowed
 
 
-def _ours(variant: str) -> nn.Module:
+def ours(variant: str) -> nn.Module:
+    """Return ours, dropout and stochastic depth off."""
     return agc_torch.nfnet(
         variant, dropout=0.0, stochastic_depth=0.0, activation="gelu_erf", ws_eps="timm"
     )

@@ -250,7 +250,7 @@ def _reached(results: Results, case: Case, target: Target) -> tuple[str, float]:
         )
     ratio = results.ratio(case, target.peer, target.base)
     if bound:
-        text = f"{100 * ratio:.0f} % of the speed of the {TITLES[target.peer].strip('*')} ({asked})"
+        text = f"{100 * ratio:.1f} % of the speed of the {TITLES[target.peer].strip('*')} ({asked})"
     else:
         most = results.ratio(case, target.peer, "bound")
         text = f"{TITLES[target.peer]} takes {ratio:.2f} times as long ({asked}; at the memory bound {most:.2f})"

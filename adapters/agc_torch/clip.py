@@ -31,17 +31,15 @@ from agc.config import Clipping
 from agc.errors import MissingGradientError, NonFiniteError
 from agc.plan import WHOLE, PlanEntry
 from agc_torch import fused
-from agc_torch.norms import all_norms, all_shares, grouped, kind, on_host
+from agc_torch.norms import all_norms, all_shares, grouped, kind, on_host, wide
 from agc_torch.schedules import Step, value_at
 from agc_torch.shards import is_dtensor, sum_over
 from agc_torch.stats import Stats, UnitNumbers
 from agc_torch.units import Model, resolve
-from agc_torch.views import Home, ShardView, View, check_pair, views
+from agc_torch.views import Home, ShardView, View, check_pair, layout, views
 
 __all__ = ["Memory", "adaptive_clip_grad_", "clip_", "limit_norm_", "whole"]
 
-_PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
-_PLAIN_OR_NONE: Final = frozenset({Tensor, type(None)})
 _REAL: Final = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _HALF: Final = (torch.float16, torch.bfloat16)
 _BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -333,14 +331,14 @@ class Memory:
         placed = _placed(parameters, gradients) if self._sharded else []
         if self._sharded:
             parameters, gradients = list(map(_here, parameters)), list(map(_here, gradients))
-        layout = _layout(parameters, gradients)
-        if layout is not None:
-            layout = None if placed is None else [*layout, placed]
-        if layout is not None and layout == self._layout:
+        now = layout(parameters, gradients)
+        if now is not None:
+            now = None if placed is None else [*now, placed]
+        if now is not None and now == self._layout:
             if missing is not None:
                 for pair in self._missing:
                     missing(*pair)
-            if self._work.renew(parameters, gradients, layout[0]):
+            if self._work.renew(parameters, gradients, now[0]):
                 return self._work
         self._layout = None  # in case of an error
         jobs = _jobs(pairs, missing)
@@ -349,7 +347,7 @@ class Memory:
             job.weight.release()
             job.gradient.release()
         self._missing = [pair for pair, grad in zip(pairs, gradients, strict=True) if grad is None]
-        self._layout = layout if _is_real(gradients) else None
+        self._layout = now if _is_real(gradients) else None
         return self._work
 
 
@@ -387,29 +385,6 @@ def _placed(parameters: list[Any], gradients: list[Any]) -> list[Any] | None:
             else:
                 placed.append((tensor.device_mesh, tensor.placements, tensor.shape))
     return placed
-
-
-def _layout(parameters: list[Tensor], gradients: list[Tensor | None]) -> list[list[Any]] | None:
-    """Return what the way to clip tensors depends on, with the parameters' addresses first.
-
-    A gradient has its parameter's shape and device, and an address stands for a device and a dtype.
-    None if a tensor has no strides, or no memory of its own.
-    """
-    types = list(map(type, gradients))
-    if not (_PLAIN_OR_NONE.issuperset(types) and _PLAIN.issuperset(map(type, parameters))):
-        return None
-    given = [gradient for gradient in gradients if gradient is not None]
-    try:
-        return [
-            list(map(Tensor.data_ptr, parameters)),
-            list(map(Tensor.stride, parameters)),
-            types,
-            [gradient.dtype for gradient in given],
-            list(map(Tensor.size, given)),
-            list(map(Tensor.stride, given)),
-        ]
-    except RuntimeError:
-        return None
 
 
 def _is_real(gradients: list[Tensor | None]) -> bool:
@@ -529,7 +504,8 @@ class _Chunk:
         self._sources = [view.source for view in self._views]
         self._gradients = [job.gradient.tensor for job in jobs]
         self._wide = any(gradient.dtype == torch.float64 for gradient in self._gradients)
-        self._host = on_host(self._views[0].home[0])
+        self._device = self._views[0].home[0]
+        self._host = on_host(self._device)
         self._groups = grouped(self._views) if self._host else None
 
     def renew(self, parameters: list[Tensor], gradients: list[Any], _: list[int]) -> bool:
@@ -546,7 +522,7 @@ class _Chunk:
 
     def decide(self, rule: AGC, step: Step, grad_scale: Tensor | None) -> UnitNumbers:
         """Return norms and limits of all units (AGC-1)."""
-        thresholds = [_threshold(entry, step) for entry in self._entries]
+        thresholds = _at(self._entries, step, self._device)
         # Of one threshold, unless a mesh has more, where no norm is taken again.
         least = thresholds[0] if isinstance(thresholds[0], float) else 0.0
         lower = min(least, 1.0) * rule.eps
@@ -655,6 +631,7 @@ class _LaunchedChunk:
 
     def __init__(self, jobs: list[_Job], table: fused.Table) -> None:
         self._table, self._entries = table, _thresholds(jobs)[0]
+        self._device = jobs[0].gradient.home[0]
         self._counts, self._addresses = _counts(jobs), _Addresses(jobs)
 
     def renew(self, _: list[Tensor], gradients: list[Any], addresses: list[int]) -> bool:
@@ -668,7 +645,7 @@ class _LaunchedChunk:
         """Return norms and limits of all units (AGC-1)."""
         self._decision = self._table.decide(
             self._table.upload(self._addresses.now),
-            [_threshold(entry, step) for entry in self._entries],
+            _at(self._entries, step, self._device),
             eps=rule.eps,
             div_eps=rule.div_eps,
             grad_scale=grad_scale,
@@ -725,7 +702,7 @@ class _SharedChunk(_Chunk):
         self._decision = self._table.decide(
             addresses,
             sum_over(mesh, shares, range(mesh.ndim)),
-            [_threshold(entry, step) for entry in self._entries],
+            _at(self._entries, step, self._device),
             eps=rule.eps,
             div_eps=rule.div_eps,
             grad_scale=grad_scale,
@@ -797,9 +774,17 @@ def _sizes(jobs: list[_Job]) -> list[int]:
     return sizes
 
 
-def _threshold(entry: PlanEntry, step: Step) -> float | Tensor:
-    assert entry.clipping is not None  # only what is clipped becomes a job
-    return value_at(f"clipping of {entry.name!r}", entry.clipping, step)
+def _at(entries: list[PlanEntry], step: Step, device: torch.device) -> list[float | Tensor]:
+    """Return the thresholds of entries at a step (AGC-10)."""
+    thresholds: list[float | Tensor] = []
+    for entry in entries:
+        assert entry.clipping is not None  # only what is clipped becomes a job
+        value = value_at(f"clipping of {entry.name!r}", entry.clipping, step)
+        if callable(entry.clipping) and not isinstance(value, Tensor) and not on_host(device):
+            # A fill: to send a number that is another one in every step would be a host sync.
+            value = torch.full((), value, dtype=wide(device), device=device)
+        thresholds.append(value)
+    return thresholds
 
 
 def _counts(jobs: list[_Job]) -> list[tuple[str, int]]:

@@ -33,17 +33,16 @@ __all__ = [
     "Member",
     "Move",
     "MoveKind",
+    "Moves",
     "Part",
     "SharedTable",
     "Table",
     "aligned",
     "available",
-    "gradient_norm",
     "has_memory",
     "memory_order",
     "order_of",
     "part_of",
-    "perturb",
     "shared_table",
     "standardise",
     "standardise_back",
@@ -464,7 +463,7 @@ class _AnyTable:
     ) -> Decision:
         one = _numbers((1.0,), self._device)
         if any(isinstance(threshold, Tensor) for threshold in thresholds):
-            limits = torch.stack([torch.as_tensor(value).to(one.view(())) for value in thresholds])
+            limits = torch.stack([_scalar(value, one) for value in thresholds])
         else:
             limits = _numbers(tuple(map(float, thresholds)), self._device)
         scale = one if grad_scale is None else grad_scale.to(one)
@@ -724,6 +723,11 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """Return a scalar on the device of another, without a copy from the host."""
+    return value.to(like.view(())) if isinstance(value, Tensor) else like.new_full((), value)
+
+
 @lru_cache(maxsize=256)
 def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
@@ -816,13 +820,17 @@ class Move:
             and _moving_compiles(self.kind, weight.device)
         )
 
+    @property
+    def aligned(self) -> bool:
+        """Whether its addresses allow the widest loads."""
+        return bool((self.weight.data_ptr() | self.gradient.data_ptr()) % _WIDE_LOAD == 0)
+
     @cached_property
     def kind(self) -> MoveKind:
         """What a launch that takes it is compiled for."""
         weight, gradient = self.weight, self.gradient
         lanes = _WIDE_LOAD // min(weight.itemsize, gradient.itemsize)
-        aligned = (weight.data_ptr() | gradient.data_ptr()) % _WIDE_LOAD == 0
-        wide = aligned and weight.numel() % lanes == 0
+        wide = self.aligned and weight.numel() % lanes == 0
         return MoveKind(weight.dtype, gradient.dtype, lanes if wide else 1, self.adaptive)
 
 
@@ -843,103 +851,117 @@ def _moving_compiles(kind: MoveKind, device: torch.device) -> bool:
     return _compiles(compile_kernels)
 
 
-def perturb(moves: Sequence[Move], factor: Tensor, eta: float) -> list[Tensor]:
-    """Move weights to ``w + e``, and return copies of what they were (SAM-1, SAM-10).
+class _Group(NamedTuple):
+    """Moves that one launch takes: their places, and the tiles and elements of their tensors."""
+
+    kind: MoveKind
+    places: list[int]
+    tiles: Tensor
+    counts: Tensor
+
+
+class Moves:
+    """Weights of one GPU and their gradients for SAM's kernels, one launch for each kind.
 
     Parameters
     ----------
     moves : sequence of Move
-        Of one GPU; all of them fit.
-    factor : scalar Tensor of float64
-        What gradients are multiplied by; 0 leaves the weights alone, whatever the gradients are.
+        Of one GPU, not empty; all of them fit. No tensor of theirs is kept.
     eta : float
         What ASAM adds to the magnitude of a weight.
-
-    Returns
-    -------
-    list of Tensor
-        Each laid out like its weight.
     """
-    from agc_torch.triton_kernels import perturb_kernel
 
-    device = factor.device
-    copies = _copies([move.weight for move in moves])
-    for kind, group in _by_kind(moves).items():
-        columns = [
-            [moves[index].weight for index in group],
-            [moves[index].gradient for index in group],
-            [copies[index] for index in group],
+    def __init__(self, moves: Sequence[Move], eta: float) -> None:
+        self._device = device = moves[0].weight.device
+        self._eta = _numbers((eta,), device)
+        self._aligned = [move.aligned for move in moves]
+        by_kind: dict[MoveKind, list[int]] = {}
+        for place, move in enumerate(moves):
+            by_kind.setdefault(move.kind, []).append(place)
+        self._groups = [
+            _Group(kind, places, *_pieces(tuple(moves[i].weight.numel() for i in places), device))
+            for kind, places in by_kind.items()
         ]
-        addresses = [tensor.data_ptr() for column in columns for tensor in column]
-        tiles, counts = _pieces(tuple(weight.numel() for weight in columns[0]), device)
-        with _on(device):
-            perturb_kernel[(len(tiles),)](
-                _sent(addresses, device),
-                counts,
-                tiles,
-                len(group),
-                factor,
-                _numbers((eta,), device),
-                **kind.constants,
-            )
-    return copies
+        self._totals: dict[torch.dtype, int] = {}
+        self._copies: list[tuple[torch.dtype, torch.Size, tuple[int, ...], int]] = []
+        for weight in (move.weight for move in moves):
+            start = self._totals.get(weight.dtype, 0)
+            self._copies.append((weight.dtype, weight.shape, weight.stride(), start))
+            size = -(-weight.numel() * weight.itemsize // _WIDE_LOAD) * _WIDE_LOAD
+            self._totals[weight.dtype] = start + size // weight.itemsize
+
+    def fit(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+        """Tell whether the kernels' loads fit other tensors that are laid out alike."""
+        return self._aligned == aligned(
+            w.data_ptr() | g.data_ptr() for w, g in zip(weights, gradients, strict=True)
+        )
+
+    def norm(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+        """Return the norm of gradients, those of ASAM times ``|w| + eta``: a scalar in float64."""
+        from agc_torch.triton_kernels import norm_kernel
+
+        sums = []
+        for kind, places, tiles, counts in self._groups:
+            sums.append(torch.empty(len(tiles), dtype=torch.float64, device=self._device))
+            addresses = _addresses(places, weights, gradients)
+            with _on(self._device):
+                norm_kernel[(len(tiles),)](
+                    _sent(addresses, self._device),
+                    counts,
+                    tiles,
+                    len(places),
+                    self._eta,
+                    sums[-1],
+                    **kind.constants,
+                )
+        return torch.cat(sums).sum().sqrt()
+
+    def perturb(
+        self, weights: Sequence[Tensor], gradients: Sequence[Tensor], factor: Tensor
+    ) -> list[Tensor]:
+        """Move weights to ``w + e``, and return copies of what they were (SAM-1, SAM-10).
+
+        Parameters
+        ----------
+        weights, gradients : sequence of Tensor
+            Laid out and aligned like the moves.
+        factor : scalar Tensor of float64
+            What gradients are multiplied by; 0 leaves the weights alone, whatever the gradients
+            are.
+
+        Returns
+        -------
+        list of Tensor
+            Each laid out like its weight; in one stretch of memory for each dtype.
+        """
+        from agc_torch.triton_kernels import perturb_kernel
+
+        flat = {
+            dtype: torch.empty(count, dtype=dtype, device=self._device)
+            for dtype, count in self._totals.items()
+        }
+        copies = [
+            flat[dtype].as_strided(shape, stride, start)
+            for dtype, shape, stride, start in self._copies
+        ]
+        for kind, places, tiles, counts in self._groups:
+            addresses = _addresses(places, weights, gradients, copies)
+            with _on(self._device):
+                perturb_kernel[(len(tiles),)](
+                    _sent(addresses, self._device),
+                    counts,
+                    tiles,
+                    len(places),
+                    factor,
+                    self._eta,
+                    **kind.constants,
+                )
+        return copies
 
 
-def gradient_norm(moves: Sequence[Move], eta: float) -> Tensor:
-    """Return the norm of gradients, those of ASAM times ``|w| + eta``: a scalar in float64.
-
-    Parameters
-    ----------
-    moves : sequence of Move
-        Of one GPU, not empty; all of them fit.
-    eta : float
-        What ASAM adds to the magnitude of a weight.
-    """
-    from agc_torch.triton_kernels import norm_kernel
-
-    device = moves[0].weight.device
-    sums = []
-    for kind, group in _by_kind(moves).items():
-        chosen = [moves[index] for index in group]
-        addresses = [move.weight.data_ptr() for move in chosen]
-        addresses += [move.gradient.data_ptr() for move in chosen]
-        tiles, counts = _pieces(tuple(move.weight.numel() for move in chosen), device)
-        sums.append(torch.empty(len(tiles), dtype=torch.float64, device=device))
-        with _on(device):
-            norm_kernel[(len(tiles),)](
-                _sent(addresses, device),
-                counts,
-                tiles,
-                len(group),
-                _numbers((eta,), device),
-                sums[-1],
-                **kind.constants,
-            )
-    return torch.cat(sums).sum().sqrt()
-
-
-def _by_kind(moves: Sequence[Move]) -> dict[MoveKind, list[int]]:
-    """Return the places of the moves of each kind."""
-    groups: dict[MoveKind, list[int]] = {}
-    for index, move in enumerate(moves):
-        groups.setdefault(move.kind, []).append(index)
-    return groups
-
-
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """Return tensors laid out like others, in one stretch of memory for each dtype."""
-    sizes = [-(-t.numel() * t.itemsize // _WIDE_LOAD) * _WIDE_LOAD // t.itemsize for t in tensors]
-    totals: dict[torch.dtype, int] = {}
-    starts = []
-    for tensor, size in zip(tensors, sizes, strict=True):
-        starts.append(totals.get(tensor.dtype, 0))
-        totals[tensor.dtype] = starts[-1] + size
-    device = tensors[0].device
-    flat = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in totals.items()}
-    return [
-        flat[tensor.dtype].as_strided(tensor.shape, tensor.stride(), start)
-        for tensor, start in zip(tensors, starts, strict=True)
-    ]
+def _addresses(places: Sequence[int], *columns: Sequence[Tensor]) -> list[int]:
+    """Return where the tensors at some places start, column after column."""
+    return [column[place].data_ptr() for column in columns for place in places]
 
 
 @lru_cache(maxsize=64)

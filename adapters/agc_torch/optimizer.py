@@ -75,8 +75,9 @@ def attach(
     * A step in which no parameter has a gradient clips nothing, and counts as the optimizer counts
       it.
     * With ``capturable=True`` the step count stands on the parameters' device, so that a
-      :class:`agc.Schedule` goes on in the replays of a CUDA graph; any other function of the step
-      is read on the host, which a graph forbids.
+      :class:`agc.Schedule` goes on in the replays of a CUDA graph. Optimizers without that option,
+      such as SGD, may have it in their ``param_groups``. To record a schedule without it, or any
+      other function of the step, raises ConfigError.
     * One step counts once, also of an optimizer whose ``step()`` calls that of its parent class.
     * Copying or pickling an optimizer drops its hooks, in PyTorch as such. Copy or pickle the
       handle together with the model and the optimizer, as in
@@ -254,6 +255,9 @@ class Handle:
         return clipped_closure
 
     def _clip(self) -> None:
+        device = _step_device(self.optimizer)
+        if device is not None:  # parameters have moved, or capturable was set, since the last step
+            self._steps = self._steps.to(device)
         parameters = _parameters(self.optimizer)
         same = len(parameters) == len(self._parameters)
         if not same or not all(map(operator.is_, parameters, self._parameters)):

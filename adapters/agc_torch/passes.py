@@ -41,7 +41,10 @@ Closure = Callable[..., Tensor]
 
 
 def call(closure: Closure, batch: Sequence[Tensor] | None) -> Tensor:
-    """Call a closure and return its loss, a detached scalar.
+    """Call a closure and return a detached copy of its loss, a scalar.
+
+    A copy, because a CUDA graph that the closure replays, or that ``torch.compile`` made of it,
+    writes the loss of every pass into the same memory.
 
     Raises
     ------
@@ -66,7 +69,7 @@ def call(closure: Closure, batch: Sequence[Tensor] | None) -> Tensor:
             f"the closure returned a loss of shape {tuple(loss.shape)}; it must return one number, the mean "
             "over the examples: return loss.mean()"
         )
-    return loss.detach().reshape(()) if loss.dim() else loss.detach()
+    return loss.detach().reshape(()).clone()
 
 
 def forget_weights(model: nn.Module) -> None:

@@ -20,7 +20,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Final, NoReturn, TypeAlias
 
 import torch
@@ -37,10 +36,8 @@ from agc.errors import (
     ParameterError,
     SelectorError,
 )
-from agc.plan import WHOLE
 from agc.selectors import perturbed_names, with_ties
-from agc_torch import fused
-from agc_torch.norms import all_norms, on_host
+from agc_torch.ascent import Direction, Memory
 from agc_torch.passes import (
     Closure,
     call,
@@ -55,17 +52,13 @@ from agc_torch.passes import (
     watch,
     worst,
 )
-from agc_torch.schedules import value_at
-from agc_torch.shards import is_dtensor, local, norm_over, shard_axes
+from agc_torch.schedules import is_recorded, value_at
+from agc_torch.shards import is_dtensor, local
 from agc_torch.units import named_parameters, ties, unwrap
-from agc_torch.views import View
 
 __all__ = ["SamStats", "SharpnessAware"]
 
 Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
-Direction: TypeAlias = list[tuple[Tensor, fused.Move]]
-"""Parameters, each with what this process holds of it and of its gradient."""
-Shards: TypeAlias = tuple[Any, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -171,6 +164,7 @@ class SharpnessAware:
         self._backup: list[tuple[Tensor, Tensor]] | None = None
         self._refusal: Any = None
         self._stats: SamStats | None = None
+        self._memory = Memory()
         self._lock = threading.Lock()
 
     @property
@@ -401,6 +395,12 @@ class SharpnessAware:
         if not optimizers:
             raise ParameterError("step() got an empty list of optimizers; give at least one")
         self._check_batch(closure, batch)
+        if is_recorded():
+            raise ConfigError(
+                "a CUDA graph cannot record a whole step of SAM, which sets the generators of random "
+                "numbers and counts on the host: record the closure's forward and backward pass, "
+                "and call step() outside"
+            )
         if not self._lock.acquire(blocking=False):
             raise OrderError("a step of this SharpnessAware is already under way")
         try:
@@ -483,7 +483,7 @@ class SharpnessAware:
         norm = parts[0].norm if len(parts) == 1 else torch.stack([one.norm for one in parts]).max()
         self._stats = SamStats(norm, loss, perturbed)
         missing = any(ascent.missing for ascent in ascents)
-        return self._stats.loss, _Ascent([], norm, missing)
+        return self._stats.loss, _Ascent(None, norm, missing)
 
     def _two_passes(
         self,
@@ -529,8 +529,8 @@ class SharpnessAware:
     def _ascent(self, reach: _Reach) -> _Ascent:
         """Take the gradients that are there for the direction uphill."""
         given = [p for p in reach.candidates if p.grad is not None]
-        direction = [(p, self._move(p, _placed(p.grad, p))) for p in given]
-        norm = self._norm(direction, reach.candidates)
+        direction = self._memory.direction(given, self.rule)
+        norm = direction.norm(reach.candidates)
         # No host sync unless there is no gradient here; other processes may have one.
         missing = not direction and (norm is None or norm.item() == 0)
         if missing:
@@ -540,55 +540,6 @@ class SharpnessAware:
             home = local(self._parameters[0]).device
             norm = torch.tensor(torch.nan, dtype=torch.float64, device=home)
         return _Ascent(direction, norm, missing)
-
-    def _norm(self, direction: Direction, candidates: Sequence[Tensor]) -> Tensor | None:
-        """Global norm of ``T g``, without a copy of the gradients, in float64 (SAM-1, SAM-10).
-
-        On a CPU float32 is added as :mod:`agc_torch.norms` does.
-
-        Returns
-        -------
-        Tensor or None
-            A scalar; None if there is no gradient, and no other process that could have one.
-        """
-        # All processes of a mesh add up the same groups, whatever has a gradient here.
-        held: dict[Shards | None, list[Tensor]] = {
-            shards: [] for shards in map(_shards, candidates)
-        }
-        plain: dict[Shards | None, list[Tensor]] = {}
-        on_cpu: dict[Shards | None, list[View]] = {}
-        launched: dict[tuple[Shards | None, torch.device], list[fused.Move]] = {}
-        with torch.no_grad():
-            for parameter, move in direction:
-                shards = _shards(parameter)
-                if move.fits:
-                    launched.setdefault((shards, move.weight.device), []).append(move)
-                elif _is_plain(move):
-                    if on_host(move.gradient.device):
-                        view = View(move.gradient, WHOLE.bind(tuple(move.gradient.shape)))
-                        on_cpu.setdefault(shards, []).append(view)
-                    else:
-                        plain.setdefault(shards, []).append(move.gradient)
-                else:
-                    held[shards].append(_norm_of(self._scaled_blocks(move)))
-            for shards, gradients in plain.items():
-                # In float64 without a copy, many tensors a launch.
-                held[shards].append(torch.stack(torch._foreach_norm(gradients, 2, torch.float64)))
-            for shards, views in on_cpu.items():
-                held[shards].append(all_norms(views, [view.source for view in views], 0.0))
-            for (shards, _), moves in launched.items():
-                held[shards].append(fused.gradient_norm(moves, self.rule.eta))
-            norms = held.pop(None, [])
-            norms += [_norm_over(*shards, shares) for shards, shares in held.items() if shards]
-        if not norms:
-            return None
-        if len(norms) == norms[0].numel() == 1:
-            return norms[0].view(())
-        flat = torch.cat([norm.to(norms[0].device).view(-1) for norm in norms])
-        # Divided by the largest, so that squaring the norms of tensors cannot overflow.
-        limits = torch.finfo(flat.dtype)
-        safe = flat.max().clamp(limits.tiny, limits.max)
-        return torch.linalg.vector_norm(flat / safe) * safe
 
     def _perturb(self, ascent: _Ascent, scale: Tensor | None = None) -> None:
         """Copy the weights aside and move them to ``w + e``, unless the norm is 0 or not finite.
@@ -601,48 +552,11 @@ class SharpnessAware:
         factor = factor.clamp(max=torch.finfo(torch.float32).max)  # the norm may be subnormal
         usable = (norm > 0) & (norm < torch.inf)
         factor = torch.where(usable, factor, 0.0)
-        known = on_host(norm.device)
-        scale_on = cache(factor.to)  # by device and dtype
-        # Detached tensors throughout, so autograd does not record this.
-        launched: dict[torch.device, list[fused.Move]] = {}
-        others: list[fused.Move] = []
-        for _, move in ascent.direction:
-            (launched.setdefault(move.weight.device, []) if move.fits else others).append(move)
-        self._backup = [(move.weight, move.weight.clone()) for move in others]
         self._refusal = unwrap(self.model).register_state_dict_pre_hook(_RefuseToSave())
-        for device, group in launched.items():
-            copies = fused.perturb(group, factor.to(device), self.rule.eta)
-            self._backup += zip((move.weight for move in group), copies, strict=True)
-        # 0 * inf is NaN: a gradient that is not finite must not reach the weights for one pass.
-        for move in others if not known or usable else ():
-            weight, direction = move.weight, move.gradient
-            if not known:
-                direction.masked_fill_(~usable.to(direction.device), 0)
-            wide = _wide(weight.dtype)
-            scale = scale_on(weight.device, wide)
-            if not move.adaptive and weight.dtype in (torch.float32, torch.float64):
-                weight.addcmul_(direction.to(wide), scale)
-                continue
-            for w, g in _blocks(weight, direction):
-                e = g.to(wide) * scale
-                if move.adaptive:
-                    e = e * (w.abs().to(e.real.dtype) + self.rule.eta) ** 2
-                w.copy_(w.to(wide) + e)
-        ascent.direction.clear()  # the second pass needs the memory
+        self._backup = []
+        assert ascent.direction is not None
+        ascent.direction.move_(factor, usable, self._backup)
         forget_weights(self.model)
-
-    def _move(self, parameter: Tensor, gradient: Tensor) -> fused.Move:
-        """Return what this process holds of a parameter and its gradient."""
-        return fused.Move(local(parameter), local(gradient), self._is_scaled(parameter))
-
-    def _scaled_blocks(self, move: fused.Move) -> Iterator[Tensor]:
-        """Yield blocks of numbers that have the norm of ``T g``."""
-        for w, g in _blocks(move.weight, move.gradient):
-            if move.adaptive:
-                # As wide as the norm: in half precision the product would leave the range.
-                size = g.abs() if g.is_complex() else g
-                g = w.abs().double().add_(self.rule.eta).mul_(size.double())
-            yield g
 
     def _restore(self) -> None:
         backup, self._backup = self._backup, None
@@ -650,16 +564,15 @@ class SharpnessAware:
             return
         self._refusal.remove()
         with torch.no_grad():
-            plain = [pair for pair in backup if type(pair[0]) is Tensor]
-            if plain:
-                torch._foreach_copy_(*zip(*plain, strict=True))  # many tensors a launch
+            alike: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
             for weight, copy in backup:
-                if type(weight) is not Tensor:
+                if type(weight) is Tensor:
+                    alike.setdefault((weight.device, weight.dtype), []).append((weight, copy))
+                else:
                     weight.copy_(copy)
+            for group in alike.values():
+                torch._foreach_copy_(*zip(*group, strict=True))  # many tensors a launch
         forget_weights(self.model)
-
-    def _is_scaled(self, parameter: Tensor) -> bool:
-        return self.rule.adaptive and parameter.ndim >= 2
 
     def _may_step(self, ascent: _Ascent, reach: _Reach, *, poison: bool = False) -> bool:
         """Apply the policy for a norm that is not finite (SAM-5).
@@ -798,11 +711,16 @@ class _Reach:
     def poison(self, norm: Tensor) -> None:
         """Make all gradients NaN if the norm is not finite, without a host sync."""
         bad = ~norm.isfinite()
-        for parameter in self.everything:
-            if parameter.grad is not None:
-                gradient = local(parameter.grad)
-                values = gradient._values() if gradient.is_sparse else gradient
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for gradient in (local(p.grad) for p in self.everything if p.grad is not None):
+            values = gradient._values() if gradient.is_sparse else gradient
+            if values.is_complex():
                 values.masked_fill_(bad.to(values.device), torch.nan)
+            else:
+                alike.setdefault((values.device, values.dtype), []).append(values)
+        factor = torch.where(bad, torch.nan, 1.0)
+        for (device, dtype), group in alike.items():  # many tensors a launch
+            torch._foreach_mul_(group, factor.to(device, dtype))
 
 
 @dataclass(frozen=True)
@@ -812,7 +730,7 @@ class _Ascent:
     ``missing`` says that this replica has no gradient at all; the norm is NaN then.
     """
 
-    direction: Direction
+    direction: Direction | None
     norm: Tensor
     missing: bool = False
 
@@ -918,67 +836,3 @@ def _needs_closure(optimizer: Any) -> bool:
         except TypeError:
             return True
     return False
-
-
-def _is_plain(move: fused.Move) -> bool:
-    """Tell whether the norm of a gradient is taken as it is."""
-    gradient = move.gradient
-    if move.adaptive or gradient.is_complex() or type(gradient) is not Tensor:
-        return False
-    return bool(gradient.device.type != "mps" and gradient.numel())
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Dtype to compute the perturbation in: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-_COPY_BLOCK: Final = 1 << 20
-"""Elements that may be copied at a time."""
-
-
-def _blocks(weight: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut two tensors of one shape into blocks of rows, so that temporaries stay small."""
-    if weight.dim() == 0 or weight.numel() <= _COPY_BLOCK:
-        yield weight, gradient
-        return
-    rows = max(1, _COPY_BLOCK * len(weight) // weight.numel())
-    yield from zip(weight.split(rows), gradient.split(rows), strict=True)
-
-
-def _norm_of(blocks: Iterator[Tensor]) -> Tensor:
-    """Norm of a tensor that comes in blocks, in float64."""
-    norms = []
-    for block in blocks:
-        real = torch.view_as_real(block) if block.is_complex() else block
-        norms.append(torch.linalg.vector_norm(real, dtype=torch.float64))
-    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
-
-
-def _shards(parameter: Any) -> Shards | None:
-    """Return the mesh, and its axes, that a parameter is cut along; None if all of it is here."""
-    axes = shard_axes(parameter) if is_dtensor(parameter) else ()
-    return (parameter.device_mesh, axes) if axes else None
-
-
-def _norm_over(mesh: Any, axes: Sequence[int], norms: Sequence[Tensor]) -> Tensor:
-    """Norm of DTensors from those of this process's shards; replicas hold the same numbers."""
-    squares = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
-    if norms:
-        flat = torch.cat([norm.view(-1) for norm in norms])
-        squares = torch.linalg.vector_norm(flat).square()
-    return norm_over(mesh, squares.to(mesh.device_type), axes)
-
-
-def _placed(gradient: Any, parameter: Any) -> Tensor:
-    """Return a gradient dense, and sharded as its parameter; partial sums are added up."""
-    if is_dtensor(gradient) != is_dtensor(parameter):
-        raise ParameterError(
-            f"of a parameter of shape {tuple(parameter.shape)} and its gradient one is a DTensor and the other "
-            "is not; make both DTensors on the same mesh"
-        )
-    if gradient.is_sparse:
-        return gradient.to_dense()
-    if is_dtensor(gradient) and gradient.placements != parameter.placements:
-        return gradient.redistribute(parameter.device_mesh, parameter.placements)
-    return gradient

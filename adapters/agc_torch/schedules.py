@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from agc import Schedule
+from agc.errors import ConfigError
 from agc.schedule import schedule_value
 from agc_torch.norms import on_host, wide
 
-__all__ = ["Step", "value_at"]
+__all__ = ["Step", "is_recorded", "value_at"]
 
 Step: TypeAlias = int | Tensor
 
@@ -39,7 +40,8 @@ def value_at(name: str, value: float | Callable[[Any], Any], step: Step) -> floa
     Raises
     ------
     ConfigError
-        If the step was read, and what the schedule returns is not a finite number above 0.
+        If the step was read, and what the schedule returns is not a finite number above 0; or if a
+        CUDA graph is being recorded, which would repeat that number for ever.
     """
     if not callable(value):
         return value
@@ -49,8 +51,22 @@ def value_at(name: str, value: float | Callable[[Any], Any], step: Step) -> floa
         if torch.compiler.is_compiling():
             traced: Tensor = value(step)
             return traced
+    if is_recorded():
+        raise ConfigError(
+            f"{name} is a function of the step, and a CUDA graph would repeat its value of now for ever; "
+            "only an agc.Schedule goes on in a graph, and only of a step on the GPU: set "
+            "capturable=True in all param_groups of the optimizer that AGC is attached to, before "
+            "the steps that warm up, or give adaptive_clip_grad_ such a tensor"
+        )
+    if isinstance(step, Tensor):
         step = int(step)
     return schedule_value(name, value, step)
+
+
+def is_recorded() -> bool:
+    """Tell whether a CUDA graph is being recorded: what the host does is not part of it."""
+    # CUDA that nothing has used yet would be started by the question.
+    return torch.cuda.is_initialized() and bool(torch.cuda.is_current_stream_capturing())
 
 
 def _interpolate(schedule: Schedule, step: Tensor) -> Tensor:

@@ -22,11 +22,36 @@ from agc.plan import PlanEntry
 from agc.units import UnitAxes
 from agc_torch.shards import Held, is_dtensor, summed
 
-__all__ = ["Home", "ShardUnits", "ShardView", "View", "check_pair", "views"]
+__all__ = ["Home", "ShardUnits", "ShardView", "View", "check_pair", "layout", "views"]
 
 Home: TypeAlias = tuple[torch.device, Any]
 """Where the numbers of a view are: the device, and the mesh that they are spread over or None."""
+_PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
+_PLAIN_OR_NONE: Final = frozenset({Tensor, type(None)})
 _REAL: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def layout(parameters: list[Tensor], gradients: list[Tensor | None]) -> list[list[Any]] | None:
+    """Return what the way to clip tensors depends on, with the parameters' addresses first.
+
+    A gradient has its parameter's shape and device, and an address stands for a device and a dtype.
+    None if a tensor has no strides, or no memory of its own.
+    """
+    types = list(map(type, gradients))
+    if not (_PLAIN_OR_NONE.issuperset(types) and _PLAIN.issuperset(map(type, parameters))):
+        return None
+    given = [gradient for gradient in gradients if gradient is not None]
+    try:
+        return [
+            list(map(Tensor.data_ptr, parameters)),
+            list(map(Tensor.stride, parameters)),
+            types,
+            [gradient.dtype for gradient in given],
+            list(map(Tensor.size, given)),
+            list(map(Tensor.stride, given)),
+        ]
+    except RuntimeError:
+        return None
 
 
 def views(entry: PlanEntry, weight: Tensor, gradient: Tensor) -> tuple[View, View]:

@@ -68,7 +68,9 @@ class Checkpoints:
             trial.mkdir()
             trial.rmdir()
         except OSError as error:
-            raise ConfigError(f"checkpoints cannot be written to {folder}: {error}") from None
+            parent = folder.parent
+            reason = error if parent.exists() else f"make the folder {parent} first; there is none"
+            raise ConfigError(f"checkpoints cannot be written to {folder}: {reason}") from None
 
     def steps(self) -> list[int]:
         """Return the steps of which there are complete checkpoints, ascending."""

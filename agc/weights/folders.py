@@ -23,6 +23,10 @@ _FILES: Final[dict[WhichWeights, str]] = {
     "raw": "parameters.safetensors",
     "ema": "ema.safetensors",
 }
+_SUFFIXES: Final = (
+    ".index.json", ".safetensors", ".keras", ".h5", ".npz", ".pt", ".pth", ".bin", ".ckpt",
+)  # fmt: skip
+"""How names of weights end; an index comes before its shards."""
 
 
 def weights_file(folder: Path, weights: WhichWeights | None) -> tuple[Path, str | None]:
@@ -50,6 +54,7 @@ def weights_file(folder: Path, weights: WhichWeights | None) -> tuple[Path, str 
     if not (folder / _FILES["raw"]).is_file():
         raise FormatError(
             f"{folder}: a folder without a checkpoint of agc train; name a file of weights"
+            f"{_such_as(folder)}"
         )
     which = weights or _evaluated(folder)
     file = folder / _FILES[which]
@@ -58,6 +63,13 @@ def weights_file(folder: Path, weights: WhichWeights | None) -> tuple[Path, str 
     if weights is not None or which == "raw":
         return file, None
     return file, f"{folder}: took {file.name}, which its recipe evaluates, not {_FILES['raw']}"
+
+
+def _such_as(folder: Path) -> str:
+    """Return words that name a file of the folder that looks like weights, if there is one."""
+    found = (path for suffix in _SUFFIXES for path in sorted(folder.glob(f"*{suffix}")))
+    path = next(found, None)
+    return "" if path is None else f", such as {path}"
 
 
 def sharded_way_out(folder: Path) -> str:

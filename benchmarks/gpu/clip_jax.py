@@ -29,7 +29,7 @@ from benchmarks.gpu.conditions import (
     shapes_of,
     with_ratios,
 )
-from benchmarks.gpu.race import Contestant, DoesNotApply, Entry, HostClock, Outcome, race
+from benchmarks.gpu.race import Contestant, DoesNotApply, Entry, HostClock, Outcome
 from benchmarks.gpu.results import Job, Results
 from benchmarks.shapes import MODELS, declared, out_last
 
@@ -49,7 +49,7 @@ def measure(job: Job, results: Results) -> None:
     for (dtype, model), clipping in clippings.items():
         for condition in CONDITIONS:
             clipping.set_condition(condition)
-            outcomes = race(clipping.entries(), clock, job.effort(4, 6))
+            outcomes = results.race(clipping.entries(), clock, job.effort(4, 6))
             # Results are new arrays or donated ones, written whatever is clipped.
             needs = dict.fromkeys(("agc", "optax"), least_bytes(clipping.size, 1.0))
             results.add(

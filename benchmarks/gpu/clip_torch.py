@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from benchmarks.gpu.conditions import (
     least_bytes,
     with_ratios,
 )
-from benchmarks.gpu.race import Contestant, DoesNotApply, Entry, Outcome, race
+from benchmarks.gpu.race import Contestant, Crash, DoesNotApply, Entry, Outcome
 from benchmarks.gpu.results import Job, Results
-from benchmarks.gpu.tensors import Tensors, clock_of, copy, numbers, use_triton
+from benchmarks.gpu.tensors import Tensors, clock_of, copy, module_of, numbers, use_triton
 from benchmarks.shapes import MODELS, declared
 
 __all__ = ["measure"]
@@ -37,7 +38,7 @@ def measure(job: Job, results: Results) -> None:
             clipping = _Clipping(tensors, dtype, job)
             for condition in CONDITIONS:
                 clipping.set_condition(condition)
-                outcomes = race(clipping.entries(), clock, job.effort(5, 8))
+                outcomes = results.race(clipping.entries(), clock, job.effort(5, 8))
                 least = least_bytes(tensors.size, tensors.clipped)
                 needs = dict.fromkeys(set(outcomes) - {"copy"}, least)
                 # They read, then read and write.
@@ -65,9 +66,8 @@ class _Clipping:
     def __init__(self, tensors: Tensors, dtype: str, job: Job) -> None:
         self._tensors, self._dtype, self._job = tensors, dtype, job
         self._rule = AGC(clipping=CLIPPING, units=declared(tensors.shapes, "o ... -> o"))
-        self._plan = agc_torch.plan(tensors.parameters, self._rule)
         self._parameters = list(tensors.parameters.values())
-        pairs = resolve(tensors.parameters, self._rule, self._plan)[1]
+        pairs = resolve(tensors.parameters, self._rule)[1]
         self._whole = [(whole(entry), tensor) for entry, tensor in pairs]
         self._places = {name: place for place, name in enumerate(tensors.parameters)}
 
@@ -85,17 +85,19 @@ class _Clipping:
         return {
             "agc": self._ours,
             "agc attached": self._attached,
-            "agc in a CUDA graph": self._graph,
             "agc without Triton": self._without_triton,
             "timm": self._timm,
             "pytorch_optimizer": self._pytorch_optimizer,
             "max_norm": self._max_norm,
             "clip_grad_norm_": self._clip_grad_norm,
             "copy": lambda: copy(self._job),
+            "agc in a CUDA graph": self._graph,  # last: it is the one that may harm the others
         }
 
-    def _clip(self) -> None:
-        agc_torch.adaptive_clip_grad_(self._tensors.parameters, self._rule, plan=self._plan)
+    def _clip(self) -> Callable[[], Any]:
+        """Return the clipping of a module, which remembers what is the same from call to call."""
+        module = module_of(self._tensors.parameters)
+        return lambda: agc_torch.adaptive_clip_grad_(module, self._rule)
 
     def _put_back(self, *, triton: bool = True) -> None:
         use_triton(self._job, wanted=triton)
@@ -108,31 +110,34 @@ class _Clipping:
         return self._tensors.gradients[self._places[name]]
 
     def _ours(self) -> Contestant:
-        return Contestant(self._clip, self._put_back, self._check)
+        return Contestant(self._clip(), self._put_back, self._check)
 
     def _attached(self) -> Contestant:
         optimizer = _Idle(self._parameters, {})
-        agc_torch.attach(optimizer, self._tensors.parameters, self._rule)
+        agc_torch.attach(optimizer, module_of(self._tensors.parameters), self._rule)
         return Contestant(optimizer.step, self._put_back, self._check)
 
     def _graph(self) -> Contestant:
         if self._job.device != "cuda":
             raise DoesNotApply("CUDA graphs need a GPU")
         self._put_back()
+        clip, graph = self._clip(), torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, and allocates
-            self._clip()
+            clip()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._clip()
+        try:
+            with torch.cuda.graph(graph):
+                clip()
+        except Exception as error:  # which leaves the allocator and the current stream in a graph
+            raise Crash(f"{type(error).__name__}: {error}") from error
         return Contestant(graph.replay, self._put_back, self._check)
 
     def _without_triton(self) -> Contestant:
         if self._job.device != "cuda":
             raise DoesNotApply("Triton's kernels need a GPU, and are off anyway")
-        return Contestant(self._clip, lambda: self._put_back(triton=False), self._check)
+        return Contestant(self._clip(), lambda: self._put_back(triton=False), self._check)
 
     def _timm(self) -> Contestant:
         agc = timm_peer.load()

@@ -1,7 +1,7 @@
 """Run the conformance suite on one backend, in parts side by side, and merge their results.
 
 ``python -m benchmarks.gpu.conformance torch --out FILE``. A part that hangs or crashes takes none
-of the others with it: what is complete becomes one file, whose header names the parts.
+of the others with it: what there is becomes one file, after every part, whose header names them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from agc_conformance.records import Record, ResultFile, Writer, read_results
+from agc.files import part_of
+from agc_conformance.records import (
+    DiedRecord,
+    Record,
+    ResultFile,
+    Writer,
+    complete,
+    make_header,
+    read_results,
+)
 from agc_conformance.suite import run
 from benchmarks.gpu.results import Job
 from benchmarks.gpu.stage import ABSENT, add_job, job_of
 
-__all__ = ["PARTS", "main", "merge"]
+__all__ = ["NO_KERNELS", "PARTS", "main", "merge"]
 
 _BACKENDS: Final = {
     "torch": "agc_conformance.backends.torch.backend:TorchBackend",
@@ -29,14 +38,19 @@ _BACKENDS: Final = {
 }
 """Backends by name, found without an installed package's entry points."""
 PARTS: Final = {
-    "torch": ("L[02]-*", "L1-[a-r]*", "L1-[s-z]*", "L3-*", "L5-*", "real-*", "model-*"),
+    "torch": (
+        "L[02]-*", "L1-[a-k]*", "L1-l*", "L1-[m-r]*", "L1-s*", "L1-[t-z]*", "L3-[!s]*", "L3-s*", "L5-*",
+        "real-*", "model-tiny-[!t]*", "model-tiny-t*",
+    ),
     "jax": (
         "L[02]-*", "L1-[a-k]*", "L1-l*", "L1-[m-r]*", "L1-sam-[a-m]*", "L1-sam-[n-z]*", "L1-s[!a]*",
         "L1-[t-z]*", "L3-*", "L5-*", "real-*", "model-tiny-optimizer", "model-tiny-trajectory",
         "model-tiny-o[!p]*", "model-tiny-[!ot]*",
     ),
 }  # fmt: skip
-"""Globs of ids that together are the whole suite; JAX compiles for each, so it has more of them."""
+"""Globs of ids that together are the whole suite; most of the time goes into compiling."""
+NO_KERNELS: Final = "the Triton kernels of AGC"
+"""How PyTorch's adapter begins to say that they do not compile."""
 _REHEARSED: Final = ("L1-eps-*",)
 _NO_AUTOTUNING: Final = "--xla_gpu_autotune_level=0"
 """Option of XLA that shortens its compilation, which is most of what the suite waits for."""
@@ -46,6 +60,8 @@ _LINES: Final = 15
 
 def merge(paths: Sequence[Path], out: Path, job: Job) -> ResultFile | None:
     """Write the results of complete files into one, and return it; None if there are none.
+
+    The header selects nothing if that is the whole suite, on a real device.
 
     Parameters
     ----------
@@ -61,13 +77,15 @@ def merge(paths: Sequence[Path], out: Path, job: Job) -> ResultFile | None:
     if not files:
         return None
     first = files[0].header
-    whole = len(files) == len(paths) and not job.tiny
+    died = any(file.died for file in files)
+    whole = len(files) == len(paths) and not died and not job.tiny
     select = None if whole else " ".join(str(file.header.get("select")) for file in files)
     header = {**first, "select": select, "commit": first["commit"] or job.commit}
     header |= {key: any(file.header.get(key) for file in files) for key in ("train", "models")}
     with Writer(out, header) as writer:  # type: ignore[arg-type]
         for file in files:
             records: list[Record] = [*file.results, *file.train, *file.models, *file.unavailable]
+            records += file.died
             for record in records:
                 writer.write(record)
     return read_results(out)
@@ -102,6 +120,8 @@ def _parts(backend: str, out: Path, job: Job, seconds: float, folder: Path) -> i
     parts = _REHEARSED if job.tiny else PARTS[backend]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # parts share the cores
     if job.device == "cuda":
+        # Or PyTorch's own operations would pass in the kernels' place.
+        environment["PYTHONWARNINGS"] = f"error:{NO_KERNELS}"
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_NO_AUTOTUNING}".strip()
     deadline = time.monotonic() + seconds
     paths = [folder / f"{index}.jsonl" for index in range(len(parts))]
@@ -113,14 +133,15 @@ def _parts(backend: str, out: Path, job: Job, seconds: float, folder: Path) -> i
             processes.append(
                 subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             )
-    failed = False
+    failed, merged = False, None
     for part, path, process in zip(parts, paths, processes, strict=True):
         problem = _problem(process, deadline)
         print(f"{part}: {problem or 'passed'}")
         if problem is not None:
             failed = True
             print(*path.with_suffix(".log").read_text().splitlines()[-_LINES:], sep="\n")
-    merged = merge(paths, out, job)
+            _keep(path, part, problem)
+        merged = merge(paths, out, job)
     if merged is None or merged.footer is None:
         return 1
     print(", ".join(f"{count} {status}" for status, count in merged.footer["counts"].items()))
@@ -128,6 +149,14 @@ def _parts(backend: str, out: Path, job: Job, seconds: float, folder: Path) -> i
         print(merged.unavailable[0]["reason"])
         return ABSENT
     return int(failed)
+
+
+def _keep(path: Path, part: str, problem: str) -> None:
+    """Complete the file of a part that ended before its time, if it has come to write any."""
+    unfinished = part_of(path)
+    if unfinished.is_file() and "\n" in unfinished.read_text(encoding="utf-8"):
+        died: DiedRecord = {"type": "died", "check": part, "reason": problem}
+        complete(path, make_header("run"), died)
 
 
 def _problem(process: subprocess.Popen[bytes], deadline: float) -> str | None:

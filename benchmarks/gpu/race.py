@@ -15,6 +15,7 @@ from benchmarks.common import over_turns
 __all__ = [
     "Clock",
     "Contestant",
+    "Crash",
     "CudaClock",
     "DoesNotApply",
     "Effort",
@@ -41,6 +42,10 @@ class DoesNotApply(Exception):
     """A contestant or a stage has nothing to do on this device."""
 
 
+class Crash(Exception):
+    """A contestant has left the process, or its GPU, in a state in which no other can be timed."""
+
+
 class Reading(NamedTuple):
     """Milliseconds of one call.
 
@@ -65,6 +70,9 @@ class Clock(Protocol):
     def peak(self, run: Callable[[], Any]) -> int | None:
         """Return the bytes that a call has allocated at most, or None if nobody knows."""
 
+    def check(self) -> None:
+        """Raise Crash if the device is lost, as it is after an illegal access to its memory."""
+
 
 class HostClock:
     """Waits for what a call returns, as JAX needs it; on a CPU there is nothing to wait for."""
@@ -82,6 +90,9 @@ class HostClock:
     def peak(self, run: Callable[[], Any]) -> int | None:
         self._wait(run())
         return None
+
+    def check(self) -> None:
+        """Do nothing: nobody knows."""
 
 
 class CudaClock:
@@ -110,6 +121,12 @@ class CudaClock:
         run()
         self._cuda.synchronize()
         return int(self._cuda.max_memory_allocated() - before)
+
+    def check(self) -> None:
+        try:
+            self._cuda.synchronize()
+        except RuntimeError as error:
+            raise Crash(f"the GPU is lost: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -142,10 +159,20 @@ class Effort(NamedTuple):
     rounds: int
 
 
-def race(entries: Mapping[Key, Entry], clock: Clock, effort: Effort) -> dict[Key, Outcome]:
+def race(
+    entries: Mapping[Key, Entry],
+    clock: Clock,
+    effort: Effort,
+    watch: Callable[[Key], Any] = lambda _: None,
+) -> dict[Key, Outcome]:
     """Let contestants take turns, so that a slow moment of the machine hits them all.
 
-    A contestant that fails is out, with its error; the others go on.
+    A contestant that fails is out, with its error; the others go on. ``watch`` is told who is next.
+
+    Raises
+    ------
+    Crash
+        If the others cannot go on.
 
     Returns
     -------
@@ -157,6 +184,7 @@ def race(entries: Mapping[Key, Entry], clock: Clock, effort: Effort) -> dict[Key
     outcomes: dict[Key, Outcome] = {}
     racing: dict[Key, Contestant] = {}
     for key, make in entries.items():
+        watch(key)
         try:
             contestant = make()
             contestant.prepare()
@@ -167,14 +195,19 @@ def race(entries: Mapping[Key, Entry], clock: Clock, effort: Effort) -> dict[Key
             racing[key] = contestant
         except DoesNotApply as reason:
             outcomes[key] = {"absent": str(reason)}
+        except Crash:
+            raise
         except Exception as error:  # whatever a peer, a compiler or a driver has to say
+            clock.check()
             outcomes[key] = _failed(error)
     readings: dict[Key, list[list[Reading]]] = {key: [] for key in racing}
     for _ in range(effort.turns):
         for key, contestant in list(racing.items()):
+            watch(key)
             try:
                 readings[key].append(_turn(contestant, clock, effort.rounds))
             except Exception as error:  # likewise
+                clock.check()
                 outcomes[key] = _failed(error)
                 del racing[key]
     for key in racing:

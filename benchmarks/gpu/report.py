@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from agc.files import write_text
+from agc_conformance.records import bad_statuses
 from benchmarks.common import grid
 from benchmarks.gpu.conditions import CONDITIONS, DTYPES
 from benchmarks.gpu.race import Outcome, relative
 from benchmarks.report import NOISE, TITLES
 from benchmarks.shapes import MODELS
 
-__all__ = ["SUMMARY", "Run", "Status", "Verdict", "main", "verdicts"]
+__all__ = ["SUMMARY", "Run", "Status", "Verdict", "main", "verdicts", "write"]
 
 SUMMARY: Final = "summary.json"
 _BANDWIDTH: Final = 0.85
@@ -33,7 +34,9 @@ _FRACTION: Final = 1.25
 _EVEN: Final = (1 - NOISE, 1 + NOISE)
 """As fast, or as large: two identical programs differ by this much."""
 
-Status = Literal["complete", "failed", "out of time", "does not apply"]
+Status = Literal[
+    "complete", "failed", "out of time", "does not apply", "not started", "not finished"
+]
 Judgement = Literal["met", "missed", "not measured", "does not apply"]
 
 _TITLES: Final[dict[Any, str]] = {
@@ -48,7 +51,7 @@ _TITLES: Final[dict[Any, str]] = {
     True: "ASAM",
     False: "SAM",
 }
-_COUNTED: Final = ("result", "unavailable")
+_COUNTED: Final = ("result", "unavailable", "died")
 """Records of a conformance run that are counted."""
 _MARKS: Final = {
     "met": "met",
@@ -153,8 +156,9 @@ def verdicts(run: Run) -> list[Verdict]:
 def _conformance(run: Run, stage: str) -> Iterator[Verdict]:
     counts = run.conformance(stage)
     shown = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    judgements: dict[str, Judgement] = {"complete": "met", "failed": "missed"}
-    judgement = judgements.get(run.stages[stage]["status"], "not measured")
+    judgement: Judgement = "met" if run.stages[stage]["status"] == "complete" else "not measured"
+    if bad_statuses.intersection(counts):
+        judgement = "missed"
     yield Verdict(_TITLES[stage], "results", shown or "none", "none failed", judgement)
 
 
@@ -336,11 +340,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.report", description=__doc__)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args(arguments)
-    run = Run(options.folder)
-    text = document(run)
-    write_text(options.folder / "README.md", text)
-    print(text)
-    return int(not _is_well(run))
+    print(write(options.folder))
+    return int(not _is_well(Run(options.folder)))
+
+
+def write(folder: Path) -> str:
+    """Write ``README.md`` beside the files of a run, and return it."""
+    text = document(Run(folder))
+    write_text(folder / "README.md", text)
+    return text
 
 
 def _is_well(run: Run) -> bool:

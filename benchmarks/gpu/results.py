@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import shlex
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +14,7 @@ from typing import Any, Final
 from agc.files import write_text
 from agc_conformance.records import make_header
 from benchmarks.common import versions
-from benchmarks.gpu.race import Effort
+from benchmarks.gpu.race import Clock, Effort, Entry, Outcome, race
 
 __all__ = ["FORMAT", "Job", "Results", "provenance"]
 
@@ -21,6 +23,11 @@ _PACKAGES: Final = (
     "agc-sam", "numpy", "torch", "triton", "timm", "pytorch_optimizer", "jax", "jaxlib",
     "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax",
 )  # fmt: skip
+
+
+_HANGS: Final = 60
+"""Seconds after which a turn has hung: some compile twenty kernels before."""
+_CRASHED: Final = {"error": "the process or its GPU did not survive this contestant"}
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,14 @@ class Job:
         Whether shapes are tiny and calls are few.
     commit : str, optional
         What is measured, on a machine that has the files but not their history.
+    without : tuple of str
+        Contestants that have crashed before.
     """
 
     device: str
     tiny: bool = False
     commit: str | None = None
+    without: tuple[str, ...] = ()
 
     def effort(self, turns: int, rounds: int) -> Effort:
         """Return how often contestants run: hardly ever in a rehearsal."""
@@ -48,7 +58,8 @@ class Job:
     def arguments(self) -> list[str]:
         """Return the options of a command that say all this."""
         commit = [] if self.commit is None else ["--commit", self.commit]
-        return ["--device", self.device, *(["--tiny"] if self.tiny else []), *commit]
+        without = ["--without", *self.without] if self.without else []
+        return ["--device", self.device, *(["--tiny"] if self.tiny else []), *commit, *without]
 
 
 def provenance(job: Job, module: str, *arguments: str) -> dict[str, Any]:
@@ -78,10 +89,10 @@ def _gpu() -> dict[str, str] | None:
             timeout=20,
             check=True,
         )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    values = (value.strip() for value in done.stdout.splitlines()[0].split(","))
-    return dict(zip(fields, values, strict=True))
+        values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
+        return dict(zip(fields, values, strict=True))
+    except (OSError, subprocess.SubprocessError, LookupError, ValueError):
+        return None  # nothing depends on it
 
 
 class Results:
@@ -98,7 +109,7 @@ class Results:
     """
 
     def __init__(self, path: Path, stage: str, job: Job) -> None:
-        self._path = path
+        self._path, self._job = path, job
         self._content: dict[str, Any] = {
             "format": FORMAT,
             "version": 1,
@@ -108,6 +119,28 @@ class Results:
             "cases": [],
         }
         self._write()
+
+    def race(
+        self, entries: Mapping[str, Entry], clock: Clock, effort: Effort
+    ) -> dict[str, Outcome]:
+        """Let contestants take turns, but for those that have crashed before.
+
+        The file says whose turn it is, in case that the process does not survive it; a turn that
+        hangs is one of these.
+        """
+
+        def watch(name: str) -> None:
+            faulthandler.dump_traceback_later(_HANGS, exit=True)
+            self._content["turn"] = name
+            self._write()
+
+        here = {name: entry for name, entry in entries.items() if name not in self._job.without}
+        try:
+            outcomes = race(here, clock, effort, watch)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        del self._content["turn"]
+        return {name: outcomes.get(name, dict(_CRASHED)) for name in entries}
 
     def add(self, **case: Any) -> None:
         """Write one more case."""

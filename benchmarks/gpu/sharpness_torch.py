@@ -18,12 +18,12 @@ from agc.reference import perturbation
 from agc_conformance.verdict import LIMITS, ulp_error
 from agc_torch.sam import SharpnessAware
 from benchmarks.gpu.conditions import DTYPES, with_ratios
-from benchmarks.gpu.race import Contestant, DoesNotApply, Entry, Outcome, race
+from benchmarks.gpu.race import Contestant, DoesNotApply, Entry, Outcome
 from benchmarks.gpu.results import Job, Results
-from benchmarks.gpu.tensors import Tensors, clock_of, copy, numbers, use_triton
+from benchmarks.gpu.tensors import Tensors, clock_of, copy, module_of, numbers, use_triton
 from benchmarks.shapes import MODELS
 
-__all__ = ["Parts", "measure", "module_of"]
+__all__ = ["Parts", "measure"]
 
 _PASSES: Final = {"norm": 1, "perturb": 4, "restore": 2}
 """How often a part must go through memory; the norm of ASAM reads the weights too."""
@@ -37,7 +37,7 @@ def measure(job: Job, results: Results) -> None:
             tensors = Tensors(model, dtype, job)
             for adaptive in (False, True):
                 sharpness = _Sharpness(tensors, dtype, SAM(rho=0.05, adaptive=adaptive), job)
-                outcomes = race(sharpness.entries(), clock, job.effort(5, 8))
+                outcomes = results.race(sharpness.entries(), clock, job.effort(5, 8))
                 sharpness.finish()
                 results.add(
                     model=model,
@@ -46,14 +46,6 @@ def measure(job: Job, results: Results) -> None:
                     base="plain step",
                     contestants=with_ratios(outcomes, sharpness.least_bytes(), "plain step"),
                 )
-
-
-def module_of(tensors: dict[str, nn.Parameter]) -> nn.Module:
-    """Return a module that has nothing but parameters."""
-    module = nn.Module()
-    for name, parameter in tensors.items():
-        module.register_parameter(name.replace(".", "_"), parameter)
-    return module
 
 
 class Parts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -18,7 +19,7 @@ from benchmarks.gpu.race import Clock, Contestant, CudaClock, DoesNotApply, Host
 from benchmarks.gpu.results import Job
 from benchmarks.shapes import parameters
 
-__all__ = ["Tensors", "clock_of", "copy", "numbers", "use_triton"]
+__all__ = ["Tensors", "clock_of", "copy", "module_of", "numbers", "use_triton"]
 
 
 def clock_of(job: Job) -> Clock:
@@ -53,6 +54,20 @@ def use_triton(job: Job, *, wanted: bool) -> None:
 def numbers(tensor: Tensor) -> npt.NDArray[np.float64]:
     """Return a tensor's values in float64."""
     return np.asarray(tensor.detach().double().cpu())
+
+
+def module_of(parameters: Mapping[str, nn.Parameter]) -> nn.Module:
+    """Return a module that has nothing but parameters, under their names."""
+    root = nn.Module()
+    for name, parameter in parameters.items():
+        *path, leaf = name.split(".")
+        module = root
+        for key in path:
+            if key not in module._modules:
+                module.add_module(key, nn.Module())
+            module = module.get_submodule(key)
+        module.register_parameter(leaf, parameter)
+    return root
 
 
 def copy(job: Job) -> Contestant:

@@ -18,7 +18,7 @@ from agc_conformance.backends.peers import timm as timm_peer
 from agc_torch.nfnet import WSConv2d
 from agc_torch.sam import SharpnessAware
 from benchmarks import nfnet_torch
-from benchmarks.gpu.race import Contestant, DoesNotApply, Entry, Outcome, race, relative
+from benchmarks.gpu.race import Contestant, DoesNotApply, Entry, Outcome, relative
 from benchmarks.gpu.results import Job, Results
 from benchmarks.gpu.sharpness_torch import Parts
 from benchmarks.gpu.tensors import clock_of, use_triton
@@ -58,7 +58,7 @@ def measure(job: Job, results: Results) -> None:
         torch.backends.cuda.matmul.allow_tf32 = mode.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = mode.precision == "tf32"
         training = _Training(mode, job)
-        outcomes = race(training.entries(), clock, job.effort(3, 3))
+        outcomes = results.race(training.entries(), clock, job.effort(3, 3))
         results.add(
             model="nfnet-f0",
             precision=mode.precision,
@@ -78,9 +78,12 @@ class _Training:
     def __init__(self, mode: _Mode, job: Job) -> None:
         self._mode, self._job = mode, job
         layout = torch.channels_last if mode.layout == "channels_last" else torch.contiguous_format
-        self._ours, self._theirs = (
-            deepcopy(model).to(job.device, memory_format=layout) for model in _models(job.tiny)
-        )
+        ours, theirs = _models(job.tiny)
+        self._ours = deepcopy(ours).to(job.device, memory_format=layout)
+        self._theirs = theirs
+        if isinstance(theirs, nn.Module):
+            self._theirs = deepcopy(theirs).to(job.device, memory_format=layout)
+            self._peer = torch.optim.SGD(self._theirs.parameters(), **nfnet_torch.SGD)
         images, labels = nfnet_torch.batch(*((2, 32) if job.tiny else _BATCH))
         self.images = images.to(job.device, memory_format=layout)
         self._labels = labels.to(job.device) % (10 if job.tiny else 1000)
@@ -89,18 +92,20 @@ class _Training:
         )
         self._rule = AGC.profile("deepmind")
         agc_torch.attach(self._clipping, self._ours, self._rule)
-        self._peer = torch.optim.SGD(self._theirs.parameters(), **nfnet_torch.SGD)
         self._gradients: list[Tensor] = []
 
     def entries(self) -> dict[str, Entry]:
-        ours, theirs = self._ours, self._theirs
+        ours = self._ours
         runs: dict[str, Callable[[], Any]] = {
             "step": lambda: self._step(ours, self._plain),
-            "step of timm": lambda: self._step(theirs, self._peer),
             "step with AGC": lambda: self._step(ours, self._clipping),
-            "step with AGC of timm": self._clipped_step_of_timm(),
             "step with AGC and SAM": self._sharp_step(1.0),
             f"step with AGC and SAM, fraction {_FRACTION}": self._sharp_step(_FRACTION),
+        }
+        peers = {
+            "forward of timm": lambda peer: lambda: self._forward(peer),
+            "step of timm": lambda peer: lambda: self._step(peer, self._peer),
+            "step with AGC of timm": self._clipped_step,
         }
         parts = Parts(SharpnessAware(ours, SAM(rho=0.05)))
         alone = {
@@ -114,8 +119,8 @@ class _Training:
         forward = Contestant(lambda: self._forward(ours), self._clear, self._check)
         return {
             "forward": lambda: forward,
-            "forward of timm": lambda: Contestant(lambda: self._forward(theirs), self._clear),
             **{name: _entry(run, self._clear) for name, run in runs.items()},
+            **{name: partial(self._of_timm, make) for name, make in peers.items()},
             **{name: _entry(run, self._differentiated) for name, run in alone.items()},
             **{name: partial(self._another_step, how) for name, how in ways.items()},
         }
@@ -139,12 +144,17 @@ class _Training:
         self._backward(model, self.images, self._labels)
         optimizer.step()
 
-    def _clipped_step_of_timm(self) -> Callable[[], None]:
+    def _of_timm(self, make: Callable[[nn.Module], Callable[[], Any]]) -> Contestant:
+        if not isinstance(self._theirs, nn.Module):
+            raise RuntimeError(f"timm's model cannot be made: {self._theirs}")
+        return Contestant(make(self._theirs), self._clear)
+
+    def _clipped_step(self, peer: nn.Module) -> Callable[[], None]:
         clip = timm_peer.load().adaptive_clip_grad
-        clipped = nfnet_torch.clipped_by_timm(self._theirs)
+        clipped = nfnet_torch.clipped_by_timm(peer)
 
         def step() -> None:
-            self._backward(self._theirs, self.images, self._labels)
+            self._backward(peer, self.images, self._labels)
             clip(clipped, clip_factor=0.01)
             self._peer.step()
 
@@ -173,7 +183,8 @@ class _Training:
             if isinstance(module, WSConv2d):
                 module.ws_dtype = ws_dtype
         for model in (self._ours, self._theirs):
-            model.zero_grad()
+            if isinstance(model, nn.Module):
+                model.zero_grad()
 
     def _differentiated(self) -> None:
         """Give our model the same gradients each time."""
@@ -186,7 +197,7 @@ class _Training:
 
     def _check(self) -> Outcome:
         """Compare the logits of both models, which have the same weights at first."""
-        if self._job.tiny:
+        if self._job.tiny or not isinstance(self._theirs, nn.Module):
             return {}
         ours, theirs = (self._forward(model).float() for model in (self._ours, self._theirs))
         difference = float((ours - theirs).abs().max() / theirs.abs().max())
@@ -194,8 +205,13 @@ class _Training:
 
 
 @cache
-def _models(tiny: bool) -> tuple[nn.Module, nn.Module]:
-    return nfnet_torch.tiny_models() if tiny else nfnet_torch.models()
+def _models(tiny: bool) -> tuple[nn.Module, nn.Module | Exception]:
+    """Return both models; in the place of timm's, why it is not to be had."""
+    ours = nfnet_torch.ours("tiny" if tiny else "F0")
+    try:
+        return ours, nfnet_torch.tiny_timm() if tiny else nfnet_torch.like(ours)
+    except Exception as error:  # whatever another version of timm has to say
+        return ours, error
 
 
 def _entry(run: Callable[[], Any], prepare: Callable[[], None]) -> Entry:

@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from types import TracebackType, UnionType
 from typing import (
@@ -46,9 +47,6 @@ from typing import (
     get_type_hints,
     is_typeddict,
 )
-
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
 
 import agc
 from agc.errors import FormatError
@@ -482,28 +480,34 @@ _PLAIN: Final[dict[Any, dict[str, Any]]] = {
     float: {"type": "number", "minimum": -_LARGEST, "maximum": _LARGEST},
     type(None): {"type": "null"},
 }
-_CHECKS: Final = {
-    kind: Draft202012Validator(_schema(hint))
-    for kind, hint in {
-        "header": Header,
-        "result": ResultRecord,
-        "train": TrainRecord,
-        "model": ModelRecord,
-        "unavailable": UnavailableRecord,
-        "died": DiedRecord,
-        "mutant": MutantRecord,
-        "program": ProgramRecord,
-        "footer": Footer,
-    }.items()
+_HINTS: Final[dict[str, Any]] = {
+    "header": Header,
+    "result": ResultRecord,
+    "train": TrainRecord,
+    "model": ModelRecord,
+    "unavailable": UnavailableRecord,
+    "died": DiedRecord,
+    "mutant": MutantRecord,
+    "program": ProgramRecord,
+    "footer": Footer,
 }
+
+
+@cache
+def _checker(kind: str) -> Any:
+    from jsonschema import Draft202012Validator  # here, for machines that measure without it
+
+    return Draft202012Validator(_schema(_HINTS[kind]))
 
 
 def _check(place: str, record: Mapping[str, Any]) -> None:
     """Raise FormatError unless a record has every field of its type, each of the right type."""
+    from jsonschema.exceptions import best_match
+
     kind = record.get("type")
-    if not isinstance(kind, str) or kind not in _CHECKS:
+    if not isinstance(kind, str) or kind not in _HINTS:
         raise FormatError(f"{place}: unknown record type {kind!r}")
-    problem = best_match(_CHECKS[kind].iter_errors(record))
+    problem = best_match(_checker(kind).iter_errors(record))
     if problem is not None:
         field = "/".join(map(str, problem.absolute_path)) or "the record"
         text = problem.message  # the value, which may be long, then the problem

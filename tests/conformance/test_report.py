@@ -278,6 +278,15 @@ def test_html_links_lead_somewhere(files: dict[str, Path]) -> None:
     assert links <= targets
 
 
+def test_html_opens_what_a_cell_links_to(files: dict[str, Path]) -> None:
+    """A browser opens a closed element if its target is inside, not if it is the target."""
+    page = html(summary(files, *files))
+    links = set(re.findall(r'<a class="cell [^"]*" href="#([^"]+)"', page))
+    inside = r"<details[^>]*>\s*<summary>(?:(?!<details|</details>).)*? id=\"([^\"]+)\""
+    assert links
+    assert links <= set(re.findall(inside, page, re.DOTALL))
+
+
 def test_html_shows_every_part(files: dict[str, Path]) -> None:
     page = html(summary(files, *files))
     for part in (

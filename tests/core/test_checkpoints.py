@@ -234,6 +234,8 @@ def test_folders_that_cannot_be_written(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "none" / "run"):
         with pytest.raises(ConfigError, match="checkpoints cannot be written to"):
             Checkpoints(folder, RECIPE)
+    with pytest.raises(ConfigError, match=r"make the folder .*none first; there is none$"):
+        Checkpoints(tmp_path / "none" / "run", RECIPE)
     with pytest.raises(FormatError, match="there is no checkpoint"):
         Checkpoints(tmp_path, RECIPE).load()
     with pytest.raises(FormatError, match=r"state\.json: cannot be read .* to begin anew"):

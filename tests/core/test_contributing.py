@@ -30,7 +30,7 @@ def test_sessions_exist():
 
 
 EXTRAS = {  # what only one framework needs
-    "torch": {"fused", "passes", "processes", "shards", "triton_kernels"},
+    "torch": {"ascent", "fused", "passes", "processes", "shards", "triton_kernels"},
     "jax": {"devices", "leaf_names"},
     "tensorflow": {"devices"},
 }

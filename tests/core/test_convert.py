@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import stat
 import struct
 import subprocess
@@ -495,6 +496,16 @@ def test_folders_of_a_training(tmp_path, capsys):
         load(folder)
     with pytest.raises(FormatError, match="a folder without a checkpoint"):
         load(tmp_path)
+
+
+def test_a_folder_of_files_names_one_of_them(tmp_path):
+    """An index before its shards."""
+    with pytest.raises(FormatError, match=r"name a file of weights$"):
+        load(tmp_path)
+    for name in ("b.bin", "a-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (tmp_path / name).touch()
+        with pytest.raises(FormatError, match=f"such as .*/{re.escape(name)}$"):
+            load(tmp_path)
 
 
 # --- What is wrong with it?

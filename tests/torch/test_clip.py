@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import agc_torch
 from agc import AGC, Schedule, Units
-from agc.errors import DTypeError, NonFiniteError, ParameterError, UnitsError
+from agc.errors import ConfigError, DTypeError, NonFiniteError, ParameterError, UnitsError
 from agc.reference import Result, adaptive_clip
 from agc_conformance.backends.torch.arrays import gradient_arrays, set_gradient, to_array
 from agc_torch.norms import all_norms
@@ -583,6 +584,7 @@ def test_telemetry_keeps_no_gradient():
 
 # Cost
 
+SCHEDULE = Schedule([(0, 0.5), (4, 0.1)])
 WAITING = ("_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero", "unique")
 
 
@@ -601,7 +603,7 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("how", ["by hand", "attached"])
 def test_an_accelerator_is_not_waited_for(how, policy):
     """On pretended CUDA tensors, whose values nobody can know."""
-    rule = AGC(clipping={"conv": Schedule([(0, 0.5), (4, 0.1)]), "*": 0.02}, nonfinite=policy)
+    rule = AGC(clipping={"conv": SCHEDULE, "*": 0.02}, nonfinite=policy)
     with FakeTensorMode(), NoWaiting():
         parameters = {
             name: nn.Parameter(torch.empty(shape, device="cuda:0"))
@@ -626,7 +628,7 @@ def test_an_accelerator_is_not_waited_for(how, policy):
 def test_replays_count_steps(monkeypatch):
     """A recorded step, run again and again as a CUDA graph is, goes on along its schedule."""
     never_look_at_values(monkeypatch)
-    rule = AGC(clipping=Schedule([(0, 0.5), (4, 0.1)]))
+    rule = AGC(clipping=SCHEDULE)
     parameters = model_of()
     optimizer = torch.optim.SGD(parameters.values(), lr=0)
     optimizer.param_groups[0]["capturable"] = True  # as Adam's, which takes tensors of a GPU alone
@@ -641,6 +643,44 @@ def test_replays_count_steps(monkeypatch):
             recorded()
         assert handle.steps == step + 1
         check_gradients(gradient_arrays(parameters), want)
+
+
+def test_the_count_of_steps_goes_where_capturable_wants_it():
+    """Which may be set, and the parameters may move, after AGC was attached."""
+    weight = nn.Parameter(torch.empty(2, 3, device="meta"))
+    weight.grad = torch.empty_like(weight)
+    optimizer = torch.optim.SGD([weight], 0.1)
+    handle = agc_torch.attach(optimizer, {"weight": weight}, AGC(clipping=SCHEDULE))
+    optimizer.step()
+    assert handle._steps.device.type == "cpu"
+    optimizer.param_groups[0]["capturable"] = True
+    optimizer.step()
+    assert handle._steps.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("clipping", "capturable", "recorded"),
+    [
+        (0.1, False, True),
+        (SCHEDULE, False, False),
+        (SCHEDULE, True, True),
+        (lambda step: 0.1, True, False),
+    ],
+    ids=["constant", "on the host", "on the device", "any function"],
+)
+def test_what_a_cuda_graph_would_freeze_is_refused(clipping, capturable, recorded, monkeypatch):
+    never_look_at_values(monkeypatch)
+    parameters = model_of()
+    optimizer = torch.optim.SGD(parameters.values(), lr=0)
+    optimizer.param_groups[0]["capturable"] = capturable
+    agc_torch.attach(optimizer, parameters, AGC(clipping=clipping))
+    optimizer.step()
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    if not capturable:  # as a count on the host is read
+        monkeypatch.setattr("agc_torch.schedules.on_host", lambda device: True)
+    with nullcontext() if recorded else pytest.raises(ConfigError, match=r"for ever.*capturable"):
+        optimizer.step()
 
 
 def test_reading_telemetry_is_what_waits(monkeypatch):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 import warnings
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,20 @@ from agc_conformance.training.ask import TASKS, result_ids
 from agc_conformance.vectors import load_vectors
 from agc_torch import fused
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import conformance, report
+from benchmarks.gpu import conformance, report, results
+from benchmarks.gpu.clip_torch import _Clipping
 from benchmarks.gpu.conditions import CONDITIONS, DTYPES, Truth, least_bytes, louder
-from benchmarks.gpu.race import Contestant, DoesNotApply, Effort, HostClock, race
+from benchmarks.gpu.race import (
+    Contestant,
+    Crash,
+    CudaClock,
+    DoesNotApply,
+    Effort,
+    HostClock,
+    race,
+)
 from benchmarks.gpu.results import Job
-from benchmarks.gpu.tensors import clock_of
+from benchmarks.gpu.tensors import Tensors, clock_of
 from benchmarks.shapes import MODELS
 
 ROOT = Path(__file__).parents[2]
@@ -183,18 +195,182 @@ def test_a_stage_that_ends_badly(
     code: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(program.Stage, "command", lambda *_: [sys.executable, "-c", code])
-    limit = 3 if "sleep" in code else 60
-    stage = program.Stage("agc", limit, "agc.json")
-    (tmp_path / "agc.json").write_text("of an older run", encoding="utf-8")
-    (record,) = program._run([stage], tmp_path, Job("cpu", tiny=True))
+    deadline = time.monotonic() + (3 if "sleep" in code else 60)
+    stage = program.Stage("agc", 60, "agc.json")
+    record = program._run(stage, tmp_path / "agc.json", Job("cpu", tiny=True), deadline)
     assert (record["status"], record["log"]) == (status, ["before"])
-    assert not (tmp_path / "agc.json").exists()
+
+
+CRASHES = """
+import os, sys
+from pathlib import Path
+out = Path(sys.argv[1])
+if "--without" in sys.argv:
+    out.write_text('{"cases": []}')
+else:
+    out.write_text('{"turn": "agc in a CUDA graph", "cases": []}')
+    print("a segmentation fault", flush=True)
+    os.kill(os.getpid(), 11)
+"""
+
+
+def test_a_stage_goes_on_without_the_contestant_that_it_died_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(stage: program.Stage, out: Path, job: Job, seconds: float) -> list[str]:
+        return [sys.executable, "-c", CRASHES, str(out), *job.arguments()]
+
+    monkeypatch.setattr(program.Stage, "command", command)
+    stage, out = program.Stage("agc", 60, "agc.json"), tmp_path / "agc.json"
+    record = program._run(stage, out, Job("cpu", tiny=True), time.monotonic() + 60)
+    assert record["status"] == "complete"
+    assert record["log"] == ["a segmentation fault", "-- again, without 'agc in a CUDA graph'"]
+    # With too little time left, what there is stays.
+    record = program._run(stage, out, Job("cpu", tiny=True), time.monotonic() + 10)
+    assert record["status"] == "failed"
+    assert "turn" in read(tmp_path, "agc.json")
+
+
+HANGS = """
+import sys
+from benchmarks.gpu import __main__ as program
+sleep = "import time; open(sys.argv[1], 'w').close(); time.sleep(60)".replace("sys.argv[1]", "'started'")
+program.Stage.command = lambda *_: [sys.executable, "-c", sleep]
+sys.exit(program.main(["--out", "out", "--tiny", "--only", "agc", "sam"]))
+"""
+
+
+def test_a_run_that_is_ended_kills_its_stage_and_reports(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sam.json").write_text("of an older run", encoding="utf-8")
+    process = subprocess.Popen([sys.executable, "-c", HANGS], cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.terminate()
+    assert process.wait(30) != 0
+    assert len(children) == 1
+    assert not Path(f"/proc/{children[0]}").exists()
+    stages = read(tmp_path / "out", "summary.json")["stages"]
+    assert [stage["status"] for stage in stages] == ["not finished", "not started"]
+    assert "AGC in PyTorch: not finished" in (tmp_path / "out" / "README.md").read_text()
+    assert not (tmp_path / "out" / "sam.json").exists()
+
+
+def test_a_process_that_cannot_be_killed_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        monkeypatch.setattr(program.os, "killpg", lambda *_: None)
+        monkeypatch.setattr(program, "_KILLED", 0.1)
+        program._kill(process)
+        assert process.poll() is None
+        process.kill()
 
 
 def test_the_limits_leave_time() -> None:
-    assert sum(max(stage.limit for stage in group) for group in program.STAGES) <= 8 * 60 - 15
-    files = [stage.file for group in program.STAGES for stage in group]
+    """Of 560 seconds, for the start and the report; what is worth most comes first."""
+    assert sum(stage.limit for stage in program.STAGES) <= 540
+    names = ["conformance-torch", "agc", "sam", "nfnet", "jax", "conformance-jax"]
+    assert [stage.name for stage in program.STAGES] == names
+    files = {stage.file for stage in program.STAGES}
     assert len({*files, report.SUMMARY, "README.md"}) == 8
+
+
+@pytest.mark.parametrize("said", ["", "no devices were found", "a, b"])
+def test_a_driver_that_says_nothing_of_use(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], 0, stdout=said)
+    monkeypatch.setattr("benchmarks.gpu.results.subprocess.run", lambda *_, **__: done)
+    assert results._gpu() is None
+
+
+def run_stage(folder: Path, before: str, *arguments: str) -> tuple[int, str]:
+    """Run a stage in a process that does something before; return status and output."""
+    code = (
+        f"import sys\n{before}\nfrom benchmarks.gpu.stage import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *arguments, "--tiny", "--out", str(folder / "x.json")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_wheels_that_are_missing(tmp_path: Path) -> None:
+    """Without jsonschema only conformance is left out; without a peer, one contestant."""
+    before = "sys.modules['jsonschema'] = sys.modules['pytorch_optimizer'] = None"
+    assert run_stage(tmp_path, before, "agc") == (0, "")
+    for case in read(tmp_path, "x.json")["cases"]:
+        who = {name for name, outcome in case["contestants"].items() if "error" in outcome}
+        assert who == {"pytorch_optimizer"}
+
+
+@pytest.mark.parametrize(("module", "status"), [("timm_x", 3), ("agc_torch.sam", 1)])
+def test_a_module_of_ours_that_is_missing_is_no_excuse(
+    module: str, status: int, tmp_path: Path
+) -> None:
+    before = f"""
+import benchmarks.gpu.clip_torch
+def measure(job, results): raise ModuleNotFoundError("not there", name={module!r})
+benchmarks.gpu.clip_torch.measure = measure"""
+    found, log = run_stage(tmp_path, before, "agc")
+    assert (found, "not there" in log) == (status, True)
+
+
+def test_nfnets_without_a_timm_that_makes_one(tmp_path: Path) -> None:
+    before = """
+from benchmarks import nfnet_torch
+def fails(): raise AttributeError("another version")
+nfnet_torch.tiny_timm = fails"""
+    assert run_stage(tmp_path, before, "nfnet") == (0, "")
+    (case,) = read(tmp_path, "x.json")["cases"]
+    wrong = {name: o["error"] for name, o in case["contestants"].items() if "error" in o}
+    assert set(wrong) == {name for name in case["contestants"] if name.endswith("of timm")}
+    assert all("another version" in error for error in wrong.values())
+
+
+def test_a_turn_that_hangs_ends_the_process(tmp_path: Path) -> None:
+    before = """
+import time
+from benchmarks.gpu import clip_torch, results
+from benchmarks.gpu.race import Contestant
+results._HANGS = 5
+clip_torch._Clipping._timm = lambda self: Contestant(lambda: time.sleep(100))"""
+    status, log = run_stage(tmp_path, before, "agc")
+    assert status == 1
+    assert "Timeout" in log
+    assert read(tmp_path, "x.json")["turn"] == "timm"
+    status, _ = run_stage(tmp_path, before, "agc", "--without", "timm", "max_norm")
+    assert status == 0
+    for case in read(tmp_path, "x.json")["cases"]:
+        for name in ("timm", "max_norm"):
+            assert "did not survive" in case["contestants"][name]["error"]
+
+
+def test_wheels_that_cannot_be_installed_stop_nothing(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "broken-1.0-py3-none-any.whl").write_text("no archive")
+    environment = {**os.environ, "WHEELS": str(tmp_path / "wheels"), "PYTHON": sys.executable}
+    script = ROOT / "benchmarks" / "gpu" / "run.sh"
+    command = ["bash", str(script), str(tmp_path / "out"), "--tiny", "--only", "sam"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no wheel is installed" in done.stderr
+    assert read(tmp_path / "out", "sam.json")["complete"]
+
+
+def test_ours_remembers_from_call_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a module; of tensors by name everything would be found anew, and timed."""
+    job = Job("cpu", tiny=True)
+    entries = _Clipping(Tensors("nfnet-f0", "float32", job), "float32", job).entries()
+    for name in ("agc", "agc attached"):
+        contestant = entries[name]()
+        contestant.prepare()
+        contestant.run()
+        contestant.prepare()
+        with monkeypatch.context() as patch:
+            patch.setattr("agc_torch.clip._jobs", None)
+            contestant.run()
 
 
 @pytest.mark.parametrize("backend", conformance.PARTS)
@@ -230,6 +406,60 @@ def test_parts_of_conformance_become_one_file(tmp_path: Path) -> None:
     assert (whole.header["commit"], whole.header["train"]) == ("abc", True)
     assert partial.header["select"] == "L1-* L2-*"
     assert conformance.merge(paths[2:], tmp_path / "none.jsonl", job) is None
+
+
+def test_a_part_that_is_killed_leaves_what_it_found(tmp_path: Path) -> None:
+    for name in "ab":
+        header = make_header("run", select=name, train=False, models=False, backend="torch")
+        with suppress(KeyboardInterrupt), Writer(tmp_path / name, header) as file:
+            file.write(make_result(name, clause="AGC-1", level="L1", status="passed"))
+            if name == "a":
+                raise KeyboardInterrupt
+    (tmp_path / "c.part").write_text("", encoding="utf-8")  # killed before it wrote a line
+    for name in "ac":
+        conformance._keep(tmp_path / name, name, "out of time")
+    paths = [tmp_path / name for name in "abc"]
+    merged = conformance.merge(paths[:2], tmp_path / "out", Job("cuda"))
+    assert merged is not None
+    assert [result["id"] for result in merged.results] == ["a", "b"]
+    assert merged.died == [{"type": "died", "check": "a", "reason": "out of time"}]
+    assert merged.header["select"] == "a b"  # though all files are there
+    assert not paths[2].exists()
+
+
+def test_conformance_that_ran_out_of_time_did_not_fail(tmp_path: Path) -> None:
+    stage = {"name": "conformance-torch", "status": "failed", "limit": 9, "seconds": 9.0, "log": []}
+    stage["file"] = "torch-cuda.jsonl"
+    summary = {"provenance": {"device": "cuda", "tiny": False}, "stages": [stage]}
+    (tmp_path / report.SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
+    for status, judgement in (("passed", "not measured"), ("failed", "missed")):
+        with Writer(tmp_path / "torch-cuda.jsonl", make_header("run", backend="torch")) as file:
+            file.write(make_result("a", clause="AGC-1", level="L1", status="passed"))
+            file.write(make_result("b", clause="AGC-1", level="L1", status=status))
+            file.write({"type": "died", "check": "L3-*", "reason": "out of time"})
+        (verdict,) = report.verdicts(report.Run(tmp_path))
+        assert verdict.judgement == judgement
+        assert "1 died" in verdict.reached
+
+
+def test_kernels_that_do_not_compile_fail_conformance() -> None:
+    assert fused.DO_NOT_COMPILE.startswith(conformance.NO_KERNELS)
+    assert not set(",:") & set(conformance.NO_KERNELS)  # which PYTHONWARNINGS would split
+
+
+def test_a_gpu_that_is_lost_ends_the_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fails() -> None:
+        raise RuntimeError("as every call from now on")
+
+    monkeypatch.setattr("torch.cuda.synchronize", lost)
+    seen: list[str] = []
+    entries = {name: lambda: Contestant(fails) for name in ("first", "second")}
+    with pytest.raises(Crash, match="illegal memory access"):
+        race(entries, CudaClock(), Effort(1, 1), seen.append)
+    assert seen == ["first"]
 
 
 def test_a_race_goes_on_without_those_who_fail() -> None:

@@ -6,14 +6,17 @@ import copy
 import itertools
 import math
 import pickle
+import sys
 import threading
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations
 
@@ -170,6 +173,24 @@ class TestPoisonedAscent:
         train.poisoned = True
         train.by_hand()
         assert leaves(train.gradient()).all()
+
+    @pytest.mark.parametrize(
+        "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64]
+    )
+    @pytest.mark.parametrize("poisoned", [False, True])
+    def test_gradients_of_a_step_that_is_not_skipped_keep_their_bits(self, poisoned, dtype):
+        values = torch.tensor([-0.0, 2.0**-24, -1.5, torch.inf]).to(dtype)
+        if dtype.is_complex:
+            values = torch.complex(values.real, values.real.flip(0))
+        model = nn.ParameterList([torch.zeros(4, dtype=dtype)])
+        (weight,) = model.parameters()
+        weight.grad = torch.full((4,), torch.inf if poisoned else 1.0).to(dtype)
+        with SharpnessAware(model, SAM()).perturbed():
+            weight.grad = values.clone()
+        if poisoned:
+            assert weight.grad.isnan().all()
+        else:
+            assert torch.equal(weight.grad.view(torch.uint8), values.view(torch.uint8))
 
     @pytest.mark.parametrize("poisoned", [False, True])
     def test_a_scaler_sees_it_in_sparse_gradients_too(self, poisoned):
@@ -475,6 +496,106 @@ class TestCopies:
                     model.state_dict()
 
 
+class TestWhatIsRemembered:
+    def model(self) -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(31, 32),
+            nn.Conv2d(8, 64, 3),
+            nn.Linear(768, 10),
+            nn.Linear(12, 12, dtype=torch.float64),
+            nn.Conv2d(64, 16, 3).to(memory_format=torch.channels_last),
+            nn.Linear(6, 5, dtype=torch.bfloat16),
+            nn.Linear(4, 3, dtype=torch.complex64),
+        )
+
+    def draw_(self, model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+
+    @pytest.mark.parametrize("adaptive", [False, True])
+    def test_it_changes_no_bit(self, adaptive):
+        """Of gradients whose layout, number or place among the others changes."""
+        model = self.model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sam = SharpnessAware(model, SAM(rho=30.0, adaptive=adaptive))
+
+        def check() -> None:
+            gradients = [p.grad for p in model.parameters()]
+            found = []
+            for each in (sam, SharpnessAware(model, sam.rule)):
+                for p, gradient in zip(model.parameters(), gradients, strict=True):
+                    p.grad = None if gradient is None else gradient.clone()
+                before = [p.detach().clone() for p in model.parameters()]
+                with each.perturbed(optimizer):
+                    found.append([p.detach().clone() for p in model.parameters()])
+                assert all(map(torch.equal, before, model.parameters()))
+            assert all(map(torch.equal, *found))
+            moved = [
+                not torch.equal(*pair) for pair in zip(model.parameters(), found[0], strict=True)
+            ]
+            assert moved == [gradient is not None for gradient in gradients]
+
+        for _ in range(3):
+            self.draw_(model)
+            check()
+        self.draw_(model)
+        model[4].weight.grad = model[4].weight.grad.contiguous()
+        model[2].weight.grad = model[2].weight.grad.t().contiguous().t()
+        check()
+        self.draw_(model)
+        model[0].weight.grad = model[3].bias.grad = None
+        check()
+        self.draw_(model)
+        check()
+        self.draw_(model)
+        sam.rule = SAM(rho=30.0, adaptive=not adaptive)
+        check()
+        self.draw_(model)
+        model[2].weight = nn.Parameter(torch.randn(10, 700))
+        model[2].weight.grad = torch.randn(10, 700)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        check()
+
+    def test_no_gradient_and_no_weight_of_before_is_kept(self):
+        model = self.model()
+        sam = SharpnessAware(model, SAM())
+        for _ in range(2):
+            self.draw_(model)
+            gradients = [StorageWeakRef(p.grad.untyped_storage()) for p in model.parameters()]
+            with sam.perturbed():
+                assert all(gradient.expired() for gradient in gradients)
+        weight = StorageWeakRef(model[0].weight.untyped_storage())
+        model[0].weight.data = torch.zeros(32, 31)
+        assert weight.expired()
+
+    def test_a_step_remembered_takes_few_calls_of_python(self):
+        """Which are what an accelerator waits for: no more than 15 a parameter, both passes."""
+        model = nn.ParameterList([nn.Parameter(torch.randn(8, 8)) for _ in range(200)])
+        sam = SharpnessAware(model, SAM())
+
+        def perturb() -> int:
+            for parameter in model:
+                parameter.grad = torch.ones_like(parameter)
+            calls = 0
+
+            def count(_frame: Any, event: str, _arg: Any) -> None:
+                nonlocal calls
+                calls += event == "call"
+
+            sys.setprofile(count)
+            try:
+                with sam.perturbed():
+                    pass
+            finally:
+                sys.setprofile(None)
+            return calls
+
+        first, second = perturb(), perturb()
+        assert second < first / 2
+        assert second < 15 * 200
+
+
 class TestErrors:
     def test_parts_of_the_batch(self):
         train = Trainer(SAM(fraction=0.2))
@@ -574,6 +695,61 @@ class TestVerify(VerifyContract):
 
 def autocast(enabled=True):
     return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+class Replayed:
+    """A closure as a CUDA graph replays it: the loss of every pass is in the same memory."""
+
+    def __init__(self, train):
+        self.closure = train.closure
+        self.loss = torch.zeros((), dtype=torch.float64)
+
+    def __call__(self, *batch):
+        return self.loss.copy_(self.closure(*batch).detach())
+
+
+def test_the_clean_loss_outlives_the_second_pass():
+    train, replayed = Trainer(FAR), Trainer(FAR)
+    wanted = train.sam.step(train.optimizer, train.closure)
+    assert replayed.sam.step(replayed.optimizer, Replayed(replayed)) == wanted
+    assert replayed.sam.stats().sharpness == train.sam.stats().sharpness > 0.1
+
+
+def test_no_graph_records_a_whole_step(monkeypatch):
+    train = Trainer()
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    with pytest.raises(ConfigError, match="a CUDA graph cannot record a whole step of SAM"):
+        train.sam.step(train.optimizer, train.closure)
+    assert train.sam.count == 0
+
+
+def test_several_devices_and_dtypes_in_few_launches(monkeypatch):
+    """One operation takes many tensors a launch if they are of one device and dtype."""
+    monkeypatch.setattr("agc_torch.ascent.on_host", lambda device: False)
+    norms, copies = [], []
+    norm, copy_ = torch._foreach_norm, torch._foreach_copy_
+
+    def kinds(tensors):
+        return {(tensor.device.type, tensor.dtype) for tensor in tensors}
+
+    monkeypatch.setattr(
+        "torch._foreach_norm", lambda t, *how: (norms.append(kinds(t)), norm(t, *how))[1]
+    )
+    monkeypatch.setattr(
+        "torch._foreach_copy_", lambda t, of: (copies.append(kinds(t)), copy_(t, of))[1]
+    )
+    of = [("meta", torch.float32), ("cpu", torch.float32), ("cpu", torch.bfloat16)]
+    model = nn.ParameterList(torch.zeros(4, 4, device=d, dtype=dtype) for d, dtype in of * 2)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    sam = SharpnessAware(model, SAM(rho=0.1))
+    sam._ascent(sam._reach(()))
+    # Between the two, a factor without a value would have to leave its device.
+    sam._backup = [(p.detach(), torch.empty_like(p)) for p in model.parameters()]
+    sam._refusal = SimpleNamespace(remove=lambda: None)
+    sam._restore()
+    assert norms == copies == [{one} for one in of]
 
 
 class TestNothingOutlivesTheWeights:

@@ -247,10 +247,10 @@ def test_sam_moves_weights(dtypes: tuple[torch.dtype, ...], poisoned: bool, adap
         (m.weight.double().abs() + 0.01 if m.adaptive else 1.0) * m.gradient.double() for m in moves
     ]
     norm = torch.cat([product.flatten() for product in products]).norm()
-    torch.testing.assert_close(
-        fused.gradient_norm(moves, 0.01), norm, rtol=1e-14, atol=0, equal_nan=True
-    )
-    copies = fused.perturb(moves, factor, 0.01)
+    made = fused.Moves(moves, 0.01)
+    tensors = [move.weight for move in moves], [move.gradient for move in moves]
+    torch.testing.assert_close(made.norm(*tensors), norm, rtol=1e-14, atol=0, equal_nan=True)
+    copies = made.perturb(*tensors, factor)
     for move, old, copy in zip(moves, before, copies, strict=True):
         assert copy.stride() == move.weight.stride()
         assert torch.equal(copy, old)

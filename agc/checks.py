@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Final
@@ -33,6 +34,7 @@ __all__ = [
     "check_shapes",
     "check_step",
     "rows_are_not_units",
+    "short_repr",
 ]
 
 # --- hyper-parameters -----------------------------------------------------------------------------
@@ -129,7 +131,18 @@ def check_pattern(name: str, value: Any) -> str:
 def check_rule(rule: object, kind: type) -> None:
     """Raise ConfigError unless a rule is a configuration of the right class, AGC or SAM."""
     if not isinstance(rule, kind):
-        raise ConfigError(f"rule must be an agc.{kind.__name__}, got {rule!r}")
+        raise ConfigError(
+            f"rule must be an agc.{kind.__name__}, got {short_repr(rule)}; for example "
+            f"{_RULES.get(kind.__name__, kind.__name__)}"
+        )
+
+
+_RULES: Final = {"AGC": "AGC(clipping=0.01)", "SAM": "SAM(rho=0.05)"}
+
+
+def short_repr(value: object) -> str:
+    """Return what a message says of a value, in one short line: a model's repr has hundreds."""
+    return " ".join(reprlib.repr(value).split())
 
 
 # --- parameters and gradients ---------------------------------------------------------------------

@@ -16,6 +16,7 @@ from agc.checks import (
     check_pattern,
     check_patterns,
     check_positive,
+    short_repr,
 )
 from agc.errors import ConfigError, UnitsError
 from agc.profiles import PROFILES, SAM_PROFILES
@@ -88,11 +89,16 @@ class FrozenMap(Mapping[str, V]):
 
 
 class _Checked:
-    """A class whose constructor says which field an unknown one was meant to be."""
+    """A class whose constructor says which field was meant by an unknown one, or by none."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    def __new__(cls, *_: Any, **values: Any) -> Self:
+    def __new__(cls, *unnamed: Any, **values: Any) -> Self:
+        if unnamed:
+            name, first = cls.__name__, next(iter(cls.__dataclass_fields__))
+            raise ConfigError(
+                f"{name} takes its fields by name, such as {name}({first}={short_repr(unnamed[0])})"
+            )
         # Not fields(cls): torch.compile, which may trace this, does not know it.
         if not all(name in cls.__dataclass_fields__ for name in values):
             _check_fields(cls, values)

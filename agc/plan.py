@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from reprlib import repr as short_repr
 from typing import Any, Final, Literal, TypeAlias, get_args
 
-from agc.checks import check_distinct
+from agc.checks import check_distinct, short_repr
 from agc.config import AGC, Clipping, clipping_from_data, clipping_to_data
 from agc.errors import (
     AmbiguousUnitsError,

@@ -9,7 +9,14 @@ from typing import TypeVar
 from agc.config import SAM
 from agc.errors import SelectorError
 
-__all__ = ["canonical_name", "first_matches", "matching_names", "perturbed_names", "select"]
+__all__ = [
+    "canonical_name",
+    "first_matches",
+    "matching_names",
+    "perturbed_names",
+    "select",
+    "with_ties",
+]
 
 V = TypeVar("V")
 
@@ -123,7 +130,25 @@ def _some(field: str, pattern: str, names: Sequence[str]) -> list[str]:
     matches = matching_names(pattern, names)
     if not matches:
         listing = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        below = f"{pattern}.*"
+        hint = f", but {below!r} does" if matching_names(below, names) else ""
         raise SelectorError(
-            f"{field}: the pattern {pattern!r} matches no parameter; the names are: {listing}"
+            f"{field}: the pattern {pattern!r} matches no parameter{hint}; the names are: {listing}"
         )
     return matches
+
+
+def with_ties(error: SelectorError, ties: Mapping[str, str]) -> SelectorError:
+    """Return an error that also says which names of tied parameters a pattern cannot mean.
+
+    Parameters
+    ----------
+    error : SelectorError
+        What a pattern that matches no parameter raised.
+    ties : mapping of str to str
+        Other name of a tied parameter to the name that it goes by.
+    """
+    if not ties:
+        return error
+    listing = ", ".join(f"{name!r} is {known!r}" for name, known in list(ties.items())[:4])
+    return SelectorError(f"{error}. Tied parameters go by their first name: {listing}")

@@ -114,6 +114,11 @@ class Layers:
             parameters[name] = Parameter(name, shape, units, layout, type(owner).__name__)
         return parameters
 
+    def ties(self) -> dict[str, str]:
+        """Return the other names of what an NNX model shares, each with the name it goes by."""
+        groups = nnx.find_duplicates(self._model) if isinstance(self._model, nnx.Module) else []
+        return {dotted(other): dotted(first) for first, *others in groups for other in others}
+
     def in_equinox(self, keys: tuple[Any, ...]) -> bool:
         """Tell whether the leaf on this path belongs to an Equinox module."""
         return any(

@@ -66,7 +66,8 @@ def adaptive_grad_clip(
     *Sharding* (AGC-8). Under ``jax.jit`` the result does not depend on how arrays are sharded.
     Inside ``shard_map`` and ``pmap`` code sees one shard: average the gradients first
     (``lax.pmean``), and keep the parameters whole there; a parameter that is split is an error if
-    ``units`` is given.
+    ``units`` is given. Without ``check_vma=False``, ``jax.grad`` inside ``shard_map`` returns a sum
+    over the devices, unless the parameters are ``jax.lax.pcast(params, axis, to="varying")``.
 
     *Schedules* (AGC-10). ``agc.Schedule`` is evaluated on the device; any other callable is given
     the step, traced under ``jit``. A threshold that is not a finite number above 0 is an error
@@ -179,10 +180,15 @@ def stats(opt_state: PyTree) -> Stats:
     """
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AdaptiveGradClipState))
     states = [node for node in nodes if isinstance(node, AdaptiveGradClipState)]
-    if len(states) != 1:
+    if not states:
         raise ParameterError(
-            f"this optimizer state holds {len(states)} states of adaptive_grad_clip; with several, "
-            "give the part that belongs to one of them"
+            "this optimizer state holds no state of adaptive_grad_clip; give that of a chain which has one. A "
+            "checkpoint that is read without a target comes back as dictionaries: read it with tx.init(params)"
+        )
+    if len(states) > 1:
+        raise ParameterError(
+            f"this optimizer state holds {len(states)} states of adaptive_grad_clip; give the part that "
+            "belongs to one of them"
         )
     return states[0].stats
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agc import Plan, reference
+from agc.errors import ParameterError, ShapeError
 
 __all__ = ["PerParameter", "Stats", "no_stats"]
 
@@ -74,8 +75,23 @@ class Stats(NamedTuple):
         )
 
     def total(self) -> reference.Stats:
-        """Return the numbers of all parameters together."""
+        """Return the numbers of all parameters together.
+
+        Raises
+        ------
+        ShapeError
+            If these are the numbers of several models, as ``vmap`` and ``pmap`` return them.
+        """
+        self._check_single()
         return _read(self[:5])
+
+    def _check_single(self) -> None:
+        shape = np.shape(self.units)
+        if shape:
+            raise ShapeError(
+                f"this is telemetry of the shape {shape}, of several models or devices; take that of one: "
+                "jax.tree.map(lambda numbers: numbers[0], stats)"
+            )
 
     def parameters(self, plan: Plan) -> dict[str, reference.Stats]:
         """Return the numbers of every parameter that AGC acts on and that had a gradient.
@@ -85,7 +101,21 @@ class Stats(NamedTuple):
         plan : Plan
             The plan of the parameters, which has their names:
             ``agc_jax.plan(params, rule, units=units)``.
+
+        Raises
+        ------
+        ParameterError
+            If the plan has another number of parameters.
+        ShapeError
+            As :meth:`total`.
         """
+        self._check_single()
+        count = len(self.columns.units)
+        if len(plan) != count:
+            raise ParameterError(
+                f"the plan has {len(plan)} parameters, the telemetry {count}; give the plan of those that "
+                "AGC was given, which behind optax.masked or optax.partition are a part of the model's"
+            )
         rows = zip(*(np.asarray(column).tolist() for column in self.columns), strict=True)
         return {
             entry.name: reference.Stats(*row)
@@ -93,7 +123,9 @@ class Stats(NamedTuple):
             if row[0]
         }
 
-    def to_dict(self, prefix: str = "agc/", *, plan: Plan | None = None) -> dict[str, float]:
+    def to_dict(
+        self, prefix: str = "agc/", *, plan: Plan | None = None, parameters: bool = True
+    ) -> dict[str, float]:
         """Return the numbers as flat floats for a logger, the same keys in every framework.
 
         Parameters
@@ -101,14 +133,17 @@ class Stats(NamedTuple):
         prefix : str
             What every key starts with.
         plan : Plan, optional
-            As in :meth:`parameters`: the numbers of every parameter are among them.
+            As in :meth:`parameters`, which it takes to name the parameters.
+        parameters : bool
+            Whether the numbers of every parameter are among them, if there is a plan.
 
         Returns
         -------
         dict of str to float
             As :func:`agc.reference.to_floats`.
         """
-        return reference.to_floats(self.total(), self.parameters(plan) if plan else {}, prefix)
+        named = self.parameters(plan) if plan and parameters else {}
+        return reference.to_floats(self.total(), named, prefix)
 
 
 @partial(jax.jit, static_argnums=0)

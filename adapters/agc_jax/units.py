@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 import jax
@@ -27,10 +28,10 @@ from flax import linen, nnx
 from flax.core.meta import AxisMetadata
 
 from agc import AGC, Plan, Units
-from agc.checks import check_rule
-from agc.errors import AmbiguousUnitsError, ParameterError, ShapeError
+from agc.checks import check_rule, short_repr
+from agc.errors import AmbiguousUnitsError, ParameterError, SelectorError, ShapeError
 from agc.plan import Parameter, PlanEntry, make_plan
-from agc.selectors import canonical_name, matching_names
+from agc.selectors import canonical_name, matching_names, with_ties
 from agc_jax.layers import Layers, dotted, path_key, register_units
 from agc_jax.leaf_names import LeafNames
 
@@ -50,6 +51,9 @@ PyTree: TypeAlias = Any
 """A tree of arrays or of their shapes, or a model that is such a tree."""
 
 _CURE: Final = "for a Flax NNX or Equinox model give units=agc_jax.units(model)"
+_CHANGED: Final = (
+    "If the model was changed since, take its units anew, and make the optimizer of them"
+)
 
 
 def plan(model: PyTree, rule: AGC, *, units: ModelUnits | None = None) -> Plan:
@@ -148,7 +152,7 @@ def units(model: PyTree, *, wrt: Any = nnx.Param) -> ModelUnits:
 def _check_model(model: PyTree) -> None:
     single = is_absent(model) or jax.tree_util.all_leaves([model])
     if single and not hasattr(model, "dtype") and not isinstance(model, linen.Module):
-        raise ParameterError(f"model must be a model or a tree of arrays, got {model!r}")
+        raise ParameterError(f"model must be a model or a tree of arrays, got {short_repr(model)}")
 
 
 def _units(model: PyTree, wrt: Any = nnx.Param) -> ModelUnits:
@@ -167,7 +171,7 @@ def _units(model: PyTree, wrt: Any = nnx.Param) -> ModelUnits:
     by_type = layers.parameters(named)
     by_name = LeafNames({name: shape for name, _, shape in named})
     parameters = tuple(by_type.get(name) or by_name.parameter(name) for name, _, _ in named)
-    return ModelUnits(parameters, getattr(model, "agc_head", None))
+    return ModelUnits(parameters, getattr(model, "agc_head", None), layers.ties())
 
 
 class ModelUnits(Mapping[str, Units | None]):
@@ -179,11 +183,20 @@ class ModelUnits(Mapping[str, Units | None]):
         Name, shape, units and owner of every parameter, in the tree's order.
     head : str or None
         The classifier layer that the model declares in its attribute ``agc_head``.
+    ties : mapping of str to str
+        Other names of layers and parameters that an NNX model shares, each with the name that it
+        goes by.
     """
 
-    def __init__(self, parameters: tuple[Parameter, ...], head: str | None = None) -> None:
+    def __init__(
+        self,
+        parameters: tuple[Parameter, ...],
+        head: str | None = None,
+        ties: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.parameters = parameters
         self.head = head
+        self.ties = ties
         self._by_name = {parameter.name: parameter for parameter in parameters}
 
     def __getitem__(self, name: str) -> Units | None:
@@ -219,7 +232,7 @@ def plan_tree(model: PyTree, rule: AGC, units: ModelUnits | None) -> Plan:
         masked = [name for name, _, leaf in _named(model) if isinstance(leaf, optax.MaskedNode)]
         typed = any(parameter.source == "layer" for parameter in units.parameters)
         rule = _without(rule, masked, units)
-        plan = make_plan(units.parameters, rule, head=units.head, cure="" if typed else _CURE)
+        plan = _make_plan(units, rule, "" if typed else _CURE)
         for entry in plan:
             _check_name(entry)
         return plan
@@ -228,16 +241,24 @@ def plan_tree(model: PyTree, rule: AGC, units: ModelUnits | None) -> Plan:
         if name not in units:
             listing = ", ".join(list(units)[:8]) + (", ..." if len(units) > 8 else "")
             raise ParameterError(
-                f"parameter {name!r} is not in the units given; the names there are: {listing}"
+                f"parameter {name!r} is not in the units given; the names there are: {listing}. "
+                f"{_CHANGED}"
             )
         if shapes.shape(name) != units.shape(name):
             raise ShapeError(
                 f"parameter {name!r} has shape {shapes.shape(name)}, the units given are for the shape "
-                f"{units.shape(name)}. If this is one shard of it (shard_map, pmap), so would be its norms; "
-                "clip where the whole parameter is seen, under jit"
+                f"{units.shape(name)}. {_CHANGED}. If this is one shard of it (shard_map, pmap), so would be "
+                "its norms; clip where the whole parameter is seen, under jit"
             )
-    whole = make_plan(units.parameters, rule, head=units.head)
+    whole = _make_plan(units, rule)
     return Plan(tuple(entry for entry in whole if entry.name in shapes))
+
+
+def _make_plan(units: ModelUnits, rule: AGC, cure: str = "") -> Plan:
+    try:
+        return make_plan(units.parameters, rule, head=units.head, cure=cure)
+    except SelectorError as error:
+        raise with_ties(error, units.ties) from None
 
 
 def _check_name(entry: PlanEntry) -> None:
@@ -254,7 +275,9 @@ def check_options(rule: AGC, units: ModelUnits | None) -> None:
     """Raise unless these are a rule and the units of a model."""
     check_rule(rule, AGC)
     if units is not None and not isinstance(units, ModelUnits):
-        raise ParameterError(f"units= takes what agc_jax.units(model) returns, got {units!r}")
+        raise ParameterError(
+            f"units= takes what agc_jax.units(model) returns, got {short_repr(units)}"
+        )
 
 
 def flatten(tree: PyTree) -> tuple[tuple[str, ...], list[Any], Any]:

@@ -89,7 +89,8 @@ def adaptive_clip_gradients(
     Notes
     -----
     Call it after unscaling, accumulation and reduction across replicas, before the optimizer's step
-    (AGC-7); :class:`agc_tensorflow.AdaptiveGradClip` does that by itself.
+    (AGC-7); :class:`agc_tensorflow.AdaptiveGradClip` does that by itself. Inside ``strategy.run`` a
+    Keras optimizer reduces in its own ``apply``, so there is no place for this before it.
 
     .. math:: G_i \leftarrow \lambda \frac{\max(\|W_i\|, \epsilon)}{\|G_i\|} G_i
         \quad\text{if}\quad \|G_i\| > \lambda \max(\|W_i\|, \epsilon)

@@ -19,7 +19,7 @@ import keras
 import tensorflow as tf
 
 from agc import AGC, Plan, PlanEntry
-from agc.checks import check_rule
+from agc.checks import check_rule, short_repr
 from agc.errors import ConfigError, FormatError, ParameterError
 from agc_tensorflow.clip import clip
 from agc_tensorflow.devices import outside_graphs
@@ -148,9 +148,9 @@ class AdaptiveGradClip(keras.optimizers.Optimizer):  # type: ignore[misc]
         return self._hook.plan.marked(self._hook.inactive())
 
     def stats(self) -> Stats:
-        """Return the telemetry of the last update, on the device (AGC-11)."""
+        """Return the telemetry of the last update, on the device; empty before it (AGC-11)."""
         if self._hook.table is None:
-            raise ParameterError("the optimizer is not built yet, so there is no telemetry")
+            return Stats((), tf.zeros((0, len(IDLE)), tf.float64))
         return Stats(tuple(entry.name for entry in self._hook.entries), self._hook.table)
 
     @outside_graphs()
@@ -531,17 +531,11 @@ class _Saved:
             If it cannot be told which parameters the variables are.
         """
         paths = [variable_path(variable) for variable in variables]
-        ways = [self._pair([_without(path, self.root) for path in paths]), self._pair(paths)]
-        fitting = [
-            names
-            for number, names in enumerate(ways)
-            if names is not None
-            and names not in ways[:number]
-            and all(
-                self.plan[name].shape == tuple(variable.shape)
-                for name, variable in zip(names, variables, strict=True)
-            )
-        ]
+        rootless = [_without(path, self.root) for path in paths]
+        fitting = self._fitting([self._pair(rootless), self._pair(paths)], variables)
+        fitting = fitting or self._fitting(
+            [*self._in_order(rootless), *self._in_order(paths)], variables
+        )
         if len(fitting) != 1:
             given = ", ".join(
                 f"{path} {tuple(variable.shape)}"
@@ -554,6 +548,37 @@ class _Saved:
                 "AdaptiveGradClip(..., model=model)"
             )
         return [self.plan[name] for name in fitting[0]]
+
+    def _fitting(
+        self, ways: Sequence[list[str] | None], variables: Sequence[Variable]
+    ) -> list[list[str]]:
+        """Return the ways to name the variables in which all shapes agree, each once."""
+        return [
+            names
+            for number, names in enumerate(ways)
+            if names is not None
+            and names not in ways[:number]
+            and all(
+                self.plan[name].shape == tuple(variable.shape)
+                for name, variable in zip(names, variables, strict=True)
+            )
+        ]
+
+    def _in_order(self, paths: list[str]) -> list[list[str]]:
+        """Pair by order where a path lacks models that the saved one has in front of the layer.
+
+        Keras writes a ``Sequential`` inside a model there when it is made, not when it is loaded.
+        """
+        return [
+            names
+            for names in (self.trainable, self.built)
+            if len(names) == len(paths)
+            and all(map(_is_shortened, paths, (self.paths[name] for name in names)))
+            and any(
+                path.count("/") < self.paths[name].count("/")
+                for path, name in zip(paths, names, strict=True)
+            )
+        ]
 
     def _pair(self, paths: list[str]) -> list[str] | None:
         """Return the names in the plan of variables with these paths, or None."""
@@ -604,6 +629,13 @@ def _unnumbered(path: str) -> str:
     return re.sub(r"_\d+(?=/|$)", "", path)
 
 
+def _is_shortened(path: str, saved: str) -> bool:
+    """Tell whether a path is a saved one without some of the names in front of the layer's."""
+    parts, whole = (_unnumbered(each).split("/") for each in (path, saved))
+    left = iter(whole)
+    return parts[-2:] == whole[-2:] and all(part in left for part in parts)
+
+
 def _common_root(paths: Iterable[str]) -> str:
     """Return the first name that all paths share, as a Sequential model's; "" if none."""
     parts = [path.split("/") for path in paths]
@@ -633,7 +665,7 @@ def _check_inner(optimizer: Any) -> Any:
     inner = keras.optimizers.get(optimizer) if isinstance(optimizer, str) else optimizer
     if not isinstance(inner, keras.optimizers.Optimizer):
         raise ConfigError(
-            f"optimizer must be a keras.optimizers.Optimizer or its name, got {optimizer!r}"
+            f"optimizer must be a keras.optimizers.Optimizer or its name, got {short_repr(optimizer)}"
         )
     if isinstance(inner, keras.optimizers.LossScaleOptimizer):
         raise ConfigError(

@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 import keras
 import tensorflow as tf
 
-from agc.checks import check_batch, check_batch_given, check_microbatches, check_rule
+from agc.checks import check_batch, check_batch_given, check_microbatches, check_rule, short_repr
 from agc.config import SAM
 from agc.errors import ConfigError, MissingGradientError, NonFiniteError, ParameterError
 from agc.schedule import Schedule
@@ -327,7 +327,7 @@ def sam_value_and_gradients(
     for variable in variables:
         if not isinstance(variable, keras.Variable):
             raise ConfigError(
-                f"{variable!r} is not a Keras variable; SAM needs variables whose value can be "
+                f"{short_repr(variable)} is not a Keras variable; SAM needs variables whose value can be "
                 "replaced for one pass, such as model.trainable_variables"
             )
     passes = LossPasses(
@@ -453,9 +453,12 @@ class LossPasses:
         with tf.GradientTape() as tape:
             scope = _Scope(self.variables, values, tape, self.outside, moved=moved)
             with scope:
-                loss = tf.convert_to_tensor(
-                    self.loss_fn() if batch is None else self.loss_fn(*batch)
-                )
+                returned = self.loss_fn() if batch is None else self.loss_fn(*batch)
+                if returned is None:
+                    raise ConfigError(
+                        "the loss function returned None; its last line must be 'return loss'"
+                    )
+                loss = tf.convert_to_tensor(returned)
                 if loss.shape.rank not in (0, None):
                     raise ConfigError(
                         f"the loss must be a scalar, got the shape {tuple(loss.shape)}; take its mean"
@@ -844,7 +847,7 @@ def _check_model(model: Any) -> Any:
     """Return the model if sharpness-aware steps can take the place of its own."""
     refuse_keras_2(model)
     if not isinstance(model, keras.Model):
-        raise ConfigError(f"model must be a keras.Model, got {model!r}")
+        raise ConfigError(f"model must be a keras.Model, got {short_repr(model)}")
     if isinstance(model, SharpnessAwareModel):
         raise ConfigError(
             f"the model {model.name!r} is sharpness-aware already; wrap its inner model, model.model"

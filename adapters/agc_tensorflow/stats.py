@@ -56,12 +56,12 @@ class Stats(tf.experimental.ExtensionType):  # type: ignore[misc]
     @property
     def max_ratio(self) -> tf.Tensor:
         """Largest ``norm(G_i) / max(norm(W_i), eps)`` of the finite units; 0 if there are none."""
-        return tf.reduce_max(self.table[:, 3])
+        return tf.maximum(tf.reduce_max(self.table[:, 3]), 0)  # of an empty table it is -inf
 
     @property
     def min_scale(self) -> tf.Tensor:
         """Smallest factor applied to a finite unit; 1 if none was clipped."""
-        return tf.reduce_min(self.table[:, 4])
+        return tf.minimum(tf.reduce_min(self.table[:, 4]), 1)
 
     def total(self) -> reference.Stats:
         """Return the numbers of all parameters together."""

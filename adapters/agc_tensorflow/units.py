@@ -20,7 +20,7 @@ import keras
 import tensorflow as tf
 
 from agc import AGC, Plan, PlanEntry, Units
-from agc.checks import check_rule
+from agc.checks import check_rule, short_repr
 from agc.errors import ParameterError
 from agc.layer_table import first_match
 from agc.plan import Parameter, make_plan
@@ -236,7 +236,7 @@ def _survey(model: Model) -> list[Surveyed]:
         named = list(model.items())
     elif isinstance(model, str) or not isinstance(model, Iterable):
         raise ParameterError(
-            f"a model is a Keras layer, a tf.Module, a mapping of name to variable, or variables; got {model!r}"
+            f"a model is a Keras layer, a tf.Module, a mapping of name to variable, or variables; got {short_repr(model)}"
         )
     else:
         items = list(model)

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from agc import AGC, Plan
+from agc.checks import short_repr
 from agc.errors import ConfigError, FormatError, ParameterError, ShapeError
 from agc.plan import PlanEntry
 from agc_torch.clip import Memory, clip_, limit_norm_, whole
 from agc_torch.stats import Stats
-from agc_torch.units import Model, named_parameters, places, resolve
+from agc_torch.units import Model, named_parameters, place_of, resolve
 
 __all__ = ["Handle", "attach", "attached"]
 
@@ -148,7 +149,7 @@ class Handle:
 
     def _start(self, steps: int = 0) -> None:
         self._steps = torch.tensor(steps, device=_step_device(self.optimizer))
-        self._stats: Stats | None = None
+        self._stats = Stats((), ())
         self._parameters: list[Tensor] = []
         self._pairs: list[tuple[PlanEntry, Tensor]] = []
         self._hooks: list[Any] = []
@@ -171,8 +172,8 @@ class Handle:
         """Steps taken, without those that a loss scaler skipped: what schedules go by."""
         return int(self._steps)
 
-    def stats(self) -> Stats | None:
-        """Return the telemetry of the last clipping; None before the first (AGC-11)."""
+    def stats(self) -> Stats:
+        """Return the telemetry of the last clipping; empty before the first (AGC-11)."""
         return self._stats
 
     def remove(self) -> None:
@@ -195,7 +196,7 @@ class Handle:
         """
         steps = state.get("steps") if isinstance(state, Mapping) else None
         if type(steps) is not int or steps < 0:
-            raise FormatError(f"this is not the state of an AGC handle: {state!r}")
+            raise FormatError(f"this is not the state of an AGC handle: {short_repr(state)}")
         self._steps.fill_(steps)  # the tensor that a CUDA graph goes on counting
 
     def __enter__(self) -> Handle:
@@ -290,14 +291,19 @@ class Handle:
 
     def _check_place(self, entry: PlanEntry, tensor: Tensor) -> None:
         """Refuse a parameter without a gradient that the model replaced by one with a gradient."""
-        holder, key = self._places.get(id(tensor), ({}, ""))
-        now = holder.get(key)
-        if now is not None and now is not tensor and now.grad is not None:
+        now = place_of(self.model, entry.name)
+        if now is tensor:
+            return
+        others = [now] if isinstance(now, Tensor) else now
+        if not isinstance(now, Tensor):  # another kind of layer stands there
+            mine = set(map(id, self._parameters))
+            others = [other for other in now if id(other) not in mine]
+        if any(other.grad is not None for other in others):
             raise ParameterError(
                 f"the optimizer holds a parameter {entry.name!r} of shape {tuple(tensor.shape)} that is no "
                 "longer the model's, so it never gets a gradient: the model's was replaced after the "
-                "optimizer was made, as load_state_dict(assign=True) does; make the optimizer and attach "
-                "AGC after that"
+                "optimizer was made, by a new layer or by load_state_dict(assign=True); make the optimizer "
+                "and attach AGC after that"
             )
 
     def _match(self) -> None:
@@ -317,7 +323,6 @@ class Handle:
         self._parameters = parameters
         self._pairs = [entries[id(parameter)] for parameter in parameters]
         self._whole = [(whole(entry), tensor) for entry, tensor in self._pairs]
-        self._places = places(self.model)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._nested and _inside_step(optimizer):

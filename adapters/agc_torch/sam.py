@@ -25,7 +25,7 @@ from typing import Any, Final, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from agc.checks import check_batch, check_batch_given, check_microbatches, check_rule
+from agc.checks import check_batch, check_batch_given, check_microbatches, check_rule, short_repr
 from agc.config import SAM
 from agc.errors import (
     ConfigError,
@@ -36,7 +36,7 @@ from agc.errors import (
     ParameterError,
     SelectorError,
 )
-from agc.selectors import perturbed_names
+from agc.selectors import perturbed_names, with_ties
 from agc_torch.ascent import Direction, Memory
 from agc_torch.norms import wide
 from agc_torch.passes import (
@@ -55,7 +55,7 @@ from agc_torch.passes import (
 )
 from agc_torch.schedules import is_recorded, value_at
 from agc_torch.shards import is_dtensor, local
-from agc_torch.units import named_parameters, unwrap, with_ties
+from agc_torch.units import named_parameters, ties, unwrap
 
 __all__ = ["SamStats", "SharpnessAware"]
 
@@ -382,7 +382,7 @@ class SharpnessAware:
         """
         count = state.get("count") if isinstance(state, Mapping) else None
         if type(count) is not int or count < 0 or state.get("version") != 1:
-            raise FormatError(f"this is not a state of SharpnessAware: {state!r}")
+            raise FormatError(f"this is not a state of SharpnessAware: {short_repr(state)}")
         self._count = count
 
     # --- the stages of one step -----------------------------------------------------------------
@@ -425,7 +425,7 @@ class SharpnessAware:
         try:
             selected = perturbed_names(named, self.rule)
         except SelectorError as error:
-            raise with_ties(error, self.model) from None
+            raise with_ties(error, ties(self.model)) from None
         self._selected = [named[name] for name in selected]
         self._parameters = parameters
 
@@ -827,8 +827,13 @@ def _needs_closure(optimizer: Any) -> bool:
     for inner in _chain(optimizer):
         if isinstance(inner, torch.optim.LBFGS):
             return True
+        # A learning rate scheduler puts a function without self in front of the class's own step.
+        step = getattr(type(inner), "step", None)
         try:
-            inspect.signature(inner.step).bind()
+            if step is None:
+                inspect.signature(inner.step).bind()
+            else:
+                inspect.signature(step).bind(inner)
         except TypeError:
             return True
     return False

@@ -20,16 +20,17 @@ from agc.checks import check_distinct, check_rule
 from agc.errors import ParameterError, SelectorError
 from agc.layer_table import first_match
 from agc.plan import WHOLE, Parameter, PlanEntry, make_plan
-from agc.selectors import canonical_name
+from agc.selectors import canonical_name, with_ties
 from agc_torch.layers import TABLE, own_parameters, register_units
 
 __all__ = [
     "Model",
     "named_parameters",
-    "places",
+    "place_of",
     "plan",
     "register_units",
     "resolve",
+    "ties",
     "units",
     "unwrap",
 ]
@@ -107,7 +108,7 @@ def plan(model: Model, rule: AGC) -> Plan:
     try:
         made = make_plan(parameters, rule, head=head, cure=cure)
     except SelectorError as error:
-        raise with_ties(error, model) from None
+        raise with_ties(error, ties(model)) from None
     for entry in made:
         _ = entry.axes  # computed and kept now: torch.compile cannot trace it
     return made
@@ -166,29 +167,38 @@ def named_parameters(model: Model) -> dict[str, Tensor]:
     return tensors
 
 
-def with_ties(error: SelectorError, model: Model) -> SelectorError:
-    """Return an error that also says which names of tied parameters a pattern cannot mean."""
+def ties(model: Model) -> dict[str, str]:
+    """Return the other names of tied parameters, each with the name that it goes by."""
     named = _own_parameters(model) if isinstance(model, nn.Module) else ()
     first: dict[int, str] = {}
-    ties: dict[str, str] = {}
+    others: dict[str, str] = {}
     for name, tensor, _ in named:
         known = first.setdefault(id(tensor), canonical_name(name))
         if known != canonical_name(name):
-            ties[canonical_name(name)] = known
-    if not ties:
-        return error
-    listing = ", ".join(f"{name!r} is {known!r}" for name, known in list(ties.items())[:4])
-    return SelectorError(f"{error}. Tied parameters go by their first name: {listing}")
+            others[canonical_name(name)] = known
+    return others
 
 
-def places(model: Model) -> dict[int, tuple[Mapping[str, Tensor | None], str]]:
-    """Return the mapping that holds each parameter, and its key there, by the tensor's id."""
-    if isinstance(model, nn.Module):
-        return {
-            id(tensor): (layer._parameters, name.rpartition(".")[2])
-            for name, tensor, layer in reversed(list(_own_parameters(model)))
-        }
-    return {id(t): (model, n) for n, t in model.items()} if isinstance(model, Mapping) else {}
+def place_of(model: Model, name: str) -> Tensor | list[Tensor]:
+    """Return the parameter of a name as it is now; its layer's, if that has none so called.
+
+    Parameters
+    ----------
+    model : Module or mapping of name to tensor
+    name : str
+        A parameter's name at some time before, as :func:`named_parameters` has it.
+    """
+    if not isinstance(model, nn.Module):
+        return model.get(name, []) if isinstance(model, Mapping) else []
+    *path, last = name.split(".")
+    module = unwrap(model)
+    for key in path:
+        child = module._modules.get(key)
+        if child is None:
+            return []
+        module = unwrap(child)
+    tensor = module._parameters.get(last)
+    return list(module.parameters()) if tensor is None else tensor
 
 
 def unwrap(model: nn.Module) -> nn.Module:

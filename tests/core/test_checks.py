@@ -1,5 +1,7 @@
 """Checks that the core and the adapters share: what passes, and how each failure reads."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from agc.checks import (
     check_shapes,
     check_step,
     rows_are_not_units,
+    short_repr,
 )
 from agc.errors import ConfigError, DTypeError, ParameterError, ShapeError
 from agc.verification import Verification
@@ -33,6 +36,16 @@ def test_a_rule_is_of_its_class():
     check_rule(AGC(), AGC)
     with pytest.raises(ConfigError, match=r"rule must be an agc.SAM, got AGC\("):
         check_rule(AGC(), SAM)
+    with pytest.raises(ConfigError, match=r"got 0\.01; for example AGC\(clipping=0\.01\)$"):
+        check_rule(0.01, AGC)
+
+
+def test_a_message_has_one_short_line_of_a_value():
+    assert short_repr({"steps": "2"}) == "{'steps': '2'}"
+    model = SimpleNamespace(layers="\n".join(["layer"] * 500))
+    said = short_repr({"a": [model] * 500, "b": "c" * 500})
+    assert "\n" not in said
+    assert len(said) < 400
 
 
 def test_names_are_distinct():

@@ -190,6 +190,12 @@ def test_every_error_has_one_base():
         assert issubclass(getattr(agc.errors, name), base)
 
 
+@pytest.mark.parametrize(("cls", "field"), [(AGC, "clipping"), (SAM, "rho")])
+def test_fields_without_a_name(cls, field):
+    with pytest.raises(ConfigError, match=rf"by name, such as {cls.__name__}\({field}=0\.05\)"):
+        cls(0.05)
+
+
 @pytest.mark.parametrize(
     ("cls", "name", "hint"),
     [

@@ -239,6 +239,38 @@ def test_a_step_reuses_the_memory_of_what_is_donated() -> None:
     assert 2 * size <= hlo.parse(text).aliased_bytes < 2.1 * size
 
 
+def test_telemetry_of_several_models_is_read_one_by_one(params: Any, gradients: Any) -> None:
+    tx = agc_jax.adaptive_grad_clip(RULE)
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    _, state = jax.vmap(lambda one: tx.update(gradients, tx.init(one), one))(many)
+    stats, plan = agc_jax.stats(state), agc_jax.plan(params, RULE)
+    for read in (stats.total, stats.to_dict, lambda: stats.parameters(plan)):
+        with pytest.raises(ShapeError, match=r"shape \(2,\), of several models .* jax\.tree\.map"):
+            read()
+    _, single = update(tx, gradients, params)
+    second = jax.tree.map(lambda numbers: numbers[1], stats)
+    assert second.to_dict(plan=plan) == agc_jax.stats(single).to_dict(plan=plan)
+
+
+def test_a_state_without_agc_says_so(params: Any) -> None:
+    """A checkpoint that is read without a target has dictionaries in place of named tuples."""
+    tx = agc_jax.adaptive_grad_clip(RULE)
+    as_read = flax.serialization.to_state_dict(tx.init(params))
+    for state in (as_read, optax.sgd(0.1).init(params)):
+        with pytest.raises(ParameterError, match=r"holds no state .* with tx\.init\(params\)"):
+            agc_jax.stats(state)
+
+
+def test_a_plan_names_what_was_clipped(params: Any, gradients: Any) -> None:
+    _, state = update(agc_jax.adaptive_grad_clip(RULE), gradients, params)
+    stats, plan = agc_jax.stats(state), agc_jax.plan(params, RULE)
+    assert "agc/head.kernel/units" in stats.to_dict(plan=plan)
+    assert stats.to_dict(plan=plan, parameters=False) == stats.to_dict()
+    part = agc_jax.plan({"body": params["body"]}, RULE)
+    with pytest.raises(ParameterError, match="the plan has 2 parameters, the telemetry 3; give"):
+        stats.to_dict(plan=part)
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["units", "no units"])
 @pytest.mark.parametrize("pattern", ["head.*", "head.kernel", "*kernel"])
 def test_masked(params: Any, gradients: Any, known: bool, pattern: str) -> None:
@@ -517,6 +549,31 @@ def test_data_parallel_shard_map(params: Any) -> None:
     run = jax.jit(jax.shard_map(replica, mesh=mesh(batch=(8, "Auto")), **specs))
     mean = jax.tree.map(lambda g: g.mean(0), gradients)
     assert close(run(gradients, params), expected(mean, params), rtol=1e-5)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_gradients_taken_inside_shard_map(params: Any, check: bool) -> None:
+    """By default they are sums over the devices, unless the parameters are cast, as documented."""
+
+    def loss(params: Any, x: Any) -> Any:
+        hidden = x @ params["body"]["kernel"] + params["body"]["bias"]
+        return jnp.mean((hidden @ params["head"]["kernel"]) ** 2)
+
+    def run(cast: bool) -> Any:
+        def replica(params: Any, x: Any) -> Any:
+            local = jax.lax.pcast(params, "batch", to="varying") if cast else params
+            mean = jax.lax.pmean(jax.grad(loss)(local, x), "batch")
+            return mean, agc_jax.adaptive_clip_gradients(mean, params, RULE)[0]
+
+        specs = {"in_specs": (jax.P(), jax.P("batch")), "out_specs": jax.P(), "check_vma": check}
+        return jax.jit(jax.shard_map(replica, mesh=mesh(batch=(8, "Auto")), **specs))(params, x)
+
+    x = jnp.arange(64.0).reshape(16, 4) / 64 - 0.4
+    mean = jax.grad(loss)(params, x)
+    close_to = {"rtol": 1e-5, "atol": 1e-7}
+    assert close(run(cast=True)[1], expected(mean, params), **close_to)
+    times = 8 if check else 1
+    assert close(run(cast=False)[0], jax.tree.map(lambda g: times * g, mean), **close_to)
 
 
 def test_split_parameters_in_shard_map_are_an_error(params: Any) -> None:

@@ -618,15 +618,33 @@ def test_python_numbers_in_an_equinox_module_are_settings() -> None:
         agc_jax.adaptive_clip_gradients(dropout, dropout, AGC())
 
 
+def test_shared_parameters_go_by_their_first_name() -> None:
+    layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(k)) for k in range(2)]
+    layers[1].kernel = layers[0].kernel
+    model = nnx.Sequential(*layers, layers[0])
+    assert len(agc_jax.plan(model, AGC())) == 3
+    ties = r"first name: 'layers\.2' is 'layers\.0', 'layers\.1\.kernel' is 'layers\.0\.kernel'$"
+    with pytest.raises(SelectorError, match=ties):
+        agc_jax.plan(model, AGC(exclude=["layers.1.kernel"]))
+    with pytest.raises(SelectorError, match=ties):
+        agc_jax.plan(nnx.state(model), AGC(exclude=["layers.2.*"]), units=agc_jax.units(model))
+
+
+def test_what_is_no_units_is_said_in_one_line() -> None:
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ParameterError, match=r"returns, got Linear\(.{0,40}$"):
+        agc_jax.adaptive_grad_clip(AGC(), units=model)  # type: ignore[arg-type]
+
+
 def test_units_of_another_model() -> None:
     units = agc_jax.units({"kernel": jnp.zeros((2, 3))})
     assert dict(units) == {"kernel": Units("i o -> o")}
     with pytest.raises(
-        ParameterError, match=r"'params\.kernel' is not in the units given; the names"
+        ParameterError, match=r"'params\.kernel' is not in the units given; .* take its units anew"
     ):
         agc_jax.plan({"params": {"kernel": jnp.zeros((2, 3))}}, AGC(), units=units)
     with pytest.raises(
-        ShapeError, match=r"'kernel' has shape \(1, 3\), the units given are for the"
+        ShapeError, match=r"'kernel' has shape \(1, 3\), the units .* take its units anew"
     ):
         agc_jax.plan({"kernel": jnp.zeros((1, 3))}, AGC(), units=units)
     with pytest.raises(ParameterError, match=r"units= takes what agc_jax.units\(model\) returns"):

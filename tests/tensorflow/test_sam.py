@@ -266,6 +266,10 @@ class TestErrors:
         v = keras.Variable(np.ones(3))
         with pytest.raises(ConfigError, match=r"a scalar, got the shape \(3,\); take its mean"):
             sam_value_and_gradients(lambda: v**2, [v], SAM())
+        with pytest.raises(
+            ConfigError, match=r"returned None; its last line must be 'return loss'"
+        ):
+            sam_value_and_gradients(lambda: None, [v], SAM())
 
     def test_model(self):
         with pytest.raises(ConfigError, match=r"rule must be an agc\.SAM, got AGC"):

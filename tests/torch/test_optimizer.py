@@ -219,6 +219,14 @@ def test_state_that_is_none(state):
         handle.load_state_dict(state)
 
 
+def test_the_message_about_a_wrong_state_is_short():
+    model, optimizer, handle = attached()
+    train(model, optimizer, [0])
+    with pytest.raises(FormatError) as caught:
+        handle.load_state_dict(optimizer.state_dict() | {"weights": torch.ones(4000)})
+    assert len(str(caught.value)) < 500
+
+
 def test_the_optimizers_own_state_stays_its_own():
     model = network()
     plain = torch.optim.AdamW(model.parameters(), 0.1)
@@ -357,6 +365,17 @@ def test_step_without_gradients_clips_nothing_and_counts(closure):
     assert handle.steps == 1
     assert handle.stats().parameters() == {}
     assert handle.stats().total() == Stats(0, 0, 0, 0.0, 1.0)
+
+
+def test_telemetry_before_the_first_step_is_empty():
+    """A GradScaler skips first steps until its scale fits, and a loop logs after every step."""
+    model, optimizer, handle = attached()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(batch() * torch.inf).square().mean()).backward()
+    scaler.step(optimizer)
+    assert handle.steps == 0
+    assert handle.stats().total() == Stats(0, 0, 0, 0.0, 1.0)
+    assert handle.stats().to_dict()["agc/clipped_fraction"] == 0
 
 
 def test_the_plan_says_what_the_optimizer_lacks_and_what_is_frozen():
@@ -516,7 +535,15 @@ def assign(model: nn.Module) -> None:
     model.load_state_dict(state, assign=True)
 
 
-@pytest.mark.parametrize("replace", [assign, lambda model: assign(model[2])])
+def new_layer(model: nn.Module) -> None:
+    model[2] = nn.Linear(5, 4)
+
+
+def new_head(model: nn.Module) -> None:
+    model[2] = nn.Sequential(nn.Linear(5, 4), nn.Tanh())
+
+
+@pytest.mark.parametrize("replace", [assign, lambda model: assign(model[2]), new_layer, new_head])
 def test_parameters_that_were_replaced_after_the_optimizer_was_made(replace):
     model, optimizer, _ = attached()
     train(model, optimizer, [0])
@@ -527,6 +554,20 @@ def test_parameters_that_were_replaced_after_the_optimizer_was_made(replace):
         ParameterError, match=r"no longer the model's.*load_state_dict\(assign=True"
     ):
         optimizer.step()
+
+
+@pytest.mark.parametrize("put", [nn.Identity(), None], ids=["identity", "nothing"])
+def test_a_layer_that_was_taken_out_is_left_alone(put):
+    model, optimizer, handle = attached()
+    train(model, optimizer, [0])
+    optimizer.zero_grad()
+    if put is None:
+        del model[2]
+    else:
+        model[2] = put
+    loss_of(model).backward()
+    optimizer.step()
+    assert list(handle.stats().parameters()) == ["0.weight", "0.bias"]
 
 
 # Whose step it is

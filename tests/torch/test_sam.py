@@ -1059,6 +1059,50 @@ class TestWrappedOptimizers:
         assert same(train.model, before)
 
 
+class TestSchedulers:
+    """A learning rate scheduler puts a function in front of ``step``, which needs no closure."""
+
+    def train(self, *, scheduled, scaled=False):
+        train = Trainer(SAM())
+        if scaled:
+            train.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        if scheduled:
+            torch.optim.lr_scheduler.ConstantLR(train.optimizer, factor=1.0)
+        return train
+
+    @pytest.mark.parametrize("scaled", [False, True])
+    def test_the_step_is_the_same(self, scaled):
+        plain, scheduled = (self.train(scheduled=each, scaled=scaled) for each in (False, True))
+        before = snapshot(plain.model)
+        assert plain.step() == scheduled.step()
+        assert same(scheduled.model, plain.model.parameters())
+        assert not same(plain.model, before)
+
+    def test_a_poisoned_step_is_skipped(self):
+        train = self.train(scheduled=True)
+        train.poisoned, before = True, snapshot(train.model)
+        train.step()
+        assert same(train.model, before)
+
+    def test_several_optimizers(self):
+        train = self.train(scheduled=True)
+        parts = [torch.optim.SGD(part.parameters(), 0.1) for part in train.model.children()]
+        for optimizer in parts:
+            torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        train.sam.step(parts, train.closure)
+        plain = self.train(scheduled=False)
+        plain.step()
+        assert same(train.model, plain.model.parameters())
+
+    def test_lbfgs_still_needs_one(self):
+        train, twin = self.train(scheduled=False), self.train(scheduled=False)
+        for one in (train, twin):
+            one.optimizer = torch.optim.LBFGS(one.model.parameters(), lr=0.1, max_iter=3)
+        torch.optim.lr_scheduler.ConstantLR(train.optimizer, factor=1.0)
+        assert train.step() == twin.step()
+        assert same(train.model, twin.model.parameters())
+
+
 RETURNS = {
     "none": (
         lambda loss: None,

@@ -89,8 +89,7 @@ class AGCCallback(Callback):  # type: ignore[misc]
         self._logged = step
         for number, handle in enumerate(self.handles if trainer.loggers else ()):
             prefix = "agc/" if len(self.handles) == 1 else f"agc/{number}/"
-            stats = handle.stats()
-            metrics = {} if stats is None else stats.to_dict(prefix)
+            metrics = handle.stats().to_dict(prefix)
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
 

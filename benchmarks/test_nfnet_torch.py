@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,6 +15,7 @@ from agc_conformance.backends.peers import timm as timm_peer
 from agc_torch.nfnet import WSConv2d
 from benchmarks import nfnet_torch
 from benchmarks.common import Measure
+from benchmarks.memory_torch import peak_memory
 from benchmarks.nfnet_torch import batch
 
 CONTESTANTS = ("ours", "timm", "standardisation")
@@ -106,17 +106,11 @@ def test_share_of_standardisation(measure: Measure, models: Models, contestant: 
 
 @pytest.mark.parametrize("contestant", ["ours", "timm"])
 def test_peak_memory(benchmark: Any, models: Models, contestant: str) -> None:
-    """Peak memory allocated during a step, in copies of the parameters."""
+    """Peak memory during a step that begins without gradients, in copies of the parameters."""
+    optimizer = {"ours": models.optimizer, "timm": models.peer}[contestant]
     run = models.contestant(contestant, "step")
     run()
     benchmark.group = "torch F0 peak memory"
     case = {"framework": "torch", "model": "F0", "condition": "step", "contestant": contestant}
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        benchmark.pedantic(run, rounds=1)
-    held = np.cumsum(
-        [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    )
-    assert held.max() > 0, "the profiler saw no allocation"
-    benchmark.extra_info.update(case, peak_memory=float(held.max()) / (4 * 71_489_284))
+    peak = peak_memory(benchmark, run, optimizer.zero_grad)
+    benchmark.extra_info.update(case, peak_memory=peak / (4 * 71_489_284))

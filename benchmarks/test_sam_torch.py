@@ -12,6 +12,7 @@ from torch import nn
 from agc import SAM
 from agc_torch.sam import SharpnessAware
 from benchmarks.common import SAM_CONTESTANTS, SAM_PASSES, SAM_ROUNDS, Measure, sam_batch
+from benchmarks.memory_torch import peak_memory
 
 CONTESTANTS = SAM_CONTESTANTS + SAM_PASSES
 
@@ -91,14 +92,5 @@ def test_peak_memory(benchmark: Any) -> None:
     benchmark.extra_info.update(
         framework="torch", model="vector", condition="step", contestant="sam"
     )
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        benchmark.pedantic(lambda: sam.step(optimizer, closure), rounds=1)
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    assert peak > 0, "the profiler saw no allocation"
+    peak = peak_memory(benchmark, lambda: sam.step(optimizer, closure), lambda: None)
     benchmark.extra_info["peak_memory"] = peak / (4 * size)

@@ -13,6 +13,7 @@ import agc_torch
 from agc import AGC
 from agc_conformance.backends.peers import timm as timm_peer
 from benchmarks.common import Measure, bound, draw
+from benchmarks.memory_torch import peak_memory
 from benchmarks.shapes import declared, shapes_of
 
 CONTESTANTS = ("ours", "timm", "pytorch_optimizer", "bound", "two operations")
@@ -39,6 +40,10 @@ class Tensors:
     def restore(self) -> None:
         grads = [parameter.grad for parameter in self.parameters.values()]
         torch._foreach_copy_(grads, self.gradients)
+
+    def renew(self) -> None:
+        for parameter, gradient in zip(self.parameters.values(), self.gradients, strict=True):
+            parameter.grad = gradient.clone()
 
     def contestant(self, name: str) -> Callable[[], Any]:
         parameters = list(self.parameters.values())
@@ -128,18 +133,6 @@ def test_peak_memory(
     benchmark.extra_info.update(
         framework="torch", model=model, condition=condition, contestant=contestant
     )
-    run = tensors.contestant(contestant)
-    tensors.restore()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        result = benchmark.pedantic(run, rounds=1)
-    del result
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    assert peak > 0, "the profiler saw no allocation"
+    peak = peak_memory(benchmark, tensors.contestant(contestant), tensors.renew)
     whole = sum(p.numel() * p.element_size() for p in tensors.parameters.values())
     benchmark.extra_info["peak_memory"] = peak / whole

@@ -26,7 +26,7 @@ PEERS = {"torch": ("timm", "pytorch_optimizer"), "jax": ("optax",), "tensorflow"
 PACKAGES = ("agc", "agc_torch", "agc_jax", "agc_tensorflow", "agc_conformance")
 # Neighbours run in one process: they share what they compile.
 IN_PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal", "-p", "no:benchmark")
-QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
 # The processes of the tests share the cores: with more threads each they would wait for each other.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # Python compiles what is imported; pip would compile all that is installed. 0 stands for yes.

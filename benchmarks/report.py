@@ -252,8 +252,10 @@ def _reached(results: Results, case: Case, target: Target) -> tuple[str, float]:
     if bound:
         text = f"{100 * ratio:.1f} % of the speed of the {TITLES[target.peer].strip('*')} ({asked})"
     else:
-        most = results.ratio(case, target.peer, "bound")
-        text = f"{TITLES[target.peer]} takes {ratio:.2f} times as long ({asked}; at the memory bound {most:.2f})"
+        measured = results.contestants([case])
+        own = next(name for name in ("new arrays", "bound") if name in measured)
+        most, least = results.ratio(case, target.peer, own), TITLES[own].strip("*")
+        text = f"{TITLES[target.peer]} takes {ratio:.2f} times as long ({asked}; at the {least} {most:.2f})"
     return f"{_label(case)}: {text}", ratio
 
 

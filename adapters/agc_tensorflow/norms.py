@@ -2,7 +2,7 @@
 
 TensorFlow adds up long columns one after the other in float32, which is wrong by hundreds of units
 in the last place, and goes through memory once for every operation. Here eight squares (32 in some
-compiled kernels) are added in pairs in float32 and the rest in float64, accurate however long a
+compiled kernels) are added in float32, in pairs, and the rest in float64, accurate however long a
 unit is; and in a graph on the CPU this kernel is compiled by XLA, so that it reads its tensor once.
 
 What is done to one tensor is a function in a graph, which is traced once for every shape.
@@ -28,6 +28,11 @@ _LEVELS_OF_ROWS: Final = 5
 """The same in compiled kernels of large tensors whose units are rows in memory.
 
 Of rows up to 1024 XLA then makes one kernel; with fewer levels it writes float64 between two.
+"""
+_LONG: Final = 512
+"""Elements of a row above which that kernel no longer uses vector instructions.
+
+Longer rows take two kernels: one adds the run, four squares at a time, the other the rest.
 """
 _SMALL: Final = 1 << 14
 """Below this many elements a copy costs less than a branch, a compiled kernel, or an operation."""
@@ -81,12 +86,16 @@ def _parts(array: tf.Tensor, axis: int, run: int) -> list[tf.Tensor]:
 
 def _sum_along(array: tf.Tensor, axis: int, reduce: tuple[int, ...], levels: int) -> tf.Tensor:
     """Sum squares over axes; along one of them a run in pairs first, for fewer roundings."""
-    run = 1 << levels
+    run, length = 1 << levels, array.shape[axis] or 1
     squares = tf.square(array)
-    if (array.shape[axis] or 1) % run == 0 and levels == _LEVELS_OF_ROWS:
+    if length % run == 0 and levels == _LEVELS_OF_ROWS and length > _LONG:
+        pieces = tf.reshape(array, (*array.shape[:-1], run // 4, 4, length // run))
+        fours = _in_pairs([tf.square(piece) for piece in tf.unstack(pieces, axis=-2)])
+        squares = tf.reduce_sum(fours, -2)  # XLA does not fuse two sums
+    elif length % run == 0 and levels == _LEVELS_OF_ROWS:
         # XLA fuses squares of pieces, but not pieces of squares that are cut so often.
         squares = _in_pairs([tf.square(piece) for piece in tf.split(array, run, axis)])
-    elif (array.shape[axis] or 1) % run == 0:
+    elif length % run == 0:
         for _ in range(levels):
             squares = _in_pairs(tf.split(squares, 2, axis))
     return tf.reduce_sum(tf.cast(squares, tf.float64), reduce)

@@ -145,7 +145,11 @@ class Results:
 
     def milliseconds(self, case: Case, contestant: str) -> float:
         """Return the fastest round of all turns."""
-        return 1e3 * min(turn["min"] for turn in self._turns[case][contestant].values())
+        return min(self.fastest_by_turn(case, contestant))
+
+    def fastest_by_turn(self, case: Case, contestant: str) -> list[float]:
+        """Return the fastest round of each turn, in milliseconds."""
+        return [1e3 * turn["min"] for turn in self._turns[case][contestant].values()]
 
     def ratio(self, case: Case, peer: str, base: str = "ours") -> float:
         """Return a peer's time as a multiple of the base's.
@@ -273,9 +277,12 @@ def table(results: Results, framework: str) -> str:
     for contestant in results.contestants(cases):
         row = [TITLES[contestant]]
         for case in cases:
-            time = f"{results.milliseconds(case, contestant):.1f} ms"
-            peer = contestant not in ("ours", *BOUNDS)
-            row.append(f"{time} ({results.ratio(case, contestant):.2f}x)" if peer else time)
+            turns = results.fastest_by_turn(case, contestant)
+            if contestant in BOUNDS:
+                row.append(f"{min(turns):.1f} to {max(turns):.1f} ms")
+                continue
+            ratio = f" ({results.ratio(case, contestant):.2f}x)" if contestant != "ours" else ""
+            row.append(f"{min(turns):.1f} ms{ratio}")
         rows.append(row)
     if framework == "torch" and results.memory:
         for contestant in ("ours", "timm", "pytorch_optimizer"):
@@ -331,7 +338,8 @@ def document(results: Results) -> str:
     parts = [
         "# Results",
         "Written by `python -m benchmarks.report`. Times are the fastest round; in brackets, how many "
-        "times our time a peer takes (fastest rounds of a turn; median over the turns). The *memory bound* reads "
+        "times our time a peer takes (fastest rounds of a turn; median over the turns). Bounds, in italics, are given for the "
+        "fastest and the slowest turn: so much does the machine itself vary. The *memory bound* reads "
         "every weight and gradient once with all cores and, where everything is clipped, writes the gradients in "
         "place: no implementation can be faster. The *bound of new arrays* is TensorFlow's own: one fused "
         "operation that reads both and writes all gradients into new arrays. *Two operations* are PyTorch's own, "

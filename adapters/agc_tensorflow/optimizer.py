@@ -351,11 +351,11 @@ class ClippingHook:
 
     def inactive(self) -> Callable[[str], str | None]:
         """Return a function that says why a parameter has no gradient now; None if it has one."""
-        trainable = set(self._trainable())
+        frozen = {name for name, variable in self._named.items() if not variable.trainable}
         built = {entry.name for entry in self.entries} if self.table is not None else None
 
         def reason(name: str) -> str | None:
-            if name not in trainable:
+            if name in frozen:
                 return "frozen"
             return "not in the optimizer" if built is not None and name not in built else None
 
@@ -366,16 +366,13 @@ class ClippingHook:
         if self.plan is None or not self._named:
             return self._restored
         paths = {name: variable_path(variable) for name, variable in self._named.items()}
-        built = [entry.name for entry in self.entries]
-        return _Saved(self.plan, self._root, paths, self._trainable(), built)
-
-    def _trainable(self) -> list[str]:
-        """Return the names of trainable parameters; a loaded layer is frozen, its variables not."""
+        trainable = [name for name, variable in self._named.items() if variable.trainable]
         model = self._model() if self._model else None
-        if model is None or self._entry_of_variable is None:
-            return [name for name, variable in self._named.items() if variable.trainable]
-        entries = map(self._entry_of_variable.get, map(variable_key, model.trainable_variables))
-        return [entry.name for entry in entries if entry is not None]
+        if model is not None and self._entry_of_variable is not None:
+            entries = map(self._entry_of_variable.get, map(variable_key, model.trainable_variables))
+            trainable = [entry.name for entry in entries if entry is not None]
+        built = [entry.name for entry in self.entries]
+        return _Saved(self.plan, self._root, paths, trainable, built)
 
     def restore(self, saved: _Saved) -> None:
         """Take a saved plan."""

@@ -422,17 +422,6 @@ class TestSaving:
         assert same(before[:2], weights_of(loaded)[:2])
         assert saved(loaded, tmp_path).optimizer.plan == wrapped.plan
 
-    def test_a_frozen_part_is_marked_so(self, tmp_path):
-        """Keras loads a layer that is frozen, with variables that are not."""
-        body = keras.Sequential([keras.Input((6,)), layers.Dense(5)], name="body")
-        body.trainable = False
-        model = keras.Sequential([keras.Input((6,)), body, layers.Dense(3, name="head")])
-        model.compile(AdaptiveGradClip(optimizers.SGD(0.5), AGC(), model=model), LOSS)
-        model.fit(*data(), verbose=0)
-        for each in (model, saved(model, tmp_path)):
-            reasons = [entry.inactive for entry in each.optimizer.plan]
-            assert reasons == ["frozen", "frozen", None, None]
-
     @pytest.mark.parametrize("given", [True, False], ids=["model", "no model"])
     def test_other_layers_frozen_than_the_optimizer_was_built_with(self, given, tmp_path):
         square = {"use_bias": False, "activation": "tanh"}
